@@ -1,0 +1,61 @@
+"""Everything mythos-edge raises on purpose, as one tree.
+
+    MythosEdgeError
+    ├── UsageError           a request parameter is out of range (CLI: exit code 2)
+    ├── ConfigError          a configuration is incomplete or contradicts itself or the weights
+    ├── CheckpointError      a checkpoint file is missing, damaged, unsafe or not an OpenMythos model
+    ├── ExportError          a sound checkpoint could not be written as a bundle
+    ├── BundleError          a bundle is missing, damaged, unsafe or from a newer schema
+    ├── BackendUnavailable   a library this machine lacks is needed; carries the install line
+    ├── CapacityError        a request is longer or deeper than the bundle or session allows
+    └── ParityError          two backends disagree; carries the report
+
+A message is one line: what, got, expected, how to mend. Broken invariants of our own are ``assert``.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+class MythosEdgeError(Exception):
+    """Base of all errors a caller may want to catch."""
+
+
+class UsageError(MythosEdgeError):
+    """A request parameter is out of its range."""
+
+
+class ConfigError(MythosEdgeError):
+    """A configuration is incomplete, unknown or contradicts itself or the weights."""
+
+
+class CheckpointError(MythosEdgeError):
+    """A checkpoint can not be read as an OpenMythos model."""
+
+
+class ExportError(MythosEdgeError):
+    """A bundle could not be written."""
+
+
+class BundleError(MythosEdgeError):
+    """A bundle can not be trusted or read."""
+
+
+class BackendUnavailable(MythosEdgeError):
+    """A library is missing; ``install`` is the command that brings it."""
+
+    def __init__(self, message: str, install: str) -> None:
+        super().__init__(f"{message}: run `{install}`")
+        self.install = install
+
+
+class CapacityError(MythosEdgeError):
+    """A request exceeds the context or depth that was planned for."""
+
+
+class ParityError(MythosEdgeError):
+    """Two backends disagree beyond the tolerance; ``report`` holds the figures."""
+
+    def __init__(self, message: str, report: Mapping[str, Any]) -> None:
+        super().__init__(message)
+        self.report = dict(report)

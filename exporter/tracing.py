@@ -1,0 +1,202 @@
+"""Traces each stage once, on fake tensors: graphs without a single weight in memory.
+
+What comes out are onnx_ir models whose initializers have names and shapes (those of ``Network``) but no values;
+``weights`` gives them values on disk. Not here: the Loop (``loop_graph``), lowering, files.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mythos_edge.model.config import MythosConfig
+from mythos_edge.model.layers import Window
+from mythos_edge.model.loop import Halting, LoopState
+from mythos_edge.model.network import Network
+from mythos_edge.plugins import ops
+from mythos_edge.plugins.torch_ops import TracedOps, translation_table
+
+STAGES = ("prelude", "step", "coda")
+Axes = dict[int, Any]
+
+
+class _Prelude(nn.Module):
+    # The dynamo exporter fails on NamedTuple arguments; these faces keep the graph's inputs flat and named.
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, input_ids: Tensor, length: Tensor, first: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
+        e, rows = self.network.prelude(input_ids, Window(length, first), *past)
+        return e, *rows
+
+
+class _Step(nn.Module):
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(
+        self,
+        h: Tensor,
+        out: Tensor,
+        halt_mass: Tensor,
+        depth: Tensor,
+        e: Tensor,
+        step_index: Tensor,
+        threshold: Tensor,
+        min_depth: Tensor,
+        length: Tensor,
+        first: Tensor,
+        past: Tensor,
+    ) -> tuple[Tensor, ...]:
+        state, halting, window = LoopState(h, out, halt_mass, depth), Halting(threshold, min_depth), Window(length, first)
+        state, rows = self.network.loop_step(state, e, step_index, halting, window, past)
+        return *state, rows
+
+
+class _Coda(nn.Module):
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(
+        self, out: Tensor, logit_rows: Tensor, length: Tensor, first: Tensor, past: list[Tensor]
+    ) -> tuple[Tensor, ...]:
+        logits, rows = self.network.coda(out, logit_rows, Window(length, first), *past)
+        return logits, *rows
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """Example inputs of a stage by name, and which of their axes are symbolic."""
+
+    values: dict[str, Any]
+    axes: dict[str, Any]
+
+
+def trace_stages(config: MythosConfig, max_context: int) -> dict[str, ir.Model]:
+    """The stage graphs ``prelude``, ``step`` and ``coda``, initializers without values."""
+    with FakeTensorMode():
+        network = Network(config, max_context, TracedOps()).requires_grad_(False).eval()
+        faces: dict[str, tuple[nn.Module, _Inputs]] = {
+            "prelude": (_Prelude(network), _prelude_inputs(config)),
+            "step": (_Step(network), _step_inputs(config)),
+            "coda": (_Coda(network), _coda_inputs(config)),
+        }
+        return {stage: _trace(stage, *faces[stage], config) for stage in STAGES}
+
+
+def _trace(stage: str, face: nn.Module, inputs: _Inputs, config: MythosConfig) -> ir.Model:
+    exported = torch.export.export(face, (), inputs.values, dynamic_shapes=inputs.axes)
+    program = torch.onnx.export(
+        exported,
+        dynamo=True,
+        opset_version=ops.OPSET,
+        optimize=False,
+        input_names=_names_of_inputs(inputs.values),
+        output_names=_output_names(stage, config),
+        custom_translation_table=translation_table(),
+        verbose=False,
+    )
+    assert program is not None
+    model = program.model
+    for value in list(model.graph.initializers.values()):
+        value.name = str(value.name).removeprefix("network.")
+    model.graph.name = stage
+    return model
+
+
+def _names_of_inputs(values: Mapping[str, Any]) -> list[str]:
+    names: list[str] = []
+    for name, value in values.items():
+        names += [f"{name}_{index}" for index in range(len(value))] if isinstance(value, list) else [name]
+    return names
+
+
+def _output_names(stage: str, config: MythosConfig) -> list[str]:
+    if stage == "prelude":
+        return ["e", *(f"rows_{index}" for index in range(config.prelude_layers))]
+    if stage == "coda":
+        return ["logits", *(f"rows_{index}" for index in range(config.coda_layers))]
+    return [*(f"{name}_next" for name in LoopState._fields), "rows"]
+
+
+def _dims() -> tuple[Any, ...]:
+    return tuple(torch.export.Dim(name) for name in ("batch", "chunk", "context"))
+
+
+def _window(batch: int = 2) -> dict[str, Tensor]:
+    return {"length": torch.zeros((), dtype=torch.int64), "first": torch.zeros(batch, dtype=torch.int64)}
+
+
+# Example sizes are distinct from each other and from 1, so that no axis is specialised or tied to another.
+_B, _S, _A, _C, _L = 2, 5, 3, 7, 4
+
+
+def _prelude_inputs(config: MythosConfig) -> _Inputs:
+    batch, chunk, context = _dims()
+    layers = config.prelude_layers
+    values = {"input_ids": torch.zeros(_B, _S, dtype=torch.int64), **_window(), "past": _past(config, layers)}
+    axes = {
+        "input_ids": {0: batch, 1: chunk},
+        "length": None,
+        "first": {0: batch},
+        "past": [{0: batch, 1: context} for _ in range(layers)],
+    }
+    return _Inputs(values, axes)
+
+
+def _step_inputs(config: MythosConfig) -> _Inputs:
+    batch, chunk, context = _dims()
+    active = torch.export.Dim("active")
+    values = {
+        "h": torch.empty(_B, _S, config.dim),
+        "out": torch.empty(_B, _A, config.dim),
+        "halt_mass": torch.empty(_B, _A),
+        "depth": torch.zeros(_B, _A, dtype=torch.int64),
+        "e": torch.empty(_B, _S, config.dim),
+        "step_index": torch.zeros((), dtype=torch.int64),
+        "threshold": torch.empty(()),
+        "min_depth": torch.zeros((), dtype=torch.int64),
+        **_window(),
+        "past": _past(config, 1)[0],
+    }
+    whole, tail = {0: batch, 1: chunk}, {0: batch, 1: active}
+    axes = dict.fromkeys(values, None) | {
+        "h": whole,
+        "e": whole,
+        "out": tail,
+        "halt_mass": tail,
+        "depth": tail,
+        "first": {0: batch},
+        "past": {0: batch, 1: context},
+    }
+    return _Inputs(values, axes)
+
+
+def _coda_inputs(config: MythosConfig) -> _Inputs:
+    batch, chunk, context = _dims()
+    layers = config.coda_layers
+    values = {
+        "out": torch.empty(_B, _S, config.dim),
+        "logit_rows": torch.zeros(_L, dtype=torch.int64),
+        **_window(),
+        "past": _past(config, layers),
+    }
+    axes = {
+        "out": {0: batch, 1: chunk},
+        "logit_rows": {0: torch.export.Dim("logit_count")},
+        "length": None,
+        "first": {0: batch},
+        "past": [{0: batch, 1: context} for _ in range(layers)],
+    }
+    return _Inputs(values, axes)
+
+
+def _past(config: MythosConfig, count: int) -> list[Tensor]:
+    return [torch.empty(_B, _C, config.cache_width) for _ in range(count)]

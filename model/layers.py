@@ -1,0 +1,279 @@
+"""The layers of the recurrent-depth transformer, in the layout a bundle stores.
+
+Rows are flat: ``x (N, D)`` with N = B * S, because only attention needs to know which rows form a sequence.
+Weights that are multiplied with the same input are one matrix, the key/value up-projection is kept as the two
+absorbed matrices, and the experts are stacked; ``model/layout.py`` makes these from a checkpoint's tensors.
+Not here: the loop (``loop.py``), the stages (``network.py``), training.
+
+Source: OpenMythos 8c68c1f, ``open_mythos/main.py``.
+"""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from mythos_edge.model.config import MythosConfig
+
+RMS_EPS = 1e-6
+
+
+class Window(NamedTuple):
+    """Which positions a chunk of S new rows may look at: columns ``first[b] .. length`` of the cache, then itself.
+
+    ``first`` is the number of padding columns at the left of each sequence (0 for a single sequence).
+    """
+
+    length: Int[Tensor, ""]
+    first: Int[Tensor, "B"]
+
+
+class Ops(Protocol):
+    """The two operations that become custom ops; ``EagerOps`` computes them, ``plugins.torch_ops`` traces them."""
+
+    def latent_attention(
+        self,
+        q: Float[Tensor, "B S H W"],
+        rows: Float[Tensor, "B S W"],
+        past: Float[Tensor, "B C W"],
+        window: Window,
+        value_dim: int,
+        scale: float,
+    ) -> Float[Tensor, "B S H R"]: ...
+
+    def sparse_moe(
+        self,
+        x: Float[Tensor, "N D"],
+        router: Float[Tensor, "E D"],
+        router_bias: Float[Tensor, "E"],
+        fc1: Float[Tensor, "E F2 D"],
+        fc2: Float[Tensor, "E D F"],
+        shared: "tuple[Tensor, Tensor] | None",
+        top_k: int,
+    ) -> Float[Tensor, "N D"]: ...
+
+
+class EagerOps:
+    """The two operations in plain torch, for any floating dtype."""
+
+    def latent_attention(
+        self,
+        q: Float[Tensor, "B S H W"],
+        rows: Float[Tensor, "B S W"],
+        past: Float[Tensor, "B C W"],
+        window: Window,
+        value_dim: int,
+        scale: float,
+    ) -> Float[Tensor, "B S H R"]:
+        """Attention of every head over the same rows, which serve as keys and (their head) as values."""
+        context = torch.cat([past, rows], dim=1)
+        visible = visible_columns(window, past.shape[1], rows.shape[1])
+        scores = torch.einsum("bshw,bcw->bshc", q, context) * scale
+        scores = scores.masked_fill(~visible[:, :, None], float("-inf"))
+        return torch.einsum("bshc,bcr->bshr", scores.softmax(-1), context[..., :value_dim])
+
+    def sparse_moe(
+        self,
+        x: Float[Tensor, "N D"],
+        router: Float[Tensor, "E D"],
+        router_bias: Float[Tensor, "E"],
+        fc1: Float[Tensor, "E F2 D"],
+        fc2: Float[Tensor, "E D F"],
+        shared: "tuple[Tensor, Tensor] | None",
+        top_k: int,
+    ) -> Float[Tensor, "N D"]:
+        """Weighted sum of the chosen experts, plus the shared experts.
+
+        Source: ``MoEFFN.forward``; chosen on biased logits, weighted by unbiased scores renormalised.
+        """
+        logits = (x @ router.T).to(torch.promote_types(x.dtype, torch.float32))
+        chosen = (logits + router_bias).topk(top_k, dim=-1).indices
+        weights = logits.gather(-1, chosen).softmax(-1).to(x.dtype)
+        y = swiglu(x, *shared) if shared else torch.zeros_like(x)
+        for expert in chosen.unique().tolist():
+            row, rank = torch.where(chosen == expert)
+            gate, up = (x[row] @ fc1[expert].T).unflatten(-1, (-1, 2)).unbind(-1)
+            hidden = nn.functional.silu(gate) * up
+            y = y.index_add(0, row, (hidden @ fc2[expert].T) * weights[row, rank, None])
+        return y
+
+
+def visible_columns(window: Window, past_columns: int, new_columns: int) -> Bool[Tensor, "B S CS"]:
+    """True where a new row may look; a padding row sees itself, so that no softmax is empty."""
+    first = window.first[:, None, None]
+    columns = torch.arange(past_columns)
+    past = (columns >= first) & (columns < window.length)
+    steps = torch.arange(new_columns)
+    new = (steps[None, :] <= steps[:, None]) & ((window.length + steps >= first) | torch.eye(new_columns, dtype=torch.bool))
+    return torch.cat([past.expand(-1, new_columns, -1), new], dim=-1)
+
+
+def swiglu(x: Float[Tensor, "N D"], gate_up: Float[Tensor, "F2 D"], down: Float[Tensor, "D F"]) -> Float[Tensor, "N D"]:
+    """Dense SwiGLU; ``gate_up`` holds all gate rows, then all up rows."""
+    gate, up = nn.functional.linear(x, gate_up).chunk(2, dim=-1)
+    return nn.functional.linear(gate * torch.sigmoid(gate) * up, down)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, eps inside the root. Source: ``RMSNorm``."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+        return nn.functional.rms_norm(x, self.weight.shape, self.weight, RMS_EPS)
+
+
+class Rope(nn.Module):
+    """Cosine and sine of position * frequency up to ``max_context``, built in float32 whatever the model's dtype.
+
+    Source: ``precompute_rope_freqs``. Differs: real tables, two float32 rows instead of one complex row.
+    """
+
+    def __init__(self, config: MythosConfig, max_context: int) -> None:
+        super().__init__()
+        self.half = config.rope_dim // 2
+        self.cos = nn.Parameter(torch.empty(max_context, self.half), requires_grad=False)
+        self.sin = nn.Parameter(torch.empty(max_context, self.half), requires_grad=False)
+
+    def forward(self, x: Float[Tensor, "B S H P"], positions: Int[Tensor, "B S"]) -> Float[Tensor, "B S H P"]:
+        """Each adjacent pair of ``x`` turned by its position's angle. Source: ``apply_rope``."""
+        turned = torch.onnx.ops.rotary_embedding(
+            x.flatten(2), self.cos.to(x.dtype), self.sin.to(x.dtype), positions, interleaved=True, num_heads=x.shape[2]
+        )
+        return turned.view(x.shape)
+
+
+def rope_table(dim: int, max_context: int, theta: float) -> tuple[Float[Tensor, "M F"], Float[Tensor, "M F"]]:
+    """Cosine and sine tables (max_context, dim / 2) in float32."""
+    frequencies = 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+    angles = torch.outer(torch.arange(max_context, dtype=torch.float32), frequencies)
+    return angles.cos(), angles.sin()
+
+
+class LatentAttention(nn.Module):
+    """Multi-latent attention computed in latent space: keys and values are the cached rows themselves.
+
+    Source: ``MLAttention``. Differs: caches the *normalised* latent and one rope key shared by the heads, and
+    multiplies the query and the result by the up-projection instead of every cached row (equal by associativity).
+    """
+
+    def __init__(self, config: MythosConfig, ops: Ops) -> None:
+        super().__init__()
+        self.config, self.ops = config, ops
+        heads, latent, rope = config.n_heads, config.kv_lora_rank, config.qk_rope_head_dim
+        self.qkv_down = nn.Parameter(torch.empty(config.q_lora_rank + latent + rope, config.dim))
+        self.q_norm = RMSNorm(config.q_lora_rank)
+        self.kv_norm = RMSNorm(latent)
+        self.q_up = nn.Parameter(torch.empty(heads * config.head_dim, config.q_lora_rank))
+        self.key_up = nn.Parameter(torch.empty(heads, config.qk_nope_head_dim, latent))
+        self.value_up = nn.Parameter(torch.empty(heads, config.v_head_dim, latent))
+        self.wo = nn.Parameter(torch.empty(config.dim, heads * config.v_head_dim))
+
+    def forward(
+        self, x: Float[Tensor, "N D"], rope: Rope, positions: Int[Tensor, "B S"], past: Float[Tensor, "B C W"], window: Window
+    ) -> tuple[Float[Tensor, "N D"], Float[Tensor, "B S W"]]:
+        """The attention output and the chunk's new cache rows, latent | rope key."""
+        c = self.config
+        batch, chunk = positions.shape
+        down = nn.functional.linear(x, self.qkv_down)
+        q_latent, latent, key_rope = down.split([c.q_lora_rank, c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
+        q = nn.functional.linear(self.q_norm(q_latent), self.q_up)
+        q_nope, q_rope = q.split([c.n_heads * c.qk_nope_head_dim, c.n_heads * c.qk_rope_head_dim], dim=-1)
+        q_absorbed = q_nope.unflatten(-1, (c.n_heads, -1)).transpose(0, 1) @ self.key_up  # (H, N, R)
+        q_absorbed = q_absorbed.transpose(0, 1).view(batch, chunk, c.n_heads, -1)
+        q_rope = rope(q_rope.view(batch, chunk, c.n_heads, -1), positions)
+        key_rope = rope(key_rope.view(batch, chunk, 1, -1), positions)
+        rows = torch.cat([self.kv_norm(latent).view(batch, chunk, -1), key_rope.squeeze(2)], dim=-1)
+        mixed = self.ops.latent_attention(
+            torch.cat([q_absorbed, q_rope], dim=-1), rows, past, window, c.kv_lora_rank, c.head_dim**-0.5
+        )
+        values = mixed.flatten(0, 1).transpose(0, 1) @ self.value_up.transpose(1, 2)  # (H, N, V)
+        return nn.functional.linear(values.transpose(0, 1).flatten(1), self.wo), rows
+
+
+class GroupedQueryAttention(nn.Module):
+    """Grouped-query attention; a cache row is keys | values of all key/value heads. Source: ``GQAttention``."""
+
+    def __init__(self, config: MythosConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.qkv = nn.Parameter(torch.empty(config.dim + config.cache_width, config.dim))
+        self.wo = nn.Parameter(torch.empty(config.dim, config.dim))
+
+    def forward(
+        self, x: Float[Tensor, "N D"], rope: Rope, positions: Int[Tensor, "B S"], past: Float[Tensor, "B C W"], window: Window
+    ) -> tuple[Float[Tensor, "N D"], Float[Tensor, "B S W"]]:
+        """The attention output and the chunk's new cache rows."""
+        c = self.config
+        batch, chunk = positions.shape
+        kv_dim = c.cache_width // 2
+        q, key, value = nn.functional.linear(x, self.qkv).split([c.dim, kv_dim, kv_dim], dim=-1)
+        q = rope(q.view(batch, chunk, c.n_heads, -1), positions)
+        key = rope(key.view(batch, chunk, c.n_kv_heads, -1), positions)
+        rows = torch.cat([key.flatten(2), value.view(batch, chunk, -1)], dim=-1)
+        context = torch.cat([past, rows], dim=1).unflatten(-1, (2, c.n_kv_heads, -1))
+        keys, values = context.permute(2, 0, 3, 1, 4).unbind(0)  # (B, G, C+S, head_dim)
+        # The heads of a group are rows of one product, so that keys are never repeated.
+        q = q.unflatten(2, (c.n_kv_heads, -1)).transpose(1, 2).flatten(2, 3)  # (B, G, S*H/G, head_dim)
+        scores = (q @ keys.transpose(-1, -2)) * c.head_dim**-0.5
+        visible = visible_columns(window, past.shape[1], chunk)
+        scores = scores.unflatten(2, (chunk, -1)).masked_fill(~visible[:, None, :, None], float("-inf"))
+        mixed = scores.softmax(-1).flatten(2, 3) @ values
+        mixed = mixed.unflatten(2, (chunk, -1)).transpose(1, 2)
+        return nn.functional.linear(mixed.reshape(batch * chunk, c.dim), self.wo), rows
+
+
+class DenseFeedForward(nn.Module):
+    """SwiGLU of a prelude or coda block. Source: ``Expert``."""
+
+    def __init__(self, config: MythosConfig) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.empty(2 * config.dense_dim, config.dim))
+        self.down = nn.Parameter(torch.empty(config.dim, config.dense_dim))
+
+    def forward(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+        return swiglu(x, self.gate_up, self.down)
+
+
+class SparseMoE(nn.Module):
+    """Routed and shared experts of the recurrent block. Source: ``MoEFFN``.
+
+    ``fc1[e]`` interleaves the rows of gate and up (g0, u0, g1, u1, ...), the layout ONNX Runtime's kernel reads.
+    """
+
+    def __init__(self, config: MythosConfig, ops: Ops) -> None:
+        super().__init__()
+        self.ops, self.top_k = ops, config.n_experts_per_tok
+        self.router = nn.Parameter(torch.empty(config.n_experts, config.dim))
+        self.router_bias = nn.Parameter(torch.empty(config.n_experts))
+        self.fc1 = nn.Parameter(torch.empty(config.n_experts, 2 * config.expert_dim, config.dim))
+        self.fc2 = nn.Parameter(torch.empty(config.n_experts, config.dim, config.expert_dim))
+        if config.shared_dim:
+            self.shared_gate_up = nn.Parameter(torch.empty(2 * config.shared_dim, config.dim))
+            self.shared_down = nn.Parameter(torch.empty(config.dim, config.shared_dim))
+
+    def forward(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+        shared = (self.shared_gate_up, self.shared_down) if hasattr(self, "shared_down") else None
+        return self.ops.sparse_moe(x, self.router, self.router_bias, self.fc1, self.fc2, shared, self.top_k)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward, each with its residual. Source: ``TransformerBlock``."""
+
+    def __init__(self, config: MythosConfig, ops: Ops, *, moe: bool) -> None:
+        super().__init__()
+        self.attn_norm = RMSNorm(config.dim)
+        self.attn = LatentAttention(config, ops) if config.is_mla else GroupedQueryAttention(config)
+        self.ffn_norm = RMSNorm(config.dim)
+        self.ffn = SparseMoE(config, ops) if moe else DenseFeedForward(config)
+
+    def forward(
+        self, x: Float[Tensor, "N D"], rope: Rope, positions: Int[Tensor, "B S"], past: Float[Tensor, "B C W"], window: Window
+    ) -> tuple[Float[Tensor, "N D"], Float[Tensor, "B S W"]]:
+        """The block's output and its new cache rows."""
+        attended, rows = self.attn(self.attn_norm(x), rope, positions, past, window)
+        x = x + attended
+        return x + self.ffn(self.ffn_norm(x)), rows

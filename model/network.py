@@ -1,0 +1,83 @@
+"""The three stages, and the eager model built only from them.
+
+The stages are pure functions with named tensors; the exporter traces exactly these. ``EagerModel`` is the parity
+reference: it runs them over a whole batch, with or without a cache, the way the reference does.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mythos_edge.model.config import MythosConfig
+from mythos_edge.model.layers import Block, EagerOps, Ops, RMSNorm, Rope, Window
+from mythos_edge.model.loop import Halting, LoopState, LoopStep
+
+
+class Network(nn.Module):
+    """All weights of a model, and its stages. Fresh parameters are uninitialised: load or fake them.
+
+    ``max_context`` is the number of positions in the rope tables; ``ops`` computes or traces the custom ops.
+    """
+
+    def __init__(self, config: MythosConfig, max_context: int | None = None, ops: Ops | None = None) -> None:
+        super().__init__()
+        ops = ops or EagerOps()
+        self.config = config
+        self.embed = nn.Parameter(torch.empty(config.vocab_size, config.dim))
+        self.rope = Rope(config, max_context or config.max_seq_len)
+        self.prelude_blocks = nn.ModuleList(Block(config, ops, moe=False) for _ in range(config.prelude_layers))
+        self.step = LoopStep(config, ops)
+        self.coda_blocks = nn.ModuleList(Block(config, ops, moe=False) for _ in range(config.coda_layers))
+        self.norm = RMSNorm(config.dim)
+
+    def prelude(
+        self, input_ids: Int[Tensor, "B S"], window: Window, *past: Float[Tensor, "B C W"]
+    ) -> tuple[Float[Tensor, "B S D"], list[Float[Tensor, "B S W"]]]:
+        """The embedded and encoded tokens ``e`` and the new rows of each prelude slot."""
+        x = nn.functional.embedding(input_ids, self.embed)
+        return self._run_blocks(self.prelude_blocks, x, window, past)
+
+    def loop_step(
+        self,
+        state: LoopState,
+        e: Float[Tensor, "B S D"],
+        step_index: Int[Tensor, ""],
+        halting: Halting,
+        window: Window,
+        past: Float[Tensor, "B C W"],
+    ) -> tuple[LoopState, Float[Tensor, "B S W"]]:
+        """The state after one loop step and the new rows of slot ``step_index``."""
+        positions = positions_of(window, state.h.shape[1])
+        next_state, rows = self.step(state, e, step_index, halting, self.rope, positions, past, window)
+        return next_state, rows
+
+    def coda(
+        self,
+        out: Float[Tensor, "B S D"],
+        logit_rows: Int[Tensor, "L"],
+        window: Window,
+        *past: Float[Tensor, "B C W"],
+    ) -> tuple[Float[Tensor, "B L V"], list[Float[Tensor, "B S W"]]]:
+        """Logits of the chunk's rows ``logit_rows`` (decoding needs the last only) and the new rows of each coda slot."""
+        x, rows = self._run_blocks(self.coda_blocks, out, window, past)
+        x = x.index_select(1, logit_rows)
+        logits = nn.functional.linear(self.norm(x.flatten(0, 1)), self.embed)
+        return logits.unflatten(0, (x.shape[0], x.shape[1])), rows
+
+    def _run_blocks(
+        self, blocks: nn.ModuleList, x: Float[Tensor, "B S D"], window: Window, past: Sequence[Tensor]
+    ) -> tuple[Float[Tensor, "B S D"], list[Tensor]]:
+        positions, flat, new_rows = positions_of(window, x.shape[1]), x.flatten(0, 1), []
+        for block, slot in zip(blocks, past, strict=True):
+            flat, rows = block(flat, self.rope, positions, slot, window)
+            new_rows.append(rows)
+        return flat.view(x.shape), new_rows
+
+
+def positions_of(window: Window, chunk: int) -> Int[Tensor, "B S"]:
+    """The position of each new row in its sequence; padding rows, which nothing looks at, get 0."""
+    columns = window.length + torch.arange(chunk)
+    return (columns[None, :] - window.first[:, None]).clamp(min=0)
+

@@ -1,0 +1,192 @@
+"""The custom ops, each declared once: name, inputs, attributes and a body of standard ONNX ops.
+
+The body is written in ONNX's own text syntax and becomes a model-local function, so every ONNX runtime can run a
+graph that holds these nodes; a runtime that knows a faster way (a TensorRT plugin, an ONNX Runtime kernel) replaces
+the node. Other faces: ``reference`` (numpy oracle), ``torch_ops`` (tracing), ``ort_lowering``.
+
+There is no op for grouped-query attention: written with standard ops it reads the cache once too, and every runtime
+already has a native attention to fuse it into.
+"""
+
+from dataclasses import dataclass
+
+DOMAIN = "mythos"
+VERSION = 1
+OPSET = 23
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """One op: its formal inputs in order, attribute names, output and body.
+
+    ``optional`` inputs come last and are given all together or not at all; ``body`` maps whether they are given to
+    the text of the function.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    optional: tuple[str, ...]
+    attributes: tuple[str, ...]
+    output: str
+    body: dict[bool, str]
+
+    def function_text(self, *, with_optional: bool) -> str:
+        """The model-local function in ONNX text syntax."""
+        inputs = self.inputs + (self.optional if with_optional else ())
+        header = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>'
+        signature = f"{self.name} <{', '.join(self.attributes)}> ({', '.join(inputs)}) => ({self.output})"
+        return f"{header}\n{signature}\n{{{self.body[with_optional]}}}"
+
+
+_LATENT_ATTENTION = """
+    zero = Constant <value_int = 0> ()
+    one = Constant <value_int = 1> ()
+    minus_one = Constant <value_ints = [-1]> ()
+    keep_rest = Constant <value_ints = [0, -1]> ()
+    batch_rows = Shape <start = 0, end = 2> (q)
+    new_count = Shape <start = 1, end = 2> (q)
+    heads = Shape <start = 2, end = 3> (q)
+    width = Shape <start = 3, end = 4> (q)
+    past_count = Shape <start = 1, end = 2> (past)
+
+    # Heads are rows: one product over the cached rows serves them all. The cache stands left, which is the faster
+    # order for few rows, and the scores are joined instead of the caches.
+    scale_value = Constant <value_float: float = @scale> ()
+    q_scaled = Mul (q, scale_value)
+    head_rows = Concat <axis = 0> (keep_rest, width)
+    q_rows = Reshape (q_scaled, head_rows)
+    q_columns = Transpose <perm = [0, 2, 1]> (q_rows)
+    past_scores = MatMul (past, q_columns)
+    new_scores = MatMul (rows, q_columns)
+    scores_left = Concat <axis = 1> (past_scores, new_scores)
+    scores_rows = Transpose <perm = [0, 2, 1]> (scores_left)
+    per_head = Concat <axis = 0> (batch_rows, heads, minus_one)
+    scores = Reshape (scores_rows, per_head)
+
+    # Positions of the columns; past columns that are not filled yet lie beyond every row. A padding row sees itself.
+    past_scalar = Squeeze (past_count)
+    new_scalar = Squeeze (new_count)
+    columns = Range (zero, past_scalar, one)
+    filled = Less (columns, length)
+    beyond = Constant <value_int = 4611686018427387904> ()
+    past_positions = Where (filled, columns, beyond)
+    steps = Range (zero, new_scalar, one)
+    row_positions = Add (steps, length)
+    positions = Concat <axis = 0> (past_positions, row_positions)
+    row_axis = Constant <value_ints = [1]> ()
+    row_column = Unsqueeze (row_positions, row_axis)
+    first_axes = Constant <value_ints = [1, 2]> ()
+    first_column = Unsqueeze (first, first_axes)
+    lowest_position = Min (first_column, row_column)
+    started = GreaterOrEqual (positions, lowest_position)
+    causal = LessOrEqual (positions, row_column)
+    visible = And (started, causal)
+    head_axis = Constant <value_ints = [2]> ()
+    visible_per_head = Unsqueeze (visible, head_axis)
+    hidden_score = Constant <value_float = -3.4028234e38> ()
+    masked = Where (visible_per_head, scores, hidden_score)
+    softmax = Softmax <axis = -1> (masked)
+
+    all_count = Shape (positions)
+    weight_rows = Concat <axis = 0> (keep_rest, all_count)
+    weights = Reshape (softmax, weight_rows)
+    counts = Concat <axis = 0> (past_count, new_count)
+    past_weights, new_weights = Split <axis = 2> (weights, counts)
+    past_mixed = MatMul (past_weights, past)
+    new_mixed = MatMul (new_weights, rows)
+    mixed_rows = Add (past_mixed, new_mixed)
+    q_shape = Shape (q)
+    mixed_whole = Reshape (mixed_rows, q_shape)
+    value_dim_value = Constant <value_int: int = @value_dim> ()
+    value_end = Reshape (value_dim_value, minus_one)
+    value_start = Constant <value_ints = [0]> ()
+    value_axis = Constant <value_ints = [3]> ()
+    mixed = Slice (mixed_whole, value_start, value_end, value_axis)
+"""
+
+_SHARED_EXPERTS = """
+    shared_both = Gemm <transB = 1> (x, shared_gate_up)
+    shared_gate, shared_up = Split <axis = -1, num_outputs = 2> (shared_both)
+    shared_sigmoid = Sigmoid (shared_gate)
+    shared_silu = Mul (shared_gate, shared_sigmoid)
+    shared_hidden = Mul (shared_silu, shared_up)
+    start = Gemm <transB = 1> (shared_hidden, shared_down)
+"""
+
+_NO_SHARED_EXPERTS = """
+    nothing = Constant <value_float = 0.0> ()
+    start = Mul (x, nothing)
+"""
+
+# Loops over the experts that were chosen at all and computes each for the rows that chose it: the weights of an
+# expert are read once whether one row or a whole prompt asks for it, and the others are not read.
+_ROUTED_EXPERTS = """
+    logits = Gemm <transB = 1> (x, router)
+    biased = Add (logits, router_bias)
+    minus_one = Constant <value_ints = [-1]> ()
+    top_k_value = Constant <value_int: int = @top_k> ()
+    k = Reshape (top_k_value, minus_one)
+    chosen_biased, chosen = TopK <axis = -1> (biased, k)
+    chosen_logits = GatherElements <axis = -1> (logits, chosen)
+    weights = Softmax <axis = -1> (chosen_logits)
+    experts = Unique <sorted = 1> (chosen)
+    count = Size (experts)
+    forward = Constant <value = bool {1}> ()
+    y = Loop (count, forward, start) <body = one_expert (int64 i, bool go, float[N, D] sum) => (bool go_on, float[N, D] new_sum) {
+        go_on = Constant <value = bool {1}> ()
+        zero = Constant <value_float = 0.0> ()
+        last = Constant <value_ints = [-1]> ()
+        front = Constant <value_ints = [0]> ()
+        pair = Constant <value_ints = [0, -1, 2]> ()
+        expert = Gather (experts, i)
+        hits = Equal (chosen, expert)
+        own_weights = Where (hits, weights, zero)
+        row_weight = ReduceSum <keepdims = 1> (own_weights, last)
+        hits_int = Cast <to = 6> (hits)
+        hit_rows = ReduceMax <keepdims = 0> (hits_int, last)
+        row_list = NonZero (hit_rows)
+        row_index = Squeeze (row_list, front)
+        taken = Gather (x, row_index)
+        gate_up = Gather (fc1, expert)
+        both = Gemm <transB = 1> (taken, gate_up)
+        pairs = Reshape (both, pair)
+        gate_pair, up_pair = Split <axis = -1, num_outputs = 2> (pairs)
+        gate = Squeeze (gate_pair, last)
+        up = Squeeze (up_pair, last)
+        gate_sigmoid = Sigmoid (gate)
+        silu = Mul (gate, gate_sigmoid)
+        hidden = Mul (silu, up)
+        down = Gather (fc2, expert)
+        made = Gemm <transB = 1> (hidden, down)
+        taken_weight = Gather (row_weight, row_index)
+        weighed = Mul (made, taken_weight)
+        row_axis = Constant <value_ints = [1]> ()
+        scatter_index = Unsqueeze (row_index, row_axis)
+        new_sum = ScatterND <reduction = "add"> (sum, scatter_index, weighed)
+    }>
+"""
+
+LATENT_ATTENTION = OpSpec(
+    name="LatentAttention",
+    # q (B, S, H, W) absorbed query; rows (B, S, W) new cache rows; past (B, C, W); length () filled columns of past;
+    # first (B,) padding columns at the left. Output (B, S, H, value_dim): softmax(scale * q k) v, where the keys are
+    # the rows and the values their leading value_dim channels.
+    inputs=("q", "rows", "past", "length", "first"),
+    optional=(),
+    attributes=("scale", "value_dim"),
+    output="mixed",
+    body={False: _LATENT_ATTENTION},
+)
+
+SPARSE_MOE = OpSpec(
+    name="SparseMoE",
+    # x (N, D); router (E, D); router_bias (E,) added for the choice only; fc1 (E, 2F, D) with gate and up rows
+    # interleaved; fc2 (E, D, F); shared_gate_up (2G, D) gate rows then up rows; shared_down (D, G).
+    inputs=("x", "router", "router_bias", "fc1", "fc2"),
+    optional=("shared_gate_up", "shared_down"),
+    attributes=("top_k",),
+    output="y",
+    body={False: _NO_SHARED_EXPERTS + _ROUTED_EXPERTS, True: _SHARED_EXPERTS + _ROUTED_EXPERTS},
+)
+
+OPS: dict[str, OpSpec] = {spec.name: spec for spec in (LATENT_ATTENTION, SPARSE_MOE)}

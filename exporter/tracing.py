@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
+import onnx_ir.passes.common as passes
 import torch
+from onnxscript.optimizer import fold_constants
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -18,7 +20,7 @@ from mythos_edge.model.layers import Window
 from mythos_edge.model.loop import Halting, LoopState
 from mythos_edge.model.network import Network
 from mythos_edge.plugins import ops
-from mythos_edge.plugins.torch_ops import TracedOps, translation_table
+from mythos_edge.plugins.torch_ops import TracedOps
 
 STAGES = ("prelude", "step", "coda")
 Axes = dict[int, Any]
@@ -30,7 +32,9 @@ class _Prelude(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, input_ids: Tensor, length: Tensor, first: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
+    def forward(
+        self, input_ids: Tensor, length: Tensor, first: Tensor, past: list[Tensor]
+    ) -> tuple[Tensor, ...]:
         e, rows = self.network.prelude(input_ids, Window(length, first), *past)
         return e, *rows
 
@@ -54,7 +58,11 @@ class _Step(nn.Module):
         first: Tensor,
         past: Tensor,
     ) -> tuple[Tensor, ...]:
-        state, halting, window = LoopState(h, out, halt_mass, depth), Halting(threshold, min_depth), Window(length, first)
+        state, halting, window = (
+            LoopState(h, out, halt_mass, depth),
+            Halting(threshold, min_depth),
+            Window(length, first),
+        )
         state, rows = self.network.loop_step(state, e, step_index, halting, window, past)
         return *state, rows
 
@@ -100,15 +108,59 @@ def _trace(stage: str, face: nn.Module, inputs: _Inputs, config: MythosConfig) -
         optimize=False,
         input_names=_names_of_inputs(inputs.values),
         output_names=_output_names(stage, config),
-        custom_translation_table=translation_table(),
         verbose=False,
     )
     assert program is not None
-    model = program.model
-    for value in list(model.graph.initializers.values()):
+    return _tidy(program.model, stage, inputs)
+
+
+def _tidy(model: ir.Model, stage: str, inputs: _Inputs) -> ir.Model:
+    """The traced graph with the names of this project, constants folded and nothing of the tracer left."""
+    graph = model.graph
+    graph.name = stage
+    for value in list(graph.initializers.values()):
         value.name = str(value.name).removeprefix("network.")
-    model.graph.name = stage
+        value.const_value = None
+    names = _axis_names(graph, inputs)
+    for node in graph:
+        for value in node.outputs:
+            _rename_axes(value, names)
+    for value in graph.inputs:
+        _rename_axes(value, names)
+    fold_constants(model)
+    ir.passes.Sequential(
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.IdentityEliminationPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.DeduplicateInitializersPass(),
+        passes.RemoveUnusedNodesPass(),
+        passes.ClearMetadataAndDocStringPass(),
+    )(model)
     return model
+
+
+def _axis_names(graph: ir.Graph, inputs: _Inputs) -> dict[str, str]:
+    """The exporter's symbol of each dynamic axis -> the name the axis was given."""
+    flat: list[Any] = []
+    for axes in inputs.axes.values():
+        flat += axes if isinstance(axes, list) else [axes]
+    names = {}
+    for value, axes in zip(graph.inputs, flat, strict=True):
+        for axis, dim in (axes or {}).items():
+            assert value.shape is not None
+            names[str(value.shape[axis])] = dim.__name__
+    return names
+
+
+def _rename_axes(value: ir.Value, names: Mapping[str, str]) -> None:
+    if value.shape is None:
+        return
+    value.shape = ir.Shape(
+        [
+            size if isinstance(size, int) else names.get(str(size), f"{value.name}_{axis}")
+            for axis, size in enumerate(value.shape)
+        ]
+    )
 
 
 def _names_of_inputs(values: Mapping[str, Any]) -> list[str]:

@@ -128,7 +128,9 @@ def config_from_dict(values: Mapping[str, Any], *, origin: str) -> MythosConfig:
     """
     unknown = sorted(set(values) - set(FIELD_NAMES) - _INERT_FIELDS)
     if unknown:
-        raise ConfigError(f"{origin}: unknown config field {', '.join(unknown)}; known: {', '.join(FIELD_NAMES)}")
+        raise ConfigError(
+            f"{origin}: unknown config field {', '.join(unknown)}; known: {', '.join(FIELD_NAMES)}"
+        )
     known = {name: values[name] for name in FIELD_NAMES if name in values}
     if known.get("attn_type") == "gqa":
         # Unused by GQA; the reference's config has defaults for them, other writers leave them out.
@@ -137,7 +139,9 @@ def config_from_dict(values: Mapping[str, Any], *, origin: str) -> MythosConfig:
         known.setdefault("n_kv_heads", known.get("n_heads"))
     missing = [name for name in FIELD_NAMES if name not in known]
     if missing:
-        raise ConfigError(f"{origin}: missing config field {', '.join(missing)}; give it in --config config.json")
+        raise ConfigError(
+            f"{origin}: missing config field {', '.join(missing)}; give it in --config config.json"
+        )
     try:
         return MythosConfig(**known)
     except ConfigError as error:

@@ -30,7 +30,7 @@ class Window(NamedTuple):
 
 
 class Ops(Protocol):
-    """The two operations that become custom ops; ``EagerOps`` computes them, ``plugins.torch_ops`` traces them."""
+    """The operations that become custom ops; ``EagerOps`` computes them, ``plugins.torch_ops`` traces them."""
 
     def latent_attention(
         self,
@@ -41,6 +41,16 @@ class Ops(Protocol):
         value_dim: int,
         scale: float,
     ) -> Float[Tensor, "B S H R"]: ...
+
+    def grouped_query_attention(
+        self,
+        q: Float[Tensor, "B S H F"],
+        rows: Float[Tensor, "B S W"],
+        past: Float[Tensor, "B C W"],
+        window: Window,
+        kv_heads: int,
+        scale: float,
+    ) -> Float[Tensor, "B S H F"]: ...
 
     def sparse_moe(
         self,
@@ -55,7 +65,7 @@ class Ops(Protocol):
 
 
 class EagerOps:
-    """The two operations in plain torch, for any floating dtype."""
+    """The operations in plain torch, for any floating dtype."""
 
     def latent_attention(
         self,
@@ -73,6 +83,24 @@ class EagerOps:
         scores = scores.masked_fill(~visible[:, :, None], float("-inf"))
         return torch.einsum("bshc,bcr->bshr", scores.softmax(-1), context[..., :value_dim])
 
+    def grouped_query_attention(
+        self,
+        q: Float[Tensor, "B S H F"],
+        rows: Float[Tensor, "B S W"],
+        past: Float[Tensor, "B C W"],
+        window: Window,
+        kv_heads: int,
+        scale: float,
+    ) -> Float[Tensor, "B S H F"]:
+        """Attention in which each of ``kv_heads`` cached heads serves a group of query heads."""
+        context = torch.cat([past, rows], dim=1).unflatten(-1, (2, kv_heads, -1))
+        keys, values = context.unbind(2)
+        visible = visible_columns(window, past.shape[1], rows.shape[1])
+        grouped = q.unflatten(2, (kv_heads, -1))
+        scores = torch.einsum("bsghf,bcgf->bsghc", grouped, keys) * scale
+        scores = scores.masked_fill(~visible[:, :, None, None], float("-inf"))
+        return torch.einsum("bsghc,bcgf->bsghf", scores.softmax(-1), values).flatten(2, 3)
+
     def sparse_moe(
         self,
         x: Float[Tensor, "N D"],
@@ -87,15 +115,15 @@ class EagerOps:
 
         Source: ``MoEFFN.forward``; chosen on biased logits, weighted by unbiased scores renormalised.
         """
-        logits = (x @ router.T).to(torch.promote_types(x.dtype, torch.float32))
+        logits = nn.functional.linear(x, router).to(torch.promote_types(x.dtype, torch.float32))
         chosen = (logits + router_bias).topk(top_k, dim=-1).indices
         weights = logits.gather(-1, chosen).softmax(-1).to(x.dtype)
         y = swiglu(x, *shared) if shared else torch.zeros_like(x)
         for expert in chosen.unique().tolist():
             row, rank = torch.where(chosen == expert)
-            gate, up = (x[row] @ fc1[expert].T).unflatten(-1, (-1, 2)).unbind(-1)
+            gate, up = nn.functional.linear(x[row], fc1[expert]).unflatten(-1, (-1, 2)).unbind(-1)
             hidden = nn.functional.silu(gate) * up
-            y = y.index_add(0, row, (hidden @ fc2[expert].T) * weights[row, rank, None])
+            y = y.index_add(0, row, nn.functional.linear(hidden, fc2[expert]) * weights[row, rank, None])
         return y
 
 
@@ -105,11 +133,15 @@ def visible_columns(window: Window, past_columns: int, new_columns: int) -> Bool
     columns = torch.arange(past_columns)
     past = (columns >= first) & (columns < window.length)
     steps = torch.arange(new_columns)
-    new = (steps[None, :] <= steps[:, None]) & ((window.length + steps >= first) | torch.eye(new_columns, dtype=torch.bool))
+    new = (steps[None, :] <= steps[:, None]) & (
+        (window.length + steps >= first) | torch.eye(new_columns, dtype=torch.bool)
+    )
     return torch.cat([past.expand(-1, new_columns, -1), new], dim=-1)
 
 
-def swiglu(x: Float[Tensor, "N D"], gate_up: Float[Tensor, "F2 D"], down: Float[Tensor, "D F"]) -> Float[Tensor, "N D"]:
+def swiglu(
+    x: Float[Tensor, "N D"], gate_up: Float[Tensor, "F2 D"], down: Float[Tensor, "D F"]
+) -> Float[Tensor, "N D"]:
     """Dense SwiGLU; ``gate_up`` holds all gate rows, then all up rows."""
     gate, up = nn.functional.linear(x, gate_up).chunk(2, dim=-1)
     return nn.functional.linear(gate * torch.sigmoid(gate) * up, down)
@@ -141,7 +173,12 @@ class Rope(nn.Module):
     def forward(self, x: Float[Tensor, "B S H P"], positions: Int[Tensor, "B S"]) -> Float[Tensor, "B S H P"]:
         """Each adjacent pair of ``x`` turned by its position's angle. Source: ``apply_rope``."""
         turned = torch.onnx.ops.rotary_embedding(
-            x.flatten(2), self.cos.to(x.dtype), self.sin.to(x.dtype), positions, interleaved=True, num_heads=x.shape[2]
+            x.flatten(2),
+            self.cos.to(x.dtype),
+            self.sin.to(x.dtype),
+            positions,
+            interleaved=True,
+            num_heads=x.shape[2],
         )
         return turned.view(x.shape)
 
@@ -169,11 +206,16 @@ class LatentAttention(nn.Module):
         self.kv_norm = RMSNorm(latent)
         self.q_up = nn.Parameter(torch.empty(heads * config.head_dim, config.q_lora_rank))
         self.key_up = nn.Parameter(torch.empty(heads, config.qk_nope_head_dim, latent))
-        self.value_up = nn.Parameter(torch.empty(heads, config.v_head_dim, latent))
+        self.value_up = nn.Parameter(torch.empty(heads, latent, config.v_head_dim))
         self.wo = nn.Parameter(torch.empty(config.dim, heads * config.v_head_dim))
 
     def forward(
-        self, x: Float[Tensor, "N D"], rope: Rope, positions: Int[Tensor, "B S"], past: Float[Tensor, "B C W"], window: Window
+        self,
+        x: Float[Tensor, "N D"],
+        rope: Rope,
+        positions: Int[Tensor, "B S"],
+        past: Float[Tensor, "B C W"],
+        window: Window,
     ) -> tuple[Float[Tensor, "N D"], Float[Tensor, "B S W"]]:
         """The attention output and the chunk's new cache rows, latent | rope key."""
         c = self.config
@@ -182,29 +224,38 @@ class LatentAttention(nn.Module):
         q_latent, latent, key_rope = down.split([c.q_lora_rank, c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
         q = nn.functional.linear(self.q_norm(q_latent), self.q_up)
         q_nope, q_rope = q.split([c.n_heads * c.qk_nope_head_dim, c.n_heads * c.qk_rope_head_dim], dim=-1)
-        q_absorbed = q_nope.unflatten(-1, (c.n_heads, -1)).transpose(0, 1) @ self.key_up  # (H, N, R)
-        q_absorbed = q_absorbed.transpose(0, 1).view(batch, chunk, c.n_heads, -1)
-        q_rope = rope(q_rope.view(batch, chunk, c.n_heads, -1), positions)
-        key_rope = rope(key_rope.view(batch, chunk, 1, -1), positions)
-        rows = torch.cat([self.kv_norm(latent).view(batch, chunk, -1), key_rope.squeeze(2)], dim=-1)
+        q_absorbed = q_nope.view(-1, c.n_heads, c.qk_nope_head_dim).transpose(0, 1) @ self.key_up  # (H, N, R)
+        q_absorbed = q_absorbed.transpose(0, 1).reshape(batch, chunk, c.n_heads, c.kv_lora_rank)
+        q_rope = rope(q_rope.view(batch, chunk, c.n_heads, c.rope_dim), positions)
+        key_rope = rope(key_rope.view(batch, chunk, 1, c.rope_dim), positions)
+        rows = torch.cat(
+            [self.kv_norm(latent).view(batch, chunk, c.kv_lora_rank), key_rope.squeeze(2)], dim=-1
+        )
         mixed = self.ops.latent_attention(
             torch.cat([q_absorbed, q_rope], dim=-1), rows, past, window, c.kv_lora_rank, c.head_dim**-0.5
         )
-        values = mixed.flatten(0, 1).transpose(0, 1) @ self.value_up.transpose(1, 2)  # (H, N, V)
-        return nn.functional.linear(values.transpose(0, 1).flatten(1), self.wo), rows
+        values = mixed.view(-1, c.n_heads, c.kv_lora_rank).transpose(0, 1) @ self.value_up  # (H, N, V)
+        return nn.functional.linear(
+            values.transpose(0, 1).reshape(-1, c.n_heads * c.v_head_dim), self.wo
+        ), rows
 
 
 class GroupedQueryAttention(nn.Module):
     """Grouped-query attention; a cache row is keys | values of all key/value heads. Source: ``GQAttention``."""
 
-    def __init__(self, config: MythosConfig) -> None:
+    def __init__(self, config: MythosConfig, ops: Ops) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.ops = config, ops
         self.qkv = nn.Parameter(torch.empty(config.dim + config.cache_width, config.dim))
         self.wo = nn.Parameter(torch.empty(config.dim, config.dim))
 
     def forward(
-        self, x: Float[Tensor, "N D"], rope: Rope, positions: Int[Tensor, "B S"], past: Float[Tensor, "B C W"], window: Window
+        self,
+        x: Float[Tensor, "N D"],
+        rope: Rope,
+        positions: Int[Tensor, "B S"],
+        past: Float[Tensor, "B C W"],
+        window: Window,
     ) -> tuple[Float[Tensor, "N D"], Float[Tensor, "B S W"]]:
         """The attention output and the chunk's new cache rows."""
         c = self.config
@@ -214,16 +265,8 @@ class GroupedQueryAttention(nn.Module):
         q = rope(q.view(batch, chunk, c.n_heads, -1), positions)
         key = rope(key.view(batch, chunk, c.n_kv_heads, -1), positions)
         rows = torch.cat([key.flatten(2), value.view(batch, chunk, -1)], dim=-1)
-        context = torch.cat([past, rows], dim=1).unflatten(-1, (2, c.n_kv_heads, -1))
-        keys, values = context.permute(2, 0, 3, 1, 4).unbind(0)  # (B, G, C+S, head_dim)
-        # The heads of a group are rows of one product, so that keys are never repeated.
-        q = q.unflatten(2, (c.n_kv_heads, -1)).transpose(1, 2).flatten(2, 3)  # (B, G, S*H/G, head_dim)
-        scores = (q @ keys.transpose(-1, -2)) * c.head_dim**-0.5
-        visible = visible_columns(window, past.shape[1], chunk)
-        scores = scores.unflatten(2, (chunk, -1)).masked_fill(~visible[:, None, :, None], float("-inf"))
-        mixed = scores.softmax(-1).flatten(2, 3) @ values
-        mixed = mixed.unflatten(2, (chunk, -1)).transpose(1, 2)
-        return nn.functional.linear(mixed.reshape(batch * chunk, c.dim), self.wo), rows
+        mixed = self.ops.grouped_query_attention(q, rows, past, window, c.n_kv_heads, c.head_dim**-0.5)
+        return nn.functional.linear(mixed.view(x.shape), self.wo), rows
 
 
 class DenseFeedForward(nn.Module):
@@ -266,12 +309,17 @@ class Block(nn.Module):
     def __init__(self, config: MythosConfig, ops: Ops, *, moe: bool) -> None:
         super().__init__()
         self.attn_norm = RMSNorm(config.dim)
-        self.attn = LatentAttention(config, ops) if config.is_mla else GroupedQueryAttention(config)
+        self.attn = LatentAttention(config, ops) if config.is_mla else GroupedQueryAttention(config, ops)
         self.ffn_norm = RMSNorm(config.dim)
         self.ffn = SparseMoE(config, ops) if moe else DenseFeedForward(config)
 
     def forward(
-        self, x: Float[Tensor, "N D"], rope: Rope, positions: Int[Tensor, "B S"], past: Float[Tensor, "B C W"], window: Window
+        self,
+        x: Float[Tensor, "N D"],
+        rope: Rope,
+        positions: Int[Tensor, "B S"],
+        past: Float[Tensor, "B C W"],
+        window: Window,
     ) -> tuple[Float[Tensor, "N D"], Float[Tensor, "B S W"]]:
         """The block's output and its new cache rows."""
         attended, rows = self.attn(self.attn_norm(x), rope, positions, past, window)

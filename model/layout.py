@@ -54,7 +54,12 @@ def recipes(config: MythosConfig, max_context: int) -> list[Recipe]:
     found += _block(config, "step.block", "recurrent.block", moe=True)
     for index in range(config.coda_layers):
         found += _block(config, f"coda_blocks.{index}", f"coda.{index}", moe=False)
-    return found + _step(config) + [_vector("norm.weight", "norm.weight", config.dim)] + _tables(config, max_context)
+    return (
+        found
+        + _step(config)
+        + [_vector("norm.weight", "norm.weight", config.dim)]
+        + _tables(config, max_context)
+    )
 
 
 def load_network(reader: TensorReader, max_context: int | None = None, ops: Ops | None = None) -> Network:
@@ -73,10 +78,17 @@ def load_network(reader: TensorReader, max_context: int | None = None, ops: Ops 
 
 
 def _block(config: MythosConfig, name: str, source: str, *, moe: bool) -> list[Recipe]:
-    norms = [_vector(f"{name}.{part}.weight", f"{source}.{part}.weight", config.dim) for part in ("attn_norm", "ffn_norm")]
+    norms = [
+        _vector(f"{name}.{part}.weight", f"{source}.{part}.weight", config.dim)
+        for part in ("attn_norm", "ffn_norm")
+    ]
     attention = _latent_attention if config.is_mla else _grouped_attention
     feed_forward = _sparse_moe if moe else _dense
-    return norms + attention(config, f"{name}.attn", f"{source}.attn") + feed_forward(config, f"{name}.ffn", f"{source}.ffn")
+    return (
+        norms
+        + attention(config, f"{name}.attn", f"{source}.attn")
+        + feed_forward(config, f"{name}.ffn", f"{source}.ffn")
+    )
 
 
 def _latent_attention(c: MythosConfig, name: str, source: str) -> list[Recipe]:
@@ -87,14 +99,21 @@ def _latent_attention(c: MythosConfig, name: str, source: str) -> list[Recipe]:
         (f"{source}.q_up_rope.weight", c.n_heads * c.qk_rope_head_dim),
     ]
     per_head = c.qk_nope_head_dim + c.v_head_dim
-    kv_up = partial(_head_rows, f"{source}.kv_up.weight", c.n_heads, per_head)
+    kv_up = f"{source}.kv_up.weight"
+    key_rows = partial(_head_rows, kv_up, c.n_heads, per_head, 0, c.qk_nope_head_dim)
+    value_rows = partial(_head_rows, kv_up, c.n_heads, per_head, c.qk_nope_head_dim, per_head)
     return [
         _stacked(f"{name}.qkv_down", down, c.dim),
         _vector(f"{name}.q_norm.weight", f"{source}.q_norm.weight", c.q_lora_rank),
         _vector(f"{name}.kv_norm.weight", f"{source}.kv_norm.weight", c.kv_lora_rank),
         _stacked(f"{name}.q_up", up, c.q_lora_rank),
-        Recipe(f"{name}.key_up", (c.n_heads, c.qk_nope_head_dim, c.kv_lora_rank), partial(kv_up, 0, c.qk_nope_head_dim), True),
-        Recipe(f"{name}.value_up", (c.n_heads, c.v_head_dim, c.kv_lora_rank), partial(kv_up, c.qk_nope_head_dim, per_head), True),
+        Recipe(f"{name}.key_up", (c.n_heads, c.qk_nope_head_dim, c.kv_lora_rank), key_rows, True),
+        Recipe(
+            f"{name}.value_up",
+            (c.n_heads, c.kv_lora_rank, c.v_head_dim),
+            lambda reader: (head.T.contiguous() for head in value_rows(reader)),
+            True,
+        ),
         _stacked(f"{name}.wo", [(f"{source}.wo.weight", c.dim)], c.n_heads * c.v_head_dim),
     ]
 
@@ -102,7 +121,10 @@ def _latent_attention(c: MythosConfig, name: str, source: str) -> list[Recipe]:
 def _grouped_attention(c: MythosConfig, name: str, source: str) -> list[Recipe]:
     kv_dim = c.cache_width // 2
     qkv = [(f"{source}.wq.weight", c.dim), (f"{source}.wk.weight", kv_dim), (f"{source}.wv.weight", kv_dim)]
-    return [_stacked(f"{name}.qkv", qkv, c.dim), _stacked(f"{name}.wo", [(f"{source}.wo.weight", c.dim)], c.dim)]
+    return [
+        _stacked(f"{name}.qkv", qkv, c.dim),
+        _stacked(f"{name}.wo", [(f"{source}.wo.weight", c.dim)], c.dim),
+    ]
 
 
 def _dense(c: MythosConfig, name: str, source: str) -> list[Recipe]:
@@ -144,7 +166,9 @@ def _step(c: MythosConfig) -> list[Recipe]:
     return [
         _vector("step.norm.weight", f"{source}.norm.weight", c.dim),
         _stacked("step.lora.down", [(f"{source}.lora.down.weight", c.lora_rank)], c.dim, narrow=False),
-        _stacked("step.lora.scale", [(f"{source}.lora.scale.weight", c.max_loop_iters)], c.lora_rank, narrow=False),
+        _stacked(
+            "step.lora.scale", [(f"{source}.lora.scale.weight", c.max_loop_iters)], c.lora_rank, narrow=False
+        ),
         _stacked("step.lora.up", [(f"{source}.lora.B", c.lora_rank)], c.dim, narrow=False),
         Recipe("step.decay", (c.dim,), _decay),
         _vector("step.inject", f"{source}.injection.B", c.dim),
@@ -172,7 +196,9 @@ def _vector(name: str, source: str, size: int) -> Recipe:
 
 def _stacked(name: str, sources: list[tuple[str, int]], columns: int, *, narrow: bool = True) -> Recipe:
     """Matrices of (source name, rows), one below the other."""
-    return Recipe(name, (sum(rows for _, rows in sources), columns), partial(_rows_in_turn, sources, columns), narrow)
+    return Recipe(
+        name, (sum(rows for _, rows in sources), columns), partial(_rows_in_turn, sources, columns), narrow
+    )
 
 
 def _rows_in_turn(sources: list[tuple[str, int]], columns: int, reader: TensorReader) -> Iterator[Tensor]:
@@ -187,7 +213,9 @@ def _row_ranges(rows: int, columns: int) -> Iterator[tuple[int, int]]:
         yield start, min(rows, start + height)
 
 
-def _head_rows(source: str, heads: int, per_head: int, start: int, stop: int, reader: TensorReader) -> Iterator[Tensor]:
+def _head_rows(
+    source: str, heads: int, per_head: int, start: int, stop: int, reader: TensorReader
+) -> Iterator[Tensor]:
     """Rows ``start:stop`` of every head of a matrix that holds ``per_head`` rows a head."""
     for head in range(heads):
         yield reader.read(source, head * per_head + start, head * per_head + stop)

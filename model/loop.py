@@ -121,11 +121,11 @@ class LoopStep(nn.Module):
         active = h[:, h.shape[1] - state.out.shape[1] :]
         wide = active.to(state.halt_mass.dtype)
         p = torch.sigmoid((wide * self.halt_weight.to(wide.dtype)).sum(-1) + self.halt_bias.to(wide.dtype))
-        p = torch.where(step_index + 1 >= halting.min_depth, p, torch.zeros_like(p))
+        p = torch.where(step_index + 1 >= halting.min_depth, p, 0.0)
         running = state.halt_mass < halting.threshold
         mass = state.halt_mass + p
         weight = torch.where(mass >= halting.threshold, (1 - state.halt_mass).clamp(min=0), p)
-        weight = torch.where(running, weight, torch.zeros_like(weight))
+        weight = torch.where(running, weight, 0.0)
         return LoopState(
             h=h,
             out=state.out + weight[..., None].to(state.out.dtype) * wide.to(state.out.dtype),

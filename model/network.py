@@ -27,7 +27,9 @@ class Network(nn.Module):
         self.config = config
         self.embed = nn.Parameter(torch.empty(config.vocab_size, config.dim))
         self.rope = Rope(config, max_context or config.max_seq_len)
-        self.prelude_blocks = nn.ModuleList(Block(config, ops, moe=False) for _ in range(config.prelude_layers))
+        self.prelude_blocks = nn.ModuleList(
+            Block(config, ops, moe=False) for _ in range(config.prelude_layers)
+        )
         self.step = LoopStep(config, ops)
         self.coda_blocks = nn.ModuleList(Block(config, ops, moe=False) for _ in range(config.coda_layers))
         self.norm = RMSNorm(config.dim)
@@ -80,4 +82,3 @@ def positions_of(window: Window, chunk: int) -> Int[Tensor, "B S"]:
     """The position of each new row in its sequence; padding rows, which nothing looks at, get 0."""
     columns = window.length + torch.arange(chunk)
     return (columns[None, :] - window.first[:, None]).clamp(min=0)
-

@@ -3,9 +3,6 @@
 The body is written in ONNX's own text syntax and becomes a model-local function, so every ONNX runtime can run a
 graph that holds these nodes; a runtime that knows a faster way (a TensorRT plugin, an ONNX Runtime kernel) replaces
 the node. Other faces: ``reference`` (numpy oracle), ``torch_ops`` (tracing), ``ort_lowering``.
-
-There is no op for grouped-query attention: written with standard ops it reads the cache once too, and every runtime
-already has a native attention to fuse it into.
 """
 
 from dataclasses import dataclass
@@ -38,36 +35,15 @@ class OpSpec:
         return f"{header}\n{signature}\n{{{self.body[with_optional]}}}"
 
 
-_LATENT_ATTENTION = """
+# Which columns (past, then new) each new row may look at, for both attentions: needs past_count, new_count (1,).
+_VISIBLE = """
     zero = Constant <value_int = 0> ()
     one = Constant <value_int = 1> ()
-    minus_one = Constant <value_ints = [-1]> ()
-    keep_rest = Constant <value_ints = [0, -1]> ()
-    batch_rows = Shape <start = 0, end = 2> (q)
-    new_count = Shape <start = 1, end = 2> (q)
-    heads = Shape <start = 2, end = 3> (q)
-    width = Shape <start = 3, end = 4> (q)
-    past_count = Shape <start = 1, end = 2> (past)
-
-    # Heads are rows: one product over the cached rows serves them all. The cache stands left, which is the faster
-    # order for few rows, and the scores are joined instead of the caches.
-    scale_value = Constant <value_float: float = @scale> ()
-    q_scaled = Mul (q, scale_value)
-    head_rows = Concat <axis = 0> (keep_rest, width)
-    q_rows = Reshape (q_scaled, head_rows)
-    q_columns = Transpose <perm = [0, 2, 1]> (q_rows)
-    past_scores = MatMul (past, q_columns)
-    new_scores = MatMul (rows, q_columns)
-    scores_left = Concat <axis = 1> (past_scores, new_scores)
-    scores_rows = Transpose <perm = [0, 2, 1]> (scores_left)
-    per_head = Concat <axis = 0> (batch_rows, heads, minus_one)
-    scores = Reshape (scores_rows, per_head)
-
-    # Positions of the columns; past columns that are not filled yet lie beyond every row. A padding row sees itself.
     past_scalar = Squeeze (past_count)
     new_scalar = Squeeze (new_count)
     columns = Range (zero, past_scalar, one)
     filled = Less (columns, length)
+    # Past columns that are not filled yet lie beyond every row; a padding row sees itself.
     beyond = Constant <value_int = 4611686018427387904> ()
     past_positions = Where (filled, columns, beyond)
     steps = Range (zero, new_scalar, one)
@@ -81,16 +57,39 @@ _LATENT_ATTENTION = """
     started = GreaterOrEqual (positions, lowest_position)
     causal = LessOrEqual (positions, row_column)
     visible = And (started, causal)
+    hidden_score = Constant <value_float = -3.4028234e38> ()
+    all_count = Shape (positions)
+    counts = Concat <axis = 0> (past_count, new_count)
+"""
+
+_LATENT_ATTENTION = f"""
+    minus_one = Constant <value_ints = [-1]> ()
+    keep_rest = Constant <value_ints = [0, -1]> ()
+    batch_rows = Shape <start = 0, end = 2> (q)
+    new_count = Shape <start = 1, end = 2> (q)
+    heads = Shape <start = 2, end = 3> (q)
+    width = Shape <start = 3, end = 4> (q)
+    past_count = Shape <start = 1, end = 2> (past)
+    {_VISIBLE}
+    # Heads are rows: one product over the cached rows serves them all. The cache stands left, which is the faster
+    # order for few rows, and the scores are joined instead of the caches.
+    scale_value = Constant <value_float: float = @scale> ()
+    q_scaled = Mul (q, scale_value)
+    head_rows = Concat <axis = 0> (keep_rest, width)
+    q_rows = Reshape (q_scaled, head_rows)
+    q_columns = Transpose <perm = [0, 2, 1]> (q_rows)
+    past_scores = MatMul (past, q_columns)
+    new_scores = MatMul (rows, q_columns)
+    scores_left = Concat <axis = 1> (past_scores, new_scores)
+    scores_rows = Transpose <perm = [0, 2, 1]> (scores_left)
+    per_head = Concat <axis = 0> (batch_rows, heads, minus_one)
+    scores = Reshape (scores_rows, per_head)
     head_axis = Constant <value_ints = [2]> ()
     visible_per_head = Unsqueeze (visible, head_axis)
-    hidden_score = Constant <value_float = -3.4028234e38> ()
     masked = Where (visible_per_head, scores, hidden_score)
     softmax = Softmax <axis = -1> (masked)
-
-    all_count = Shape (positions)
     weight_rows = Concat <axis = 0> (keep_rest, all_count)
     weights = Reshape (softmax, weight_rows)
-    counts = Concat <axis = 0> (past_count, new_count)
     past_weights, new_weights = Split <axis = 2> (weights, counts)
     past_mixed = MatMul (past_weights, past)
     new_mixed = MatMul (new_weights, rows)
@@ -102,6 +101,58 @@ _LATENT_ATTENTION = """
     value_start = Constant <value_ints = [0]> ()
     value_axis = Constant <value_ints = [3]> ()
     mixed = Slice (mixed_whole, value_start, value_end, value_axis)
+"""
+
+_GROUPED_QUERY_ATTENTION = f"""
+    minus_one = Constant <value_ints = [-1]> ()
+    keep_two = Constant <value_ints = [0, 0]> ()
+    new_count = Shape <start = 1, end = 2> (q)
+    head_dim = Shape <start = 3, end = 4> (q)
+    past_count = Shape <start = 1, end = 2> (past)
+    {_VISIBLE}
+    # The query heads of a group are rows of one product, so that keys and values are never repeated.
+    kv_heads_value = Constant <value_int: int = @kv_heads> ()
+    groups = Reshape (kv_heads_value, minus_one)
+    scale_value = Constant <value_float: float = @scale> ()
+    q_scaled = Mul (q, scale_value)
+    grouped = Concat <axis = 0> (keep_two, groups, minus_one, head_dim)
+    q_grouped = Reshape (q_scaled, grouped)
+    q_by_group = Transpose <perm = [0, 2, 1, 3, 4]> (q_grouped)
+    flat_rows = Concat <axis = 0> (keep_two, minus_one, head_dim)
+    q_rows = Reshape (q_by_group, flat_rows)
+
+    per_group = Concat <axis = 0> (keep_two, groups, head_dim)
+    past_keys_flat, past_values_flat = Split <axis = 2, num_outputs = 2> (past)
+    past_keys_rows = Reshape (past_keys_flat, per_group)
+    past_keys = Transpose <perm = [0, 2, 3, 1]> (past_keys_rows)
+    past_values_rows = Reshape (past_values_flat, per_group)
+    past_values = Transpose <perm = [0, 2, 1, 3]> (past_values_rows)
+    new_keys_flat, new_values_flat = Split <axis = 2, num_outputs = 2> (rows)
+    new_keys_rows = Reshape (new_keys_flat, per_group)
+    new_keys = Transpose <perm = [0, 2, 3, 1]> (new_keys_rows)
+    new_values_rows = Reshape (new_values_flat, per_group)
+    new_values = Transpose <perm = [0, 2, 1, 3]> (new_values_rows)
+
+    past_scores = MatMul (q_rows, past_keys)
+    new_scores = MatMul (q_rows, new_keys)
+    scores_rows = Concat <axis = 3> (past_scores, new_scores)
+    per_row = Concat <axis = 0> (keep_two, new_count, minus_one, all_count)
+    scores = Reshape (scores_rows, per_row)
+    group_axes = Constant <value_ints = [1, 3]> ()
+    visible_per_head = Unsqueeze (visible, group_axes)
+    masked = Where (visible_per_head, scores, hidden_score)
+    softmax = Softmax <axis = -1> (masked)
+    scores_shape = Shape (scores_rows)
+    weights = Reshape (softmax, scores_shape)
+    past_weights, new_weights = Split <axis = 3> (weights, counts)
+    past_mixed = MatMul (past_weights, past_values)
+    new_mixed = MatMul (new_weights, new_values)
+    mixed_rows = Add (past_mixed, new_mixed)
+    by_row = Concat <axis = 0> (keep_two, new_count, minus_one, head_dim)
+    mixed_by_group = Reshape (mixed_rows, by_row)
+    mixed_by_row = Transpose <perm = [0, 2, 1, 3, 4]> (mixed_by_group)
+    q_shape = Shape (q)
+    mixed = Reshape (mixed_by_row, q_shape)
 """
 
 _SHARED_EXPERTS = """
@@ -178,6 +229,17 @@ LATENT_ATTENTION = OpSpec(
     body={False: _LATENT_ATTENTION},
 )
 
+GROUPED_QUERY_ATTENTION = OpSpec(
+    name="GroupedQueryAttention",
+    # q (B, S, H, head_dim); rows (B, S, W) and past (B, C, W): keys | values of all key/value heads, so
+    # W = 2 * kv_heads * head_dim; length, first as above. Output (B, S, H, head_dim).
+    inputs=("q", "rows", "past", "length", "first"),
+    optional=(),
+    attributes=("scale", "kv_heads"),
+    output="mixed",
+    body={False: _GROUPED_QUERY_ATTENTION},
+)
+
 SPARSE_MOE = OpSpec(
     name="SparseMoE",
     # x (N, D); router (E, D); router_bias (E,) added for the choice only; fc1 (E, 2F, D) with gate and up rows
@@ -189,4 +251,4 @@ SPARSE_MOE = OpSpec(
     body={False: _NO_SHARED_EXPERTS + _ROUTED_EXPERTS, True: _SHARED_EXPERTS + _ROUTED_EXPERTS},
 )
 
-OPS: dict[str, OpSpec] = {spec.name: spec for spec in (LATENT_ATTENTION, SPARSE_MOE)}
+OPS: dict[str, OpSpec] = {spec.name: spec for spec in (LATENT_ATTENTION, GROUPED_QUERY_ATTENTION, SPARSE_MOE)}

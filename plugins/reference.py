@@ -23,6 +23,25 @@ def latent_attention(
     return mixed
 
 
+def grouped_query_attention(
+    q: Array, rows: Array, past: Array, length: int, first: NDArray[np.int64], *, scale: float, kv_heads: int
+) -> Float64:
+    """The attended values (B, S, H, head_dim) of ``mythos::GroupedQueryAttention``; shapes as in ``ops``."""
+    batch, chunk, heads, head_dim = q.shape
+    mixed = np.zeros(q.shape)
+    for b in range(batch):
+        context = np.concatenate([past[b, :length], rows[b]]).astype(np.float64)
+        keys, values = context.reshape(-1, 2, kv_heads, head_dim).transpose(1, 2, 0, 3)
+        for s in range(chunk):
+            own = length + s
+            seen = slice(min(int(first[b]), own), own + 1)
+            for h in range(heads):
+                group = h // (heads // kv_heads)
+                weights = _softmax(keys[group, seen] @ q[b, s, h].astype(np.float64) * scale)
+                mixed[b, s, h] = weights @ values[group, seen]
+    return mixed
+
+
 def sparse_moe(
     x: Array,
     router: Array,

@@ -120,7 +120,10 @@ class LoopStep(nn.Module):
         """
         active = h[:, h.shape[1] - state.out.shape[1] :]
         wide = active.to(state.halt_mass.dtype)
-        p = torch.sigmoid((wide * self.halt_weight.to(wide.dtype)).sum(-1) + self.halt_bias.to(wide.dtype))
+        logit = (wide * self.halt_weight.to(wide.dtype)).sum(-1) + self.halt_bias.to(wide.dtype)
+        # Not Sigmoid: ONNX Runtime's is cut off at -18, and a position that never halts may live on weights of 1e-9,
+        # which the coda's norms bring back to size.
+        p = 1 / (1 + (-logit).exp())
         p = torch.where(step_index + 1 >= halting.min_depth, p, 0.0)
         running = state.halt_mass < halting.threshold
         mass = state.halt_mass + p

@@ -1,7 +1,7 @@
 """The tensors a config implies, and the config fields that tensors imply. Reads no files and no weights."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mythos_edge.model.config import MythosConfig
@@ -83,11 +83,11 @@ def inferred_fields(shapes: Shapes, known: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def few(names: Any, most: int = 5) -> str:
+def few(found: Iterable[str], most: int = 5) -> str:
     """The first names, and how many more there are."""
-    names = list(names)
+    names = list(found)
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(str, names[:most])) + more if names else "no tensors"
+    return ", ".join(names[:most]) + more if names else "no tensors"
 
 
 def table_length(shapes: Shapes) -> int | None:

@@ -199,6 +199,7 @@ def _stored_config(loaded: Mapping[Any, Any], path: Path) -> Mapping[str, Any] |
 
 def _load_without_weights(path: Path) -> Any:
     """The pickled object with fake tensors: shapes, strides and file offsets, but no tensor bytes."""
+    # map_location="meta" would be quicker, but before torch 2.11 it reads every byte of the file first.
     allowed: list[Any] = [(_StoredConfig, "open_mythos.main.MythosConfig")]
     try:
         with torch.serialization.safe_globals(allowed), FakeTensorMode():

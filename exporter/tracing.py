@@ -4,9 +4,13 @@ What comes out are onnx_ir models whose initializers have names and shapes (thos
 ``weights`` gives them values on disk. Not here: the Loop (``loop_graph``), lowering, files.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
 
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
@@ -15,6 +19,7 @@ from onnxscript.optimizer import fold_constants
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mythos_edge.exporter.weights import attach_weights, plan_weights
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.layers import Window
 from mythos_edge.model.loop import Halting, LoopState
@@ -87,8 +92,10 @@ class _Inputs:
     axes: dict[str, Any]
 
 
-def trace_stages(config: MythosConfig, max_context: int) -> dict[str, ir.Model]:
-    """The stage graphs ``prelude``, ``step`` and ``coda``, initializers without values."""
+def trace_stages(
+    config: MythosConfig, max_context: int, stages: Sequence[str] = STAGES
+) -> dict[str, ir.Model]:
+    """The stage graphs by name, initializers without values."""
     with FakeTensorMode():
         network = Network(config, max_context, TracedOps()).requires_grad_(False).eval()
         faces: dict[str, tuple[nn.Module, _Inputs]] = {
@@ -96,7 +103,7 @@ def trace_stages(config: MythosConfig, max_context: int) -> dict[str, ir.Model]:
             "step": (_Step(network), _step_inputs(config)),
             "coda": (_Coda(network), _coda_inputs(config)),
         }
-        return {stage: _trace(stage, *faces[stage], config) for stage in STAGES}
+        return {stage: _trace(stage, *faces[stage], config) for stage in stages}
 
 
 def _trace(stage: str, face: nn.Module, inputs: _Inputs, config: MythosConfig) -> ir.Model:
@@ -252,3 +259,35 @@ def _coda_inputs(config: MythosConfig) -> _Inputs:
 
 def _past(config: MythosConfig, count: int) -> list[Tensor]:
     return [torch.empty(_B, _C, config.cache_width) for _ in range(count)]
+
+
+@dataclass(frozen=True)
+class TraceJob:
+    """Which stages to trace into ``folder`` as ``<stage>.onnx``, over a weights file that need not exist yet."""
+
+    config: dict[str, Any]
+    max_context: int
+    dtype: str
+    stages: tuple[str, ...]
+    folder: str
+
+    def run(self) -> None:
+        config = MythosConfig(**self.config)
+        plan = plan_weights(config, self.max_context, self.dtype)
+        for stage, model in trace_stages(config, self.max_context, self.stages).items():
+            attach_weights(model.graph, plan, Path(self.folder))
+            ir.save(model, Path(self.folder) / f"{stage}.onnx")
+
+
+def start_tracing(job: TraceJob, log: IO[bytes]) -> subprocess.Popen[bytes]:
+    """Traces in a process of its own, beside the streaming of the weights; what torch prints goes to ``log``."""
+    command = [sys.executable, "-m", "mythos_edge.exporter.tracing"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)
+    assert process.stdin is not None
+    with process.stdin as pipe:
+        pipe.write(json.dumps(asdict(job)).encode())
+    return process
+
+
+if __name__ == "__main__":
+    TraceJob(**json.load(sys.stdin)).run()

@@ -1,0 +1,198 @@
+"""Checkpoint in, bundle out: traces the stages while the weights stream to disk, then weaves, lowers and checks.
+
+The bundle appears whole or not at all. Memory does not grow with the model: no tensor is ever whole in it.
+"""
+
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from mythos_edge.exporter import loop_graph
+from mythos_edge.exporter.sample import golden_sample
+from mythos_edge.exporter.tracing import STAGES, TraceJob, start_tracing
+from mythos_edge.exporter.weights import (
+    STORAGE_TYPES,
+    WEIGHTS_FILE,
+    WeightsHashes,
+    plan_weights,
+    write_weights,
+)
+from mythos_edge.model.bundle import (
+    Bundle,
+    BundleWriter,
+    FileRecord,
+    GraphSpec,
+    Manifest,
+    Source,
+    TargetSpec,
+    TensorSpec,
+    open_bundle,
+    require_free_space,
+)
+from mythos_edge.model.checkpoint import Checkpoint
+from mythos_edge.model.config import MythosConfig
+from mythos_edge.model.errors import ConfigError, ExportError
+from mythos_edge.plugins.ort_lowering import lower_for_ort
+from mythos_edge.plugins.torch_ops import add_functions
+
+ORT_CPU = "ort-cpu"
+TOKENIZER_FILE = "tokenizer.json"
+# Two processes trace, so that tracing takes about as long as streaming a small model's weights.
+_TRACE_GROUPS = (("step",), ("prelude", "coda"))
+_GRAPHS_BYTES = 16 << 20
+_LIBRARIES = ("mythos-edge", "torch", "onnx", "onnx-ir", "onnxscript")
+
+Progress = Callable[[str, float], None]
+
+
+def export_bundle(
+    checkpoint: Checkpoint,
+    output: Path,
+    *,
+    dtype: str = "fp32",
+    max_context: int | None = None,
+    tokenizer: Path | None = None,
+    force: bool = False,
+    progress: Progress = lambda phase, fraction: None,
+) -> Bundle:
+    """The bundle written to ``output``; ``progress`` is told the phase and the fraction of it that is done.
+
+    ``max_context`` (positions) defaults to the checkpoint's ``max_seq_len``; ``dtype`` is the storage dtype of the
+    large weights. Raises ExportError, CheckpointError (a weight that is not finite) and ConfigError.
+    """
+    if dtype not in STORAGE_TYPES:
+        raise ExportError(f"dtype is {dtype!r}, expected one of {', '.join(STORAGE_TYPES)}")
+    config = checkpoint.config
+    context = config.max_seq_len if max_context is None else max_context
+    if context < 1:
+        raise ExportError(f"max_context is {context}, expected at least 1")
+    if tokenizer is not None:
+        _check_tokenizer(tokenizer, config)
+    plan = plan_weights(config, context, dtype)
+    require_free_space(output.parent, plan.total_bytes + _GRAPHS_BYTES)
+    with BundleWriter(output, force=force) as writer:
+        folder = writer.folder
+        with _tracing(config, context, dtype, folder) as finish_tracing:
+            hashes = write_weights(
+                plan,
+                checkpoint,
+                folder / WEIGHTS_FILE,
+                lambda done: progress("weights", done / plan.total_bytes),
+            )
+            progress("graphs", 0.0)
+            finish_tracing()
+        graphs = _write_graphs(config, folder, progress)
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, folder / TOKENIZER_FILE)
+        progress("self-test sample", 0.0)
+        sample = golden_sample(config, plan, folder, context)
+
+        def manifest(files: Mapping[str, FileRecord]) -> Manifest:
+            return Manifest(
+                config=config,
+                dtype=dtype,
+                max_context=context,
+                graphs=graphs,
+                targets={ORT_CPU: _ort_cpu_target(dtype)},
+                files=dict(files),
+                versions={name: metadata.version(name) for name in _LIBRARIES},
+                source=_source(checkpoint, hashes),
+                sample=sample,
+                tokenizer=TOKENIZER_FILE if tokenizer is not None else None,
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+            )
+
+        writer.finish(manifest, known={WEIGHTS_FILE: hashes.file})
+    return open_bundle(output)
+
+
+@contextmanager
+def _tracing(config: MythosConfig, context: int, dtype: str, folder: Path) -> Iterator[Callable[[], None]]:
+    """Tracing under way in processes of their own; calling what is yielded waits for them."""
+    logs = [folder / f"trace-{index}.log" for index in range(len(_TRACE_GROUPS))]
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for stages, log in zip(_TRACE_GROUPS, logs, strict=True):
+            with log.open("wb") as file:
+                processes.append(
+                    start_tracing(TraceJob(config.to_dict(), context, dtype, stages, str(folder)), file)
+                )
+
+        def finish() -> None:
+            for process, log in zip(processes, logs, strict=True):
+                if process.wait() != 0:
+                    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [
+                        "no output"
+                    ]
+                    raise ExportError(
+                        f"tracing the model failed with status {process.returncode}: {lines[-1]}"
+                    )
+
+        yield finish
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+        for log in logs:
+            log.unlink(missing_ok=True)
+
+
+def _write_graphs(config: MythosConfig, folder: Path, progress: Progress) -> dict[str, GraphSpec]:
+    stages = {stage: ir.load(folder / f"{stage}.onnx") for stage in STAGES}
+    models = dict(stages)
+    models["model"] = loop_graph.loop_model(stages, config)
+    models["model_with_past"] = loop_graph.loop_model_with_past(stages, config)
+    lowered = {f"{stage}.{ORT_CPU}": lower_for_ort(stages[stage]) for stage in STAGES}
+    for index, (name, model) in enumerate({**models, **lowered}.items()):
+        progress("graphs", index / (len(models) + len(lowered)))
+        add_functions(model)
+        path = folder / f"{name}.onnx"
+        ir.save(model, path)
+        onnx.checker.check_model(str(path), full_check=True)
+    return {
+        name: GraphSpec(f"{name}.onnx", _tensor_specs(model.graph.inputs), _tensor_specs(model.graph.outputs))
+        for name, model in models.items()
+    }
+
+
+def _tensor_specs(values: list[ir.Value] | tuple[ir.Value, ...]) -> tuple[TensorSpec, ...]:
+    specs = []
+    for value in values:
+        assert value.shape is not None
+        assert value.dtype is not None
+        shape = tuple(size if isinstance(size, int) else str(size.value) for size in value.shape)
+        specs.append(TensorSpec(str(value.name), str(value.dtype.numpy()), shape))
+    return tuple(specs)
+
+
+def _ort_cpu_target(dtype: str) -> TargetSpec:
+    note = (
+        ""
+        if dtype == "fp32"
+        else f"weights are stored in {dtype}; the CPU has no fast {dtype} and computes in fp32"
+    )
+    return TargetSpec({stage: f"{stage}.{ORT_CPU}.onnx" for stage in STAGES}, compute_dtype="fp32", note=note)
+
+
+def _source(checkpoint: Checkpoint, hashes: WeightsHashes) -> Source:
+    return Source(checkpoint.path.name, checkpoint.kind, hashes.source, checkpoint.step)
+
+
+def _check_tokenizer(path: Path, config: MythosConfig) -> None:
+    from tokenizers import Tokenizer
+
+    if not path.is_file():
+        raise ExportError(f"{path}: no such tokenizer; expected a Hugging Face tokenizer.json")
+    try:
+        size = Tokenizer.from_file(str(path)).get_vocab_size()
+    except Exception as error:  # the library raises plain Exception
+        raise ExportError(f"{path}: not a Hugging Face tokenizer.json: {error}") from error
+    if size > config.vocab_size:
+        raise ConfigError(f"{path}: the tokenizer has {size} tokens, but the model knows {config.vocab_size}")

@@ -1,0 +1,105 @@
+"""The golden sample of a bundle: what the network says about a few tokens, computed from the weights as written.
+
+It is computed with torch, not with the runtime it will test, and straight from the weights file with one matrix's
+piece in memory at a time, so that an export's memory does not grow with the model.
+"""
+
+import mmap
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from mythos_edge.exporter.weights import WEIGHTS_FILE, WeightsPlan
+from mythos_edge.model.bundle import GoldenSample
+from mythos_edge.model.config import MythosConfig
+from mythos_edge.model.layers import Window
+from mythos_edge.model.loop import Halting, LoopState
+from mythos_edge.model.network import Network
+
+_TOKENS = 4
+_MAX_DEPTH = 2
+_TOP = 8
+_PIECE_BYTES = 32 << 20
+
+
+def golden_sample(config: MythosConfig, plan: WeightsPlan, folder: Path, max_context: int) -> GoldenSample:
+    """Depths and largest logits of the network in ``folder`` after a few tokens and at most two loop steps."""
+    ids = [(7 * index + 3) % config.vocab_size for index in range(min(_TOKENS, max_context))]
+    max_depth = min(_MAX_DEPTH, config.max_loop_iters)
+    with (folder / WEIGHTS_FILE).open("rb") as file:
+        # A private mapping: torch wants writable memory, and nothing is ever written.
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    network = _mapped_network(config, plan, mapping, max_context)
+    with torch.no_grad(), _Streaming(lambda: mapping.madvise(mmap.MADV_DONTNEED)):
+        logits, depth = _run(network, torch.tensor([ids]), max_depth)
+    top = logits.topk(min(_TOP, config.vocab_size))
+    return GoldenSample(
+        ids=tuple(ids),
+        max_depth=max_depth,
+        threshold=config.act_threshold,
+        depth=tuple(depth.tolist()),
+        top_ids=tuple(top.indices.tolist()),
+        top_logits=tuple(top.values.tolist()),
+    )
+
+
+def _run(network: Network, ids: Tensor, max_depth: int) -> tuple[Tensor, Tensor]:
+    config, chunk = network.config, ids.shape[1]
+    window = Window(torch.tensor(0), torch.zeros(1, dtype=torch.int64))
+    nothing = torch.empty(1, 0, config.cache_width)
+    halting = Halting(torch.tensor(config.act_threshold), torch.tensor(1))
+    e, _ = network.prelude(ids, window, *[nothing] * config.prelude_layers)
+    state = LoopState(e, torch.zeros_like(e), torch.zeros(1, chunk), torch.zeros(1, chunk, dtype=torch.int64))
+    for index in range(max_depth):
+        state, _ = network.loop_step(state, e, torch.tensor(index), halting, window, nothing)
+    last = torch.tensor([chunk - 1])
+    logits, _ = network.coda(state.out, last, window, *[nothing] * config.coda_layers)
+    return logits[0, 0], state.depth[0]
+
+
+def _mapped_network(config: MythosConfig, plan: WeightsPlan, mapping: mmap.mmap, max_context: int) -> Network:
+    with torch.device("meta"):
+        network = Network(config, max_context)
+    modules = dict(network.named_modules())
+    for tensor in plan.tensors:
+        owner, _, leaf = tensor.recipe.name.rpartition(".")
+        count = tensor.length // tensor.type.torch.itemsize
+        flat = torch.frombuffer(mapping, dtype=tensor.type.torch, count=count, offset=tensor.offset)
+        setattr(modules[owner], leaf, nn.Parameter(flat.view(tensor.recipe.shape), requires_grad=False))
+    return network
+
+
+class _Streaming(TorchFunctionMode):
+    """Computes in float32 whatever the storage dtype, and drops each matrix from memory once it was used."""
+
+    def __init__(self, evict: Callable[[], None]) -> None:
+        super().__init__()
+        self._evict = evict
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is nn.functional.linear:
+            return self._linear(*args)
+        if func is nn.functional.embedding:
+            return func(*args, **(kwargs or {})).float()
+        if func is Tensor.__getitem__:
+            return func(*args)
+        return func(*(_widened(argument) for argument in args), **(kwargs or {}))
+
+    def _linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        height = max(1, _PIECE_BYTES // (weight.shape[1] * weight.element_size()))
+        pieces = []
+        for start in range(0, weight.shape[0], height):
+            pieces.append(x @ weight[start : start + height].float().T)
+            self._evict()
+        return torch.cat(pieces, dim=-1)
+
+
+def _widened(argument: Any) -> Any:
+    narrow = isinstance(argument, Tensor) and argument.dtype in (torch.float16, torch.bfloat16)
+    return argument.float() if narrow else argument

@@ -1,0 +1,195 @@
+"""What runs the three stages: the protocol, ONNX Runtime behind it, and a scripted network for tests.
+
+A backend knows graphs and memory, not sequences: the staircase decides which rows run against which cached rows.
+Exceptions of ONNX Runtime are translated here and nowhere else.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mythos_edge.model.bundle import Bundle
+from mythos_edge.model.errors import BackendUnavailable, BundleError, MythosEdgeError
+
+Array = NDArray[Any]
+Arrays = Mapping[str, Array]
+TARGET = "ort-cpu"
+
+
+class Backend(Protocol):
+    """Runs the stages ``prelude``, ``step`` and ``coda`` of one bundle.
+
+    The caller owns every buffer: ``feeds`` are read and ``outputs`` are written in place, all C-contiguous, while
+    ``run`` is under way. A backend may keep references to them until the next run of the same stage, so that
+    arrays passed again (the same objects, perhaps with other contents) cost nothing to bind.
+    """
+
+    def run(self, stage: str, feeds: Arrays, outputs: Arrays) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class OrtBackend:
+    """The bundle's ONNX Runtime CPU target; weights stay mapped in the file and are never copied.
+
+    Raises BackendUnavailable without onnxruntime, BundleError when a graph can not be loaded.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int = 0) -> None:
+        target = bundle.manifest.targets[TARGET]
+        self._stages = {
+            stage: _BoundGraph(bundle.file(name), threads) for stage, name in target.graphs.items()
+        }
+
+    def run(self, stage: str, feeds: Arrays, outputs: Arrays) -> None:
+        self._stages[stage].run(feeds, outputs)
+
+    def close(self) -> None:
+        self._stages = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _BoundGraph:
+    """One session whose inputs and outputs are bound once and again only when another array is passed."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        self._name = path.name
+        self._session = ort_session(path, threads)
+        self._binding = self._session.io_binding()
+        self._bound: dict[str, Array] = {}
+
+    def run(self, feeds: Arrays, outputs: Arrays) -> None:
+        bound, binding = self._bound, self._binding
+        try:
+            for name, array in feeds.items():
+                if bound.get(name) is not array:
+                    binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, _address(array))
+                    bound[name] = array
+            for name, array in outputs.items():
+                if bound.get(name) is not array:
+                    binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, _address(array))
+                    bound[name] = array
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # onnxruntime's exceptions have no common base but this
+            raise MythosEdgeError(f"{self._name}: ONNX Runtime failed: {_one_line(error)}") from error
+
+
+def ort_session(path: Path, threads: int = 0) -> Any:
+    """An onnxruntime.InferenceSession on the CPU; ``threads`` 0 shares one pool of all cores between sessions."""
+    ort = import_onnxruntime()
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    # Without prepacking the weights are read straight from the mapped file: no second copy, loads at once.
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    if threads:
+        options.intra_op_num_threads = threads
+    else:
+        options.use_per_session_threads = False
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # see _BoundGraph.run
+        raise BundleError(f"{path.name}: ONNX Runtime can not load it: {_one_line(error)}") from error
+
+
+_pool_ready = False
+
+
+def import_onnxruntime() -> Any:
+    """The onnxruntime module, without its telemetry and with one thread pool for all sessions."""
+    global _pool_ready
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendUnavailable("onnxruntime is not installed", "pip install onnxruntime") from error
+    if not _pool_ready:
+        # Sessions with pools of their own fight for the cores: measured at half the speed.
+        onnxruntime.set_global_thread_pool_sizes(len(os.sched_getaffinity(0)), 1)
+        _pool_ready = True
+    return onnxruntime
+
+
+def _address(array: Array) -> int:
+    assert array.flags.c_contiguous
+    address: int = array.__array_interface__["data"][0]
+    return address
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+class ScriptedBackend:
+    """A network small enough to check by hand: the token says at which loop step its position halts.
+
+    Token ``v`` halts at depth ``depths[v]``. Every other value depends on all visible rows of every slot it should
+    depend on, so that a wrong slot, row or order changes the logits. Cache rows are one value wide.
+    """
+
+    def __init__(self, depths: Mapping[int, int], vocab_size: int) -> None:
+        self.calls: list[tuple[str, int]] = []
+        self._depths, self._vocab_size = dict(depths), vocab_size
+
+    def run(self, stage: str, feeds: Arrays, outputs: Arrays) -> None:
+        rows = feeds["input_ids" if stage == "prelude" else "out" if stage == "coda" else "h"].shape[1]
+        self.calls.append((stage, rows))
+        made = getattr(self, f"_{stage}")(feeds)
+        for name, array in outputs.items():
+            assert array.shape == made[name].shape, (stage, name, array.shape, made[name].shape)
+            array[...] = made[name]
+
+    def close(self) -> None:
+        self.calls.clear()
+
+    def _prelude(self, feeds: Arrays) -> dict[str, Array]:
+        ids = feeds["input_ids"].astype(np.float32)
+        mixed = _attend(ids[..., None], feeds["past_0"], feeds)
+        # e = (token, what earlier tokens were)
+        return {"e": np.concatenate([ids[..., None], mixed], -1), "rows_0": ids[..., None]}
+
+    def _step(self, feeds: Arrays) -> dict[str, Array]:
+        h, e, index = feeds["h"], feeds["e"], int(feeds["step_index"])
+        rows = np.tanh(h.sum(-1, keepdims=True) + index)
+        mixed = _attend(rows, feeds["past"], feeds)
+        h_next = (0.5 * h + 0.1 * e + mixed).astype(np.float32)
+        active = h.shape[1] - feeds["out"].shape[1]
+        running = feeds["halt_mass"] < feeds["threshold"]
+        halts = np.array([[self._depths[int(v)] <= index + 1 for v in row] for row in e[:, active:, 0]])
+        halts = halts.reshape(running.shape) & (index + 1 >= feeds["min_depth"])
+        out = np.where((running & halts)[..., None], h_next[:, active:], feeds["out"])
+        return {
+            "h_next": h_next,
+            "out_next": out,
+            "halt_mass_next": np.where(running & halts, np.float32(1), feeds["halt_mass"]),
+            "depth_next": feeds["depth"] + running,
+            "rows": rows,
+        }
+
+    def _coda(self, feeds: Arrays) -> dict[str, Array]:
+        out = feeds["out"]
+        rows = out.sum(-1, keepdims=True)
+        mixed = (rows + _attend(rows, feeds["past_0"], feeds))[:, feeds["logit_rows"]]
+        return {
+            "logits": np.cos(mixed * np.arange(1, self._vocab_size + 1)).astype(np.float32),
+            "rows_0": rows,
+        }
+
+
+def _attend(rows: Array, past: Array, feeds: Arrays) -> Array:
+    """For each new row a mean of the rows it sees, weighted by position so that their order matters."""
+    length, first = int(feeds["length"]), feeds["first"]
+    mixed = np.zeros_like(rows)
+    for b, s in np.ndindex(rows.shape[:2]):
+        seen = np.concatenate([past[b, :length], rows[b, : s + 1]])[min(int(first[b]), length + s) :]
+        weights = np.arange(1, len(seen) + 1, dtype=np.float32)[:, None]
+        mixed[b, s] = (seen * weights).sum(0) / weights.sum()
+    return mixed

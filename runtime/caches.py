@@ -1,0 +1,142 @@
+"""The memory of a sequence batch: one growing buffer per slot, and the pending states of lagging positions.
+
+Columns are positions of the batch in lockstep (with left padding); row b of a buffer is one sequence. A batch of
+one is special: there a range of columns is one piece of memory, so cached rows are passed on by pointer.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mythos_edge.model.config import MythosConfig
+
+Float32 = NDArray[np.float32]
+_FIRST_CAPACITY = 64
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """What a context costs before anything is allocated.
+
+    ``bytes_per_token``: rows of all slots; ``pending_bytes_per_token``: h and e of a position below full depth.
+    """
+
+    slots: int
+    bytes_per_token: int
+    pending_bytes_per_token: int
+    context: int
+    batch: int
+
+    @property
+    def cache_bytes(self) -> int:
+        """All slots full for the whole context."""
+        return self.bytes_per_token * self.context * self.batch
+
+    @property
+    def worst_bytes(self) -> int:
+        """The same with every position still pending."""
+        return self.cache_bytes + self.pending_bytes_per_token * self.context * self.batch
+
+
+def plan_cache(config: MythosConfig, max_depth: int, context: int, batch: int = 1) -> CachePlan:
+    """The memory that ``context`` tokens in each of ``batch`` sequences take at ``max_depth`` loop steps."""
+    slots = config.prelude_layers + max_depth + config.coda_layers
+    return CachePlan(slots, slots * config.cache_width * 4, 2 * config.dim * 4, context, batch)
+
+
+class ColumnBuffer:
+    """Columns ``start .. end`` of a (B, columns, width) array that grows by doubling up to ``limit`` columns.
+
+    Columns below ``start`` are given up. Nothing is allocated before the first column is written.
+    """
+
+    def __init__(self, batch: int, width: int, limit: int) -> None:
+        self._batch, self._width, self._limit = batch, width, limit
+        self._data: Float32 = np.zeros((batch, 0, width), np.float32)
+        self._origin = 0  # the column that stands first in _data
+        self.start = 0
+        self.end = 0
+        self._last_key = (0, 0)
+        self._last_view: Float32 | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return int(self._data.nbytes)
+
+    def view(self, start: int, end: int) -> Float32:
+        """Columns ``start .. end`` as a C-contiguous array: memory of the buffer for a batch of one, else a copy."""
+        assert self.start <= start <= end <= self.end, (self.start, start, end, self.end)
+        key = (start - self._origin, end - self._origin)
+        if self._last_view is not None and self._last_key == key and self._last_view.base is self._data:
+            return self._last_view
+        view = self._data[:, key[0] : key[1]]
+        if self._batch == 1:
+            # The same object for the same columns: what is bound to a graph stays bound.
+            self._last_key, self._last_view = key, view
+        return np.ascontiguousarray(view)
+
+    def whole(self) -> Float32:
+        """Every column there is room for, filled or not, without a copy; column 0 stands first."""
+        assert self._origin == 0
+        return self._data
+
+    def tail(self, count: int) -> Float32 | None:
+        """The ``count`` columns after ``end`` to write into directly, for a batch of one; see ``grow``."""
+        if self._batch != 1:
+            return None
+        self._reserve(self.end + count)
+        at = self.end - self._origin
+        return self._data[:, at : at + count]
+
+    def grow(self, count: int) -> None:
+        """Takes in the columns written through ``tail``."""
+        self.end += count
+
+    def append(self, rows: Float32) -> None:
+        """Writes ``rows (B, S, width)`` after the last column."""
+        self._reserve(self.end + rows.shape[1])
+        self.write(self.end, rows)
+        self.end += rows.shape[1]
+
+    def write(self, column: int, rows: Float32) -> None:
+        at = column - self._origin
+        self._data[:, at : at + rows.shape[1]] = rows
+
+    def truncate(self, end: int) -> None:
+        self.end = min(self.end, end)
+        self.start = min(self.start, self.end)
+        if self.start >= self.end:
+            self._origin = self.start
+
+    def drop_before(self, column: int) -> None:
+        """Gives up the columns before ``column``; with none left their memory is given back."""
+        self.start = column
+        if self.start >= self.end:
+            self._origin = self.start
+            if self._data.shape[1] > _FIRST_CAPACITY:
+                self._data = np.zeros((self._batch, 0, self._width), np.float32)
+
+    def _reserve(self, end: int) -> None:
+        needed, capacity = end - self._origin, self._data.shape[1]
+        if needed <= capacity:
+            return
+        kept = self._data[:, self.start - self._origin : self.end - self._origin]
+        needed = end - self.start
+        capacity = max(_FIRST_CAPACITY, capacity)
+        while capacity < needed:
+            capacity *= 2
+        # Zeros, because unfilled columns of a batch are multiplied by a weight of 0.
+        data = np.zeros((self._batch, min(capacity, max(self._limit, needed)), self._width), np.float32)
+        data[:, : kept.shape[1]] = kept
+        self._data, self._origin = data, self.start
+
+    def state(self) -> dict[str, Any]:
+        """What ``restore`` needs, as arrays."""
+        return {"columns": np.array([self.start, self.end]), "data": self.view(self.start, self.end)}
+
+    def restore(self, columns: NDArray[np.int64], data: Float32) -> None:
+        self.start = self.end = self._origin = int(columns[0])
+        self._data = np.zeros((self._batch, 0, self._width), np.float32)
+        self.append(np.asarray(data, np.float32))

@@ -1,0 +1,69 @@
+"""How deep a request lets the model think: policy, bounds and threshold, checked against the model."""
+
+import math
+import warnings
+from dataclasses import dataclass
+from enum import StrEnum
+
+from mythos_edge.model.config import MythosConfig
+from mythos_edge.model.errors import UsageError
+
+
+class Policy(StrEnum):
+    """What becomes of the loop steps a position does not need itself."""
+
+    EXACT = "exact"
+    """They run when a later position needs their cache rows: output equals ``full``, cost follows depth."""
+    FULL = "full"
+    """They run at once: the reference with a cache."""
+    LAST = "last"
+    """They never run; the position's last cache row stands in: approximate."""
+
+
+@dataclass(frozen=True)
+class Depth:
+    """The depth parameters of a request; ``None`` is what the model was trained with.
+
+    ``max_depth`` and ``min_depth`` count loop steps; a position halts when its halting mass, counted from loop step
+    ``min_depth`` on, reaches ``threshold``. Raises UsageError for values out of range.
+    """
+
+    policy: Policy = Policy.EXACT
+    max_depth: int | None = None
+    min_depth: int = 1
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        names = ", ".join(Policy)
+        if self.policy not in list(Policy):
+            raise UsageError(f"policy is {self.policy!r}, expected one of {names}")
+        object.__setattr__(self, "policy", Policy(self.policy))
+        if self.max_depth is not None and self.max_depth < 1:
+            raise UsageError(f"max_depth is {self.max_depth}, expected at least 1 loop step")
+        if self.min_depth < 1:
+            raise UsageError(f"min_depth is {self.min_depth}, expected at least 1 loop step")
+        if self.threshold is not None and not (self.threshold > 0 and math.isfinite(self.threshold)):
+            raise UsageError(f"threshold is {self.threshold}, expected a finite number above 0")
+
+    def resolve(self, config: MythosConfig) -> "ResolvedDepth":
+        """The parameters with the model's own values filled in; warns when depth goes beyond training."""
+        max_depth = self.max_depth or config.max_loop_iters
+        if self.min_depth > max_depth:
+            raise UsageError(f"min_depth is {self.min_depth}, expected at most max_depth {max_depth}")
+        if max_depth > config.max_loop_iters:
+            warnings.warn(
+                f"max_depth {max_depth} is beyond the {config.max_loop_iters} loop steps this model was trained with",
+                stacklevel=3,
+            )
+        threshold = config.act_threshold if self.threshold is None else self.threshold
+        return ResolvedDepth(self.policy, max_depth, self.min_depth, threshold)
+
+
+@dataclass(frozen=True)
+class ResolvedDepth:
+    """Depth parameters with no blanks."""
+
+    policy: Policy
+    max_depth: int
+    min_depth: int
+    threshold: float

@@ -5,12 +5,14 @@ one is special: there a range of columns is one piece of memory, so cached rows 
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mythos_edge.model.config import MythosConfig
+from mythos_edge.model.errors import CapacityError
 
 Float32 = NDArray[np.float32]
 _FIRST_CAPACITY = 64
@@ -44,6 +46,27 @@ def plan_cache(config: MythosConfig, max_depth: int, context: int, batch: int = 
     """The memory that ``context`` tokens in each of ``batch`` sequences take at ``max_depth`` loop steps."""
     slots = config.prelude_layers + max_depth + config.coda_layers
     return CachePlan(slots, slots * config.cache_width * 4, 2 * config.dim * 4, context, batch)
+
+
+def require_memory(plan: CachePlan, already_held: int) -> None:
+    """Raises CapacityError when the planned caches do not fit the memory that is free now (where that is known)."""
+    free = free_memory_bytes()
+    needed = plan.cache_bytes - already_held
+    if free is not None and needed > free:
+        raise CapacityError(
+            f"the caches of {plan.batch} x {plan.context} tokens need {needed / 1e9:.1f} GB; "
+            f"{free / 1e9:.1f} GB are free: shorten the context or lower max_depth"
+        )
+
+
+def free_memory_bytes() -> int | None:
+    """Memory that can be allocated without swapping; None where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    sizes = dict(line.split(":") for line in lines)
+    return int(sizes["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in sizes else None
 
 
 class ColumnBuffer:

@@ -56,13 +56,13 @@ class Staircase:
         self.columns = 0
         self.block_calls = self.block_rows = self.catch_up_calls = 0
         self._backend, self._max_lag = backend, max_lag
-        self._limit = max_context + int(self.padding.min(initial=0))
+        self.limit = max_context + int(self.padding.min(initial=0))
         self.prelude_slots = [self._slot() for _ in range(config.prelude_layers)]
         self.coda_slots = [self._slot() for _ in range(config.coda_layers)]
         self.loop_slots = [self._slot() for _ in range(depth.max_depth)]
         # States of the columns that are not at full depth: h as of their deepest computed step.
-        self._h = ColumnBuffer(self.batch, config.dim, self._limit)
-        self._e = ColumnBuffer(self.batch, config.dim, self._limit)
+        self._h = ColumnBuffer(self.batch, config.dim, self.limit)
+        self._e = ColumnBuffer(self.batch, config.dim, self.limit)
         # Scalars are bound once and changed in place.
         self._length, self._step_index = np.zeros((), np.int64), np.zeros((), np.int64)
         self._threshold = np.array(depth.threshold, np.float32)
@@ -90,7 +90,7 @@ class Staircase:
         chunk = ids.shape[1]
         if self._torn:
             raise UsageError("this sequence was interrupted inside a loop step: start a new session")
-        if self.columns + chunk > self._limit:
+        if self.columns + chunk > self.limit:
             raise CapacityError(
                 f"{self.columns + chunk} positions are needed; this bundle was exported for {self.max_context}: "
                 "export with a larger --max-context or shorten the prompt"
@@ -120,7 +120,7 @@ class Staircase:
         self._forget_finished()
 
     def _slot(self) -> ColumnBuffer:
-        return ColumnBuffer(self.batch, self.config.cache_width, self._limit)
+        return ColumnBuffer(self.batch, self.config.cache_width, self.limit)
 
     def _prelude(self, ids: Int64, start: int) -> Float32:
         e = self._take("e", (self.batch, ids.shape[1], self.config.dim))

@@ -1,0 +1,336 @@
+"""The bundle: one folder with a manifest, where exporter and runtime meet. Standard library only.
+
+Reading a bundle runs nothing of it. The manifest names every file with its size and sha256; names can not leave
+the folder. Writing is all or nothing: files are made in a folder beside and moved into place at the end.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Self
+
+from mythos_edge.model.config import MythosConfig, config_from_dict
+from mythos_edge.model.errors import BundleError, ConfigError, ExportError
+
+SCHEMA_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+_HASH_CHUNK_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of a graph; ``dtype`` is numpy's name, a string in ``shape`` is a free axis."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """A portable graph of the bundle."""
+
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class TargetSpec:
+    """The stages lowered for one backend: stage name -> file, and the dtype that backend computes in."""
+
+    graphs: dict[str, str]
+    compute_dtype: str
+    note: str
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size and hash a file must have."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """The checkpoint a bundle was made from; ``sha256`` is over its tensors in the order they were read."""
+
+    name: str
+    kind: str
+    sha256: str
+    step: int | None
+
+
+@dataclass(frozen=True)
+class GoldenSample:
+    """A self-test: the depth of each position after ``ids``, and the largest logits of the last."""
+
+    ids: tuple[int, ...]
+    max_depth: int
+    threshold: float
+    depth: tuple[int, ...]
+    top_ids: tuple[int, ...]
+    top_logits: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All there is to know about a bundle; ``dtype`` is the storage dtype of the large weights."""
+
+    config: MythosConfig
+    dtype: str
+    max_context: int
+    graphs: dict[str, GraphSpec]
+    targets: dict[str, TargetSpec]
+    files: dict[str, FileRecord]
+    versions: dict[str, str]
+    source: Source
+    sample: GoldenSample
+    tokenizer: str | None
+    created: str
+
+    def __post_init__(self) -> None:
+        used = [graph.file for graph in self.graphs.values()]
+        used += [name for target in self.targets.values() for name in target.graphs.values()]
+        used += [self.tokenizer] if self.tokenizer is not None else []
+        for name in [*self.files, *used]:
+            _check_name(name)
+        unlisted = sorted(set(used) - set(self.files))
+        if unlisted:
+            raise BundleError(f"files does not list {unlisted[0]!r}, which the manifest uses")
+        for name, record in self.files.items():
+            if len(record.sha256) != 64 or set(record.sha256) - set("0123456789abcdef"):
+                raise BundleError(f"files.{name}.sha256 is {record.sha256!r}, expected 64 hexadecimal digits")
+
+
+def manifest_to_dict(manifest: Manifest) -> dict[str, Any]:
+    """What is written as manifest.json."""
+    return {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(manifest)}
+
+
+def manifest_from_dict(values: Mapping[str, Any], *, origin: str) -> Manifest:
+    """The manifest in ``values``; ``origin`` names it in errors. Raises BundleError for anything unexpected."""
+    version = values.get("schema_version")
+    if not isinstance(version, int) or isinstance(version, bool):
+        raise BundleError(f"{origin}: schema_version is {version!r}, expected {SCHEMA_VERSION}")
+    if version > SCHEMA_VERSION:
+        raise BundleError(
+            f"{origin}: made by a newer mythos-edge (schema {version}, this one reads {SCHEMA_VERSION}): upgrade it"
+        )
+    rest = {name: value for name, value in values.items() if name != "schema_version"}
+    try:
+        manifest: Manifest = _parsed(Manifest, rest, "manifest")
+        return manifest
+    except (BundleError, ConfigError) as error:
+        raise BundleError(f"{origin}: {error}") from None
+
+
+def _parsed(kind: Any, value: Any, where: str) -> Any:
+    """``value`` as the annotated type ``kind``, checked all the way down."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is MythosConfig:
+        return config_from_dict(_expect(value, dict, where), origin=where)
+    if dataclasses.is_dataclass(kind):
+        assert isinstance(kind, type)
+        return _parsed_fields(kind, _expect(value, dict, where), where)
+    if origin is dict:
+        return {name: _parsed(arguments[1], item, f"{where}.{name}") for name, item in _expect(value, dict, where).items()}
+    if origin is tuple:
+        return tuple(_parsed(arguments[0], item, where) for item in _expect(value, list, where))
+    if origin is types.UnionType:
+        kinds = tuple(arguments)
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            raise BundleError(f"{where} is {value!r}, expected {kind}")
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    return _expect(value, kind, where)
+
+
+def _parsed_fields(kind: type, values: dict[str, Any], where: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    unknown, missing = sorted(set(values) - set(hints)), sorted(set(hints) - set(values))
+    if unknown or missing:
+        what = f"unknown field {unknown[0]!r}" if unknown else f"missing field {missing[0]!r}"
+        raise BundleError(f"{where} has {what}: it was damaged or edited")
+    return kind(**{name: _parsed(hint, values[name], f"{where}.{name}") for name, hint in hints.items()})
+
+
+def _expect(value: Any, kind: type, where: str) -> Any:
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise BundleError(f"{where} is {value!r}, expected {kind.__name__}")
+    return value
+
+
+def _check_name(name: str) -> None:
+    path = PurePosixPath(name)
+    unsafe = path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or ":" in name
+    if unsafe or not path.parts or name == MANIFEST_FILE:
+        raise BundleError(f"file name {name!r} leaves the bundle's folder: do not trust this bundle")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: where it is and what it says."""
+
+    path: Path
+    manifest: Manifest
+
+    def file(self, name: str) -> Path:
+        """The path of a listed file; BundleError when it is not listed or a link leads out of the folder."""
+        if name not in self.manifest.files:
+            raise BundleError(f"{self.path}: the manifest lists no file {name!r}")
+        path = self.path / name
+        if not path.resolve().is_relative_to(self.path.resolve()):
+            raise BundleError(f"{path}: is a link out of the bundle's folder: do not trust this bundle")
+        return path
+
+
+def open_bundle(path: Path | str, hashes: bool = False) -> Bundle:
+    """The bundle at ``path``, with the presence and size of every file checked, and on request its sha256.
+
+    Raises BundleError.
+    """
+    path = Path(path)
+    manifest_path = path / MANIFEST_FILE
+    if not manifest_path.is_file():
+        what = "has no manifest.json" if path.is_dir() else "is no bundle folder" if path.exists() else "does not exist"
+        raise BundleError(f"{path} {what}: make a bundle with mythos-edge export")
+    try:
+        values = json.loads(manifest_path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{manifest_path}: can not be read: {error}") from error
+    if not isinstance(values, dict):
+        raise BundleError(f"{manifest_path}: expected a JSON object, got {type(values).__name__}")
+    bundle = Bundle(path, manifest_from_dict(values, origin=str(manifest_path)))
+    for name, record in bundle.manifest.files.items():
+        file = bundle.file(name)
+        if not file.is_file():
+            raise BundleError(f"{file}: is missing: export the bundle again")
+        size = file.stat().st_size
+        if size != record.bytes:
+            raise BundleError(f"{file}: has {size} bytes, the manifest says {record.bytes}: export the bundle again")
+    if hashes:
+        verify_hashes(bundle)
+    return bundle
+
+
+def verify_hashes(bundle: Bundle, progress: Callable[[str], None] = lambda name: None) -> None:
+    """Reads every file and compares its sha256; ``progress`` is told each name. Raises BundleError."""
+    for name, record in bundle.manifest.files.items():
+        progress(name)
+        found = sha256_of(bundle.file(name))
+        if found != record.sha256:
+            raise BundleError(
+                f"{bundle.path / name}: has changed: sha256 {found[:12]}..., the manifest says "
+                f"{record.sha256[:12]}...: export the bundle again"
+            )
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal sha256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_HASH_CHUNK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class BundleWriter:
+    """Makes a bundle in ``folder``, beside its final place; leaving the block without ``finish`` removes it all.
+
+    Raises ExportError when ``path`` exists and is not a bundle that ``force`` allows to replace.
+    """
+
+    def __init__(self, path: Path, force: bool = False) -> None:
+        self._path, self._force = path, force
+        self._check_place()
+        self.folder = path.parent / f".{path.name}.partial-{os.getpid()}"
+
+    def __enter__(self) -> Self:
+        try:
+            self._remove_stale()
+            self.folder.mkdir(parents=True)
+        except OSError as error:
+            raise ExportError(f"{self._path.parent}: can not write there: {error.strerror}") from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def finish(self, make_manifest: Callable[[dict[str, FileRecord]], Manifest], known: Mapping[str, str]) -> None:
+        """Writes the manifest over all files and moves the folder into place.
+
+        ``known`` holds the sha256 of files that need not be read again.
+        """
+        records = {}
+        for file in sorted(self.folder.iterdir()):
+            _sync(file)
+            records[file.name] = FileRecord(file.stat().st_size, known.get(file.name) or sha256_of(file))
+        manifest = manifest_to_dict(make_manifest(records))
+        (self.folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        _sync(self.folder / MANIFEST_FILE)
+        self._check_place()
+        old = self._path.with_name(f"{self.folder.name}-old")
+        if self._path.exists():
+            self._path.rename(old)
+        try:
+            self.folder.rename(self._path)
+        except BaseException:
+            if old.exists():
+                old.rename(self._path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _check_place(self) -> None:
+        path = self._path
+        if not path.exists() and not path.is_symlink():
+            return
+        replaceable = path.is_dir() and ((path / MANIFEST_FILE).is_file() or not any(path.iterdir()))
+        if not self._force:
+            mend = "choose another folder" + (" or pass --force" if replaceable else "")
+            raise ExportError(f"{path} exists: {mend}")
+        if not replaceable:
+            raise ExportError(f"{path} exists and is not a bundle, so --force does not replace it: choose another folder")
+
+    def _remove_stale(self) -> None:
+        """Leftovers of writers that were killed before they could clean up."""
+        for folder in self._path.parent.glob(f".{self._path.name}.partial-*"):
+            pid = folder.name.rpartition("-")[2]
+            if pid.isdigit() and (int(pid) == os.getpid() or not _is_alive(int(pid))):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def require_free_space(folder: Path, needed_bytes: int) -> None:
+    """Raises ExportError when the disk that will hold ``folder`` (or its nearest parent) has less than needed."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise ExportError(
+            f"{folder}: the bundle needs {needed_bytes / 1e6:.0f} MB, {free / 1e6:.0f} MB are free: "
+            "make room or choose another disk"
+        )
+
+
+def _sync(file: Path) -> None:
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True

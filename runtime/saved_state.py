@@ -1,0 +1,78 @@
+"""A sequence on disk: tokens, caches, pending states and random state in one .npz, tied to its weights."""
+
+import json
+import os
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mythos_edge.model.bundle import Bundle
+from mythos_edge.model.errors import UsageError
+from mythos_edge.runtime.halting import Policy, ResolvedDepth
+from mythos_edge.runtime.sampling import Sampler, SamplingParams
+from mythos_edge.runtime.staircase import Staircase
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a file written by ``write`` holds."""
+
+    ids: list[int]
+    depth: ResolvedDepth
+    sampling: SamplingParams
+    sampler_state: dict[str, Any]
+    arrays: dict[str, NDArray[Any]]
+
+
+def write(
+    path: Path, bundle: Bundle, ids: list[int], sampler: Sampler, staircase: Staircase
+) -> None:
+    """Writes beside ``path`` and renames, so that the file appears whole or not at all."""
+    header = {
+        "format": _FORMAT,
+        "weights": bundle.manifest.source.sha256,
+        "max_context": bundle.manifest.max_context,
+        "ids": ids,
+        "depth": asdict(staircase.depth),
+        "sampling": asdict(sampler.params),
+        "sampler_state": sampler.state(),
+    }
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with partial.open("wb") as file:
+            np.savez(file, header=np.array(json.dumps(header)), **staircase.state())
+        partial.replace(path)
+    except OSError as error:
+        raise UsageError(f"{path}: can not write the session: {error.strerror}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read(path: Path, bundle: Bundle) -> Saved:
+    """Raises UsageError when the file is missing, damaged, or of another bundle."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        header = json.loads(str(arrays.pop("header")))
+        depth = ResolvedDepth(**{**header["depth"], "policy": Policy(header["depth"]["policy"])})
+        saved = Saved(
+            ids=[int(number) for number in header["ids"]],
+            depth=depth,
+            sampling=SamplingParams(**header["sampling"]),
+            sampler_state=header["sampler_state"],
+            arrays=arrays,
+        )
+    except OSError as error:
+        raise UsageError(f"{path}: can not read the session: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise UsageError(f"{path}: not a saved session, or damaged: save it again") from error
+    manifest = bundle.manifest
+    if header["weights"] != manifest.source.sha256 or header["max_context"] != manifest.max_context:
+        raise UsageError(f"{path}: was saved with another bundle: open it with the one it was made with")
+    return saved

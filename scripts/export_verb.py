@@ -1,0 +1,61 @@
+"""``mythos-edge export``: a checkpoint becomes a bundle."""
+
+import argparse
+import time
+from pathlib import Path
+
+from mythos_edge.model.errors import BackendUnavailable
+from mythos_edge.scripts.console import Console
+
+HELP = "export a checkpoint to a bundle"
+EXAMPLE = "mythos-edge export step_0001000.pt -o model.bundle --tokenizer tokenizer.json"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, help=".pt, .pth, .bin, .safetensors, or a folder with safetensors")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="folder to write")
+    parser.add_argument("--config", type=Path, metavar="JSON", help="config fields the checkpoint does not tell")
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="storage of large weights")
+    parser.add_argument("--max-context", type=int, metavar="N", help="longest sequence (default: the checkpoint's)")
+    parser.add_argument("--tokenizer", type=Path, metavar="JSON", help="Hugging Face tokenizer.json to carry along")
+    parser.add_argument("--force", action="store_true", help="replace an existing bundle")
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    try:
+        from mythos_edge.exporter.export import export_bundle
+        from mythos_edge.model.checkpoint import open_checkpoint
+    except ImportError as error:
+        message = f"exporting needs {error.name}, which is not installed"
+        raise BackendUnavailable(message, "pip install 'mythos-edge[export]'") from error
+
+    started = time.perf_counter()
+    console.progress("reading the checkpoint", 0.0)
+    with open_checkpoint(args.checkpoint, args.config) as checkpoint:
+        bundle = export_bundle(
+            checkpoint,
+            args.output,
+            dtype=args.dtype,
+            max_context=args.max_context,
+            tokenizer=args.tokenizer,
+            force=args.force,
+            progress=console.progress,
+        )
+    seconds = time.perf_counter() - started
+    manifest = bundle.manifest
+    size = sum(record.bytes for record in manifest.files.values())
+    note = manifest.targets["ort-cpu"].note
+    if note:
+        console.note(f"note: {note}")
+    console.say(f"{bundle.path}: {size / 1e6:.1f} MB, {manifest.dtype}, context {manifest.max_context}, {seconds:.1f} s")
+    console.result(
+        {
+            "bundle": str(bundle.path),
+            "bytes": size,
+            "dtype": manifest.dtype,
+            "compute_dtype": manifest.targets["ort-cpu"].compute_dtype,
+            "max_context": manifest.max_context,
+            "seconds": seconds,
+        }
+    )
+    return 0

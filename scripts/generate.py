@@ -1,0 +1,54 @@
+"""``mythos-edge generate``: text or token ids from a bundle."""
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+from mythos_edge.runtime.session import Session
+from mythos_edge.scripts import options
+from mythos_edge.scripts.console import Console
+
+HELP = "generate text or token ids from a bundle"
+EXAMPLE = 'mythos-edge generate model.bundle -p "Once upon a time" --max-new-tokens 50'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path)
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("-p", "--prompt", metavar="TEXT")
+    prompt.add_argument("--ids", metavar="1,2,3", help="token ids instead of text")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    parser.add_argument("--stop-id", type=int, action="append", metavar="ID", help="end at this token (repeatable)")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text (repeatable)")
+    parser.add_argument("--show-depth", action="store_true", help="print the depth of every token")
+    options.add_depth(parser)
+    options.add_sampling(parser)
+    options.add_threads(parser)
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    prompt = args.prompt if args.prompt is not None else options.ids_from_text(args.ids)
+    request = {
+        "max_new_tokens": args.max_new_tokens,
+        "stop_ids": None if args.stop_id is None else tuple(args.stop_id),
+        "stop_strings": tuple(args.stop),
+        **options.depth_of(args),
+        **options.sampling_of(args),
+    }
+    with Session.open(args.bundle, threads=args.threads) as session:
+        stream = session.stream(prompt, **request)
+        as_text = session.tokenizer is not None
+        for number, token in enumerate(stream):
+            shown = token.text if as_text else f"{',' if number else ''}{token.id}"
+            console.say(f"{shown}[{token.depth}]" if args.show_depth else shown, end="")
+        console.say()
+        result = session.last_generation
+    if not console.as_json:
+        mean_depth = sum(result.depths) / len(result.depths)
+        speed = f", {result.decode_tokens_per_s:.1f} tokens/s" if result.decode_tokens_per_s else ""
+        console.note(
+            f"{len(result.ids)} tokens, mean depth {mean_depth:.2f}, {result.block_calls} block calls, "
+            f"first token after {result.ttft_ms:.0f} ms{speed}"
+        )
+    console.result(asdict(result))
+    return 0

@@ -1,0 +1,64 @@
+"""Command-line options that several verbs share."""
+
+import argparse
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mythos_edge.model.errors import UsageError
+from mythos_edge.runtime.halting import Policy
+
+_DEPTH = ("policy", "min_depth", "max_depth", "threshold")
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+
+
+def add_depth(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("depth")
+    group.add_argument("--policy", choices=[str(policy) for policy in Policy], default="exact")
+    group.add_argument("--min-depth", type=int, default=1, metavar="N", help="loop steps every position takes")
+    group.add_argument("--max-depth", type=int, metavar="N", help="largest number of loop steps (default: as trained)")
+    group.add_argument("--threshold", type=float, metavar="X", help="halting mass that ends a position's loop")
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (default)")
+    group.add_argument("--top-k", type=int, default=0, metavar="N", help="0 is all")
+    group.add_argument("--top-p", type=float, default=1.0, metavar="X")
+    group.add_argument("--min-p", type=float, default=0.0, metavar="X")
+    group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X")
+    group.add_argument("--seed", type=int, metavar="N")
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: all cores)")
+
+
+def depth_of(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in _DEPTH}
+
+
+def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in _SAMPLING}
+
+
+def ids_from_text(text: str) -> list[int]:
+    """Token ids from ``1,2,3``; UsageError for anything else."""
+    try:
+        return [int(part) for part in text.split(",")] if text.strip() else []
+    except ValueError:
+        raise UsageError(f"--ids is {text!r}, expected numbers like 1,2,3") from None
+
+
+def ids_from_file(path: str) -> NDArray[Any]:
+    """The array in a .npy file; UsageError when it is missing or not one."""
+    try:
+        loaded = np.load(path, allow_pickle=False)
+    except OSError as error:
+        raise UsageError(f"{path}: can not read the ids: {error.strerror or error}") from error
+    except (ValueError, EOFError) as error:
+        raise UsageError(f"{path}: not a .npy file of numbers: save the ids with numpy.save") from error
+    if not isinstance(loaded, np.ndarray):
+        raise UsageError(f"{path}: expected a .npy file with one array, got an archive")
+    return loaded

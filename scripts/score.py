@@ -1,0 +1,59 @@
+"""``mythos-edge score``: logits and depth of given tokens, as a file."""
+
+import argparse
+import os
+from pathlib import Path
+
+import numpy as np
+
+from mythos_edge.model.errors import UsageError
+from mythos_edge.runtime.session import Session
+from mythos_edge.scripts import options
+from mythos_edge.scripts.console import Console
+
+HELP = "write the logits and depth of given tokens"
+EXAMPLE = "mythos-edge score model.bundle --ids ids.npy -o scores.npz --prefill 24"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--ids", required=True, metavar="NPY", help="int64 array (batch, positions)")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="NPZ")
+    parser.add_argument("--prefill", type=int, metavar="N", help="positions fed as one chunk (default: all)")
+    options.add_depth(parser)
+    options.add_threads(parser)
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    ids = options.ids_from_file(args.ids)
+    with Session.open(args.bundle, threads=args.threads) as session:
+        score = session.score(ids, prefill=args.prefill, **options.depth_of(args))
+    partial = args.output.with_name(f".{args.output.name}.partial-{os.getpid()}")
+    try:
+        with partial.open("wb") as file:
+            np.savez(
+                file,
+                logits=score.logits,
+                depth=score.depth,
+                block_calls=np.array(score.block_calls),
+                block_rows=np.array(score.block_rows),
+            )
+        partial.replace(args.output)
+    except OSError as error:
+        raise UsageError(f"{args.output}: can not write the scores: {error.strerror}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    console.say(
+        f"{args.output}: {ids.shape[0]} x {ids.shape[1]} positions, mean depth {score.depth.mean():.2f}, "
+        f"{score.block_calls} block calls"
+    )
+    console.result(
+        {
+            "output": str(args.output),
+            "mean_depth": float(score.depth.mean()),
+            "block_calls": score.block_calls,
+            "block_rows": score.block_rows,
+            "catch_up_calls": score.catch_up_calls,
+        }
+    )
+    return 0

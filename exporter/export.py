@@ -149,7 +149,7 @@ def _write_graphs(config: MythosConfig, folder: Path, progress: Progress) -> dic
     models = dict(stages)
     models["model"] = loop_graph.loop_model(stages, config)
     models["model_with_past"] = loop_graph.loop_model_with_past(stages, config)
-    lowered = {f"{stage}.{ORT_CPU}": lower_for_ort(stages[stage]) for stage in STAGES}
+    lowered = {f"step.{ORT_CPU}": lower_for_ort(stages["step"])}
     for index, (name, model) in enumerate({**models, **lowered}.items()):
         progress("graphs", index / (len(models) + len(lowered)))
         add_functions(model)
@@ -178,7 +178,9 @@ def _ort_cpu_target(dtype: str) -> TargetSpec:
         if dtype == "fp32"
         else f"weights are stored in {dtype}; the CPU has no fast {dtype} and computes in fp32"
     )
-    return TargetSpec({stage: f"{stage}.{ORT_CPU}.onnx" for stage in STAGES}, compute_dtype="fp32", note=note)
+    # Only the step has an op that ONNX Runtime has a faster kernel for.
+    files = {"prelude": "prelude.onnx", "step": f"step.{ORT_CPU}.onnx", "coda": "coda.onnx"}
+    return TargetSpec(files, compute_dtype="fp32", note=note)
 
 
 def _source(checkpoint: Checkpoint, hashes: WeightsHashes) -> Source:

@@ -16,8 +16,6 @@ from torch.overrides import TorchFunctionMode
 from mythos_edge.exporter.weights import WEIGHTS_FILE, WeightsPlan
 from mythos_edge.model.bundle import GoldenSample
 from mythos_edge.model.config import MythosConfig
-from mythos_edge.model.layers import Window
-from mythos_edge.model.loop import Halting, LoopState
 from mythos_edge.model.network import Network
 
 _TOKENS = 4
@@ -35,30 +33,16 @@ def golden_sample(config: MythosConfig, plan: WeightsPlan, folder: Path, max_con
         mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     network = _mapped_network(config, plan, mapping, max_context)
     with torch.no_grad(), _Streaming(lambda: mapping.madvise(mmap.MADV_DONTNEED)):
-        logits, depth = _run(network, torch.tensor([ids]), max_depth)
-    top = logits.topk(min(_TOP, config.vocab_size))
+        logits, depth, _ = network(torch.tensor([ids]), max_depth, logit_rows=torch.tensor([len(ids) - 1]))
+    top = logits[0, 0].topk(min(_TOP, config.vocab_size))
     return GoldenSample(
         ids=tuple(ids),
         max_depth=max_depth,
         threshold=config.act_threshold,
-        depth=tuple(depth.tolist()),
+        depth=tuple(depth[0].tolist()),
         top_ids=tuple(top.indices.tolist()),
         top_logits=tuple(top.values.tolist()),
     )
-
-
-def _run(network: Network, ids: Tensor, max_depth: int) -> tuple[Tensor, Tensor]:
-    config, chunk = network.config, ids.shape[1]
-    window = Window(torch.tensor(0), torch.zeros(1, dtype=torch.int64))
-    nothing = torch.empty(1, 0, config.cache_width)
-    halting = Halting(torch.tensor(config.act_threshold), torch.tensor(1))
-    e, _ = network.prelude(ids, window, *[nothing] * config.prelude_layers)
-    state = LoopState(e, torch.zeros_like(e), torch.zeros(1, chunk), torch.zeros(1, chunk, dtype=torch.int64))
-    for index in range(max_depth):
-        state, _ = network.loop_step(state, e, torch.tensor(index), halting, window, nothing)
-    last = torch.tensor([chunk - 1])
-    logits, _ = network.coda(state.out, last, window, *[nothing] * config.coda_layers)
-    return logits[0, 0], state.depth[0]
 
 
 def _mapped_network(config: MythosConfig, plan: WeightsPlan, mapping: mmap.mmap, max_context: int) -> Network:

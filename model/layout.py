@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mythos_edge.model.config import MythosConfig
-from mythos_edge.model.layers import Ops, rope_table
+from mythos_edge.model.layers import rope_table
 from mythos_edge.model.loop import loop_frequencies
 from mythos_edge.model.network import Network
 
@@ -62,15 +62,25 @@ def recipes(config: MythosConfig, max_context: int) -> list[Recipe]:
     )
 
 
-def load_network(reader: TensorReader, max_context: int | None = None, ops: Ops | None = None) -> Network:
-    """An eager float32 network with the checkpoint's weights. Memory: the whole model."""
+def load_network(
+    reader: TensorReader,
+    max_context: int | None = None,
+    *,
+    stored: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32,
+) -> Network:
+    """An eager network of ``dtype`` with the checkpoint's weights as a bundle of dtype ``stored`` has them.
+
+    Memory: the whole model.
+    """
     config = reader.config
-    network = Network(config, max_context, ops).requires_grad_(False).eval()
+    network = Network(config, max_context).to(dtype).requires_grad_(False).eval()
     parameters = dict(network.named_parameters())
     for recipe in recipes(config, max_context or config.max_seq_len):
         flat, filled = parameters.pop(recipe.name).data.view(-1), 0
         for piece in recipe.pieces(reader):
-            flat[filled : filled + piece.numel()] = piece.reshape(-1)
+            kept = piece.to(stored if recipe.narrow else torch.float32)
+            flat[filled : filled + piece.numel()] = kept.reshape(-1)
             filled += piece.numel()
         assert filled == flat.numel(), recipe.name
     assert not parameters, sorted(parameters)

@@ -1,10 +1,11 @@
 """The three stages, and the eager model built only from them.
 
-The stages are pure functions with named tensors; the exporter traces exactly these. ``EagerModel`` is the parity
-reference: it runs them over a whole batch, with or without a cache, the way the reference does.
+The stages are pure functions with named tensors; the exporter traces exactly these. ``Network.forward`` is the
+parity reference: it runs them over whole sequences without a cache, the way the reference does.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -13,6 +14,14 @@ from torch import Tensor, nn
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.layers import Block, EagerOps, Ops, RMSNorm, Rope, Window
 from mythos_edge.model.loop import Halting, LoopState, LoopStep
+
+
+class Scored(NamedTuple):
+    """What a full pass gives; ``margin`` is the smallest distance of a position's halting mass to the threshold."""
+
+    logits: Float[Tensor, "B L V"]
+    depth: Int[Tensor, "B S"]
+    margin: Float[Tensor, "B S"]
 
 
 class Network(nn.Module):
@@ -33,6 +42,31 @@ class Network(nn.Module):
         self.step = LoopStep(config, ops)
         self.coda_blocks = nn.ModuleList(Block(config, ops, moe=False) for _ in range(config.coda_layers))
         self.norm = RMSNorm(config.dim)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B S"],
+        max_depth: int | None = None,
+        threshold: float | None = None,
+        logit_rows: Int[Tensor, "L"] | None = None,
+    ) -> Scored:
+        """Logits and depth of whole sequences, in the network's own dtype; by default as trained."""
+        config, (batch, chunk) = self.config, input_ids.shape
+        window = Window(torch.tensor(0), torch.zeros(batch, dtype=torch.int64))
+        threshold = config.act_threshold if threshold is None else threshold
+        e, _ = self.prelude(input_ids, window, *[self._no_past(batch)] * config.prelude_layers)
+        mass = torch.zeros(batch, chunk, dtype=e.dtype)
+        state = LoopState(e, torch.zeros_like(e), mass, torch.zeros(batch, chunk, dtype=torch.int64))
+        halting, margin = Halting(torch.tensor(threshold), torch.tensor(1)), torch.full_like(mass, torch.inf)
+        for index in range(config.max_loop_iters if max_depth is None else max_depth):
+            state, _ = self.loop_step(state, e, torch.tensor(index), halting, window, self._no_past(batch))
+            margin = torch.minimum(margin, (state.halt_mass - threshold).abs())
+        rows = torch.arange(chunk) if logit_rows is None else logit_rows
+        logits, _ = self.coda(state.out, rows, window, *[self._no_past(batch)] * config.coda_layers)
+        return Scored(logits, state.depth, margin)
+
+    def _no_past(self, batch: int) -> Float[Tensor, "B 0 W"]:
+        return torch.empty(batch, 0, self.config.cache_width, dtype=self.norm.weight.dtype)
 
     def prelude(
         self, input_ids: Int[Tensor, "B S"], window: Window, *past: Float[Tensor, "B C W"]

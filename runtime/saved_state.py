@@ -30,9 +30,7 @@ class Saved:
     arrays: dict[str, NDArray[Any]]
 
 
-def write(
-    path: Path, bundle: Bundle, ids: list[int], sampler: Sampler, staircase: Staircase
-) -> None:
+def write(path: Path, bundle: Bundle, ids: list[int], sampler: Sampler, staircase: Staircase) -> None:
     """Writes beside ``path`` and renames, so that the file appears whole or not at all."""
     header = {
         "format": _FORMAT,

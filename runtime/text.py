@@ -7,6 +7,8 @@ from mythos_edge.model.errors import BackendUnavailable, BundleError, UsageError
 
 _END_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|end|>", "<eos>", "<|im_end|>")
 _UNFINISHED = "\ufffd"
+# A character has at most four bytes: what is still incomplete after more tokens than that never will be complete.
+_LONGEST_CHARACTER = 4
 
 
 class Tokenizer:
@@ -59,7 +61,8 @@ class TextStream:
     def _take(self, *, unfinished_too: bool) -> str:
         known = self._tokenizer.decode(self._ids[: self._before])
         text = self._tokenizer.decode(self._ids)
-        if len(text) <= len(known) or (text.endswith(_UNFINISHED) and not unfinished_too):
+        may_grow = text.endswith(_UNFINISHED) and len(self._ids) - self._before < _LONGEST_CHARACTER
+        if len(text) <= len(known) or (may_grow and not unfinished_too):
             return ""
         self._ids = self._ids[self._before :]
         self._before = len(self._ids)

@@ -1,12 +1,12 @@
 """``mythos-edge doctor``: what this machine can do, and the install line for what is missing."""
 
 import argparse
-import os
 import platform
 import shutil
 from importlib import metadata, util
 from pathlib import Path
 
+from mythos_edge.runtime.backend import cores
 from mythos_edge.runtime.caches import free_memory_bytes
 from mythos_edge.scripts.console import Console
 
@@ -14,7 +14,13 @@ HELP = "show what this machine can export and run"
 EXAMPLE = "mythos-edge doctor --json"
 
 _RUN = {"numpy": "numpy", "onnxruntime": "onnxruntime", "tokenizers": "tokenizers"}
-_EXPORT = {"torch": "torch", "onnx": "onnx", "onnx-ir": "onnx_ir", "onnxscript": "onnxscript", "jaxtyping": "jaxtyping"}
+_EXPORT = {
+    "torch": "torch",
+    "onnx": "onnx",
+    "onnx-ir": "onnx_ir",
+    "onnxscript": "onnxscript",
+    "jaxtyping": "jaxtyping",
+}
 _INSTALL = {"run": "pip install mythos-edge", "export": "pip install 'mythos-edge[export]'"}
 
 
@@ -28,10 +34,12 @@ def run(args: argparse.Namespace, console: Console) -> int:
         "mythos_edge": metadata.version("mythos-edge"),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores(),
         "free_memory_gb": None if memory is None else round(memory / 1e9, 1),
         "free_disk_gb": round(shutil.disk_usage(Path.cwd()).free / 1e9, 1),
-        "can": {purpose: _purpose(purpose, packages) for purpose, packages in (("run", _RUN), ("export", _EXPORT))},
+        "can": {
+            purpose: _purpose(purpose, packages) for purpose, packages in (("run", _RUN), ("export", _EXPORT))
+        },
     }
     for name in ("mythos_edge", "python", "machine", "cores", "free_memory_gb", "free_disk_gb"):
         console.say(f"{name:15} {report[name]}")

@@ -12,12 +12,22 @@ EXAMPLE = "mythos-edge export step_0001000.pt -o model.bundle --tokenizer tokeni
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, help=".pt, .pth, .bin, .safetensors, or a folder with safetensors")
+    parser.add_argument(
+        "checkpoint", type=Path, help=".pt, .pth, .bin, .safetensors, or a folder with safetensors"
+    )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="folder to write")
-    parser.add_argument("--config", type=Path, metavar="JSON", help="config fields the checkpoint does not tell")
-    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="storage of large weights")
-    parser.add_argument("--max-context", type=int, metavar="N", help="longest sequence (default: the checkpoint's)")
-    parser.add_argument("--tokenizer", type=Path, metavar="JSON", help="Hugging Face tokenizer.json to carry along")
+    parser.add_argument(
+        "--config", type=Path, metavar="JSON", help="config fields the checkpoint does not tell"
+    )
+    parser.add_argument(
+        "--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="storage of large weights"
+    )
+    parser.add_argument(
+        "--max-context", type=int, metavar="N", help="longest sequence (default: the checkpoint's)"
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="JSON", help="Hugging Face tokenizer.json to carry along"
+    )
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
 
 
@@ -47,7 +57,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
     note = manifest.targets["ort-cpu"].note
     if note:
         console.note(f"note: {note}")
-    console.say(f"{bundle.path}: {size / 1e6:.1f} MB, {manifest.dtype}, context {manifest.max_context}, {seconds:.1f} s")
+    console.say(
+        f"{bundle.path}: {size / 1e6:.1f} MB, {manifest.dtype}, context {manifest.max_context}, {seconds:.1f} s"
+    )
     console.result(
         {
             "bundle": str(bundle.path),

@@ -16,7 +16,9 @@ EXAMPLE = "mythos-edge inspect model.bundle --json"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path)
-    parser.add_argument("--config", type=Path, metavar="JSON", help="config fields a checkpoint does not tell")
+    parser.add_argument(
+        "--config", type=Path, metavar="JSON", help="config fields a checkpoint does not tell"
+    )
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -103,7 +105,11 @@ def _value(value: Any) -> dict[str, Any]:
 
     kind = value.type.tensor_type
     shape = [dim.dim_param or dim.dim_value for dim in kind.shape.dim]
-    return {"name": value.name, "dtype": onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name, "shape": shape}
+    return {
+        "name": value.name,
+        "dtype": onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name,
+        "shape": shape,
+    }
 
 
 def _show(console: Console, values: Any, indent: int = 0) -> None:

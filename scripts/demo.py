@@ -1,0 +1,126 @@
+"""``mythos-edge demo``: a small trained model that adds, so that halting depth can be seen to mean something."""
+
+import argparse
+import os
+import time
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mythos_edge.model.bundle import sha256_of
+from mythos_edge.model.errors import BackendUnavailable
+from mythos_edge.runtime.session import Session
+from mythos_edge.scripts import addition
+from mythos_edge.scripts.console import Console
+
+HELP = "add two numbers with the demo model and show how deep it thought about each digit"
+EXAMPLE = "mythos-edge demo add 999999999999 1"
+
+# The demo model was trained with 8 loop steps and works beyond them; chains up to twelve nines are right.
+_MAX_DEPTH = 16
+_COLOURS = (34, 36, 32, 92, 33, 93, 91, 31, 35, 95)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True)
+    add = tasks.add_parser("add", help="streaming column addition")
+    add.add_argument("a", metavar="A")
+    add.add_argument("b", metavar="B")
+    add.add_argument(
+        "--bundle", type=Path, help="the demo bundle (default: made once in the user's cache folder)"
+    )
+    # Also accepted after the task, where people type them; SUPPRESS keeps those given before it.
+    add.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    add.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    a, b = addition.check_operand(args.a), addition.check_operand(args.b)
+    columns = addition.columns_of(a, b)
+    with Session.open(args.bundle or _demo_bundle(console)) as session:
+        session.score([columns])  # warms up, so that the times below compare
+        runs = {
+            "exact": _run(session, columns, policy="exact", max_depth=_MAX_DEPTH),
+            "full": _run(session, columns, policy="full", max_depth=_MAX_DEPTH),
+            "fixed depth 4": _run(session, columns, policy="full", max_depth=4),
+            "fixed depth 2": _run(session, columns, policy="full", max_depth=2),
+        }
+    exact = runs["exact"]
+    found = addition.sum_from_ids(exact["ids"])
+    _show(console, a, b, exact)
+    console.say(f"\n  {'':14} {'digits right':>12} {'block calls':>12} {'time':>9}")
+    for name, one in runs.items():
+        console.say(f"  {name:14} {one['accuracy']:12.0%} {one['block_calls']:12} {one['ms']:6.1f} ms")
+    console.result(
+        {
+            "a": a,
+            "b": b,
+            "sum": found,
+            "correct": found == a + b,
+            "digits": [number - addition.DIGIT_BASE for number in exact["ids"]],
+            "depths": exact["depths"],
+            "runs": {
+                name: {k: one[k] for k in ("accuracy", "block_calls", "ms")} for name, one in runs.items()
+            },
+        }
+    )
+    return 0 if found == a + b else 1
+
+
+def _run(session: Session, columns: list[int], **depth: Any) -> dict[str, Any]:
+    """The stream fed one column at a time, as it would arrive."""
+    started = time.perf_counter()
+    score = session.score([columns], prefill=0, **depth)
+    ms = (time.perf_counter() - started) * 1e3
+    ids = score.logits[0, :, addition.DIGIT_BASE :].argmax(-1) + addition.DIGIT_BASE
+    wanted = addition.digits(np.array(columns)) + addition.DIGIT_BASE
+    return {
+        "ids": ids.tolist(),
+        "depths": score.depth[0].tolist(),
+        "accuracy": float((ids == wanted).mean()),
+        "block_calls": score.block_calls,
+        "ms": ms,
+    }
+
+
+def _show(console: Console, a: int, b: int, exact: dict[str, Any]) -> None:
+    """The sum as on paper, most significant digit first, with the depth of each digit below it."""
+    depths = exact["depths"][::-1]
+    digits = [str(number - addition.DIGIT_BASE) for number in exact["ids"]][::-1]
+    width = max(len(str(depth)) for depth in depths) + 1
+    cells = [
+        _coloured(f"{digit:>{width}}", depth, console.colour)
+        for digit, depth in zip(digits, depths, strict=True)
+    ]
+    rows = ((str(a), ""), (str(b), "+"))
+    for number, sign in rows:
+        console.say(f"{sign:>7} " + "".join(f"{digit:>{width}}" for digit in number.rjust(len(digits))))
+    console.say(f"{'=':>7} " + "".join(cells))
+    console.say(f"{'depth':>7} " + "".join(f"{depth:>{width}}" for depth in depths))
+
+
+def _coloured(text: str, depth: int, colour: bool) -> str:
+    return f"\x1b[1;{_COLOURS[min(depth, len(_COLOURS)) - 1]}m{text}\x1b[0m" if colour else text
+
+
+def _demo_bundle(console: Console) -> Path:
+    """The exported demo model, made at the first use and kept in the user's cache folder."""
+    with resources.as_file(
+        resources.files("mythos_edge.scripts") / "assets" / "carry_adder.pt"
+    ) as checkpoint:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mythos-edge"
+        bundle = root / f"carry-adder-{sha256_of(checkpoint)[:12]}.bundle"
+        if bundle.exists():
+            return bundle
+        try:
+            from mythos_edge.exporter.export import export_bundle
+            from mythos_edge.model.checkpoint import open_checkpoint
+        except ImportError as error:
+            message = f"the demo's first run exports its model, which needs {error.name}"
+            raise BackendUnavailable(message, "pip install 'mythos-edge[export]'") from error
+        console.note(f"exporting the demo model once to {bundle}")
+        root.mkdir(parents=True, exist_ok=True)
+        with open_checkpoint(checkpoint) as opened:
+            return export_bundle(opened, bundle, progress=console.progress).path

@@ -1,0 +1,172 @@
+"""``mythos-edge validate``: is the bundle whole, and is it still the same model?"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mythos_edge.model.bundle import Bundle, GoldenSample, open_bundle, verify_hashes
+from mythos_edge.model.errors import BackendUnavailable, CapacityError, UsageError
+from mythos_edge.runtime import parity
+from mythos_edge.runtime.backend import ort_session
+from mythos_edge.runtime.caches import free_memory_bytes
+from mythos_edge.runtime.session import Session
+from mythos_edge.scripts.console import Console
+
+HELP = "check a bundle's files and self-test, and its parity with the checkpoint it was made from"
+EXAMPLE = "mythos-edge validate model.bundle --against step_0001000.pt"
+
+# The self-test's logits come from another torch build's float32; see parity.NOISE_FLOOR for scale.
+_SAMPLE_TOLERANCE = 1e-3
+_SECOND_CHUNK = 7
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument(
+        "--against", type=Path, metavar="CHECKPOINT", help="the checkpoint to compare with, in torch"
+    )
+    parser.add_argument(
+        "--config", type=Path, metavar="JSON", help="config fields the checkpoint does not tell"
+    )
+    parser.add_argument("--ids", metavar="NPY", help="tokens to compare on (default: random ones)")
+    parser.add_argument(
+        "--positions", type=int, default=48, metavar="N", help="length of the random sequence"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    bundle = open_bundle(args.bundle)
+    verify_hashes(bundle, lambda name: console.progress(f"sha256 of {name}", 0.0))
+    console.progress("self-test", 0.0)
+    with Session.open(args.bundle) as session:
+        sample_error = _self_test(session, bundle.manifest.sample)
+        report: dict[str, Any] = {
+            "passed": sample_error <= _SAMPLE_TOLERANCE,
+            "self_test_max_abs": sample_error,
+        }
+        console.say(f"files     whole ({len(bundle.manifest.files)} files)")
+        console.say(f"self-test largest logit difference {sample_error:.2g}, allowed {_SAMPLE_TOLERANCE:.2g}")
+        if args.against is not None:
+            compared = _compare(args, session, bundle, console)
+            report |= compared | {"passed": report["passed"] and compared["passed"]}
+    console.say("passed" if report["passed"] else "FAILED")
+    console.result(report)
+    return 0 if report["passed"] else 1
+
+
+def _self_test(session: Session, sample: GoldenSample) -> float:
+    """Largest difference to the logits recorded at export; infinite when a depth differs."""
+    score = session.score(np.array([sample.ids]), max_depth=sample.max_depth, threshold=sample.threshold)
+    if tuple(score.depth[0].tolist()) != sample.depth:
+        return float("inf")
+    return float(np.abs(score.logits[0, -1, list(sample.top_ids)] - np.array(sample.top_logits)).max())
+
+
+def _compare(args: argparse.Namespace, session: Session, bundle: Bundle, console: Console) -> dict[str, Any]:
+    ids = _tokens(args, bundle)
+    reference, own_error = _reference(args, bundle, ids, console)
+    logits, depth, margin = reference
+    allowed = parity.tolerance(own_error, float(np.abs(logits).max()))
+    routes: dict[str, parity.ParityReport] = {}
+    for name, run_route in _routes(session, bundle, ids).items():
+        console.progress(f"running {name}", 0.0)
+        routes[name] = parity.compare(logits, run_route[0], depth, run_route[1], margin)
+    worst = max(routes.values(), key=lambda route: route.max_abs)
+    passed = all(parity.passes(route, allowed) for route in routes.values())
+    exact = session.score(ids, prefill=_SECOND_CHUNK).logits
+    last = session.score(ids, prefill=_SECOND_CHUNK, policy="last")
+    ties = {(tie.row, tie.position): tie for route in routes.values() for tie in route.near_ties}
+    for name, route in routes.items():
+        verdict = "ok" if parity.passes(route, allowed) else "DIFFERS"
+        console.say(
+            f"{name:22} {verdict:8} max abs {route.max_abs:.2g}, max rel l2 {route.max_rel_l2:.2g}, "
+            f"top-1 {route.top1_agreement:.1%}, depth {route.depth_agreement:.1%}"
+        )
+    console.say(f"allowed max abs {allowed:.2g}: the reference's own float32 error is {own_error:.2g}")
+    console.say(f"near ties of halting: {len(ties)}")
+    divergence = float(np.abs(last.logits - exact).max())
+    console.say(f"policy last differs from exact by up to {divergence:.2g} (it is an approximation)")
+    return {
+        "passed": passed,
+        "max_abs": worst.max_abs,
+        "max_rel_l2": max(route.max_rel_l2 for route in routes.values()),
+        "top1_agreement": min(route.top1_agreement for route in routes.values()),
+        "depth_agreement": min(route.depth_agreement for route in routes.values()),
+        "near_ties": [vars(tie) for tie in ties.values()],
+        "allowed_max_abs": allowed,
+        "reference_fp32_error": own_error,
+        "routes": {name: route.to_dict() for name, route in routes.items()},
+        "last_policy_max_abs": divergence,
+    }
+
+
+def _routes(
+    session: Session, bundle: Bundle, ids: NDArray[np.int64]
+) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
+    """Every way the bundle can compute the same: logits and depth by the route's name."""
+    made: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {}
+    for policy in ("full", "exact"):
+        for chunk in (None, min(_SECOND_CHUNK, ids.shape[1])):
+            score = session.score(ids, prefill=chunk, policy=policy)
+            made[f"{policy}, prefill {chunk or 'all'}"] = (score.logits, score.depth)
+    graph = ort_session(bundle.file(bundle.manifest.graphs["model"].file))
+    config = bundle.manifest.config
+    feeds = {
+        "input_ids": ids,
+        "max_depth": np.array(config.max_loop_iters),
+        "threshold": np.array(config.act_threshold, np.float32),
+    }
+    logits, depth = graph.run(None, feeds)
+    made["model.onnx"] = (logits, depth)
+    return made
+
+
+def _tokens(args: argparse.Namespace, bundle: Bundle) -> NDArray[np.int64]:
+    if args.ids is not None:
+        from mythos_edge.scripts.options import ids_from_file
+
+        return ids_from_file(args.ids).astype(np.int64)
+    if args.positions < 1:
+        raise UsageError(f"--positions is {args.positions}, expected at least 1")
+    positions = min(args.positions, bundle.manifest.max_context)
+    random = np.random.default_rng(args.seed)
+    return random.integers(0, bundle.manifest.config.vocab_size, (1, positions))
+
+
+def _reference(
+    args: argparse.Namespace, bundle: Bundle, ids: NDArray[np.int64], console: Console
+) -> tuple[tuple[NDArray[Any], NDArray[Any], NDArray[Any]], float]:
+    """Logits, depth and margin of the checkpoint in float64, and how far its own float32 run is from that."""
+    try:
+        import torch
+
+        from mythos_edge.model.checkpoint import open_checkpoint
+        from mythos_edge.model.layout import load_network
+    except ImportError as error:
+        message = f"comparing with a checkpoint needs {error.name}, which is not installed"
+        raise BackendUnavailable(message, "pip install 'mythos-edge[export]'") from error
+
+    stored = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[bundle.manifest.dtype]
+    with open_checkpoint(args.against, args.config) as checkpoint, torch.no_grad():
+        if checkpoint.config != bundle.manifest.config:
+            raise UsageError(
+                f"{args.against}: has another config than the bundle: validate against the checkpoint it was made from"
+            )
+        needed, free = 8 * checkpoint.n_parameters, free_memory_bytes()
+        if free is not None and free < needed:
+            raise CapacityError(
+                f"comparing in float64 needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: "
+                "use a larger machine, or validate without --against"
+            )
+        console.progress("loading the checkpoint", 0.0)
+        network = load_network(checkpoint, bundle.manifest.max_context, stored=stored, dtype=torch.float64)
+        console.progress("reference in float64", 0.0)
+        exact = network(torch.from_numpy(ids))
+        console.progress("reference in float32", 0.0)
+        single = network.float()(torch.from_numpy(ids))
+    error = float((single.logits - exact.logits).abs().max())
+    return (exact.logits.numpy(), exact.depth.numpy(), exact.margin.numpy()), error

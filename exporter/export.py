@@ -121,19 +121,13 @@ def _tracing(config: MythosConfig, context: int, dtype: str, folder: Path) -> It
     try:
         for stages, log in zip(_TRACE_GROUPS, logs, strict=True):
             with log.open("wb") as file:
-                processes.append(
-                    start_tracing(TraceJob(config.to_dict(), context, dtype, stages, str(folder)), file)
-                )
+                processes.append(start_tracing(TraceJob(config.to_dict(), context, dtype, stages, str(folder)), file))
 
         def finish() -> None:
             for process, log in zip(processes, logs, strict=True):
                 if process.wait() != 0:
-                    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [
-                        "no output"
-                    ]
-                    raise ExportError(
-                        f"tracing the model failed with status {process.returncode}: {lines[-1]}"
-                    )
+                    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"]
+                    raise ExportError(f"tracing the model failed with status {process.returncode}: {lines[-1]}")
 
         yield finish
     finally:
@@ -173,11 +167,7 @@ def _tensor_specs(values: list[ir.Value] | tuple[ir.Value, ...]) -> tuple[Tensor
 
 
 def _ort_cpu_target(dtype: str) -> TargetSpec:
-    note = (
-        ""
-        if dtype == "fp32"
-        else f"weights are stored in {dtype}; the CPU has no fast {dtype} and computes in fp32"
-    )
+    note = "" if dtype == "fp32" else f"weights are stored in {dtype}; the CPU has no fast {dtype} and computes in fp32"
     # Only the step has an op that ONNX Runtime has a faster kernel for.
     files = {"prelude": "prelude.onnx", "step": f"step.{ORT_CPU}.onnx", "coda": "coda.onnx"}
     return TargetSpec(files, compute_dtype="fp32", note=note)

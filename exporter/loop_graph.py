@@ -29,9 +29,7 @@ def loop_model(stages: Stages, config: MythosConfig) -> ir.Model:
     shape = outer.op("Concat", [outer.sizes(input_ids, 0), outer.integers([0, config.cache_width])], axis=0)
     nothing = outer.op("ConstantOfShape", [shape])
 
-    prelude = outer.inline(
-        "prelude", {"input_ids": input_ids, **window, **_slots([nothing] * config.prelude_layers)}
-    )
+    prelude = outer.inline("prelude", {"input_ids": input_ids, **window, **_slots([nothing] * config.prelude_layers)})
     body = _Body(outer, stages["step"])
     step = body.step({"e": prelude["e"], "threshold": threshold, "past": nothing, **window})
     running = body.op("Less", [step["halt_mass_next"], threshold])
@@ -60,9 +58,7 @@ def loop_model_with_past(stages: Stages, config: MythosConfig) -> ir.Model:
     fixed = [outer.op("Gather", [past, outer.integer(slot)], axis=0) for slot in range(slots)]
     coda_start = config.prelude_layers + config.max_loop_iters
 
-    prelude = outer.inline(
-        "prelude", {"input_ids": input_ids, **window, **_slots(fixed[: config.prelude_layers])}
-    )
+    prelude = outer.inline("prelude", {"input_ids": input_ids, **window, **_slots(fixed[: config.prelude_layers])})
     body = _Body(outer, stages["step"])
     slot = body.op("Add", [body.step_index, outer.integer(config.prelude_layers)])
     step = body.step(
@@ -123,9 +119,7 @@ class _Scope:
     """A graph being written: nodes with named results, and stage graphs copied in."""
 
     def __init__(self, name: str) -> None:
-        self.graph = ir.Graph(
-            [], [], nodes=[], name=name, opset_imports={"": ops.OPSET, ops.DOMAIN: ops.VERSION}
-        )
+        self.graph = ir.Graph([], [], nodes=[], name=name, opset_imports={"": ops.OPSET, ops.DOMAIN: ops.VERSION})
         self._count = 0
 
     def op(self, op_type: str, inputs: Sequence[ir.Value], **attributes: object) -> ir.Value:
@@ -213,9 +207,7 @@ class _Body(_Scope):
     def __init__(self, outer: _Outer, step: ir.Model) -> None:
         super().__init__("loop_body")
         self._outer, self._step = outer, step.graph
-        self.step_index = ir.Value(
-            name="step_index", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([])
-        )
+        self.step_index = ir.Value(name="step_index", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
         self._carried: list[ir.Value] = []
 
     def step(self, captured: Mapping[str, ir.Value]) -> dict[str, ir.Value]:
@@ -240,9 +232,7 @@ class _Body(_Scope):
         self.graph.outputs.extend([goes_on, *(self._made[f"{name}_next"] for name in _CARRIED), *scanned])
         attributes = [ir.AttrGraph("body", self.graph)]
         count = len(_CARRIED) + len(scanned)
-        node = ir.Node(
-            "", "Loop", [trips, self._outer.true, *initial], attributes, num_outputs=count, name="loop"
-        )
+        node = ir.Node("", "Loop", [trips, self._outer.true, *initial], attributes, num_outputs=count, name="loop")
         for value, name in zip(node.outputs, [*_CARRIED, "scanned_rows"], strict=False):
             value.name = f"final/{name}"
         self._outer.graph.append(node)

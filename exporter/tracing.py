@@ -37,9 +37,7 @@ class _Prelude(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(
-        self, input_ids: Tensor, length: Tensor, first: Tensor, past: list[Tensor]
-    ) -> tuple[Tensor, ...]:
+    def forward(self, input_ids: Tensor, length: Tensor, first: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
         e, rows = self.network.prelude(input_ids, Window(length, first), *past)
         return e, *rows
 
@@ -92,9 +90,7 @@ class _Inputs:
     axes: dict[str, Any]
 
 
-def trace_stages(
-    config: MythosConfig, max_context: int, stages: Sequence[str] = STAGES
-) -> dict[str, ir.Model]:
+def trace_stages(config: MythosConfig, max_context: int, stages: Sequence[str] = STAGES) -> dict[str, ir.Model]:
     """The stage graphs by name, initializers without values."""
     with FakeTensorMode():
         network = Network(config, max_context, TracedOps()).requires_grad_(False).eval()

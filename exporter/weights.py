@@ -219,9 +219,7 @@ class _HashedReader:
         # One sum is cheaper than a mask, and is finite unless a weight is not or the sum itself overflows.
         if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
             kind = "NaN" if torch.isnan(tensor).any() else "infinity"
-            raise CheckpointError(
-                f"{name}: holds {kind}: this checkpoint can not be exported; use an earlier one"
-            )
+            raise CheckpointError(f"{name}: holds {kind}: this checkpoint can not be exported; use an earlier one")
         self.hashes.update(f"{name}[{start}]".encode())
         self.hashes.update(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
         return tensor

@@ -143,8 +143,7 @@ def _parsed(kind: Any, value: Any, where: str) -> Any:
         return _parsed_fields(kind, _expect(value, dict, where), where)
     if origin is dict:
         return {
-            name: _parsed(arguments[1], item, f"{where}.{name}")
-            for name, item in _expect(value, dict, where).items()
+            name: _parsed(arguments[1], item, f"{where}.{name}") for name, item in _expect(value, dict, where).items()
         }
     if origin is tuple:
         return tuple(_parsed(arguments[0], item, where) for item in _expect(value, list, where))
@@ -205,13 +204,7 @@ def open_bundle(path: Path | str, hashes: bool = False) -> Bundle:
     path = Path(path)
     manifest_path = path / MANIFEST_FILE
     if not manifest_path.is_file():
-        what = (
-            "has no manifest.json"
-            if path.is_dir()
-            else "is no bundle folder"
-            if path.exists()
-            else "does not exist"
-        )
+        what = "has no manifest.json" if path.is_dir() else "is no bundle folder" if path.exists() else "does not exist"
         raise BundleError(f"{path} {what}: make a bundle with mythos-edge export")
     try:
         values = json.loads(manifest_path.read_text(encoding="utf-8"))
@@ -226,9 +219,7 @@ def open_bundle(path: Path | str, hashes: bool = False) -> Bundle:
             raise BundleError(f"{file}: is missing: export the bundle again")
         size = file.stat().st_size
         if size != record.bytes:
-            raise BundleError(
-                f"{file}: has {size} bytes, the manifest says {record.bytes}: export the bundle again"
-            )
+            raise BundleError(f"{file}: has {size} bytes, the manifest says {record.bytes}: export the bundle again")
     if hashes:
         verify_hashes(bundle)
     return bundle
@@ -277,9 +268,7 @@ class BundleWriter:
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def finish(
-        self, make_manifest: Callable[[dict[str, FileRecord]], Manifest], known: Mapping[str, str]
-    ) -> None:
+    def finish(self, make_manifest: Callable[[dict[str, FileRecord]], Manifest], known: Mapping[str, str]) -> None:
         """Writes the manifest over all files and moves the folder into place.
 
         ``known`` holds the sha256 of files that need not be read again.

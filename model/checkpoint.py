@@ -116,9 +116,7 @@ class Checkpoint:
                         )
                     filled += got
             except OSError as error:
-                raise CheckpointError(
-                    f"{entry.path}: can not read {entry.name}: {error.strerror or error}"
-                ) from error
+                raise CheckpointError(f"{entry.path}: can not read {entry.name}: {error.strerror or error}") from error
 
 
 def open_checkpoint(path: Path | str, config_path: Path | str | None = None) -> Checkpoint:
@@ -152,9 +150,7 @@ def _canonical(stored: Mapping[str, TensorEntry], path: Path) -> dict[str, Tenso
     for stored_name, entry in stored.items():
         name = ".".join(part for part in stored_name.split(".") if part not in _WRAPPERS)
         if name in entries:
-            raise CheckpointError(
-                f"{path}: {origins[name]} and {stored_name} are both {name}: keep one model"
-            )
+            raise CheckpointError(f"{path}: {origins[name]} and {stored_name} are both {name}: keep one model")
         if re.match(r"blocks\.\d+\.", name):
             raise CheckpointError(
                 f"{path}: a moda.py checkpoint ({stored_name}), which is another model without a loop; "
@@ -191,9 +187,7 @@ def _config(
     config = config_from_dict({**defaults, **merged}, origin=names)
     for name, value in inferred.items():
         if getattr(config, name) != value:
-            raise ConfigError(
-                f"{origins[name]}: {name} is {getattr(config, name)!r}, but the weights have {value!r}"
-            )
+            raise ConfigError(f"{origins[name]}: {name} is {getattr(config, name)!r}, but the weights have {value!r}")
     return config
 
 

@@ -48,9 +48,7 @@ class MythosConfig:
         for field in dataclasses.fields(self):
             _check_field(field.name, getattr(self, field.name))
         if self.n_experts_per_tok > self.n_experts:
-            raise ConfigError(
-                f"n_experts_per_tok is {self.n_experts_per_tok}, but there are {self.n_experts} experts"
-            )
+            raise ConfigError(f"n_experts_per_tok is {self.n_experts_per_tok}, but there are {self.n_experts} experts")
         if self.attn_type == "gqa":
             if self.dim % self.n_heads:
                 raise ConfigError(f"dim {self.dim} is not divisible by n_heads {self.n_heads}")
@@ -128,9 +126,7 @@ def config_from_dict(values: Mapping[str, Any], *, origin: str) -> MythosConfig:
     """
     unknown = sorted(set(values) - set(FIELD_NAMES) - _INERT_FIELDS)
     if unknown:
-        raise ConfigError(
-            f"{origin}: unknown config field {', '.join(unknown)}; known: {', '.join(FIELD_NAMES)}"
-        )
+        raise ConfigError(f"{origin}: unknown config field {', '.join(unknown)}; known: {', '.join(FIELD_NAMES)}")
     known = {name: values[name] for name in FIELD_NAMES if name in values}
     if known.get("attn_type") == "gqa":
         # Unused by GQA; the reference's config has defaults for them, other writers leave them out.
@@ -139,9 +135,7 @@ def config_from_dict(values: Mapping[str, Any], *, origin: str) -> MythosConfig:
         known.setdefault("n_kv_heads", known.get("n_heads"))
     missing = [name for name in FIELD_NAMES if name not in known]
     if missing:
-        raise ConfigError(
-            f"{origin}: missing config field {', '.join(missing)}; give it in --config config.json"
-        )
+        raise ConfigError(f"{origin}: missing config field {', '.join(missing)}; give it in --config config.json")
     try:
         return MythosConfig(**known)
     except ConfigError as error:
@@ -200,19 +194,11 @@ def _variant(
 VARIANTS: dict[str, MythosConfig] = {
     "1b": _variant(2048, (16, 4), (256, 512), (32, 64), (64, 4, 2, 2048), (16, 2, 8)),
     "3b": _variant(3072, (24, 6), (384, 768), (32, 96), (64, 4, 2, 4096), (16, 2, 8)),
-    "10b": _variant(
-        4096, (32, 8), (512, 1024), (64, 128), (128, 4, 2, 5632), (24, 2, 16), (32000, 8192, 5e5)
-    ),
-    "50b": _variant(
-        6144, (48, 8), (512, 1536), (64, 128), (256, 4, 4, 9728), (32, 3, 32), (32000, 8192, 5e5)
-    ),
-    "100b": _variant(
-        8192, (64, 8), (512, 2048), (64, 128), (256, 8, 4, 13568), (32, 4, 64), (32000, 1000000, 1e6)
-    ),
+    "10b": _variant(4096, (32, 8), (512, 1024), (64, 128), (128, 4, 2, 5632), (24, 2, 16), (32000, 8192, 5e5)),
+    "50b": _variant(6144, (48, 8), (512, 1536), (64, 128), (256, 4, 4, 9728), (32, 3, 32), (32000, 8192, 5e5)),
+    "100b": _variant(8192, (64, 8), (512, 2048), (64, 128), (256, 8, 4, 13568), (32, 4, 64), (32000, 1000000, 1e6)),
     "500b": _variant(
         12288, (96, 16), (1024, 3072), (64, 128), (512, 8, 8, 23040), (48, 4, 128), (100000, 1000000, 1e6)
     ),
-    "1t": _variant(
-        16384, (128, 16), (1024, 4096), (64, 128), (512, 8, 8, 34560), (64, 6, 256), (100000, 1000000, 2e6)
-    ),
+    "1t": _variant(16384, (128, 16), (1024, 4096), (64, 128), (512, 8, 8, 34560), (64, 6, 256), (100000, 1000000, 2e6)),
 }

@@ -139,9 +139,7 @@ def visible_columns(window: Window, past_columns: int, new_columns: int) -> Bool
     return torch.cat([past.expand(-1, new_columns, -1), new], dim=-1)
 
 
-def swiglu(
-    x: Float[Tensor, "N D"], gate_up: Float[Tensor, "F2 D"], down: Float[Tensor, "D F"]
-) -> Float[Tensor, "N D"]:
+def swiglu(x: Float[Tensor, "N D"], gate_up: Float[Tensor, "F2 D"], down: Float[Tensor, "D F"]) -> Float[Tensor, "N D"]:
     """Dense SwiGLU; ``gate_up`` holds all gate rows, then all up rows."""
     gate, up = nn.functional.linear(x, gate_up).chunk(2, dim=-1)
     return nn.functional.linear(gate * torch.sigmoid(gate) * up, down)
@@ -228,16 +226,12 @@ class LatentAttention(nn.Module):
         q_absorbed = q_absorbed.transpose(0, 1).reshape(batch, chunk, c.n_heads, c.kv_lora_rank)
         q_rope = rope(q_rope.view(batch, chunk, c.n_heads, c.rope_dim), positions)
         key_rope = rope(key_rope.view(batch, chunk, 1, c.rope_dim), positions)
-        rows = torch.cat(
-            [self.kv_norm(latent).view(batch, chunk, c.kv_lora_rank), key_rope.squeeze(2)], dim=-1
-        )
+        rows = torch.cat([self.kv_norm(latent).view(batch, chunk, c.kv_lora_rank), key_rope.squeeze(2)], dim=-1)
         mixed = self.ops.latent_attention(
             torch.cat([q_absorbed, q_rope], dim=-1), rows, past, window, c.kv_lora_rank, c.head_dim**-0.5
         )
         values = mixed.view(-1, c.n_heads, c.kv_lora_rank).transpose(0, 1) @ self.value_up  # (H, N, V)
-        return nn.functional.linear(
-            values.transpose(0, 1).reshape(-1, c.n_heads * c.v_head_dim), self.wo
-        ), rows
+        return nn.functional.linear(values.transpose(0, 1).reshape(-1, c.n_heads * c.v_head_dim), self.wo), rows
 
 
 class GroupedQueryAttention(nn.Module):

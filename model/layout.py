@@ -54,12 +54,7 @@ def recipes(config: MythosConfig, max_context: int) -> list[Recipe]:
     found += _block(config, "step.block", "recurrent.block", moe=True)
     for index in range(config.coda_layers):
         found += _block(config, f"coda_blocks.{index}", f"coda.{index}", moe=False)
-    return (
-        found
-        + _step(config)
-        + [_vector("norm.weight", "norm.weight", config.dim)]
-        + _tables(config, max_context)
-    )
+    return found + _step(config) + [_vector("norm.weight", "norm.weight", config.dim)] + _tables(config, max_context)
 
 
 def load_network(
@@ -89,8 +84,7 @@ def load_network(
 
 def _block(config: MythosConfig, name: str, source: str, *, moe: bool) -> list[Recipe]:
     norms = [
-        _vector(f"{name}.{part}.weight", f"{source}.{part}.weight", config.dim)
-        for part in ("attn_norm", "ffn_norm")
+        _vector(f"{name}.{part}.weight", f"{source}.{part}.weight", config.dim) for part in ("attn_norm", "ffn_norm")
     ]
     attention = _latent_attention if config.is_mla else _grouped_attention
     feed_forward = _sparse_moe if moe else _dense
@@ -176,9 +170,7 @@ def _step(c: MythosConfig) -> list[Recipe]:
     return [
         _vector("step.norm.weight", f"{source}.norm.weight", c.dim),
         _stacked("step.lora.down", [(f"{source}.lora.down.weight", c.lora_rank)], c.dim, narrow=False),
-        _stacked(
-            "step.lora.scale", [(f"{source}.lora.scale.weight", c.max_loop_iters)], c.lora_rank, narrow=False
-        ),
+        _stacked("step.lora.scale", [(f"{source}.lora.scale.weight", c.max_loop_iters)], c.lora_rank, narrow=False),
         _stacked("step.lora.up", [(f"{source}.lora.B", c.lora_rank)], c.dim, narrow=False),
         Recipe("step.decay", (c.dim,), _decay),
         _vector("step.inject", f"{source}.injection.B", c.dim),
@@ -206,9 +198,7 @@ def _vector(name: str, source: str, size: int) -> Recipe:
 
 def _stacked(name: str, sources: list[tuple[str, int]], columns: int, *, narrow: bool = True) -> Recipe:
     """Matrices of (source name, rows), one below the other."""
-    return Recipe(
-        name, (sum(rows for _, rows in sources), columns), partial(_rows_in_turn, sources, columns), narrow
-    )
+    return Recipe(name, (sum(rows for _, rows in sources), columns), partial(_rows_in_turn, sources, columns), narrow)
 
 
 def _rows_in_turn(sources: list[tuple[str, int]], columns: int, reader: TensorReader) -> Iterator[Tensor]:
@@ -223,9 +213,7 @@ def _row_ranges(rows: int, columns: int) -> Iterator[tuple[int, int]]:
         yield start, min(rows, start + height)
 
 
-def _head_rows(
-    source: str, heads: int, per_head: int, start: int, stop: int, reader: TensorReader
-) -> Iterator[Tensor]:
+def _head_rows(source: str, heads: int, per_head: int, start: int, stop: int, reader: TensorReader) -> Iterator[Tensor]:
     """Rows ``start:stop`` of every head of a matrix that holds ``per_head`` rows a head."""
     for head in range(heads):
         yield reader.read(source, head * per_head + start, head * per_head + stop)

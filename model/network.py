@@ -36,9 +36,7 @@ class Network(nn.Module):
         self.config = config
         self.embed = nn.Parameter(torch.empty(config.vocab_size, config.dim))
         self.rope = Rope(config, max_context or config.max_seq_len)
-        self.prelude_blocks = nn.ModuleList(
-            Block(config, ops, moe=False) for _ in range(config.prelude_layers)
-        )
+        self.prelude_blocks = nn.ModuleList(Block(config, ops, moe=False) for _ in range(config.prelude_layers))
         self.step = LoopStep(config, ops)
         self.coda_blocks = nn.ModuleList(Block(config, ops, moe=False) for _ in range(config.coda_layers))
         self.norm = RMSNorm(config.dim)
@@ -96,7 +94,7 @@ class Network(nn.Module):
         window: Window,
         *past: Float[Tensor, "B C W"],
     ) -> tuple[Float[Tensor, "B L V"], list[Float[Tensor, "B S W"]]]:
-        """Logits of the chunk's rows ``logit_rows`` (decoding needs the last only) and the new rows of each coda slot."""
+        """Logits of the chunk's rows ``logit_rows`` (decoding needs the last) and the new rows of each coda slot."""
         x, rows = self._run_blocks(self.coda_blocks, out, window, past)
         x = x.index_select(1, logit_rows)
         logits = nn.functional.linear(self.norm(x.flatten(0, 1)), self.embed)

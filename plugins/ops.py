@@ -183,7 +183,8 @@ _ROUTED_EXPERTS = """
     experts = Unique <sorted = 1> (chosen)
     count = Size (experts)
     forward = Constant <value = bool {1}> ()
-    y = Loop (count, forward, start) <body = one_expert (int64 i, bool go, float[N, D] sum) => (bool go_on, float[N, D] new_sum) {
+    y = Loop (count, forward, start) <body = one_expert (int64 i, bool go, float[N, D] sum)
+        => (bool go_on, float[N, D] new_sum) {
         go_on = Constant <value = bool {1}> ()
         zero = Constant <value_float = 0.0> ()
         last = Constant <value_ints = [-1]> ()

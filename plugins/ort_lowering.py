@@ -90,9 +90,7 @@ class _Writer:
     def __init__(self, graph: ir.Graph, node: ir.Node) -> None:
         self._graph, self._node, self._count = graph, node, 0
 
-    def add(
-        self, op_type: str, inputs: Sequence[ir.Value | None], domain: str = "", **attributes: Any
-    ) -> ir.Value:
+    def add(self, op_type: str, inputs: Sequence[ir.Value | None], domain: str = "", **attributes: Any) -> ir.Value:
         return self.add_many(op_type, inputs, 1, domain, **attributes)[0]
 
     def add_many(

@@ -10,7 +10,7 @@ Float64 = NDArray[np.float64]
 def latent_attention(
     q: Array, rows: Array, past: Array, length: int, first: NDArray[np.int64], *, scale: float, value_dim: int
 ) -> Float64:
-    """The attended values (B, S, H, value_dim) of ``mythos::LatentAttention``; shapes as in ``ops.LATENT_ATTENTION``."""
+    """The attended values (B, S, H, value_dim) of ``mythos::LatentAttention``; shapes as in ``ops``."""
     batch, chunk, heads, _ = q.shape
     mixed = np.zeros((batch, chunk, heads, value_dim))
     for b in range(batch):

@@ -42,9 +42,7 @@ class OrtBackend:
 
     def __init__(self, bundle: Bundle, threads: int = 0) -> None:
         target = bundle.manifest.targets[TARGET]
-        self._stages = {
-            stage: _BoundGraph(bundle.file(name), threads) for stage, name in target.graphs.items()
-        }
+        self._stages = {stage: _BoundGraph(bundle.file(name), threads) for stage, name in target.graphs.items()}
 
     def run(self, stage: str, feeds: Arrays, outputs: Arrays) -> None:
         self._stages[stage].run(feeds, outputs)

@@ -53,7 +53,7 @@ class Depth:
         if max_depth > config.max_loop_iters:
             warnings.warn(
                 f"max_depth {max_depth} is beyond the {config.max_loop_iters} loop steps this model was trained with",
-                stacklevel=3,
+                stacklevel=2,
             )
         threshold = config.act_threshold if self.threshold is None else self.threshold
         return ResolvedDepth(self.policy, max_depth, self.min_depth, threshold)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 # A run may be this many times as far from float64 as the reference's own float32 run is. Kernels sum in other
 # orders, and depth amplifies: more would be a bug, less is luck.
 NOISE_FACTOR = 3.0
-# On short or tame inputs the reference's own error is close to 0 by chance; then this share of the largest logit counts.
+# On short or tame inputs the reference's own error may be near 0 by chance; then this share of the largest logit counts.
 NOISE_FLOOR = 3e-6
 # Halting mass this close to the threshold can fall either way in float32.
 NEAR_TIE_MARGIN = 1e-4

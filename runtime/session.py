@@ -161,9 +161,7 @@ class Session:
         seed. ``resume`` appends the prompt (which may be empty) to the sequence of the call before.
         Raises UsageError, CapacityError.
         """
-        many = isinstance(prompt, list | tuple) and any(
-            isinstance(item, str | list | tuple) for item in prompt
-        )
+        many = isinstance(prompt, list | tuple) and any(isinstance(item, str | list | tuple) for item in prompt)
         results = [Generation() for _ in (prompt if many else [prompt])]
         for _ in self._generate(list(prompt) if many else [prompt], results, resume, _options(options)):
             pass
@@ -183,9 +181,7 @@ class Session:
         all), the rest one at a time, as decoding would. ``options``: the depth fields of Options."""
         ids = np.asarray(ids)
         if ids.ndim != 2 or ids.shape[1] < 1 or ids.dtype.kind not in "iu":
-            raise UsageError(
-                f"ids are {ids.dtype} of shape {ids.shape}, expected integers (batch, positions)"
-            )
+            raise UsageError(f"ids are {ids.dtype} of shape {ids.shape}, expected integers (batch, positions)")
         positions = ids.shape[1]
         prefill = positions if prefill is None else prefill
         if not 0 <= prefill <= positions:
@@ -219,9 +215,7 @@ class Session:
         row, staircase = self._only_row(), self._staircase
         assert staircase is not None
         if not 0 <= length <= len(row.ids):
-            raise UsageError(
-                f"rollback to {length} positions, expected 0 .. {len(row.ids)}, the present length"
-            )
+            raise UsageError(f"rollback to {length} positions, expected 0 .. {len(row.ids)}, the present length")
         staircase.rollback(length)
         del row.ids[length:]
 
@@ -274,13 +268,7 @@ class Session:
                 result.ids.append(token_id)
                 result.logprobs.append(logprob)
                 result.depths.append(int(depth[index]))
-                reason = (
-                    "stop_id"
-                    if token_id in stop_ids
-                    else "length"
-                    if count == options.max_new_tokens
-                    else None
-                )
+                reason = "stop_id" if token_id in stop_ids else "length" if count == options.max_new_tokens else None
                 if reason is None and staircase.columns >= staircase.limit:
                     reason = "context"
                 shown = text.push(token_id, shown=reason != "stop_id", last=reason is not None)
@@ -319,9 +307,7 @@ class Session:
         while staircase.columns < columns:
             start = staircase.columns
             stop = min(columns, start + chunk)
-            wanted = (
-                np.arange(stop - start - (stop == columns), stop - start) if stop == columns else _NO_ROWS
-            )
+            wanted = np.arange(stop - start - (stop == columns), stop - start) if stop == columns else _NO_ROWS
             fed = staircase.feed(ids[:, start:stop], wanted)
         return fed.logits[:, 0], fed.depth[:, -1]
 
@@ -378,9 +364,7 @@ class Session:
         assert staircase is not None
         columns = max(len(row.ids) for row in self._rows)
         context = min(columns + options.max_new_tokens, self.bundle.manifest.max_context)
-        require_memory(
-            plan_cache(self.config, staircase.depth.max_depth, context, staircase.batch), staircase.nbytes
-        )
+        require_memory(plan_cache(self.config, staircase.depth.max_depth, context, staircase.batch), staircase.nbytes)
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -392,9 +376,7 @@ class Session:
     def _check_ids(self, ids: list[int]) -> list[int]:
         wrong = next((number for number in ids if not 0 <= number < self.config.vocab_size), None)
         if wrong is not None:
-            raise UsageError(
-                f"token id {wrong} is out of range: this model knows 0 .. {self.config.vocab_size - 1}"
-            )
+            raise UsageError(f"token id {wrong} is out of range: this model knows 0 .. {self.config.vocab_size - 1}")
         return ids
 
     def _end_ids(self) -> tuple[int, ...]:
@@ -403,9 +385,7 @@ class Session:
     def _only_row(self) -> "_Row":
         if len(self._rows) != 1:
             what = "no sequence yet" if not self._rows else f"a batch of {len(self._rows)} sequences"
-            raise UsageError(
-                f"this needs a session with one sequence, but it has {what}: generate from one prompt"
-            )
+            raise UsageError(f"this needs a session with one sequence, but it has {what}: generate from one prompt")
         return self._rows[0]
 
 

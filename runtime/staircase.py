@@ -213,9 +213,7 @@ class Staircase:
             # A batch of one passes pointers: the filled rows in, and the place of the new ones out.
             direct = slot.tail(chunk)
             feeds[past] = slot.whole() if direct is None else slot.view(0, begin)
-            made[rows] = (
-                self._take(rows, (self.batch, chunk, self.config.cache_width)) if direct is None else direct
-            )
+            made[rows] = self._take(rows, (self.batch, chunk, self.config.cache_width)) if direct is None else direct
             new_rows.append(None if direct is not None else made[rows])
         self._backend.run(stage, feeds, made)
         for slot, copied in zip(slots, new_rows, strict=True):

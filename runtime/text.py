@@ -12,7 +12,7 @@ _LONGEST_CHARACTER = 4
 
 
 class Tokenizer:
-    """A Hugging Face ``tokenizer.json``. Raises BundleError when it is damaged, BackendUnavailable without the library."""
+    """A Hugging Face ``tokenizer.json``. Raises BundleError when damaged, BackendUnavailable without the library."""
 
     def __init__(self, path: Path) -> None:
         try:

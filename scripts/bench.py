@@ -56,9 +56,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     console.say(f"| {'':28} | {'median':>10} | {'min':>10} | {'max':>10} |")
     console.say(f"|{'-' * 30}|{'-' * 11}:|{'-' * 11}:|{'-' * 11}:|")
     for name, figure in figures.items():
-        console.say(
-            f"| {name:28} | {figure['median']:10.2f} | {figure['min']:10.2f} | {figure['max']:10.2f} |"
-        )
+        console.say(f"| {name:28} | {figure['median']:10.2f} | {figure['min']:10.2f} | {figure['max']:10.2f} |")
     console.result(report)
     return 0
 

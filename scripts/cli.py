@@ -46,9 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except Exception as error:
         what = " ".join(str(error).split()) or type(error).__name__
-        return _fail(
-            console, args.debug, f"internal error: {type(error).__name__}: {what} (--debug shows where)"
-        )
+        return _fail(console, args.debug, f"internal error: {type(error).__name__}: {what} (--debug shows where)")
 
 
 def _fail(console: Console, debug: bool, message: str) -> int:
@@ -63,9 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mythos-edge", description="Export OpenMythos checkpoints to ONNX and run them locally."
     )
-    parser.add_argument(
-        "--version", action="version", version=f"mythos-edge {metadata.version('mythos-edge')}"
-    )
+    parser.add_argument("--version", action="version", version=f"mythos-edge {metadata.version('mythos-edge')}")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="one JSON object on stdout, the rest on stderr")
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -28,9 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = tasks.add_parser("add", help="streaming column addition")
     add.add_argument("a", metavar="A")
     add.add_argument("b", metavar="B")
-    add.add_argument(
-        "--bundle", type=Path, help="the demo bundle (default: made once in the user's cache folder)"
-    )
+    add.add_argument("--bundle", type=Path, help="the demo bundle (default: made once in the user's cache folder)")
     # Also accepted after the task, where people type them; SUPPRESS keeps those given before it.
     add.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     add.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
@@ -61,9 +59,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
             "correct": found == a + b,
             "digits": [number - addition.DIGIT_BASE for number in exact["ids"]],
             "depths": exact["depths"],
-            "runs": {
-                name: {k: one[k] for k in ("accuracy", "block_calls", "ms")} for name, one in runs.items()
-            },
+            "runs": {name: {k: one[k] for k in ("accuracy", "block_calls", "ms")} for name, one in runs.items()},
         }
     )
     return 0 if found == a + b else 1
@@ -90,10 +86,7 @@ def _show(console: Console, a: int, b: int, exact: dict[str, Any]) -> None:
     depths = exact["depths"][::-1]
     digits = [str(number - addition.DIGIT_BASE) for number in exact["ids"]][::-1]
     width = max(len(str(depth)) for depth in depths) + 1
-    cells = [
-        _coloured(f"{digit:>{width}}", depth, console.colour)
-        for digit, depth in zip(digits, depths, strict=True)
-    ]
+    cells = [_coloured(f"{digit:>{width}}", depth, console.colour) for digit, depth in zip(digits, depths, strict=True)]
     rows = ((str(a), ""), (str(b), "+"))
     for number, sign in rows:
         console.say(f"{sign:>7} " + "".join(f"{digit:>{width}}" for digit in number.rjust(len(digits))))
@@ -107,9 +100,7 @@ def _coloured(text: str, depth: int, colour: bool) -> str:
 
 def _demo_bundle(console: Console) -> Path:
     """The exported demo model, made at the first use and kept in the user's cache folder."""
-    with resources.as_file(
-        resources.files("mythos_edge.scripts") / "assets" / "carry_adder.pt"
-    ) as checkpoint:
+    with resources.as_file(resources.files("mythos_edge.scripts") / "assets" / "carry_adder.pt") as checkpoint:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mythos-edge"
         bundle = root / f"carry-adder-{sha256_of(checkpoint)[:12]}.bundle"
         if bundle.exists():

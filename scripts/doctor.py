@@ -37,9 +37,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         "cores": cores(),
         "free_memory_gb": None if memory is None else round(memory / 1e9, 1),
         "free_disk_gb": round(shutil.disk_usage(Path.cwd()).free / 1e9, 1),
-        "can": {
-            purpose: _purpose(purpose, packages) for purpose, packages in (("run", _RUN), ("export", _EXPORT))
-        },
+        "can": {purpose: _purpose(purpose, packages) for purpose, packages in (("run", _RUN), ("export", _EXPORT))},
     }
     for name in ("mythos_edge", "python", "machine", "cores", "free_memory_gb", "free_disk_gb"):
         console.say(f"{name:15} {report[name]}")

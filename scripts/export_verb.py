@@ -12,22 +12,12 @@ EXAMPLE = "mythos-edge export step_0001000.pt -o model.bundle --tokenizer tokeni
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "checkpoint", type=Path, help=".pt, .pth, .bin, .safetensors, or a folder with safetensors"
-    )
+    parser.add_argument("checkpoint", type=Path, help=".pt, .pth, .bin, .safetensors, or a folder with safetensors")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="folder to write")
-    parser.add_argument(
-        "--config", type=Path, metavar="JSON", help="config fields the checkpoint does not tell"
-    )
-    parser.add_argument(
-        "--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="storage of large weights"
-    )
-    parser.add_argument(
-        "--max-context", type=int, metavar="N", help="longest sequence (default: the checkpoint's)"
-    )
-    parser.add_argument(
-        "--tokenizer", type=Path, metavar="JSON", help="Hugging Face tokenizer.json to carry along"
-    )
+    parser.add_argument("--config", type=Path, metavar="JSON", help="config fields the checkpoint does not tell")
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="storage of large weights")
+    parser.add_argument("--max-context", type=int, metavar="N", help="longest sequence (default: the checkpoint's)")
+    parser.add_argument("--tokenizer", type=Path, metavar="JSON", help="Hugging Face tokenizer.json to carry along")
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
 
 

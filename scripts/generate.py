@@ -18,12 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("-p", "--prompt", metavar="TEXT")
     prompt.add_argument("--ids", metavar="1,2,3", help="token ids instead of text")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
-    parser.add_argument(
-        "--stop-id", type=int, action="append", metavar="ID", help="end at this token (repeatable)"
-    )
-    parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end at this text (repeatable)"
-    )
+    parser.add_argument("--stop-id", type=int, action="append", metavar="ID", help="end at this token (repeatable)")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text (repeatable)")
     parser.add_argument("--show-depth", action="store_true", help="print the depth of every token")
     options.add_depth(parser)
     options.add_sampling(parser)

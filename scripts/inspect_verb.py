@@ -16,9 +16,7 @@ EXAMPLE = "mythos-edge inspect model.bundle --json"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path)
-    parser.add_argument(
-        "--config", type=Path, metavar="JSON", help="config fields a checkpoint does not tell"
-    )
+    parser.add_argument("--config", type=Path, metavar="JSON", help="config fields a checkpoint does not tell")
 
 
 def run(args: argparse.Namespace, console: Console) -> int:

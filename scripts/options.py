@@ -16,15 +16,9 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "se
 def add_depth(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("depth")
     group.add_argument("--policy", choices=[str(policy) for policy in Policy], default="exact")
-    group.add_argument(
-        "--min-depth", type=int, default=1, metavar="N", help="loop steps every position takes"
-    )
-    group.add_argument(
-        "--max-depth", type=int, metavar="N", help="largest number of loop steps (default: as trained)"
-    )
-    group.add_argument(
-        "--threshold", type=float, metavar="X", help="halting mass that ends a position's loop"
-    )
+    group.add_argument("--min-depth", type=int, default=1, metavar="N", help="loop steps every position takes")
+    group.add_argument("--max-depth", type=int, metavar="N", help="largest number of loop steps (default: as trained)")
+    group.add_argument("--threshold", type=float, metavar="X", help="halting mass that ends a position's loop")
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -38,9 +32,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 
 def add_threads(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--threads", type=int, default=0, metavar="N", help="CPU threads (default: all cores)"
-    )
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: all cores)")
 
 
 def depth_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -120,9 +120,7 @@ def evaluate(main: Any, model: Any, seed: int, batch: int = 200) -> tuple[float,
     reached = mass >= model.cfg.act_threshold
     depth = torch.where(reached.any(0), reached.float().argmax(0) + 1, LOOPS).numpy()
     accuracy = float((predicted == addition.digits(columns))[solvable].mean())
-    return accuracy, {
-        n: float(depth[lengths == n].mean()) for n in range(1, LOOPS + 1) if (lengths == n).any()
-    }
+    return accuracy, {n: float(depth[lengths == n].mean()) for n in range(1, LOOPS + 1) if (lengths == n).any()}
 
 
 def train(steps: int, seed: int) -> Any:
@@ -164,9 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     model = train(args.steps, args.seed)
     accuracy, _ = evaluate(open_mythos(), model, seed=10**6)
     if accuracy < _MIN_ACCURACY:
-        raise SystemExit(
-            f"digits are {accuracy:.2%} right, expected {_MIN_ACCURACY:.1%}: train longer with --steps"
-        )
+        raise SystemExit(f"digits are {accuracy:.2%} right, expected {_MIN_ACCURACY:.1%}: train longer with --steps")
     saved = {
         "step": args.steps,
         "model": model.state_dict(),

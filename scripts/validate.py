@@ -25,16 +25,10 @@ _SECOND_CHUNK = 7
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path)
-    parser.add_argument(
-        "--against", type=Path, metavar="CHECKPOINT", help="the checkpoint to compare with, in torch"
-    )
-    parser.add_argument(
-        "--config", type=Path, metavar="JSON", help="config fields the checkpoint does not tell"
-    )
+    parser.add_argument("--against", type=Path, metavar="CHECKPOINT", help="the checkpoint to compare with, in torch")
+    parser.add_argument("--config", type=Path, metavar="JSON", help="config fields the checkpoint does not tell")
     parser.add_argument("--ids", metavar="NPY", help="tokens to compare on (default: random ones)")
-    parser.add_argument(
-        "--positions", type=int, default=48, metavar="N", help="length of the random sequence"
-    )
+    parser.add_argument("--positions", type=int, default=48, metavar="N", help="length of the random sequence")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
 
 
@@ -104,9 +98,7 @@ def _compare(args: argparse.Namespace, session: Session, bundle: Bundle, console
     }
 
 
-def _routes(
-    session: Session, bundle: Bundle, ids: NDArray[np.int64]
-) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
+def _routes(session: Session, bundle: Bundle, ids: NDArray[np.int64]) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
     """Every way the bundle can compute the same: logits and depth by the route's name."""
     made: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {}
     for policy in ("full", "exact"):

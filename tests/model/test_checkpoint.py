@@ -299,9 +299,7 @@ def test_config_from_shapes_but_for_two_fields(tmp_path: Path, attn_type: str) -
     _assert_refused(ConfigError, "model.pt: missing config field act_threshold, rope_theta;|--config", path)
     extra = _write_config(tmp_path, OPEN_FIELDS, "extra.json")
     with open_checkpoint(path, extra) as checkpoint:
-        unused = (
-            {"n_kv_heads"} if attn_type == "mla" else {n for n in FIELD_NAMES if "lora_r" in n or "_h" in n}
-        )
+        unused = {"n_kv_heads"} if attn_type == "mla" else {n for n in FIELD_NAMES if "lora_r" in n or "_h" in n}
         for name in set(FIELD_NAMES) - unused - set(OPEN_FIELDS):
             assert getattr(checkpoint.config, name) == _fields(attn_type)[name], name
 
@@ -382,9 +380,7 @@ def _changed(folder: Path, **changes: Tensor | None) -> Path:
 
 def test_unknown_tensors(tmp_path: Path) -> None:
     path = _changed(tmp_path, **{f"extra{index}": torch.zeros(1) for index in range(7)})
-    _assert_refused(
-        CheckpointError, "unknown tensors extra0, extra1, extra2, extra3, extra4 and 2 more", path
-    )
+    _assert_refused(CheckpointError, "unknown tensors extra0, extra1, extra2, extra3, extra4 and 2 more", path)
 
 
 def test_missing_tensors(tmp_path: Path) -> None:
@@ -443,9 +439,7 @@ def test_head_that_differs_in_one_late_value(tmp_path: Path, monkeypatch: pytest
 
 
 def test_absent_and_foreign_paths(tmp_path: Path) -> None:
-    _assert_refused(
-        CheckpointError, "absent.pt: no such file: expected a torch.save file", tmp_path / "absent.pt"
-    )
+    _assert_refused(CheckpointError, "absent.pt: no such file: expected a torch.save file", tmp_path / "absent.pt")
     _assert_refused(CheckpointError, "no model in this folder|model.safetensors.index.json", tmp_path)
     (tmp_path / "notes.txt").write_text("hello")
     _assert_refused(CheckpointError, "neither a torch.save nor a safetensors file", tmp_path / "notes.txt")
@@ -560,8 +554,6 @@ def test_damaged_index(tmp_path: Path, edit: Callable[[Any], object], words: str
 
 @pytest.mark.parametrize("attn_type", ["mla", "gqa"])
 def test_expected_shapes_are_the_references(attn_type: str, tmp_path: Path) -> None:
-    with open_checkpoint(
-        _saved(tmp_path, _trainer(_bare(attn_type)) | {"cfg": _fields(attn_type)})
-    ) as checkpoint:
+    with open_checkpoint(_saved(tmp_path, _trainer(_bare(attn_type)) | {"cfg": _fields(attn_type)})) as checkpoint:
         shapes = {name: tuple(value.shape) for name, value in _bare(attn_type).items()}
         assert expected_shapes(checkpoint.config) == shapes

@@ -175,8 +175,8 @@ class ScriptedBackend:
         h_next = (0.5 * h + 0.1 * e + mixed).astype(np.float32)
         active = h.shape[1] - feeds["out"].shape[1]
         running = feeds["halt_mass"] < feeds["threshold"]
-        halts = np.array([[self._depths[int(v)] <= index + 1 for v in row] for row in e[:, active:, 0]])
-        halts = halts.reshape(running.shape) & (index + 1 >= feeds["min_depth"])
+        depths = np.vectorize(self._depths.__getitem__, otypes=[np.int64])(e[:, active:, 0].astype(np.int64))
+        halts = (depths <= index + 1) & (index + 1 >= feeds["min_depth"])
         out = np.where((running & halts)[..., None], h_next[:, active:], feeds["out"])
         return {
             "h_next": h_next,

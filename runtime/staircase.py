@@ -235,10 +235,12 @@ class Staircase:
         self._forget_finished()
 
     def _catch_up(self, index: int) -> None:
-        if self.loop_slots[index].end < self.columns:
+        """Brings loop step ``index`` as far as the step before it, in one call."""
+        upto = self.loop_slots[index - 1].end if index else self.columns
+        if self.loop_slots[index].end < upto:
             none = self._take("none", (self.batch, 0, self.config.dim))
             no_mass, no_depth = none[:, :, 0], np.zeros((self.batch, 0), np.int64)
-            self._advance(index, self.columns, none, no_mass, no_depth, active=0)
+            self._advance(index, upto, none, no_mass, no_depth, active=0)
 
     def _repeat_last_rows(self, start: int) -> None:
         for shallow, deep in zip(self.loop_slots, self.loop_slots[1:], strict=False):

@@ -1,0 +1,34 @@
+# Makes a virtual environment with an editable install, or leaves one alone that is up to date. Sourced, not run.
+
+find_python() {
+    local name
+    for name in "${PYTHON:-}" python3.13 python3.12 python3.11 python3 python; do
+        if [ -n "$name" ] && command -v "$name" >/dev/null && "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+            echo "$name"
+            return
+        fi
+    done
+    echo "error: Python 3.11 or newer is needed and none was found: install one, or set PYTHON to it" >&2
+    return 1
+}
+
+# A stamp over everything the install depends on: strict editable installs must be renewed when a module is added.
+environment_stamp() {
+    { cat pyproject.toml constraints.txt; ls model plugins exporter runtime scripts; echo "$1"; } | cksum
+}
+
+make_environment() {
+    local folder=$1 extra=$2 stamp
+    stamp=$(environment_stamp "$extra")
+    if [ "$(cat "$folder/stamp" 2>/dev/null)" = "$stamp" ]; then
+        return
+    fi
+    echo "== installing mythos-edge[$extra] into $folder (the first time this takes a few minutes)"
+    [ -x "$folder/bin/python" ] || "$(find_python)" -m venv "$folder"
+    "$folder/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$extra]"
+    if [ "$extra" = dev ]; then
+        # The reference asks for transformers and datasets, which nothing here uses.
+        "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps open-mythos==0.5.0
+    fi
+    echo "$stamp" >"$folder/stamp"
+}

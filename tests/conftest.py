@@ -1,0 +1,57 @@
+"""Shared fixtures: bundles exported once a session from the golden checkpoints and the demo model."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mythos_edge.exporter.export import export_bundle
+from mythos_edge.model.checkpoint import open_checkpoint
+
+FIXTURES = Path(__file__).parent / "fixtures"
+GOLDENS = ("mla-small", "gqa-small")
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``exported(checkpoint, **options)``: the bundle of a checkpoint, made at the first request."""
+    made: dict[tuple[object, ...], Path] = {}
+    folder = tmp_path_factory.mktemp("bundles")
+
+    def export(checkpoint: Path, **options: object) -> Path:
+        key = (checkpoint, *sorted(options.items()))
+        if key not in made:
+            path = folder / f"{checkpoint.stem}-{len(made)}.bundle"
+            with open_checkpoint(checkpoint) as opened:
+                export_bundle(opened, path, **options)  # type: ignore[arg-type]
+            made[key] = path
+        return made[key]
+
+    return export
+
+
+@pytest.fixture(scope="session", params=GOLDENS)
+def golden_name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def golden_bundle(exported: Callable[..., Path], golden_name: str) -> Path:
+    return exported(FIXTURES / golden_name)
+
+
+@pytest.fixture(scope="session")
+def mla_bundle(exported: Callable[..., Path]) -> Path:
+    return exported(FIXTURES / "mla-small")
+
+
+@pytest.fixture(scope="session")
+def golden(golden_name: str) -> dict[str, np.ndarray]:
+    """The reference's float64 logits and depths, and its own float32 error; see the fixture's golden.npz."""
+    with np.load(FIXTURES / golden_name / "golden.npz") as file:
+        return dict(file)
+
+
+@pytest.fixture
+def random() -> np.random.Generator:
+    return np.random.default_rng(0)

@@ -1,0 +1,264 @@
+"""The staircase with a scripted network: exact equals full after anything, and calls follow depth."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mythos_edge.model.config import MythosConfig
+from mythos_edge.model.errors import CapacityError, UsageError
+from mythos_edge.runtime.backend import ScriptedBackend
+from mythos_edge.runtime.halting import Policy, ResolvedDepth
+from mythos_edge.runtime.staircase import Fed, Staircase
+
+LOOPS = 5
+VOCAB = 9
+# Token v halts at loop step DEPTHS[v]; 99 never does.
+DEPTHS = {0: 1, 1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 6: 99, 7: 1, 8: 2}
+CONFIG = MythosConfig(
+    vocab_size=VOCAB,
+    dim=2,
+    n_heads=1,
+    n_kv_heads=1,
+    max_seq_len=200,
+    max_loop_iters=LOOPS,
+    prelude_layers=1,
+    coda_layers=1,
+    attn_type="mla",
+    kv_lora_rank=1,
+    q_lora_rank=1,
+    qk_rope_head_dim=2,
+    qk_nope_head_dim=1,
+    v_head_dim=1,
+    n_experts=1,
+    n_shared_experts=0,
+    n_experts_per_tok=1,
+    expert_dim=1,
+    act_threshold=0.99,
+    rope_theta=1e4,
+    lora_rank=1,
+)
+
+
+class OneWide(MythosConfig):
+    """The scripted network's cache rows are one value wide."""
+
+    @property
+    def cache_width(self) -> int:
+        return 1
+
+
+ONE_WIDE = OneWide(**CONFIG.to_dict())
+
+
+def staircase(
+    policy: str = "exact", padding: tuple[int, ...] = (0,), max_lag: int | None = None, min_depth: int = 1
+) -> Staircase:
+    depth = ResolvedDepth(Policy(policy), LOOPS, min_depth, 0.99)
+    backend = ScriptedBackend(DEPTHS, VOCAB)
+    return Staircase(backend, ONE_WIDE, depth, 200, np.array(padding), max_lag)
+
+
+def feed(stairs: Staircase, ids: list[int] | np.ndarray) -> Fed:
+    chunk = np.atleast_2d(np.array(ids))
+    return stairs.feed(chunk, np.arange(chunk.shape[1]))
+
+
+def full_logits(ids: list[int], min_depth: int = 1) -> Fed:
+    return feed(staircase("full", min_depth=min_depth), ids)
+
+
+def assert_staircase(stairs: Staircase) -> None:
+    lengths = stairs.lengths
+    assert lengths == sorted(lengths, reverse=True)
+    assert all(length <= stairs.columns for length in lengths)
+
+
+tokens = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=9)
+schedule = st.lists(
+    st.one_of(
+        st.tuples(st.just("feed"), tokens),
+        st.tuples(st.just("decode"), st.integers(0, VOCAB - 1)),
+        st.tuples(st.just("rollback"), st.floats(0, 1)),
+        st.tuples(st.just("flush"), st.none()),
+        st.tuples(st.just("save and restore"), st.none()),
+    ),
+    max_size=14,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(start=tokens, actions=schedule, max_lag=st.sampled_from([None, 1, 3]))
+def test_exact_equals_full_after_any_schedule(
+    start: list[int], actions: list[tuple[str, object]], max_lag: int | None
+) -> None:
+    stairs, ids = staircase(max_lag=max_lag), list(start)
+    feed(stairs, ids)
+    for action, value in actions:
+        if action == "feed" or action == "decode":
+            new = value if isinstance(value, list) else [value]
+            fed = feed(stairs, new)
+            ids += new
+            wanted = full_logits(ids)
+            assert fed.depth[0].tolist() == wanted.depth[0, -len(new) :].tolist()
+            np.testing.assert_allclose(fed.logits, wanted.logits[:, -len(new) :], atol=2e-4)
+        elif action == "rollback":
+            keep = int(float(value) * len(ids))  # type: ignore[arg-type]
+            stairs.rollback(keep)
+            del ids[keep:]
+        elif action == "flush":
+            stairs.flush()
+            assert stairs.lengths == [len(ids)] * LOOPS
+        else:
+            saved = stairs.state()
+            stairs = staircase(max_lag=max_lag)
+            stairs.restore(saved)
+        assert stairs.columns == len(ids)
+        assert_staircase(stairs)
+
+
+@settings(max_examples=60, deadline=None)
+@given(first=tokens, second=tokens, more=st.lists(st.integers(0, VOCAB - 1), max_size=6))
+def test_a_padded_batch_gives_each_row_what_it_gets_alone(first: list[int], second: list[int], more: list[int]) -> None:
+    longest = max(len(first), len(second))
+    padding = (longest - len(first), longest - len(second))
+    ids = np.array([[0] * pad + row for pad, row in zip(padding, (first, second), strict=True)])
+    batch = staircase(padding=padding)
+    logits = [feed(batch, ids).logits]
+    for token in more:
+        logits.append(feed(batch, np.array([[token], [token]])).logits)
+    made = np.concatenate(logits, axis=1)
+    for row, (pad, prompt) in enumerate(zip(padding, (first, second), strict=True)):
+        np.testing.assert_allclose(made[row, pad:], full_logits(prompt + more).logits[0], atol=2e-4)
+
+
+def test_padding_has_depth_zero_and_sequences_that_ended_force_no_depth() -> None:
+    batch = staircase(padding=(2, 0))
+    assert feed(batch, [[0, 0, 3], [1, 2, 3]]).depth.tolist() == [[0, 0, 3], [1, 2, 3]]
+    calls = batch.block_calls
+    fed = batch.feed(np.array([[6], [2]]), np.array([0]), halted=np.array([True, False]))
+    assert fed.depth.tolist() == [[0], [2]]
+    assert batch.block_calls - calls == 2
+
+
+def test_block_calls_of_a_decoded_token_equal_its_depth() -> None:
+    stairs = staircase()
+    feed(stairs, [0])
+    for token, depth in [(1, 1), (3, 3), (0, 1), (5, 5), (6, LOOPS), (2, 2)]:
+        before = stairs.block_calls
+        assert feed(stairs, [token]).depth.tolist() == [[depth]]
+        assert stairs.block_calls - before == depth
+
+
+def test_catching_up_shares_the_call_of_the_token_that_needs_it() -> None:
+    stairs = staircase()
+    feed(stairs, [0])
+    for _ in range(6):
+        feed(stairs, [1])
+    assert stairs.lengths == [7, 0, 0, 0, 0]
+    rows, calls = stairs.block_rows, stairs.block_calls
+    feed(stairs, [3])
+    # Step 0 runs the new row; steps 1 and 2 run all eight, in one call each.
+    assert (stairs.block_calls - calls, stairs.block_rows - rows) == (3, 1 + 8 + 8)
+    assert stairs.catch_up_calls == 0
+
+
+def test_max_lag_catches_up_one_call_a_token() -> None:
+    stairs = staircase(max_lag=2)
+    for _ in range(20):
+        before = stairs.block_calls
+        feed(stairs, [1])
+        assert stairs.block_calls - before <= 2
+    assert stairs.columns - stairs.lengths[1] <= 3
+    assert stairs.catch_up_calls > 0
+
+
+def test_flush_leaves_nothing_to_catch_up_and_no_pending_memory() -> None:
+    stairs = staircase()
+    for _ in range(100):
+        feed(stairs, [1])
+    held = stairs.nbytes
+    stairs.flush()
+    assert stairs.lengths == [100] * LOOPS
+    assert stairs.nbytes < held + 4 * 128 * 4
+    rows = stairs.block_rows
+    feed(stairs, [5])
+    assert stairs.block_rows - rows == LOOPS
+
+
+def test_deep_slots_take_no_memory_before_their_first_use() -> None:
+    stairs = staircase()
+    feed(stairs, [1, 1, 1])
+    assert [slot.nbytes > 0 for slot in stairs.loop_slots] == [True, False, False, False, False]
+
+
+def test_prefill_stops_when_every_position_has_halted() -> None:
+    stairs = staircase()
+    feed(stairs, [1, 3, 1, 1])
+    # Steps 1 and 2 run for the first two positions only.
+    assert stairs.lengths == [4, 2, 2, 0, 0]
+    assert stairs.block_calls == 3
+
+
+def test_min_depth_holds_positions_back() -> None:
+    fed = feed(staircase(min_depth=3), [1, 2, 5])
+    assert fed.depth.tolist() == [[3, 3, 5]]
+
+
+def test_policy_last_copies_rows_and_keeps_nothing_pending() -> None:
+    stairs = staircase("last")
+    for token in [1, 3, 1, 1]:
+        before = stairs.block_calls
+        fed = feed(stairs, [token])
+        assert stairs.block_calls - before == fed.depth[0, 0]
+        assert stairs.lengths == [stairs.columns] * LOOPS
+    copied = stairs.loop_slots[0].view(2, 4)
+    np.testing.assert_array_equal(stairs.loop_slots[4].view(2, 4), copied)
+
+
+def test_rollback_then_other_tokens_is_as_if_they_had_always_been_there() -> None:
+    stairs = staircase()
+    feed(stairs, [1, 5, 2, 6, 1])
+    stairs.rollback(2)
+    fed = feed(stairs, [3, 4])
+    np.testing.assert_allclose(fed.logits, full_logits([1, 5, 3, 4]).logits[:, 2:], atol=2e-4)
+
+
+def test_beyond_the_context_is_an_error_that_changes_nothing() -> None:
+    stairs = staircase()
+    feed(stairs, [1] * 200)
+    with pytest.raises(CapacityError, match="201 positions are needed; this bundle was exported for 200"):
+        feed(stairs, [1])
+    assert stairs.columns == 200
+
+
+class Interrupting(ScriptedBackend):
+    """Stops at the given run of a stage, as Ctrl-C would."""
+
+    stop_at: tuple[str, int] | None = None
+
+    def run(self, stage, feeds, outputs):  # type: ignore[no-untyped-def]
+        if self.stop_at == (stage, sum(name == stage for name, _ in self.calls)):
+            raise KeyboardInterrupt
+        super().run(stage, feeds, outputs)
+
+
+@pytest.mark.parametrize("stage", ["prelude", "coda"])
+def test_an_interrupted_feed_leaves_the_sequence_as_it_was(stage: str) -> None:
+    backend = Interrupting(DEPTHS, VOCAB)
+    stairs = Staircase(backend, ONE_WIDE, ResolvedDepth(Policy.EXACT, LOOPS, 1, 0.99), 200)
+    feed(stairs, [1, 3])
+    backend.stop_at = (stage, 1)
+    with pytest.raises(KeyboardInterrupt):
+        feed(stairs, [5])
+    backend.stop_at = None
+    np.testing.assert_allclose(feed(stairs, [2]).logits, full_logits([1, 3, 2]).logits[:, 2:], atol=2e-4)
+
+
+def test_an_interrupt_inside_a_loop_step_is_not_papered_over() -> None:
+    backend = Interrupting(DEPTHS, VOCAB)
+    stairs = Staircase(backend, ONE_WIDE, ResolvedDepth(Policy.EXACT, LOOPS, 1, 0.99), 200)
+    backend.stop_at = ("step", 1)
+    with pytest.raises(KeyboardInterrupt):
+        feed(stairs, [5])
+    with pytest.raises(UsageError, match="start a new session"):
+        feed(stairs, [5])

@@ -1,0 +1,76 @@
+"""The rules of the house: who imports whom, what imports light, and that every module is packaged."""
+
+import ast
+import subprocess
+import sys
+from importlib import metadata, resources
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("model", "plugins", "exporter", "runtime", "scripts")
+MAY_IMPORT = {
+    "model": set(),
+    "plugins": {"model"},
+    "exporter": {"plugins", "model"},
+    "runtime": {"plugins", "model"},
+    "scripts": {"exporter", "runtime", "plugins", "model"},
+}
+# What the base install can run: neither torch nor onnx.
+IMPORT_LIGHT = [
+    "model.errors",
+    "model.config",
+    "model.bundle",
+    *(f"runtime.{path.stem}" for path in sorted((ROOT / "runtime").glob("*.py"))),
+    "scripts.cli",
+    "scripts.addition",
+]
+MODULES = [(folder, path.stem) for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
+
+
+def _imported_folders(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [str(node.module)] if node.module != "mythos_edge" else [f"mythos_edge.{a.name}" for a in node.names]
+        found |= {name.split(".")[1] for name in names if name.startswith("mythos_edge.")}
+    return found
+
+
+@pytest.mark.parametrize(("folder", "module"), MODULES)
+def test_imports_point_one_way(folder: str, module: str) -> None:
+    foreign = _imported_folders(ROOT / folder / f"{module}.py") - {folder}
+    assert foreign <= MAY_IMPORT[folder]
+
+
+@pytest.mark.parametrize(("folder", "module"), MODULES)
+def test_every_module_is_installed(folder: str, module: str) -> None:
+    installed = resources.files(f"mythos_edge.{folder}") / f"{module}.py"
+    assert installed.is_file(), "reinstall after adding a file: pip install -e ."
+
+
+@pytest.mark.parametrize(("folder", "module"), MODULES)
+def test_no_module_bears_a_name_of_the_standard_library(folder: str, module: str) -> None:
+    assert module not in sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_types_are_published(folder: str) -> None:
+    assert (resources.files(f"mythos_edge.{folder}") / "py.typed").is_file()
+
+
+def test_light_modules_import_without_torch_and_onnx() -> None:
+    script = "import sys\n" + "".join(
+        f"sys.modules[{name!r}] = None\n" for name in ("torch", "onnx", "onnx_ir", "onnxscript", "jaxtyping")
+    )
+    script += "".join(f"import mythos_edge.{module}\n" for module in IMPORT_LIGHT)
+    # onnxruntime and tokenizers are loaded when they are used, so that --help is quick.
+    script += "assert not {'onnxruntime', 'tokenizers'} & set(sys.modules)\n"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_base_install_asks_for_the_runtime_alone() -> None:
+    required = [line for line in metadata.requires("mythos-edge") or [] if "extra ==" not in line]
+    assert sorted(line.split(">")[0] for line in required) == ["numpy", "onnxruntime", "tokenizers"]

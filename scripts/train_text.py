@@ -1,0 +1,226 @@
+"""Trains a tiny byte-level language model on the docstrings of the Python that runs it, in a minute on one core.
+
+    python -m mythos_edge.scripts.train_text -o FOLDER
+
+Writes ``text.pt``, a trainer checkpoint of the unmodified reference network, and ``tokenizer.json``. It gives text
+to tests and examples without a download; it knows the look of English, not its meaning, and every token takes
+all loop steps: the demo model is the one whose halting means something. Needs the dev extra.
+"""
+
+import argparse
+import ast
+import importlib.util
+import math
+import time
+from collections.abc import Iterator
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
+
+from mythos_edge.scripts.train_demo import open_mythos
+
+LOOPS = 4
+END = "<|endoftext|>"
+END_ID = 256
+STEPS = 700
+# Long-lived and rich in prose. One that a Python lacks is passed over; the frozen ones (os, abc) show no source.
+MODULES = """
+    argparse ast asyncio.base_events asyncio.events asyncio.streams base64 bdb bisect calendar cmd code codecs
+    collections concurrent.futures._base configparser contextlib copy csv ctypes.util dataclasses _pydatetime
+    _pydecimal difflib dis doctest email.message email.policy enum filecmp fileinput fnmatch fractions ftplib
+    functools gettext getopt glob gzip hashlib heapq html.parser http.client http.cookiejar http.server imaplib
+    inspect ipaddress json json.decoder json.encoder linecache locale logging logging.config logging.handlers
+    lzma mailbox mimetypes multiprocessing.managers multiprocessing.pool netrc numbers optparse pathlib pdb pickle
+    pickletools platform plistlib pprint profile pstats pydoc queue random reprlib sched secrets selectors shelve
+    shlex shutil smtplib socket socketserver sqlite3.dbapi2 ssl statistics string subprocess tarfile tempfile
+    textwrap threading timeit tokenize traceback turtle types typing unittest.case unittest.mock urllib.parse
+    urllib.request uuid warnings weakref webbrowser wsgiref.handlers xml.dom.minidom xml.etree.ElementTree
+    xmlrpc.client zipfile
+""".split()
+
+_BATCH, _LENGTH = 12, 128
+_HELD_OUT_EVERY = 16
+_MIN_BYTES = 100_000
+_MARGIN = 0.2  # nats per token below the unigram entropy
+# Four equal shares: the mass is 0.75 after three steps and 1 after four, so halting comes exactly at full depth.
+_HALT_BIAS = math.log(1 / (LOOPS - 1))
+Ids = NDArray[np.int64]
+
+
+def byte_tokenizer() -> Tokenizer:
+    """The tokenizer whose ids are the UTF-8 bytes themselves, and 256 for the end of a text."""
+    vocab = {symbol: number for number, symbol in enumerate(_byte_symbols())}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(END, special=True, normalized=False)])
+    assert tokenizer.token_to_id(END) == END_ID
+    return tokenizer
+
+
+def _byte_symbols() -> list[str]:
+    """The printable character that stands for each byte. Source: ``bytes_to_unicode`` of GPT-2's encoder.py."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    spare = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(spare)) for byte in range(256)]
+
+
+def docstrings() -> Iterator[str]:
+    """Docstrings of the standard library's modules, classes and functions, as far as their sources are installed."""
+    for name in MODULES:
+        try:
+            spec = importlib.util.find_spec(name)
+            source = spec.loader.get_source(name) if spec and isinstance(spec.loader, SourceFileLoader) else None
+        except ImportError:  # a parent package that is not there, or sources that are left out
+            continue
+        for node in ast.walk(ast.parse(source or "")):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                text = ast.get_docstring(node)
+                if text:
+                    yield text
+
+
+def corpus() -> tuple[Ids, Ids]:
+    """Ids to train on and ids held out, each text followed by the end token."""
+    pieces: tuple[list[Ids], list[Ids]] = ([], [])
+    for number, text in enumerate(docstrings()):
+        ids = [*text.encode("utf-8", "replace"), END_ID]
+        pieces[number % _HELD_OUT_EVERY == 0].append(np.array(ids, np.int64))
+    size = sum(len(piece) for part in pieces for piece in part)
+    if size < _MIN_BYTES:
+        raise SystemExit(
+            f"found {size} bytes of standard library docstrings, expected {_MIN_BYTES}: "
+            "use a Python that is installed with its sources"
+        )
+    return np.concatenate(pieces[False]), np.concatenate(pieces[True])
+
+
+def unigram_entropy(ids: Ids) -> float:
+    """Entropy of the token frequencies, nats per token: the least loss that looking at no context can have."""
+    share = np.bincount(ids) / len(ids)
+    share = share[share > 0]
+    return float(-(share * np.log(share)).sum())
+
+
+def text_config(main: Any) -> Any:
+    """About 130 thousand parameters: MLA, 4 experts, 4 loops."""
+    return main.MythosConfig(
+        vocab_size=END_ID + 1,
+        dim=64,
+        n_heads=4,
+        n_kv_heads=4,
+        max_seq_len=512,
+        max_loop_iters=LOOPS,
+        prelude_layers=1,
+        coda_layers=1,
+        attn_type="mla",
+        kv_lora_rank=32,
+        q_lora_rank=48,
+        qk_rope_head_dim=16,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+        n_experts=4,
+        n_shared_experts=1,
+        n_experts_per_tok=2,
+        expert_dim=48,
+        act_threshold=0.99,
+        rope_theta=10000.0,
+        lora_rank=4,
+    )
+
+
+def _new_model(main: Any) -> Any:
+    model = main.OpenMythos(text_config(main))
+    halt = model.recurrent.act.halt
+    with torch.no_grad():
+        model.embed.weight.mul_(5)
+        halt.weight.zero_()
+        halt.bias.fill_(_HALT_BIAS)
+    halt.requires_grad_(False)
+    return model
+
+
+def _loss(model: Any, ids: Tensor) -> Tensor:
+    """Mean loss of every next token of ``ids (B, S)``, nats, from the reference's own forward."""
+    return nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+
+
+@torch.no_grad()
+def evaluate(model: Any, ids: Ids, length: int = 2 * _LENGTH, most: int = 64) -> float:
+    """Mean loss over at most ``most`` windows of ``ids``, nats per token."""
+    rows = min(most, len(ids) // length)
+    return float(_loss(model, torch.from_numpy(ids[: rows * length].reshape(rows, length))))
+
+
+def train(train_ids: Ids, held_out: Ids, steps: int, seed: int) -> Any:
+    """A trained reference model."""
+    torch.manual_seed(seed)
+    random = np.random.default_rng(seed)
+    model = _new_model(open_mythos())
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=5e-3, weight_decay=0.01, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=steps, pct_start=0.1)
+    started = time.monotonic()
+    for step in range(1, steps + 1):
+        starts = random.integers(0, len(train_ids) - _LENGTH, _BATCH)
+        loss = _loss(model, torch.from_numpy(train_ids[starts[:, None] + np.arange(_LENGTH + 1)]))
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0 or step == steps:
+            seconds = time.monotonic() - started
+            print(f"{seconds:6.0f} s  step {step}  held-out loss {evaluate(model, held_out):.3f}", flush=True)
+    return model
+
+
+def train_text_model(folder: Path, *, steps: int = STEPS, seed: int = 0) -> tuple[Path, Path]:
+    """Checkpoint and tokenizer, written into ``folder``, which is made when it is not there.
+
+    Raises SystemExit when the model did not learn to use context, or without sources to learn from; then nothing
+    is written.
+    """
+    train_ids, held_out = corpus()
+    entropy = unigram_entropy(held_out)
+    model = train(train_ids, held_out, steps, seed)
+    loss = evaluate(model, held_out)
+    if not loss < entropy - _MARGIN:
+        raise SystemExit(
+            f"held-out loss is {loss:.3f} nats per byte, expected under {entropy - _MARGIN:.3f} "
+            f"(unigram entropy {entropy:.3f}): train longer with --steps"
+        )
+    saved = {
+        "step": steps,
+        "model": model.state_dict(),
+        "optimizer": {},
+        "cfg": model.cfg,
+        "vocab_size": model.cfg.vocab_size,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint, tokenizer = folder / "text.pt", folder / "tokenizer.json"
+    partial = folder / "text.pt.partial"
+    torch.save(saved, partial)
+    byte_tokenizer().save(str(tokenizer))
+    partial.replace(checkpoint)
+    print(f"{checkpoint}: {checkpoint.stat().st_size / 1e3:.0f} kB, loss {loss:.3f}, unigram entropy {entropy:.3f}")
+    return checkpoint, tokenizer
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Train a tiny byte-level text model on docstrings.")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="folder to write into")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    train_text_model(args.output, steps=args.steps, seed=args.seed)
+
+
+if __name__ == "__main__":
+    main()

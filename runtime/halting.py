@@ -28,7 +28,7 @@ class Depth:
     ``min_depth`` on, reaches ``threshold``. Raises UsageError for values out of range.
     """
 
-    policy: Policy = Policy.EXACT
+    policy: str = Policy.EXACT
     max_depth: int | None = None
     min_depth: int = 1
     threshold: float | None = None
@@ -37,7 +37,6 @@ class Depth:
         names = ", ".join(Policy)
         if self.policy not in list(Policy):
             raise UsageError(f"policy is {self.policy!r}, expected one of {names}")
-        object.__setattr__(self, "policy", Policy(self.policy))
         if self.max_depth is not None and self.max_depth < 1:
             raise UsageError(f"max_depth is {self.max_depth}, expected at least 1 loop step")
         if self.min_depth < 1:
@@ -56,7 +55,7 @@ class Depth:
                 stacklevel=2,
             )
         threshold = config.act_threshold if self.threshold is None else self.threshold
-        return ResolvedDepth(self.policy, max_depth, self.min_depth, threshold)
+        return ResolvedDepth(Policy(self.policy), max_depth, self.min_depth, threshold)
 
 
 @dataclass(frozen=True)

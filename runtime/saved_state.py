@@ -55,7 +55,7 @@ def write(path: Path, bundle: Bundle, ids: list[int], sampler: Sampler, staircas
 def read(path: Path, bundle: Bundle) -> Saved:
     """Raises UsageError when the file is missing, damaged, or of another bundle."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         header = json.loads(str(arrays.pop("header")))
         depth = ResolvedDepth(**{**header["depth"], "policy": Policy(header["depth"]["policy"])})

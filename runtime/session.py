@@ -67,7 +67,7 @@ class Options:
 
     @property
     def depth(self) -> Depth:
-        return Depth(Policy(self.policy), self.max_depth, self.min_depth, self.threshold)
+        return Depth(self.policy, self.max_depth, self.min_depth, self.threshold)
 
     @property
     def sampling(self) -> SamplingParams:

@@ -8,14 +8,24 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from mythos_edge.model.checkpoint import open_checkpoint
-from mythos_edge.scripts import train_text
 from oracle import open_mythos_main
 from tokenizers import Tokenizer
 
-SAMPLES = ["", "a", " two  spaces ", "\ttab\r\nline\n", "Grüße, 你好, مرحبا", "👩‍👩‍👧 🇨🇭 🙂", "\x00\x7f\u2028\ufeff", "<|end"]
+from mythos_edge.model.checkpoint import open_checkpoint
+from mythos_edge.scripts import train_text
+
+SAMPLES = [
+    "",
+    "a",
+    " two  spaces ",
+    "\ttab\r\nline\n",
+    "Grüße, 你好, مرحبا",
+    "👩‍👩‍👧 🇨🇭 🙂",
+    "\x00\x7f\u2028\ufeff",
+    "<|end",
+]
 TOKENIZER = train_text.byte_tokenizer()
-SHORT = 120
+SHORT = 80
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +87,7 @@ def test_unigram_entropy() -> None:
 
 
 def test_python_without_sources_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(train_text, "MODULES", ["os", "sys", "no_such_module", "no_such_package.module", "cmd"])
+    monkeypatch.setattr(train_text, "MODULES", "sys no_such_module no_such_package.module cmd")
     with pytest.raises(SystemExit, match="use a Python that is installed with its sources"):
         train_text.train_text_model(tmp_path / "made", steps=1)
     assert not (tmp_path / "made").exists()

@@ -1,0 +1,136 @@
+"""Decode speed against the reference: the PyPI model's own ``generate()`` with its cache, at equal output.
+
+    python -m mythos_edge.scripts.bench_reference --shape 1b --experts 8
+
+Both run the same random weights in float32 and produce the same tokens, greedily, interleaved in one process. The
+halting head is set so that positions halt after about a quarter of the loop steps; the reference runs every step
+whatever the head says, because it has a cache. Prints a table, then one line of JSON. Needs the dev extra.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mythos_edge.exporter.export import export_bundle
+from mythos_edge.model.checkpoint import open_checkpoint
+from mythos_edge.model.config import VARIANTS, MythosConfig
+from mythos_edge.runtime.session import Generation, Session
+from mythos_edge.scripts.train_demo import open_mythos
+
+_D1024 = replace(
+    VARIANTS["1b"],
+    dim=1024,
+    n_heads=8,
+    kv_lora_rank=128,
+    q_lora_rank=256,
+    n_experts=32,
+    expert_dim=1024,
+)
+SHAPES = {"1b": VARIANTS["1b"], "d1024": _D1024}
+# sigmoid(-1) = 0.27: the halting mass reaches 0.99 at the fourth loop step, more or less.
+_HALT_BIAS = -1.0
+
+
+def reference_model(config: MythosConfig, seed: int) -> Any:
+    """The PyPI network with random weights whose activations stay of size 1."""
+    main = open_mythos()
+    torch.manual_seed(seed)
+    model = main.OpenMythos(main.MythosConfig(**config.to_dict())).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=parameter.shape[1] ** -0.5)
+        model.recurrent.act.halt.weight.normal_(std=0.3 * config.dim**-0.5)
+        model.recurrent.act.halt.bias.fill_(_HALT_BIAS)
+    return model
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Measure decode speed against the reference.")
+    parser.add_argument("--shape", choices=SHAPES, default="d1024")
+    parser.add_argument("--experts", type=int, help="experts of the recurrent block (default: the shape's)")
+    parser.add_argument("-p", "--prompt-tokens", type=int, default=64)
+    parser.add_argument("-n", "--new-tokens", type=int, default=24)
+    parser.add_argument("-r", "--repetitions", type=int, default=3)
+    args = parser.parse_args(argv)
+    config = replace(SHAPES[args.shape], max_seq_len=1024)
+    config = replace(config, n_experts=args.experts or config.n_experts)
+    model = reference_model(config, seed=0)
+    prompt = torch.randint(0, config.vocab_size, (1, args.prompt_tokens))
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint, bundle = Path(folder) / "model.pt", Path(folder) / "model.bundle"
+        torch.save({"model": model.state_dict(), "cfg": model.cfg}, checkpoint)
+        with open_checkpoint(checkpoint) as opened:
+            export_bundle(opened, bundle)
+        checkpoint.unlink()
+        with Session.open(bundle) as session:
+            report = _measure(args, model, session, prompt)
+    report = {"shape": args.shape, "experts": config.n_experts, "machine": _machine(), **vars(args), **report}
+    print(json.dumps(report))
+    return 0
+
+
+def _measure(args: argparse.Namespace, model: Any, session: Session, prompt: torch.Tensor) -> dict[str, Any]:
+    ids = prompt[0].tolist()
+    loops = session.config.max_loop_iters
+    seconds: dict[str, list[float]] = {"reference": [], "exact": [], "full": []}
+    equal = True
+    for repetition in range(args.repetitions):
+        made: dict[str, Generation] = {}
+        for policy in ("exact", "full"):
+            made[policy] = session.generate(ids, policy=policy, max_new_tokens=args.new_tokens)
+            rate = made[policy].decode_tokens_per_s
+            assert rate is not None
+            seconds[policy].append(1 / rate)
+        # The reference's prefill is taken off by a run for one token.
+        spent = [_timed_reference(model, prompt, count, loops) for count in (1, args.new_tokens)]
+        seconds["reference"].append((spent[1][1] - spent[0][1]) / (args.new_tokens - 1))
+        wanted = spent[1][0][0, len(ids) :].tolist()
+        equal = equal and all(one.ids == wanted for one in made.values())
+        print(f"repetition {repetition + 1}: same tokens {equal}", file=sys.stderr, flush=True)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    depth = statistics.fmean(made["exact"].depths)
+    print(f"mean depth {depth:.2f} of {loops} loop steps, tokens equal: {equal}")
+    print(f"| {'run':12} | {'ms per token':>12} | {'tokens/s':>9} | {'times the reference':>19} |")
+    print(f"|{'-' * 14}|{'-' * 13}:|{'-' * 10}:|{'-' * 20}:|")
+    for name, value in medians.items():
+        ratio = medians["reference"] / value
+        print(f"| {name:12} | {value * 1e3:12.1f} | {1 / value:9.2f} | {ratio:18.1f}x |")
+    return {
+        "equal_tokens": equal,
+        "mean_depth": depth,
+        "ms_per_token": {name: value * 1e3 for name, value in medians.items()},
+        "spread_ms": {name: [min(values) * 1e3, max(values) * 1e3] for name, values in seconds.items()},
+        "ratio_exact": medians["reference"] / medians["exact"],
+        "ratio_full": medians["reference"] / medians["full"],
+    }
+
+
+def _timed_reference(model: Any, prompt: torch.Tensor, count: int, loops: int) -> tuple[torch.Tensor, float]:
+    started = time.perf_counter()
+    # top_k 1 makes its sampling greedy.
+    tokens = model.generate(prompt, max_new_tokens=count, n_loops=loops, temperature=1.0, top_k=1)
+    return tokens, time.perf_counter() - started
+
+
+def _machine() -> str:
+    processor = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        processor = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{processor}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

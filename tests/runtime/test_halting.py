@@ -1,0 +1,68 @@
+"""Depth parameters: their ranges, and the model's own values filled in."""
+
+import dataclasses
+import math
+import warnings
+from typing import Any
+
+import pytest
+
+from mythos_edge.model.config import VARIANTS
+from mythos_edge.model.errors import UsageError
+from mythos_edge.runtime.halting import Depth, Policy, ResolvedDepth
+
+CONFIG = dataclasses.replace(VARIANTS["1b"], max_loop_iters=6, act_threshold=0.9)
+
+
+def test_blanks_are_what_the_model_was_trained_with() -> None:
+    assert Depth().resolve(CONFIG) == ResolvedDepth(Policy.EXACT, 6, 1, 0.9)
+
+
+def test_given_values_are_kept() -> None:
+    given = Depth(Policy.LAST, max_depth=4, min_depth=2, threshold=1e-9)
+    assert given.resolve(CONFIG) == ResolvedDepth(Policy.LAST, 4, 2, 1e-9)
+    # A threshold that is never reached is a way to ask for full depth.
+    assert Depth(threshold=5).resolve(CONFIG).threshold == 5
+
+
+@pytest.mark.parametrize("name", ["exact", "full", "last"])
+def test_a_policy_may_be_its_name(name: Any) -> None:
+    assert Depth(policy=name).policy is Policy(name)
+
+
+@pytest.mark.parametrize("policy", ["", "EXACT", "fast", None, 0])
+def test_an_unknown_policy_is_told_the_known_ones(policy: Any) -> None:
+    with pytest.raises(UsageError, match="expected one of exact, full, last"):
+        Depth(policy=policy)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_depth", 0),
+        ("max_depth", -1),
+        ("min_depth", 0),
+        ("min_depth", -3),
+        *[("threshold", value) for value in (0.0, -0.5, math.nan, math.inf, -math.inf)],
+    ],
+)
+def test_a_value_out_of_range_is_named(name: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=f"^{name} is {value}, expected "):
+        Depth(**{name: value})
+
+
+def test_min_depth_is_at_most_max_depth() -> None:
+    assert Depth(max_depth=3, min_depth=3).resolve(CONFIG).min_depth == 3
+    assert Depth(min_depth=6).resolve(CONFIG).min_depth == 6
+    with pytest.raises(UsageError, match="min_depth is 4, expected at most max_depth 3"):
+        Depth(max_depth=3, min_depth=4).resolve(CONFIG)
+    with pytest.raises(UsageError, match="min_depth is 7, expected at most max_depth 6"):
+        Depth(min_depth=7).resolve(CONFIG)
+
+
+def test_depth_beyond_training_warns() -> None:
+    with pytest.warns(UserWarning, match="max_depth 7 is beyond the 6 loop steps"):
+        assert Depth(max_depth=7).resolve(CONFIG).max_depth == 7
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Depth(max_depth=6).resolve(CONFIG)

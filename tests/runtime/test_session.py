@@ -1,0 +1,236 @@
+"""Sessions on a real bundle: prompts, batches, resuming, rollback, saving, and every refusal."""
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mythos_edge.model.errors import CapacityError, UsageError
+from mythos_edge.runtime import caches
+from mythos_edge.runtime.session import Session
+
+PROMPT = [5, 17, 300, 2, 9]
+
+
+@pytest.fixture
+def session(mla_bundle: Path) -> Iterator[Session]:
+    with Session.open(mla_bundle) as opened:
+        yield opened
+
+
+def greedy_by_scoring(session: Session, prompt: list[int], count: int, **depth: Any) -> list[int]:
+    """The tokens a full pass over everything so far would choose, one after the other."""
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(int(session.score([ids], policy="full", **depth).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def test_greedy_equals_full_passes(session: Session) -> None:
+    wanted = greedy_by_scoring(session, PROMPT, 8)
+    for options in ({}, {"policy": "full"}, {"chunk": 2}, {"max_lag": 1}):
+        assert session.generate(PROMPT, max_new_tokens=8, **options).ids == wanted
+
+
+def test_stream_yields_what_generate_returns(session: Session) -> None:
+    whole = session.generate(PROMPT, max_new_tokens=6)
+    tokens = list(session.stream(PROMPT, max_new_tokens=6))
+    assert [token.id for token in tokens] == whole.ids == session.last_generation.ids
+    assert [token.depth for token in tokens] == whole.depths
+    assert [token.logprob for token in tokens] == pytest.approx(whole.logprobs)
+    assert whole.finish_reason == "length"
+    assert whole.text is None
+    assert whole.ttft_ms > 0
+    assert whole.decode_tokens_per_s is not None
+
+
+def test_logprobs_and_depths_are_those_of_the_predicting_position(session: Session) -> None:
+    made = session.generate(PROMPT, max_new_tokens=4)
+    score = session.score([PROMPT + made.ids])
+    positions = slice(len(PROMPT) - 1, -1)
+    assert made.depths == score.depth[0, positions].tolist()
+    logits = score.logits[0, positions].astype(np.float64)
+    logprobs = logits[range(4), made.ids] - np.log(np.exp(logits).sum(-1))
+    np.testing.assert_allclose(made.logprobs, logprobs, atol=1e-3)
+
+
+def test_every_row_of_a_batch_generates_what_it_would_alone(session: Session) -> None:
+    prompts = [[3], PROMPT, [7, 8, 9]]
+    for options in ({}, {"temperature": 0.9, "seed": 3, "top_k": 20}, {"policy": "full"}):
+        alone = [session.generate(prompt, max_new_tokens=6, **options) for prompt in prompts]
+        together = session.generate(prompts, max_new_tokens=6, **options)
+        assert [one.ids for one in together] == [one.ids for one in alone]
+        assert [one.depths for one in together] == [one.depths for one in alone]
+
+
+def test_a_row_that_stops_early_leaves_the_others_alone(session: Session) -> None:
+    prompts = [[3], PROMPT]
+    free = [session.generate(prompt, max_new_tokens=8).ids for prompt in prompts]
+    stop = free[0][1]
+    expected = [ids[: ids.index(stop) + 1] if stop in ids else ids for ids in free]
+    made = session.generate(prompts, max_new_tokens=8, stop_ids=(stop,))
+    assert [one.ids for one in made] == expected
+    assert made[0].finish_reason == "stop_id"
+
+
+def test_seeds(session: Session) -> None:
+    options = {"max_new_tokens": 10, "temperature": 1.5}
+    first = session.generate(PROMPT, seed=1, **options).ids
+    assert session.generate(PROMPT, seed=1, **options).ids == first
+    assert session.generate(PROMPT, seed=2, **options).ids != first
+
+
+def test_resume_goes_on_where_the_sequence_ended(session: Session) -> None:
+    whole = session.generate(PROMPT, max_new_tokens=9).ids
+    first = session.generate(PROMPT, max_new_tokens=4).ids
+    assert first + session.generate([], resume=True, max_new_tokens=5).ids == whole
+    # A second turn with new prompt tokens.
+    session.generate(PROMPT, max_new_tokens=3)
+    again = session.generate([1, 2], resume=True, max_new_tokens=4).ids
+    assert again == greedy_by_scoring(session, PROMPT + whole[:3] + [1, 2], 4)
+
+
+def test_rollback_then_resume_with_other_tokens(session: Session) -> None:
+    session.generate(PROMPT, max_new_tokens=5)
+    session.rollback(3)
+    assert session.ids == PROMPT[:3]
+    made = session.generate([44], resume=True, max_new_tokens=4).ids
+    assert made == greedy_by_scoring(session, [*PROMPT[:3], 44], 4)
+
+
+def test_flush_changes_nothing_but_the_work_left(session: Session) -> None:
+    whole = session.generate(PROMPT, max_new_tokens=8).ids
+    first = session.generate(PROMPT, max_new_tokens=4).ids
+    session.flush()
+    assert first + session.generate([], resume=True, max_new_tokens=4).ids == whole
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.2, "seed": 5}, {"max_depth": 3}])
+def test_a_saved_session_goes_on_elsewhere(
+    options: dict[str, Any], session: Session, mla_bundle: Path, tmp_path: Path
+) -> None:
+    session.generate(PROMPT, max_new_tokens=4, **options)
+    session.save(tmp_path / "saved.npz")
+    wanted = session.generate([], resume=True, max_new_tokens=6, **options)
+    with Session.open(mla_bundle) as other:
+        other.restore(tmp_path / "saved.npz")
+        made = other.generate([], resume=True, max_new_tokens=6, **options)
+    assert (made.ids, made.depths) == (wanted.ids, wanted.depths)
+    assert [path.name for path in tmp_path.iterdir()] == ["saved.npz"]
+
+
+def test_max_depth_beyond_training_is_allowed_with_one_warning(session: Session) -> None:
+    with pytest.warns(UserWarning, match="max_depth 9 is beyond the 6 loop steps") as caught:
+        made = session.generate(PROMPT, max_new_tokens=3, max_depth=9)
+    assert len(caught) == 1
+    assert len(made.ids) == 3
+
+
+def test_threshold_and_bounds_steer_depth(session: Session) -> None:
+    ids = [PROMPT]
+    assert (session.score(ids, max_depth=1).depth == 1).all()
+    assert (session.score(ids, threshold=1e-35).depth == 1).all()
+    assert (session.score(ids, threshold=1e9).depth == 6).all()
+    assert (session.score(ids, threshold=1e-35, min_depth=4).depth == 4).all()
+
+
+def test_the_planner_is_right_about_a_full_context(session: Session) -> None:
+    plan = session.plan(context=64)
+    config = session.config
+    assert plan.bytes_per_token == (config.prelude_layers + 6 + config.coda_layers) * config.cache_width * 4
+    session.score(np.ones((1, 64), np.int64), policy="full")
+    staircase = session._staircase
+    assert staircase is not None
+    slots = [*staircase.prelude_slots, *staircase.loop_slots, *staircase.coda_slots]
+    assert sum(slot.nbytes for slot in slots) == pytest.approx(plan.cache_bytes, rel=0.05)
+
+
+def test_decoding_keeps_memory_flat(session: Session) -> None:
+    """Caches grow by doubling alone: between doublings a decoded token allocates nothing in them."""
+    stream = session.stream(PROMPT, max_new_tokens=200)
+    sizes = set()
+    for _ in stream:
+        assert session._staircase is not None
+        sizes.add(sum(slot.nbytes for slot in session._staircase.loop_slots[:1]))
+    assert len(sizes) <= 3
+
+
+REFUSALS: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
+    ([], {}, UsageError, "the prompt is empty"),
+    ([331], {}, UsageError, "token id 331 is out of range: this model knows 0 .. 330"),
+    ([-1], {}, UsageError, "token id -1 is out of range"),
+    ([1] * 257, {}, CapacityError, "the prompt has 257 tokens; this bundle was exported for 256: export with"),
+    ("text", {}, UsageError, "no tokenizer: give token ids"),
+    ([1], {"max_depth": 0}, UsageError, "max_depth is 0, expected at least 1"),
+    ([1], {"min_depth": 7}, UsageError, "min_depth is 7, expected at most max_depth 6"),
+    ([1], {"threshold": float("nan")}, UsageError, "threshold is nan"),
+    ([1], {"policy": "fast"}, UsageError, "policy is 'fast', expected one of exact, full, last"),
+    ([1], {"temperature": -1.0}, UsageError, "temperature is -1.0"),
+    ([1], {"max_new_tokens": 0}, UsageError, "max_new_tokens is 0"),
+    ([1], {"stop_strings": ("a",)}, UsageError, "stop strings need a tokenizer"),
+    ([1], {"colour": "red"}, UsageError, "unknown option colour; known: "),
+]
+
+
+@pytest.mark.parametrize(("prompt", "options", "kind", "message"), REFUSALS)
+def test_refusals(
+    prompt: Any, options: dict[str, Any], kind: type[Exception], message: str, session: Session
+) -> None:
+    with pytest.raises(kind, match=message.replace("(", r"\(")) as caught:
+        session.generate(prompt, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_resume_refuses_other_depth_parameters_and_overlong_prompts(session: Session) -> None:
+    with pytest.raises(UsageError, match="no sequence yet"):
+        session.generate([1], resume=True)
+    session.generate(PROMPT, max_new_tokens=2)
+    with pytest.raises(UsageError, match="start a new sequence"):
+        session.generate([1], resume=True, max_depth=2)
+    with pytest.raises(CapacityError, match="the prompt has 257 tokens"):
+        session.generate([1] * 250, resume=True)
+    assert len(session.ids) == 7
+    with pytest.raises(UsageError, match=r"rollback to 8 positions, expected 0 .. 7"):
+        session.rollback(8)
+
+
+def test_generation_ends_at_the_end_of_the_context(session: Session) -> None:
+    made = session.generate([1] * 250, max_new_tokens=50)
+    assert made.finish_reason == "context"
+    assert len(made.ids) == 7
+
+
+def test_caches_that_do_not_fit_are_refused_before_anything_is_allocated(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(caches, "free_memory_bytes", lambda: 10_000)
+    with pytest.raises(CapacityError, match=r"the caches of 1 x 133 tokens need .* GB"):
+        session.generate(PROMPT)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 nonsense", b"not a session"])
+def test_a_damaged_session_file_is_refused(content: bytes, session: Session, tmp_path: Path) -> None:
+    (tmp_path / "saved.npz").write_bytes(content)
+    with pytest.raises(UsageError, match="not a saved session, or damaged"):
+        session.restore(tmp_path / "saved.npz")
+    with pytest.raises(UsageError, match="can not read the session"):
+        session.restore(tmp_path / "missing.npz")
+
+
+def test_scoring_refuses_what_is_not_ids(session: Session) -> None:
+    for ids in ([1, 2], [[0.5]], np.zeros((1, 0), np.int64)):
+        with pytest.raises(UsageError, match=r"expected integers \(batch, positions\)"):
+            session.score(ids)
+    with pytest.raises(UsageError, match=r"prefill is 3, expected 0 .. 2"):
+        session.score([[1, 2]], prefill=3)
+
+
+def test_score_counts_calls_and_rows(session: Session) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        full = session.score([PROMPT, PROMPT], prefill=2, policy="full")
+    assert (full.block_calls, full.block_rows) == (4 * 6, 2 * 5 * 6)
+    exact = session.score([PROMPT], prefill=1)
+    assert exact.block_calls == exact.depth.sum()

@@ -5,7 +5,7 @@ The bundle appears whole or not at all. Memory does not grow with the model: no 
 
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
@@ -156,7 +156,7 @@ def _write_graphs(config: MythosConfig, folder: Path, progress: Progress) -> dic
     }
 
 
-def _tensor_specs(values: list[ir.Value] | tuple[ir.Value, ...]) -> tuple[TensorSpec, ...]:
+def _tensor_specs(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
     specs = []
     for value in values:
         assert value.shape is not None

@@ -194,7 +194,10 @@ class _Outer(_Scope):
     def _constant(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         if name not in self._constants:
             value = ir.Value(
-                name=f"const/{name}", type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor
+                name=f"const/{name}",
+                type=ir.TensorType(tensor.dtype),
+                shape=ir.Shape(tensor.shape.numpy()),
+                const_value=tensor,
             )
             self._constants[name] = value
             self.graph.register_initializer(value)

@@ -168,7 +168,7 @@ def _stored_pieces(tensor: StoredTensor, reader: TensorReader) -> Iterator[memor
                 "(largest 65504): export with --dtype bf16 or fp32"
             )
         length += stored.nbytes
-        yield memoryview(stored.view(-1).view(torch.uint8).numpy())
+        yield stored.view(-1).view(torch.uint8).numpy().data
     assert length == tensor.length, tensor.recipe.name
 
 
@@ -221,5 +221,5 @@ class _HashedReader:
             kind = "NaN" if torch.isnan(tensor).any() else "infinity"
             raise CheckpointError(f"{name}: holds {kind}: this checkpoint can not be exported; use an earlier one")
         self.hashes.update(f"{name}[{start}]".encode())
-        self.hashes.update(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+        self.hashes.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
         return tensor

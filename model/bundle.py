@@ -5,6 +5,7 @@ the folder. Writing is all or nothing: files are made in a folder beside and mov
 """
 
 import dataclasses
+import glob
 import hashlib
 import json
 import os
@@ -153,7 +154,10 @@ def _parsed(kind: Any, value: Any, where: str) -> Any:
             raise BundleError(f"{where} is {value!r}, expected {kind}")
         return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise BundleError(f"{where} is too large a number: it was damaged or edited") from None
     return _expect(value, kind, where)
 
 
@@ -191,7 +195,11 @@ class Bundle:
         if name not in self.manifest.files:
             raise BundleError(f"{self.path}: the manifest lists no file {name!r}")
         path = self.path / name
-        if not path.resolve().is_relative_to(self.path.resolve()):
+        try:
+            inside = path.resolve().is_relative_to(self.path.resolve())
+        except (OSError, RuntimeError, ValueError) as error:  # a link to itself is a RuntimeError before Python 3.13
+            raise BundleError(f"{self.path}: file name {name[:80]!r} can not be used: {error}") from None
+        if not inside:
             raise BundleError(f"{path}: is a link out of the bundle's folder: do not trust this bundle")
         return path
 
@@ -208,16 +216,19 @@ def open_bundle(path: Path | str, hashes: bool = False) -> Bundle:
         raise BundleError(f"{path} {what}: make a bundle with mythos-edge export")
     try:
         values = json.loads(manifest_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{manifest_path}: can not be read: {error}") from error
     if not isinstance(values, dict):
         raise BundleError(f"{manifest_path}: expected a JSON object, got {type(values).__name__}")
     bundle = Bundle(path, manifest_from_dict(values, origin=str(manifest_path)))
     for name, record in bundle.manifest.files.items():
         file = bundle.file(name)
-        if not file.is_file():
+        try:
+            size = file.stat().st_size if file.is_file() else None
+        except OSError as error:
+            raise BundleError(f"{file}: can not be read: {error.strerror}") from None
+        if size is None:
             raise BundleError(f"{file}: is missing: export the bundle again")
-        size = file.stat().st_size
         if size != record.bytes:
             raise BundleError(f"{file}: has {size} bytes, the manifest says {record.bytes}: export the bundle again")
     if hashes:
@@ -282,15 +293,18 @@ class BundleWriter:
         _sync(self.folder / MANIFEST_FILE)
         self._check_place()
         old = self._path.with_name(f"{self.folder.name}-old")
-        if self._path.exists():
-            self._path.rename(old)
         try:
+            if self._path.exists():
+                self._path.rename(old)
             self.folder.rename(self._path)
         except BaseException:
-            if old.exists():
+            # Ctrl-C may fall just after a rename, so what was done is read from the disk.
+            if self.folder.exists() and old.exists():
                 old.rename(self._path)
             raise
-        shutil.rmtree(old, ignore_errors=True)
+        finally:
+            if not self.folder.exists():
+                _remove(old)
 
     def _check_place(self) -> None:
         path = self._path
@@ -307,7 +321,7 @@ class BundleWriter:
 
     def _remove_stale(self) -> None:
         """Leftovers of writers that were killed before they could clean up."""
-        for folder in self._path.parent.glob(f".{self._path.name}.partial-*"):
+        for folder in self._path.parent.glob(f".{glob.escape(self._path.name)}.partial-*"):
             pid = folder.name.rpartition("-")[2]
             if pid.isdigit() and (int(pid) == os.getpid() or not _is_alive(int(pid))):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -325,6 +339,14 @@ def require_free_space(folder: Path, needed_bytes: int) -> None:
         )
 
 
+def _remove(path: Path) -> None:
+    """A folder with all there is in it, or a link alone."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def _sync(file: Path) -> None:
     with file.open("rb") as opened:
         os.fsync(opened.fileno())
@@ -335,6 +357,6 @@ def _is_alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except OSError:
+    except (OSError, OverflowError):
         return True
     return True

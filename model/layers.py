@@ -164,9 +164,8 @@ class Rope(nn.Module):
 
     def __init__(self, config: MythosConfig, max_context: int) -> None:
         super().__init__()
-        self.half = config.rope_dim // 2
-        self.cos = nn.Parameter(torch.empty(max_context, self.half), requires_grad=False)
-        self.sin = nn.Parameter(torch.empty(max_context, self.half), requires_grad=False)
+        self.cos = nn.Parameter(torch.empty(max_context, config.rope_dim // 2), requires_grad=False)
+        self.sin = nn.Parameter(torch.empty(max_context, config.rope_dim // 2), requires_grad=False)
 
     def forward(self, x: Float[Tensor, "B S H P"], positions: Int[Tensor, "B S"]) -> Float[Tensor, "B S H P"]:
         """Each adjacent pair of ``x`` turned by its position's angle. Source: ``apply_rope``."""

@@ -69,7 +69,7 @@ def sparse_moe(
 
 def _softmax(values: Float64) -> Float64:
     exponents: Float64 = np.exp(values - values.max())
-    return exponents / exponents.sum()
+    return exponents / float(exponents.sum())
 
 
 def _silu(values: Float64) -> Float64:

@@ -3,6 +3,8 @@
 ``TracedOps`` takes the place of ``model.layers.EagerOps`` while the exporter traces; it has shapes, not values.
 """
 
+from typing import Any
+
 import onnx
 import onnx_ir as ir
 import torch
@@ -47,7 +49,7 @@ def _node(
     spec: ops.OpSpec, inputs: tuple[Tensor, ...], shape: tuple[int, ...], attributes: dict[str, int | float]
 ) -> Tensor:
     # TensorRT looks a node's plugin up by this attribute; without it the function body always wins there.
-    attrs = {**attributes, "plugin_namespace": ops.DOMAIN}
+    attrs: dict[str, Any] = {**attributes, "plugin_namespace": ops.DOMAIN}
     return torch.onnx.ops.symbolic(
         f"{ops.DOMAIN}::{spec.name}", inputs, attrs, dtype=inputs[0].dtype, shape=shape, version=ops.VERSION
     )

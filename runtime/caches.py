@@ -95,10 +95,11 @@ class ColumnBuffer:
         if self._last_view is not None and self._last_key == key and self._last_view.base is self._data:
             return self._last_view
         view = self._data[:, key[0] : key[1]]
-        if self._batch == 1:
-            # The same object for the same columns: what is bound to a graph stays bound.
-            self._last_key, self._last_view = key, view
-        return np.ascontiguousarray(view)
+        if self._batch > 1:
+            return view.copy()
+        # The same object for the same columns: what is bound to a graph stays bound.
+        self._last_key, self._last_view = key, view
+        return view
 
     def whole(self) -> Float32:
         """Every column there is room for, filled or not, without a copy; column 0 stands first."""

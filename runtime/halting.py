@@ -37,6 +37,7 @@ class Depth:
         names = ", ".join(Policy)
         if self.policy not in list(Policy):
             raise UsageError(f"policy is {self.policy!r}, expected one of {names}")
+        object.__setattr__(self, "policy", Policy(self.policy))
         if self.max_depth is not None and self.max_depth < 1:
             raise UsageError(f"max_depth is {self.max_depth}, expected at least 1 loop step")
         if self.min_depth < 1:

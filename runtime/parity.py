@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 # A run may be this many times as far from float64 as the reference's own float32 run is. Kernels sum in other
 # orders, and depth amplifies: more would be a bug, less is luck.
 NOISE_FACTOR = 3.0
-# On short or tame inputs the reference's own error may be near 0 by chance; then this share of the largest logit counts.
+# On short or tame inputs the reference's own error may be near 0 by chance; then this share of the largest logit
+# counts.
 NOISE_FLOOR = 3e-6
 # Halting mass this close to the threshold can fall either way in float32.
 NEAR_TIE_MARGIN = 1e-4
@@ -30,6 +31,7 @@ class NearTie:
 class ParityReport:
     """Agreement of ``logits`` and ``depth`` with a reference; figures leave out what follows a near tie.
 
+    ``max_abs`` is NaN when any logit of either is not finite.
     ``max_rel_l2`` is the largest ||a - b|| / ||a|| of a position; agreements are shares of positions.
     """
 
@@ -62,6 +64,8 @@ def compare(
     ]
     # What follows a tie attends to its output in the coda, so it may differ by as much.
     counted = ~np.logical_or.accumulate(tie, axis=1)
+    if not (np.isfinite(reference).all() and np.isfinite(logits).all()):
+        return ParityReport(float("nan"), float("nan"), 0.0, float(1 - (differs & ~tie).mean()), ties)
     if not counted.any():
         return ParityReport(0.0, 0.0, 1.0, float(1 - (differs & ~tie).mean()), ties)
     error = np.abs(reference.astype(np.float64) - logits)

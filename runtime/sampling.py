@@ -75,18 +75,18 @@ class Sampler:
             greedy = np.zeros(len(scores))
             greedy[scores.argmax()] = 1.0
             return greedy
-        scores /= self.params.temperature
+        with np.errstate(over="ignore"):  # -inf is right for a temperature near 0
+            scores = (scores - scores.max()) / self.params.temperature
         if 0 < self.params.top_k < len(scores):
             kept = np.argpartition(-scores, self.params.top_k - 1)[: self.params.top_k]
             scores = _only(scores, kept)
-        probabilities = np.exp(scores - scores.max())
+        probabilities: Float64 = np.exp(scores)
         probabilities /= probabilities.sum()
         if self.params.top_p < 1:
             probabilities = self._nucleus(probabilities)
         if self.params.min_p > 0:
             probabilities[probabilities < self.params.min_p * probabilities.max()] = 0.0
-        probabilities /= probabilities.sum()
-        return probabilities
+        return probabilities / float(probabilities.sum())
 
     def state(self) -> dict[str, Any]:
         """The random state, fit for JSON."""

@@ -142,7 +142,7 @@ class Staircase:
         for index in range(self.depth.max_depth):
             upto = self.columns
             if self.depth.policy is not Policy.FULL:
-                running = (mass < self._threshold).any(axis=0)
+                running = np.any(mass < self._threshold, axis=0)
                 if not running.any():
                     break
                 # Columns after the last running one need this step only later, if ever.
@@ -189,7 +189,7 @@ class Staircase:
 
     def _coda(self, out: Float32, logit_rows: Int64, start: int) -> Float32:
         logits = np.empty((self.batch, len(logit_rows), self.config.vocab_size), np.float32)
-        feeds = {"out": out, "logit_rows": logit_rows}
+        feeds: dict[str, NDArray[Any]] = {"out": out, "logit_rows": logit_rows}
         self._run("coda", start, self.coda_slots, feeds, {"logits": logits})
         return logits
 

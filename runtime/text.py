@@ -7,8 +7,11 @@ from mythos_edge.model.errors import BackendUnavailable, BundleError, UsageError
 
 _END_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|end|>", "<eos>", "<|im_end|>")
 _UNFINISHED = "\ufffd"
-# A character has at most four bytes: what is still incomplete after more tokens than that never will be complete.
-_LONGEST_CHARACTER = 4
+# A character has at most four bytes, and a bad byte or two may stand before it: what is still incomplete after this
+# many tokens never will be complete.
+_LONGEST_WAIT = 8
+# Tokens of text that never comes to a clean end, before older ones are forgotten.
+_LONGEST_WINDOW = 48
 
 
 class Tokenizer:
@@ -40,14 +43,16 @@ class Tokenizer:
 class TextStream:
     """Text of a token stream, given out as soon as no later token can change it.
 
-    Decodes a short window only: the tokens since the last text given out, and those of the piece before, which
+    Decodes a short window only: the tokens since the last clean end of text, and those of the piece before it, which
     decide about spaces.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        self._before = 0  # tokens of the piece given out last stand first in the window
+        self._before = 0  # tokens of the piece before stand first in the window
+        self._shown = 0  # characters of the window's text that were given out
+        self._waiting = 0  # tokens since anything was
 
     def push(self, token_id: int) -> str:
         """The text that became final with this token; empty while a character is still incomplete."""
@@ -59,18 +64,35 @@ class TextStream:
         return self._take(unfinished_too=True)
 
     def _take(self, *, unfinished_too: bool) -> str:
-        known = self._tokenizer.decode(self._ids[: self._before])
         text = self._tokenizer.decode(self._ids)
-        may_grow = text.endswith(_UNFINISHED) and len(self._ids) - self._before < _LONGEST_CHARACTER
-        if len(text) <= len(known) or (may_grow and not unfinished_too):
-            return ""
-        self._ids = self._ids[self._before :]
-        self._before = len(self._ids)
-        return text[len(known) :]
+        clean = not text.endswith(_UNFINISHED)
+        self._waiting += 1
+        everything = clean or unfinished_too or self._waiting >= _LONGEST_WAIT
+        end = len(text) if everything else len(text.rstrip(_UNFINISHED))
+        piece, held = text[self._shown : end], len(text) - end
+        if piece:
+            self._waiting = 0
+        if piece and everything:
+            self._forget(self._before, held)
+            self._before = len(self._ids)
+        elif len(self._ids) > _LONGEST_WINDOW:
+            self._forget(len(self._ids) // 2, held)
+            self._before = 0
+        else:
+            self._shown = max(self._shown, end)
+        return piece
+
+    def _forget(self, count: int, held: int) -> None:
+        """Drops the first ``count`` tokens of the window; ``held`` characters at its end were not given out."""
+        self._ids = self._ids[count:]
+        self._shown = max(0, len(self._tokenizer.decode(self._ids)) - held)
 
 
 class StopStrings:
-    """Ends a text at the first of ``stops``, which itself is not given out. Raises UsageError for an empty one."""
+    """Ends a text at the first of ``stops`` to be complete, which itself is not given out.
+
+    Raises UsageError for an empty one.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         if any(not stop for stop in stops):
@@ -81,9 +103,10 @@ class StopStrings:
     def push(self, text: str) -> tuple[str, bool]:
         """The text that can be shown now, and whether a stop string was reached."""
         self._held += text
-        found = [position for stop in self._stops if (position := self._held.find(stop)) >= 0]
+        # The stop that is complete first ends the text, however it was cut into pieces; of several the longest.
+        found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
-            shown, self._held = self._held[: min(found)], ""
+            shown, self._held = self._held[: min(found)[1]], ""
             return shown, True
         keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
         cut = len(self._held) - keep

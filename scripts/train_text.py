@@ -173,7 +173,7 @@ def train(train_ids: Ids, held_out: Ids, steps: int, seed: int) -> Any:
         starts = random.integers(0, len(train_ids) - length, _TOKENS // length)
         loss = _loss(model, torch.from_numpy(train_ids[starts[:, None] + np.arange(length)]))
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()

@@ -167,8 +167,7 @@ def _reference(
             console.progress("reference in float32", index / _FLOAT32_RUNS)
             errors.append(float((network(torch.from_numpy(ids)).logits - exact.logits).abs().max()))
             _jitter(network, torch.Generator().manual_seed(args.seed + index))
-    error = max(errors)
-    return (exact.logits.numpy(), exact.depth.numpy(), exact.margin.numpy()), error
+    return (exact.logits.numpy(), exact.depth.numpy(), exact.margin.numpy()), max(errors)
 
 
 def _jitter(network: Any, random: Any) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from mythos_edge.exporter.export import export_bundle
 from mythos_edge.model.checkpoint import open_checkpoint
 

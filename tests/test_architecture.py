@@ -34,7 +34,9 @@ def _imported_folders(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom):
-            names = [str(node.module)] if node.module != "mythos_edge" else [f"mythos_edge.{a.name}" for a in node.names]
+            names = (
+                [str(node.module)] if node.module != "mythos_edge" else [f"mythos_edge.{a.name}" for a in node.names]
+            )
         found |= {name.split(".")[1] for name in names if name.startswith("mythos_edge.")}
     return found
 

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import FIXTURES
+from oracle import open_mythos_main
+
 from mythos_edge.model.checkpoint import open_checkpoint
 from mythos_edge.model.layout import load_network
 from mythos_edge.model.network import Scored
 from mythos_edge.runtime import parity
 from mythos_edge.runtime.backend import ort_session
 from mythos_edge.runtime.session import Session
-from oracle import open_mythos_main
 
 Run = tuple[np.ndarray, np.ndarray]
 
@@ -110,7 +111,11 @@ CONFIGS: dict[str, tuple[dict[str, Any], int, tuple[int, ...]]] = {
     "mla-odd-3-shared": ({"dim": 35, "vocab_size": 67, "n_shared_experts": 3, "expert_dim": 7}, 3, (1, 4, 7)),
     "mla-no-shared-16": ({"n_shared_experts": 0, "max_loop_iters": 16, "prelude_layers": 2}, 2, (1, 4, 16)),
     "gqa-one-kv-head": ({"attn_type": "gqa", "n_kv_heads": 1, "coda_layers": 2}, 1, (4, 16)),
-    "gqa-odd-2-shared": ({"attn_type": "gqa", "dim": 36, "n_heads": 6, "n_shared_experts": 2, "n_experts": 3}, 2, (1, 6)),
+    "gqa-odd-2-shared": (
+        {"attn_type": "gqa", "dim": 36, "n_heads": 6, "n_shared_experts": 2, "n_experts": 3},
+        2,
+        (1, 6),
+    ),
 }
 
 
@@ -132,7 +137,13 @@ def save_random_model(path: Path, changes: dict[str, Any], seed: int) -> Any:
         model.recurrent.act.halt.weight.normal_(std=0.4)
         model.recurrent.act.halt.bias.fill_(-1.0)
         model.recurrent.block.ffn.router_bias.normal_()
-    saved = {"step": 7, "model": model.state_dict(), "optimizer": {}, "cfg": model.cfg, "vocab_size": BASE["vocab_size"]}
+    saved = {
+        "step": 7,
+        "model": model.state_dict(),
+        "optimizer": {},
+        "cfg": model.cfg,
+        "vocab_size": BASE["vocab_size"],
+    }
     torch.save(saved, path)
     return model
 

@@ -11,6 +11,8 @@ import onnx
 import pytest
 import torch
 from conftest import FIXTURES
+from safetensors.torch import load_file, save_file
+
 from mythos_edge.exporter import export as export_module
 from mythos_edge.exporter import tracing
 from mythos_edge.exporter.export import export_bundle
@@ -20,7 +22,6 @@ from mythos_edge.model.bundle import open_bundle, verify_hashes
 from mythos_edge.model.checkpoint import open_checkpoint
 from mythos_edge.model.errors import CheckpointError, ConfigError, ExportError
 from mythos_edge.model.layout import load_network
-from safetensors.torch import load_file, save_file
 
 CHECKPOINT = FIXTURES / "mla-small"
 

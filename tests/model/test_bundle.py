@@ -410,7 +410,6 @@ def _edit_manifest(made: Path, edit: Callable[[dict[str, Any]], None]) -> None:
     (made / MANIFEST_FILE).write_text(json.dumps(values))
 
 
-# BUG: RuntimeError, OSError, UnicodeEncodeError, OverflowError and RecursionError come through.
 @pytest.mark.parametrize("damage", [_link_to_itself, _long_name, _name_that_is_no_utf8, _huge_number, _deep_json])
 def test_a_hostile_bundle_is_a_bundle_error_and_nothing_else(made: Path, damage: Callable[[Path], None]) -> None:
     damage(made)
@@ -500,7 +499,6 @@ def test_force_replaces_a_bundle_and_an_empty_folder(made: Path, tmp_path: Path)
     assert sorted(tmp_path.iterdir()) == sorted([made, empty])
 
 
-# BUG: the old link stays behind as .current.partial-PID-old.
 def test_force_on_a_linked_bundle_leaves_nothing_beside(made: Path, tmp_path: Path) -> None:
     (tmp_path / "links").mkdir()
     link = tmp_path / "links" / "current"
@@ -551,7 +549,6 @@ def test_a_manifest_that_fails_leaves_the_old_bundle(made: Path) -> None:
     assert _tree(made.parent) == before
 
 
-# BUG: interrupted after a rename, the old bundle is left (or lost) under its temporary name.
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("number", [1, 2])
 def test_an_interrupted_move_leaves_one_whole_bundle(
@@ -582,7 +579,6 @@ def _dead_pid() -> int:
     return process.pid
 
 
-# BUG: a name with [ is taken as a glob pattern.
 @pytest.mark.parametrize("name", ["some.bundle", "model[1]"])
 def test_leftovers_of_dead_writers_are_removed_and_others_kept(tmp_path: Path, name: str) -> None:
     dead = tmp_path / f".{name}.partial-{_dead_pid()}"
@@ -603,7 +599,6 @@ def test_leftovers_of_dead_writers_are_removed_and_others_kept(tmp_path: Path, n
             assert (folder / "half.bin").is_file()
 
 
-# BUG: OverflowError.
 def test_a_leftover_with_an_impossible_pid_is_no_error(tmp_path: Path) -> None:
     (tmp_path / f".b.partial-{10**30}").mkdir()
     _write_bundle(tmp_path / "b")

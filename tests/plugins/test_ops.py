@@ -8,6 +8,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
+
 from mythos_edge.model.layers import EagerOps, Window
 from mythos_edge.plugins import ops, reference
 from mythos_edge.plugins.ort_lowering import lower_for_ort

@@ -149,7 +149,6 @@ def test_the_same_columns_are_the_same_object_until_the_memory_moves() -> None:
     np.testing.assert_array_equal(moved, first)
 
 
-# BUG: a full buffer is handed out itself.
 @pytest.mark.parametrize("columns", [10, 64])
 def test_views_of_a_batch_are_copies(columns: int) -> None:
     """Also when the buffer is full."""

@@ -137,7 +137,6 @@ def test_logits_that_are_not_finite_never_pass(
             assert not passes(report, allowed)
 
 
-# BUG: positions after a near tie are not looked at, NaN included.
 def test_nan_never_passes_after_a_near_tie_either(logits: Array, depth: Depths) -> None:
     other_depth, other = depth.copy(), logits.copy()
     other_depth[0, 1] = 1

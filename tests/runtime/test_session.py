@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from mythos_edge.model.errors import CapacityError, UsageError
 from mythos_edge.runtime import caches
 from mythos_edge.runtime.session import Session
@@ -175,9 +176,7 @@ REFUSALS: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("prompt", "options", "kind", "message"), REFUSALS)
-def test_refusals(
-    prompt: Any, options: dict[str, Any], kind: type[Exception], message: str, session: Session
-) -> None:
+def test_refusals(prompt: Any, options: dict[str, Any], kind: type[Exception], message: str, session: Session) -> None:
     with pytest.raises(kind, match=message.replace("(", r"\(")) as caught:
         session.generate(prompt, **options)
     assert "\n" not in str(caught.value)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import CapacityError, UsageError
 from mythos_edge.runtime.backend import ScriptedBackend

@@ -1,7 +1,7 @@
 """Everything mythos-edge raises on purpose, as one tree.
 
     MythosEdgeError
-    ├── UsageError           a request parameter is out of range (CLI: exit code 2)
+    ├── UsageError           a request parameter is out of range
     ├── ConfigError          a configuration is incomplete or contradicts itself or the weights
     ├── CheckpointError      a checkpoint file is missing, damaged, unsafe or not an OpenMythos model
     ├── ExportError          a sound checkpoint could not be written as a bundle
@@ -10,7 +10,8 @@
     ├── CapacityError        a request is longer or deeper than the bundle or session allows
     └── ParityError          two backends disagree; carries the report
 
-A message is one line: what, got, expected, how to mend. Broken invariants of our own are ``assert``.
+A message is one line: what, got, expected, how to mend; the CLI prints it and exits with 1. Broken invariants of
+our own are ``assert``.
 """
 
 from collections.abc import Mapping

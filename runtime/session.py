@@ -10,16 +10,18 @@ afresh unless told to ``resume``. Not thread-safe.
 """
 
 import dataclasses
+import operator
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mythos_edge.model.bundle import Bundle, open_bundle
+from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import CapacityError, UsageError
 from mythos_edge.runtime import saved_state
 from mythos_edge.runtime.backend import Backend, OrtBackend
@@ -154,14 +156,20 @@ class Session:
         depth = max_depth or self.config.max_loop_iters
         return plan_cache(self.config, depth, context or self.bundle.manifest.max_context, batch)
 
-    def generate(self, prompt: Any, *, resume: bool = False, **options: Any) -> Any:
+    @overload
+    def generate(self, prompt: Prompt, *, resume: bool = False, **options: Any) -> Generation: ...
+    @overload
+    def generate(
+        self, prompt: list[str] | list[list[int]], *, resume: bool = False, **options: Any
+    ) -> list[Generation]: ...
+    def generate(self, prompt: Any, *, resume: bool = False, **options: Any) -> Generation | list[Generation]:
         """The Generation for a prompt (text or token ids), or a list of them for a list of prompts.
 
         ``options`` are the fields of Options. Every prompt of a batch generates what it would alone, with the same
         seed. ``resume`` appends the prompt (which may be empty) to the sequence of the call before.
         Raises UsageError, CapacityError.
         """
-        many = isinstance(prompt, list | tuple) and any(isinstance(item, str | list | tuple) for item in prompt)
+        many = not isinstance(prompt, str) and any(isinstance(item, str | Sequence | np.ndarray) for item in prompt)
         results = [Generation() for _ in (prompt if many else [prompt])]
         for _ in self._generate(list(prompt) if many else [prompt], results, resume, _options(options)):
             pass
@@ -179,22 +187,18 @@ class Session:
     def score(self, ids: Any, *, prefill: int | None = None, **options: Any) -> Score:
         """Logits and depth of every position of ``ids (B, S)``: the first ``prefill`` in one chunk (by default
         all), the rest one at a time, as decoding would. ``options``: the depth fields of Options."""
-        ids = np.asarray(ids)
-        if ids.ndim != 2 or ids.shape[1] < 1 or ids.dtype.kind not in "iu":
-            raise UsageError(f"ids are {ids.dtype} of shape {ids.shape}, expected integers (batch, positions)")
+        ids = checked_ids(ids, self.config)
         positions = ids.shape[1]
         prefill = positions if prefill is None else prefill
         if not 0 <= prefill <= positions:
             raise UsageError(f"prefill is {prefill}, expected 0 .. {positions}, the positions given")
-        for row in ids.tolist():
-            self._check_ids(row)
         wanted = _options(options)
-        self._start([row.tolist() for row in ids.astype(np.int64)], wanted.depth.resolve(self.config), wanted)
+        self._start(ids.tolist(), wanted.depth.resolve(self.config), wanted)
         staircase = self._staircase
         assert staircase is not None
         logits, depths = [], []
         for start, stop in _spans(prefill, positions):
-            fed = staircase.feed(ids[:, start:stop].astype(np.int64), np.arange(stop - start))
+            fed = staircase.feed(ids[:, start:stop], np.arange(stop - start))
             logits.append(fed.logits)
             depths.append(fed.depth)
         return Score(
@@ -371,12 +375,11 @@ class Session:
             if self.tokenizer is None:
                 raise UsageError("this bundle has no tokenizer: give token ids, or export with --tokenizer")
             return self.tokenizer.encode(prompt)
-        return self._check_ids([int(number) for number in prompt])
-
-    def _check_ids(self, ids: list[int]) -> list[int]:
-        wrong = next((number for number in ids if not 0 <= number < self.config.vocab_size), None)
-        if wrong is not None:
-            raise UsageError(f"token id {wrong} is out of range: this model knows 0 .. {self.config.vocab_size - 1}")
+        try:
+            ids = [operator.index(number) for number in prompt]
+        except TypeError:
+            raise UsageError("the prompt holds something that is no token id: expected text or integers") from None
+        _check_range(ids, self.config)
         return ids
 
     def _end_ids(self) -> tuple[int, ...]:
@@ -387,6 +390,21 @@ class Session:
             what = "no sequence yet" if not self._rows else f"a batch of {len(self._rows)} sequences"
             raise UsageError(f"this needs a session with one sequence, but it has {what}: generate from one prompt")
         return self._rows[0]
+
+
+def checked_ids(ids: Any, config: MythosConfig) -> Int64:
+    """``ids`` as an int64 array (batch, positions). Raises UsageError when they are no tokens of the model."""
+    given = np.asarray(ids)
+    if given.ndim != 2 or 0 in given.shape or given.dtype.kind not in "iu":
+        raise UsageError(f"ids are {given.dtype} of shape {given.shape}, expected integers (batch, positions)")
+    _check_range(given.ravel().tolist(), config)
+    return np.ascontiguousarray(given, np.int64)
+
+
+def _check_range(ids: list[int], config: MythosConfig) -> None:
+    wrong = next((number for number in ids if not 0 <= number < config.vocab_size), None)
+    if wrong is not None:
+        raise UsageError(f"token id {wrong} is out of range: this model knows 0 .. {config.vocab_size - 1}")
 
 
 _NO_ROWS = np.zeros(0, np.int64)

@@ -32,10 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line; returns the exit code."""
     args = _parser().parse_args(argv)
     console = Console(args.json)
-    warnings.showwarning = lambda message, *_, **__: console.note(f"warning: {message}")
     try:
-        code: int = args.run(args, console)
-        return code
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: console.note(f"warning: {message}")
+            code: int = args.run(args, console)
+            return code
     except MythosEdgeError as error:
         return _fail(console, args.debug, str(error))
     except KeyboardInterrupt:

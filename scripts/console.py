@@ -1,6 +1,7 @@
 """Where the CLI speaks: results on stdout, everything else on stderr, JSON when asked."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -36,7 +37,7 @@ class Console:
         """The JSON object of --json."""
         if self.as_json:
             self.end_progress()
-            print(json.dumps(values), flush=True)
+            print(json.dumps(_without_nan(values), allow_nan=False), flush=True)
 
     def progress(self, phase: str, fraction: float) -> None:
         """Phase, share and elapsed time on stderr: a live line on a terminal, else a line now and then."""
@@ -53,3 +54,12 @@ class Console:
         if self._open_line:
             print(file=sys.stderr, flush=True)
             self._open_line = False
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN and no infinity; null says that a figure could not be had."""
+    if isinstance(value, Mapping):
+        return {name: _without_nan(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -3,6 +3,7 @@
 import argparse
 import os
 import time
+import warnings
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> int:
     a, b = addition.check_operand(args.a), addition.check_operand(args.b)
     columns = addition.columns_of(a, b)
-    with Session.open(args.bundle or _demo_bundle(console)) as session:
+    with Session.open(args.bundle or _demo_bundle(console)) as session, warnings.catch_warnings():
+        # The demo says itself how deep it goes.
+        warnings.simplefilter("ignore")
         session.score([columns])  # warms up, so that the times below compare
         runs = {
             "exact": _run(session, columns, policy="exact", max_depth=_MAX_DEPTH),

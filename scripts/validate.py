@@ -12,7 +12,8 @@ from mythos_edge.model.errors import BackendUnavailable, CapacityError, UsageErr
 from mythos_edge.runtime import parity
 from mythos_edge.runtime.backend import ort_session
 from mythos_edge.runtime.caches import free_memory_bytes
-from mythos_edge.runtime.session import Session
+from mythos_edge.runtime.session import Session, checked_ids
+from mythos_edge.scripts import options
 from mythos_edge.scripts.console import Console
 
 HELP = "check a bundle's files and self-test, and its parity with the checkpoint it was made from"
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     bundle = open_bundle(args.bundle)
+    ids = _tokens(args, bundle)
     verify_hashes(bundle, lambda name: console.progress(f"sha256 of {name}", 0.0))
     console.progress("self-test", 0.0)
     with Session.open(args.bundle) as session:
@@ -48,7 +50,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         console.say(f"files     whole ({len(bundle.manifest.files)} files)")
         console.say(f"self-test largest logit difference {sample_error:.2g}, allowed {_SAMPLE_TOLERANCE:.2g}")
         if args.against is not None:
-            compared = _compare(args, session, bundle, console)
+            compared = _compare(args, session, ids, console)
             report |= compared | {"passed": report["passed"] and compared["passed"]}
     console.say("passed" if report["passed"] else "FAILED")
     console.result(report)
@@ -63,13 +65,13 @@ def _self_test(session: Session, sample: GoldenSample) -> float:
     return float(np.abs(score.logits[0, -1, list(sample.top_ids)] - np.array(sample.top_logits)).max())
 
 
-def _compare(args: argparse.Namespace, session: Session, bundle: Bundle, console: Console) -> dict[str, Any]:
-    ids = _tokens(args, bundle)
+def _compare(args: argparse.Namespace, session: Session, ids: NDArray[np.int64], console: Console) -> dict[str, Any]:
+    bundle = session.bundle
     reference, own_error = _reference(args, bundle, ids, console)
     logits, depth, margin = reference
     allowed = parity.tolerance(own_error, float(np.abs(logits).max()))
     routes: dict[str, parity.ParityReport] = {}
-    for name, run_route in _routes(session, bundle, ids).items():
+    for name, run_route in _routes(session, ids).items():
         console.progress(f"running {name}", 0.0)
         routes[name] = parity.compare(logits, run_route[0], depth, run_route[1], margin)
     worst = max(routes.values(), key=lambda route: route.max_abs)
@@ -101,15 +103,15 @@ def _compare(args: argparse.Namespace, session: Session, bundle: Bundle, console
     }
 
 
-def _routes(session: Session, bundle: Bundle, ids: NDArray[np.int64]) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
+def _routes(session: Session, ids: NDArray[np.int64]) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
     """Every way the bundle can compute the same: logits and depth by the route's name."""
     made: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {}
     for policy in ("full", "exact"):
         for chunk in (None, min(_SECOND_CHUNK, ids.shape[1])):
             score = session.score(ids, prefill=chunk, policy=policy)
             made[f"{policy}, prefill {chunk or 'all'}"] = (score.logits, score.depth)
+    bundle, config = session.bundle, session.config
     graph = ort_session(bundle.file(bundle.manifest.graphs["model"].file))
-    config = bundle.manifest.config
     feeds = {
         "input_ids": ids,
         "max_depth": np.array(config.max_loop_iters),
@@ -122,9 +124,7 @@ def _routes(session: Session, bundle: Bundle, ids: NDArray[np.int64]) -> dict[st
 
 def _tokens(args: argparse.Namespace, bundle: Bundle) -> NDArray[np.int64]:
     if args.ids is not None:
-        from mythos_edge.scripts.options import ids_from_file
-
-        return ids_from_file(args.ids).astype(np.int64)
+        return checked_ids(options.ids_from_file(args.ids), bundle.manifest.config)
     if args.positions < 1:
         raise UsageError(f"--positions is {args.positions}, expected at least 1")
     positions = min(args.positions, bundle.manifest.max_context)

@@ -8,8 +8,10 @@ import pytest
 
 from mythos_edge.exporter.export import export_bundle
 from mythos_edge.model.checkpoint import open_checkpoint
+from mythos_edge.scripts import train_text
 
-FIXTURES = Path(__file__).parent / "fixtures"
+ROOT = Path(__file__).parent.parent
+FIXTURES = ROOT / "tests" / "fixtures"
 GOLDENS = ("mla-small", "gqa-small")
 
 
@@ -44,6 +46,23 @@ def golden_bundle(exported: Callable[..., Path], golden_name: str) -> Path:
 @pytest.fixture(scope="session")
 def mla_bundle(exported: Callable[..., Path]) -> Path:
     return exported(FIXTURES / "mla-small")
+
+
+@pytest.fixture(scope="session")
+def demo_bundle(exported: Callable[..., Path]) -> Path:
+    return exported(ROOT / "scripts" / "assets" / "carry_adder.pt")
+
+
+@pytest.fixture(scope="session")
+def text_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Checkpoint and tokenizer of the byte-level text model after a short training."""
+    return train_text.train_text_model(tmp_path_factory.mktemp("text") / "made" / "here", steps=80)
+
+
+@pytest.fixture(scope="session")
+def text_bundle(exported: Callable[..., Path], text_model: tuple[Path, Path]) -> Path:
+    checkpoint, tokenizer = text_model
+    return exported(checkpoint, tokenizer=tokenizer)
 
 
 @pytest.fixture(scope="session")

@@ -25,13 +25,6 @@ SAMPLES = [
     "<|end",
 ]
 TOKENIZER = train_text.byte_tokenizer()
-SHORT = 80
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """One short training, shared by the slow tests."""
-    return train_text.train_text_model(tmp_path_factory.mktemp("text") / "made" / "here", steps=SHORT)
 
 
 def loaded(path: Path) -> Any:
@@ -103,26 +96,26 @@ def test_a_model_that_learned_nothing_is_not_saved(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_short_training_beats_unigrams(trained: tuple[Path, Path]) -> None:
+def test_short_training_beats_unigrams(text_model: tuple[Path, Path]) -> None:
     _, held_out = train_text.corpus()
-    assert train_text.evaluate(loaded(trained[0]), held_out) < train_text.unigram_entropy(held_out) - 0.2
+    assert train_text.evaluate(loaded(text_model[0]), held_out) < train_text.unigram_entropy(held_out) - 0.2
 
 
 @pytest.mark.slow
-def test_checkpoint_opens(trained: tuple[Path, Path]) -> None:
-    checkpoint, tokenizer = trained
+def test_checkpoint_opens(text_model: tuple[Path, Path]) -> None:
+    checkpoint, tokenizer = text_model
     assert sorted(path.name for path in checkpoint.parent.iterdir()) == ["text.pt", "tokenizer.json"]
     assert Tokenizer.from_file(str(tokenizer)).get_vocab_size() == 257
     with open_checkpoint(checkpoint) as opened:
-        assert opened.step == SHORT
+        assert opened.step == 80
         assert opened.config.vocab_size == 257
         assert opened.config.max_loop_iters == train_text.LOOPS
         assert opened.config.max_seq_len == 512
 
 
 @pytest.mark.slow
-def test_every_token_takes_all_loop_steps(trained: tuple[Path, Path]) -> None:
-    model = loaded(trained[0])
+def test_every_token_takes_all_loop_steps(text_model: tuple[Path, Path]) -> None:
+    model = loaded(text_model[0])
     masses: list[torch.Tensor] = []
     model.recurrent.act.register_forward_hook(lambda module, inputs, output: masses.append(output))
     with torch.no_grad():

@@ -8,7 +8,7 @@ Not here: the loop (``loop.py``), the stages (``network.py``), training.
 Source: OpenMythos 8c68c1f, ``open_mythos/main.py``.
 """
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -29,6 +29,7 @@ class Window(NamedTuple):
     first: Int[Tensor, "B"]
 
 
+@runtime_checkable
 class Ops(Protocol):
     """The operations that become custom ops; ``EagerOps`` computes them, ``plugins.torch_ops`` traces them."""
 

@@ -7,7 +7,7 @@ The exporter streams the pieces to disk; ``load_network`` fills an eager model w
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from mythos_edge.model.network import Network
 PIECE_BYTES = 16 << 20
 
 
+@runtime_checkable
 class TensorReader(Protocol):
     """A checkpoint: its config and row ranges of its tensors by canonical name."""
 

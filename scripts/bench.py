@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mythos_edge.model.errors import UsageError
-from mythos_edge.runtime.backend import OrtBackend, cores
+from mythos_edge.runtime.backend import OrtBackend, cores, ort_session
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import options
 from mythos_edge.scripts.console import Console
@@ -40,9 +40,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
         for index in range(args.repetitions + 1):
             console.progress("measuring", index / (args.repetitions + 1))
             runs.append(_one(session, prompt, args))
+        figures = _loop_graph(session, prompt, args.repetitions)
         plan = session.plan(args.prompt_tokens + args.new_tokens, max_depth=args.max_depth)
     # The first run warms caches and is left out.
-    figures = {name: _spread([one[name] for one in runs[1:]]) for name in runs[0]}
+    figures |= {name: _spread([one[name] for one in runs[1:]]) for name in runs[0]}
     report = {
         "bundle": str(args.bundle),
         "policy": args.policy,
@@ -86,6 +87,25 @@ def _one(session: Session, prompt: list[int], args: argparse.Namespace) -> dict[
         "mean_depth": statistics.fmean(result.depths),
         "block_calls_per_token": calls / tokens,
     }
+
+
+def _loop_graph(session: Session, prompt: list[int], repetitions: int) -> dict[str, dict[str, float]]:
+    """Milliseconds of ``model.onnx`` over the prompt when every position halts at once, and when none does."""
+    graph = ort_session(session.bundle.file(session.bundle.manifest.graphs["model"].file))
+    figures = {}
+    for name, threshold in (("loop_graph_halting_at_1_ms", 1e-9), ("loop_graph_full_depth_ms", np.inf)):
+        feeds = {
+            "input_ids": np.array([prompt]),
+            "max_depth": np.array(session.config.max_loop_iters),
+            "threshold": np.array(threshold, np.float32),
+        }
+        times = []
+        for _ in range(repetitions + 1):
+            started = time.perf_counter()
+            graph.run(None, feeds)
+            times.append((time.perf_counter() - started) * 1e3)
+        figures[name] = _spread(times[1:])
+    return figures
 
 
 def _spread(values: list[float]) -> dict[str, Any]:

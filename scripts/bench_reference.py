@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         checkpoint.unlink()
         with Session.open(bundle) as session:
             report = _measure(args, model, session, prompt)
-    report = {"shape": args.shape, "experts": config.n_experts, "machine": _machine(), **vars(args), **report}
+    report = {"shape": args.shape, "experts": config.n_experts, "machine": machine(), **vars(args), **report}
     print(json.dumps(report))
     return 0
 
@@ -91,11 +91,9 @@ def _measure(args: argparse.Namespace, model: Any, session: Session, prompt: tor
             rate = made[policy].decode_tokens_per_s
             assert rate is not None
             seconds[policy].append(1 / rate)
-        # The reference's prefill is taken off by a run for one token.
-        spent = [_timed_reference(model, prompt, count, loops) for count in (1, args.new_tokens)]
-        seconds["reference"].append((spent[1][1] - spent[0][1]) / (args.new_tokens - 1))
-        wanted = spent[1][0][0, len(ids) :].tolist()
-        equal = equal and all(one.ids == wanted for one in made.values())
+        tokens, per_token = _timed_reference(model, prompt, args.new_tokens, loops)
+        seconds["reference"].append(per_token)
+        equal = equal and all(one.ids == tokens for one in made.values())
         print(f"repetition {repetition + 1}: same tokens {equal}", file=sys.stderr, flush=True)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     depth = statistics.fmean(made["exact"].depths)
@@ -115,14 +113,21 @@ def _measure(args: argparse.Namespace, model: Any, session: Session, prompt: tor
     }
 
 
-def _timed_reference(model: Any, prompt: torch.Tensor, count: int, loops: int) -> tuple[torch.Tensor, float]:
-    started = time.perf_counter()
-    # top_k 1 makes its sampling greedy.
-    tokens = model.generate(prompt, max_new_tokens=count, n_loops=loops, temperature=1.0, top_k=1)
-    return tokens, time.perf_counter() - started
+def _timed_reference(model: Any, prompt: torch.Tensor, count: int, loops: int) -> tuple[list[int], float]:
+    """The tokens of the reference's ``generate`` and its seconds per token after the first, prefill left out."""
+    ends: list[float] = []
+    # generate() calls forward() itself, which runs no hooks of the model; the head runs once a token, and last.
+    hook = model.head.register_forward_hook(lambda *_: ends.append(time.perf_counter()))
+    try:
+        # top_k 1 makes its sampling greedy.
+        tokens = model.generate(prompt, max_new_tokens=count, n_loops=loops, temperature=1.0, top_k=1)
+    finally:
+        hook.remove()
+    return tokens[0, prompt.shape[1] :].tolist(), (ends[-1] - ends[0]) / (len(ends) - 1)
 
 
-def _machine() -> str:
+def machine() -> str:
+    """Processor, threads and torch, for a table's caption."""
     processor = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -1,0 +1,137 @@
+"""Memory and time of an export, against copying the checkpoint's file.
+
+    python -m mythos_edge.scripts.bench_export --shape 1b --folder /some/disk
+
+Writes a checkpoint of random weights in the shape of a named variant, copies it, exports it, and watches the export
+with all its child processes. Prints a table, then one line of JSON. Linux only: it reads /proc.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mythos_edge.model.bundle import require_free_space
+from mythos_edge.model.config import VARIANTS, MythosConfig
+from mythos_edge.model.shapes import expected_shapes
+from mythos_edge.scripts.bench_reference import machine
+
+_COPY_BYTES = 16 << 20
+_POLL_S = 0.05
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Measure an export's memory and time.")
+    parser.add_argument("--shape", choices=VARIANTS, default="1b")
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32")
+    parser.add_argument("--folder", type=Path, default=None, help="where to write (default: a temporary folder)")
+    parser.add_argument("-r", "--repetitions", type=int, default=3)
+    args = parser.parse_args(argv)
+    config = VARIANTS[args.shape]
+    size = 4 * sum(int(np.prod(shape)) for shape in expected_shapes(config).values())
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        folder = Path(name)
+        require_free_space(folder, 3 * size)
+        checkpoint = folder / "checkpoint"
+        write_checkpoint(config, checkpoint)
+        copies, exports, peaks = [], [], []
+        for _ in range(args.repetitions):
+            copies.append(_timed_copy(checkpoint / "model.safetensors", folder / "copy"))
+            seconds, peak = _watched_export(checkpoint, folder / "bundle", args.dtype)
+            exports.append(seconds)
+            peaks.append(peak)
+            shutil.rmtree(folder / "bundle")
+    copied, exported = statistics.median(copies), statistics.median(exports)
+    report = {
+        "shape": args.shape,
+        "dtype": args.dtype,
+        "checkpoint_gb": size / 1e9,
+        "copy_s": copies,
+        "export_s": exports,
+        "ratio": exported / copied,
+        "peak_rss_gb": [peak / 1e9 for peak in peaks],
+        "machine": machine(),
+    }
+    print("| shape | checkpoint | copy, s | export, s | ratio | peak resident, all processes |")
+    print("|---|---:|---:|---:|---:|---:|")
+    print(
+        f"| {args.shape} {args.dtype} | {size / 1e9:.1f} GB | {copied:.1f} | {exported:.1f} | "
+        f"{exported / copied:.2f}x | {max(peaks) / 1e9:.2f} GB |"
+    )
+    print(json.dumps(report))
+    return 0
+
+
+def write_checkpoint(config: MythosConfig, folder: Path) -> None:
+    """A safetensors checkpoint of random weights, written piece by piece."""
+    shapes = expected_shapes(config)
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, shape in shapes.items():
+        length = 4 * int(np.prod(shape))
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, offset + length]}
+        offset += length
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    text = json.dumps(header).encode()
+    noise = np.random.default_rng(0).standard_normal(1 << 20, np.float32) * np.float32(0.02)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for shape in shapes.values():
+            for start in range(0, left := int(np.prod(shape)), len(noise)):
+                file.write(noise[: left - start].data)
+
+
+def _timed_copy(source: Path, target: Path) -> float:
+    """Seconds to copy through user space and reach the disk, as an export must; the copy is removed."""
+    started = time.perf_counter()
+    with source.open("rb") as reader, target.open("wb") as writer:
+        shutil.copyfileobj(reader, writer, _COPY_BYTES)
+        writer.flush()
+        os.fsync(writer.fileno())
+    seconds = time.perf_counter() - started
+    target.unlink()
+    return seconds
+
+
+def _watched_export(checkpoint: Path, bundle: Path, dtype: str) -> tuple[float, int]:
+    """Seconds, and the largest resident memory of the process and its children together, bytes."""
+    started, peak = time.perf_counter(), 0
+    command = [sys.executable, "-m", "mythos_edge.scripts.cli", "export", str(checkpoint), "-o", str(bundle)]
+    with subprocess.Popen([*command, "--dtype", dtype]) as process:
+        while process.poll() is None:
+            peak = max(peak, sum(_resident_bytes(pid) for pid in _family(process.pid)))
+            time.sleep(_POLL_S)
+    if process.returncode != 0:
+        raise SystemExit(f"the export ended with status {process.returncode}")
+    return time.perf_counter() - started, peak
+
+
+def _family(pid: int) -> list[int]:
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return []
+    return [pid, *(member for child in children for member in _family(int(child)))]
+
+
+def _resident_bytes(pid: int) -> int:
+    """Proportional share: pages of a file or library that several processes map count once."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:  # it has just ended
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,8 +3,8 @@
     python -m mythos_edge.scripts.bench_reference --shape 1b --experts 8
 
 Both run the same random weights in float32 and produce the same tokens, greedily, interleaved in one process. The
-halting head is set so that positions halt after about a quarter of the loop steps; the reference runs every step
-whatever the head says, because it has a cache. Prints a table, then one line of JSON. Needs the dev extra.
+halting threshold is set so that the generated tokens take a quarter of the loop steps on average; the reference runs
+every step whatever its head says, because it has a cache. Prints a table, then one line of JSON. Needs the dev extra.
 """
 
 import argparse
@@ -36,8 +36,8 @@ _D1024 = replace(
     expert_dim=1024,
 )
 SHAPES = {"1b": VARIANTS["1b"], "d1024": _D1024}
-# sigmoid(-1) = 0.27: the halting mass reaches 0.99 at the fourth loop step, more or less.
-_HALT_BIAS = -1.0
+# Halting logits with some spread between positions, so that depths differ as they do in a trained model.
+_HALT_BIAS, _HALT_SPREAD = -1.5, 0.5
 
 
 def reference_model(config: MythosConfig, seed: int) -> Any:
@@ -49,7 +49,7 @@ def reference_model(config: MythosConfig, seed: int) -> Any:
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.normal_(std=parameter.shape[1] ** -0.5)
-        model.recurrent.act.halt.weight.normal_(std=0.3 * config.dim**-0.5)
+        model.recurrent.act.halt.weight.normal_(std=_HALT_SPREAD * config.dim**-0.5)
         model.recurrent.act.halt.bias.fill_(_HALT_BIAS)
     return model
 
@@ -58,11 +58,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measure decode speed against the reference.")
     parser.add_argument("--shape", choices=SHAPES, default="d1024")
     parser.add_argument("--experts", type=int, help="experts of the recurrent block (default: the shape's)")
-    parser.add_argument("-p", "--prompt-tokens", type=int, default=64)
-    parser.add_argument("-n", "--new-tokens", type=int, default=24)
+    parser.add_argument("-p", "--prompt-tokens", type=int, default=512)
+    parser.add_argument("-n", "--new-tokens", type=int, default=32)
     parser.add_argument("-r", "--repetitions", type=int, default=3)
     args = parser.parse_args(argv)
-    config = replace(SHAPES[args.shape], max_seq_len=1024)
+    config = replace(SHAPES[args.shape], max_seq_len=4096)
     config = replace(config, n_experts=args.experts or config.n_experts)
     model = reference_model(config, seed=0)
     prompt = torch.randint(0, config.vocab_size, (1, args.prompt_tokens))
@@ -73,13 +73,28 @@ def main(argv: list[str] | None = None) -> int:
             export_bundle(opened, bundle)
         checkpoint.unlink()
         with Session.open(bundle) as session:
-            report = _measure(args, model, session, prompt)
+            threshold = _threshold_of_mean_depth(session, prompt[0].tolist(), args.new_tokens)
+            model.cfg.act_threshold = threshold
+            report = _measure(args, model, session, prompt, threshold)
     report = {"shape": args.shape, "experts": config.n_experts, "machine": machine(), **vars(args), **report}
     print(json.dumps(report))
     return 0
 
 
-def _measure(args: argparse.Namespace, model: Any, session: Session, prompt: torch.Tensor) -> dict[str, Any]:
+def _threshold_of_mean_depth(session: Session, ids: list[int], count: int) -> float:
+    """The threshold at which ``count`` generated tokens take a quarter of the loop steps on average, more or less."""
+    low, high = 0.0, session.config.act_threshold
+    wanted = session.config.max_loop_iters / 4
+    for _ in range(8):
+        middle = (low + high) / 2
+        depth = statistics.fmean(session.generate(ids, max_new_tokens=count, threshold=middle).depths)
+        low, high = (middle, high) if depth < wanted else (low, middle)
+    return high
+
+
+def _measure(
+    args: argparse.Namespace, model: Any, session: Session, prompt: torch.Tensor, threshold: float
+) -> dict[str, Any]:
     ids = prompt[0].tolist()
     loops = session.config.max_loop_iters
     seconds: dict[str, list[float]] = {"reference": [], "exact": [], "full": []}
@@ -87,7 +102,7 @@ def _measure(args: argparse.Namespace, model: Any, session: Session, prompt: tor
     for repetition in range(args.repetitions):
         made: dict[str, Generation] = {}
         for policy in ("exact", "full"):
-            made[policy] = session.generate(ids, policy=policy, max_new_tokens=args.new_tokens)
+            made[policy] = session.generate(ids, policy=policy, max_new_tokens=args.new_tokens, threshold=threshold)
             rate = made[policy].decode_tokens_per_s
             assert rate is not None
             seconds[policy].append(1 / rate)
@@ -96,7 +111,8 @@ def _measure(args: argparse.Namespace, model: Any, session: Session, prompt: tor
         equal = equal and all(one.ids == tokens for one in made.values())
         print(f"repetition {repetition + 1}: same tokens {equal}", file=sys.stderr, flush=True)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    depth = statistics.fmean(made["exact"].depths)
+    depths = made["exact"].depths
+    depth = statistics.fmean(depths)
     print(f"mean depth {depth:.2f} of {loops} loop steps, tokens equal: {equal}")
     print(f"| {'run':12} | {'ms per token':>12} | {'tokens/s':>9} | {'times the reference':>19} |")
     print(f"|{'-' * 14}|{'-' * 13}:|{'-' * 10}:|{'-' * 20}:|")
@@ -105,7 +121,9 @@ def _measure(args: argparse.Namespace, model: Any, session: Session, prompt: tor
         print(f"| {name:12} | {value * 1e3:12.1f} | {1 / value:9.2f} | {ratio:18.1f}x |")
     return {
         "equal_tokens": equal,
+        "threshold": threshold,
         "mean_depth": depth,
+        "depths": depths,
         "ms_per_token": {name: value * 1e3 for name, value in medians.items()},
         "spread_ms": {name: [min(values) * 1e3, max(values) * 1e3] for name, values in seconds.items()},
         "ratio_exact": medians["reference"] / medians["exact"],

@@ -9,6 +9,7 @@ every step whatever its head says, because it has a cache. Prints a table, then 
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import sys
@@ -23,6 +24,7 @@ import torch
 from mythos_edge.exporter.export import export_bundle
 from mythos_edge.model.checkpoint import open_checkpoint
 from mythos_edge.model.config import VARIANTS, MythosConfig
+from mythos_edge.model.shapes import expected_shapes
 from mythos_edge.runtime.session import Generation, Session
 from mythos_edge.scripts.train_demo import open_mythos
 
@@ -113,7 +115,15 @@ def _measure(
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     depths = made["exact"].depths
     depth = statistics.fmean(depths)
+    fixed_bytes, step_bytes = weight_bytes(session.config)
+    bandwidth = stream_bandwidth()
+    # No run in float32 can be faster than reading once what this depth needs.
+    bound = (fixed_bytes + depth * step_bytes) / bandwidth
     print(f"mean depth {depth:.2f} of {loops} loop steps, tokens equal: {equal}")
+    print(
+        f"weights per token: {fixed_bytes / 1e6:.0f} MB + {step_bytes / 1e6:.0f} MB a loop step; stream bandwidth "
+        f"{bandwidth / 1e9:.1f} GB/s: at least {bound * 1e3:.1f} ms, at most {medians['reference'] / bound:.1f}x"
+    )
     print(f"| {'run':12} | {'ms per token':>12} | {'tokens/s':>9} | {'times the reference':>19} |")
     print(f"|{'-' * 14}|{'-' * 13}:|{'-' * 10}:|{'-' * 20}:|")
     for name, value in medians.items():
@@ -126,6 +136,9 @@ def _measure(
         "depths": depths,
         "ms_per_token": {name: value * 1e3 for name, value in medians.items()},
         "spread_ms": {name: [min(values) * 1e3, max(values) * 1e3] for name, values in seconds.items()},
+        "weight_bytes": [fixed_bytes, step_bytes],
+        "stream_bytes_per_s": bandwidth,
+        "bound_ms": bound * 1e3,
         "ratio_exact": medians["reference"] / medians["exact"],
         "ratio_full": medians["reference"] / medians["full"],
     }
@@ -142,6 +155,31 @@ def _timed_reference(model: Any, prompt: torch.Tensor, count: int, loops: int) -
     finally:
         hook.remove()
     return tokens[0, prompt.shape[1] :].tolist(), (ends[-1] - ends[0]) / (len(ends) - 1)
+
+
+def weight_bytes(config: MythosConfig) -> tuple[int, int]:
+    """Float32 bytes of the weights one token reads: once, and again at each loop step (chosen experts only)."""
+    fixed = step = 0.0
+    for name, shape in expected_shapes(config).items():
+        size = 4.0 * math.prod(shape)
+        if ".routed_experts." in name:
+            step += size * config.n_experts_per_tok / config.n_experts
+        elif name.startswith("recurrent."):
+            step += size
+        else:
+            fixed += size  # the embedding is read whole, as the head
+    return round(fixed), round(step)
+
+
+def stream_bandwidth() -> float:
+    """Bytes per second of reading memory with all threads, the best of several."""
+    data = torch.ones(1 << 27)
+    seconds = []
+    for _ in range(8):
+        started = time.perf_counter()
+        data.sum()
+        seconds.append(time.perf_counter() - started)
+    return data.nbytes / min(seconds)
 
 
 def machine() -> str:

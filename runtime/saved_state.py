@@ -41,10 +41,11 @@ def write(path: Path, bundle: Bundle, ids: list[int], sampler: Sampler, staircas
         "sampling": asdict(sampler.params),
         "sampler_state": sampler.state(),
     }
+    content: dict[str, Any] = {"header": np.array(json.dumps(header)), **staircase.state()}
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         with partial.open("wb") as file:
-            np.savez(file, allow_pickle=False, header=np.array(json.dumps(header)), **staircase.state())
+            np.savez(file, **content)
         partial.replace(path)
     except OSError as error:
         raise UsageError(f"{path}: can not write the session: {error.strerror}") from error

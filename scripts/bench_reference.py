@@ -26,7 +26,7 @@ from mythos_edge.model.checkpoint import open_checkpoint
 from mythos_edge.model.config import VARIANTS, MythosConfig
 from mythos_edge.model.shapes import expected_shapes
 from mythos_edge.runtime.session import Generation, Session
-from mythos_edge.scripts.train_demo import open_mythos
+from mythos_edge.scripts.reference import open_mythos
 
 _D1024 = replace(
     VARIANTS["1b"],

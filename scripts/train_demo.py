@@ -7,10 +7,7 @@ taught whether that settles it; so halting depth comes to be the length of the c
 """
 
 import argparse
-import importlib.util
-import sys
 import time
-import types
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from mythos_edge.scripts import addition
+from mythos_edge.scripts.reference import open_mythos
 
 LOOPS = 8
 _BATCH, _LENGTH = 48, 24
 _SUPERVISED_DEPTHS = 3
 _MIN_ACCURACY = 0.999
-
-
-def open_mythos() -> Any:
-    """The module ``open_mythos.main`` without the package's own __init__, which needs transformers."""
-    if "open_mythos" not in sys.modules:
-        spec = importlib.util.find_spec("open_mythos")
-        if spec is None:
-            raise SystemExit("training needs the reference: pip install open-mythos==0.5.0 --no-deps")
-        package = types.ModuleType("open_mythos")
-        package.__path__ = list(spec.submodule_search_locations or [])
-        sys.modules["open_mythos"] = package
-    return importlib.import_module("open_mythos.main")
 
 
 def demo_config(main: Any) -> Any:
@@ -156,7 +142,7 @@ def train(steps: int, seed: int) -> Any:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train the column addition model of the demo.")
     parser.add_argument("-o", "--output", type=Path, required=True, help="checkpoint to write (.pt)")
-    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     model = train(args.steps, args.seed)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 
-from mythos_edge.scripts.train_demo import open_mythos
+from mythos_edge.scripts.reference import open_mythos
 
 LOOPS = 4
 END = "<|endoftext|>"

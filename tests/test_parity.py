@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import FIXTURES
-from oracle import open_mythos_main
 
 from mythos_edge.model.checkpoint import open_checkpoint
 from mythos_edge.model.layout import load_network
@@ -19,6 +18,7 @@ from mythos_edge.model.network import Scored
 from mythos_edge.runtime import parity
 from mythos_edge.runtime.backend import ort_session
 from mythos_edge.runtime.session import Session
+from mythos_edge.scripts.reference import open_mythos
 
 Run = tuple[np.ndarray, np.ndarray]
 
@@ -121,7 +121,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], int, tuple[int, ...]]] = {
 
 def save_random_model(path: Path, changes: dict[str, Any], seed: int) -> Any:
     """A model of the PyPI package with weights large enough to matter, saved the way its trainer does."""
-    main = open_mythos_main()
+    main = open_mythos()
     torch.manual_seed(seed)
     model = main.OpenMythos(main.MythosConfig(**{**BASE, **changes}))
     with torch.no_grad():

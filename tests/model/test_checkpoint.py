@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import open_mythos_main
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mythos_edge.model.checkpoint import Checkpoint, expected_shapes, open_checkpoint
 from mythos_edge.model.config import FIELD_NAMES
 from mythos_edge.model.errors import CheckpointError, ConfigError
+from mythos_edge.scripts.reference import open_mythos
 
 TINY: dict[str, Any] = {
     "vocab_size": 19,
@@ -48,7 +48,7 @@ Weights = dict[str, Tensor]
 
 @cache
 def _model(attn_type: str, **changes: Any) -> Any:
-    main = open_mythos_main()
+    main = open_mythos()
     torch.manual_seed(0)
     return main.OpenMythos(main.MythosConfig(**(TINY | {"attn_type": attn_type} | changes)))
 
@@ -132,7 +132,7 @@ def test_first_trainer_version_with_muon_and_adamw(tmp_path: Path) -> None:
     moments = {"state": {0: {"momentum_buffer": torch.zeros(5)}}}
     content = _trainer(_weights(), muon=moments, adamw=moments)
     # Fields that were added to the reference's config later.
-    content["cfg"] = open_mythos_main().MythosConfig(**_fields())
+    content["cfg"] = open_mythos().MythosConfig(**_fields())
     del content["cfg"].__dict__["dropout"], content["cfg"].__dict__["max_output_tokens"]
     with open_checkpoint(_saved(tmp_path, content)) as checkpoint:
         assert checkpoint.kind == "trainer .pt"

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from oracle import open_mythos_main
 
 from mythos_edge.model.config import FIELD_NAMES, VARIANTS, MythosConfig, config_from_dict, read_config_dict
 from mythos_edge.model.errors import ConfigError
+from mythos_edge.scripts.reference import open_mythos
 
 MLA = VARIANTS["1b"].to_dict()
 GQA = MLA | {"attn_type": "gqa"}
@@ -154,7 +154,7 @@ def test_a_file_that_is_no_config_is_one_line(tmp_path: Path, content: bytes | N
 
 
 def test_the_variants_are_the_published_ones() -> None:
-    open_mythos_main()
+    open_mythos()
     published = importlib.import_module("open_mythos.variants")
     names = {name.removeprefix("mythos_") for name in vars(published) if name.startswith("mythos_")}
     assert set(VARIANTS) == names
@@ -166,4 +166,4 @@ def test_the_variants_are_the_published_ones() -> None:
 
 
 def test_the_fields_are_the_references_but_those_of_training() -> None:
-    assert set(vars(open_mythos_main().MythosConfig())) - set(FIELD_NAMES) == {"dropout", "max_output_tokens"}
+    assert set(vars(open_mythos().MythosConfig())) - set(FIELD_NAMES) == {"dropout", "max_output_tokens"}

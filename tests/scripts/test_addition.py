@@ -11,11 +11,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import open_mythos_main
 
 from mythos_edge.model.checkpoint import open_checkpoint
 from mythos_edge.model.errors import UsageError
 from mythos_edge.scripts import addition
+from mythos_edge.scripts.reference import open_mythos
 
 ASSET = resources.files("mythos_edge.scripts") / "assets" / "carry_adder.pt"
 NUMBERS = st.integers(0, 10**18)
@@ -151,7 +151,7 @@ def test_bad_operands(text: str) -> None:
 @cache
 def demo_model() -> Any:
     """The unmodified reference with the committed weights."""
-    main = open_mythos_main()
+    main = open_mythos()
     with resources.as_file(ASSET) as path, open_checkpoint(path) as checkpoint:
         model = main.OpenMythos(main.MythosConfig(**vars_of(checkpoint.config, main)))
         weights = {name: checkpoint.read(name) for name in checkpoint.tensors}

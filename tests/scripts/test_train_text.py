@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import open_mythos_main
 from tokenizers import Tokenizer
 
 from mythos_edge.model.checkpoint import open_checkpoint
 from mythos_edge.scripts import train_text
+from mythos_edge.scripts.reference import open_mythos
 
 SAMPLES = [
     "",
@@ -29,7 +29,7 @@ TOKENIZER = train_text.byte_tokenizer()
 
 def loaded(path: Path) -> Any:
     """The unmodified reference with the weights of a trainer file."""
-    main = open_mythos_main()
+    main = open_mythos()
     with torch.serialization.safe_globals([main.MythosConfig]):
         saved = torch.load(path, weights_only=True)
     model = main.OpenMythos(saved["cfg"])

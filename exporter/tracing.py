@@ -277,13 +277,9 @@ class TraceJob:
 
 def start_tracing(job: TraceJob, log: IO[bytes]) -> subprocess.Popen[bytes]:
     """Traces in a process of its own, beside the streaming of the weights; what torch prints goes to ``log``."""
-    command = [sys.executable, "-m", "mythos_edge.exporter.tracing"]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)
-    assert process.stdin is not None
-    with process.stdin as pipe:
-        pipe.write(json.dumps(asdict(job)).encode())
-    return process
+    command = [sys.executable, "-m", "mythos_edge.exporter.tracing", json.dumps(asdict(job))]
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
 
 if __name__ == "__main__":
-    TraceJob(**json.load(sys.stdin)).run()
+    TraceJob(**json.loads(sys.argv[1])).run()

@@ -20,7 +20,8 @@ environment_stamp() {
 make_environment() {
     local folder=$1 extra=$2 stamp
     stamp=$(environment_stamp "$extra")
-    if [ "$(cat "$folder/stamp" 2>/dev/null)" = "$stamp" ]; then
+    # The editable install is links into build/, which people delete.
+    if [ "$(cat "$folder/stamp" 2>/dev/null)" = "$stamp" ] && "$folder/bin/python" -c 'import mythos_edge.model.errors' 2>/dev/null; then
         return
     fi
     echo "== installing mythos-edge[$extra] into $folder (the first time this takes a few minutes)"

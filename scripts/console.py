@@ -46,7 +46,7 @@ class Console:
         if phase == self._phase and now - self._told_at < pause:
             return
         self._phase, self._told_at = phase, now
-        line = f"{now - self._started:7.1f} s  {phase} {fraction:.0%}"
+        line = f"{now - self._started:7.1f} s  {phase}" + (f" {fraction:.0%}" if fraction else "")
         print(f"\r{line:<60}" if live else line, end="" if live else "\n", file=sys.stderr, flush=True)
         self._open_line = live
 

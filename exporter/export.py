@@ -71,6 +71,9 @@ def export_bundle(
         raise ExportError(f"dtype is {dtype!r}, expected one of {', '.join(STORAGE_TYPES)}")
     config = checkpoint.config
     context = config.max_seq_len if max_context is None else max_context
+    for name in ("prelude_layers", "coda_layers"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name} is {getattr(config, name)}: a model without these layers can not be exported")
     if context < 1:
         raise ExportError(f"max_context is {context}, expected at least 1")
     if tokenizer is not None:

@@ -52,7 +52,13 @@ def _mapped_network(config: MythosConfig, plan: WeightsPlan, mapping: mmap.mmap,
     for tensor in plan.tensors:
         owner, _, leaf = tensor.recipe.name.rpartition(".")
         count = tensor.length // tensor.type.torch.itemsize
-        flat = torch.frombuffer(mapping, dtype=tensor.type.torch, count=count, offset=tensor.offset)
+        kind = tensor.type.torch
+        # torch refuses to see nothing: a narrow model has no sine in its loop table.
+        flat = (
+            torch.frombuffer(mapping, dtype=kind, count=count, offset=tensor.offset)
+            if count
+            else torch.empty(0, dtype=kind)
+        )
         setattr(modules[owner], leaf, nn.Parameter(flat.view(tensor.recipe.shape), requires_grad=False))
     return network
 

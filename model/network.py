@@ -17,11 +17,12 @@ from mythos_edge.model.loop import Halting, LoopState, LoopStep
 
 
 class Scored(NamedTuple):
-    """What a full pass gives; ``margin`` is the smallest distance of a position's halting mass to the threshold."""
+    """What a full pass gives; ``margin`` is the distance of a position's halting mass to the threshold after every
+    loop step."""
 
     logits: Float[Tensor, "B L V"]
     depth: Int[Tensor, "B S"]
-    margin: Float[Tensor, "B S"]
+    margin: Float[Tensor, "B S M"]
 
 
 class Network(nn.Module):
@@ -55,13 +56,13 @@ class Network(nn.Module):
         e, _ = self.prelude(input_ids, window, *[self._no_past(batch)] * config.prelude_layers)
         mass = torch.zeros(batch, chunk, dtype=e.dtype)
         state = LoopState(e, torch.zeros_like(e), mass, torch.zeros(batch, chunk, dtype=torch.int64))
-        halting, margin = Halting(torch.tensor(threshold), torch.tensor(1)), torch.full_like(mass, torch.inf)
+        halting, margins = Halting(torch.tensor(threshold), torch.tensor(1)), []
         for index in range(config.max_loop_iters if max_depth is None else max_depth):
             state, _ = self.loop_step(state, e, torch.tensor(index), halting, window, self._no_past(batch))
-            margin = torch.minimum(margin, (state.halt_mass - threshold).abs())
+            margins.append((state.halt_mass - threshold).abs())
         rows = torch.arange(chunk) if logit_rows is None else logit_rows
         logits, _ = self.coda(state.out, rows, window, *[self._no_past(batch)] * config.coda_layers)
-        return Scored(logits, state.depth, margin)
+        return Scored(logits, state.depth, torch.stack(margins, dim=-1))
 
     def _no_past(self, batch: int) -> Float[Tensor, "B 0 W"]:
         return torch.empty(batch, 0, self.config.cache_width, dtype=self.norm.weight.dtype)
@@ -83,7 +84,7 @@ class Network(nn.Module):
         past: Float[Tensor, "B C W"],
     ) -> tuple[LoopState, Float[Tensor, "B S W"]]:
         """The state after one loop step and the new rows of slot ``step_index``."""
-        positions = positions_of(window, state.h.shape[1])
+        positions = self._positions(window, state.h.shape[1])
         next_state, rows = self.step(state, e, step_index, halting, self.rope, positions, past, window)
         return next_state, rows
 
@@ -103,14 +104,14 @@ class Network(nn.Module):
     def _run_blocks(
         self, blocks: nn.ModuleList, x: Float[Tensor, "B S D"], window: Window, past: Sequence[Tensor]
     ) -> tuple[Float[Tensor, "B S D"], list[Tensor]]:
-        positions, flat, new_rows = positions_of(window, x.shape[1]), x.flatten(0, 1), []
+        positions, flat, new_rows = self._positions(window, x.shape[1]), x.flatten(0, 1), []
         for block, slot in zip(blocks, past, strict=True):
             flat, rows = block(flat, self.rope, positions, slot, window)
             new_rows.append(rows)
         return flat.view(x.shape), new_rows
 
-
-def positions_of(window: Window, chunk: int) -> Int[Tensor, "B S"]:
-    """The position of each new row in its sequence; padding rows, which nothing looks at, get 0."""
-    columns = window.length + torch.arange(chunk)
-    return (columns[None, :] - window.first[:, None]).clamp(min=0)
+    def _positions(self, window: Window, chunk: int) -> Int[Tensor, "B S"]:
+        """The position of each new row in its sequence; rows that nothing looks at (padding, and rows of a sequence
+        that has ended at the longest context while others of its batch go on) get the nearest there is."""
+        columns = window.length + torch.arange(chunk)
+        return (columns[None, :] - window.first[:, None]).clamp(min=0, max=self.rope.cos.shape[0] - 1)

@@ -6,7 +6,7 @@ Exceptions of ONNX Runtime are translated here and nowhere else.
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -19,6 +19,7 @@ from mythos_edge.model.errors import BackendUnavailable, BundleError, MythosEdge
 Array = NDArray[Any]
 Arrays = Mapping[str, Array]
 TARGET = "ort-cpu"
+STAGES = ("prelude", "step", "coda")
 
 
 class Backend(Protocol):
@@ -41,7 +42,9 @@ class OrtBackend:
     """
 
     def __init__(self, bundle: Bundle, threads: int = 0) -> None:
-        target = bundle.manifest.targets[TARGET]
+        target = bundle.manifest.targets.get(TARGET)
+        if target is None or set(target.graphs) != set(STAGES):
+            raise BundleError(f"{bundle.path}: has no whole target {TARGET!r}: export the bundle again")
         self._stages = {stage: _BoundGraph(bundle.file(name), threads) for stage, name in target.graphs.items()}
 
     def run(self, stage: str, feeds: Arrays, outputs: Arrays) -> None:
@@ -107,6 +110,20 @@ def ort_session(path: Path, threads: int = 0) -> Any:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # see _BoundGraph.run
         raise BundleError(f"{path.name}: ONNX Runtime can not load it: {_one_line(error)}") from error
+
+
+def graph_runner(path: Path, threads: int = 0) -> Callable[[Arrays], list[Array]]:
+    """Runs a graph that needs nothing bound, such as ``model.onnx``: inputs by name -> all outputs in order."""
+    session = ort_session(path, threads)
+
+    def run(feeds: Arrays) -> list[Array]:
+        try:
+            outputs: list[Array] = session.run(None, dict(feeds))
+        except Exception as error:  # see _BoundGraph.run
+            raise MythosEdgeError(f"{path.name}: ONNX Runtime failed: {_one_line(error)}") from error
+        return outputs
+
+    return run
 
 
 def import_onnxruntime() -> Any:

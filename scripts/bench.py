@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mythos_edge.model.errors import UsageError
-from mythos_edge.runtime.backend import OrtBackend, cores, ort_session
+from mythos_edge.runtime.backend import OrtBackend, cores, graph_runner
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import options
 from mythos_edge.scripts.console import Console
@@ -34,13 +34,19 @@ def run(args: argparse.Namespace, console: Console) -> int:
     started = time.perf_counter()
     with Session.open(args.bundle, threads=args.threads) as session:
         load_ms = (time.perf_counter() - started) * 1e3
+        needed, limit = args.prompt_tokens + args.new_tokens, session.bundle.manifest.max_context
+        if needed > limit:
+            raise UsageError(
+                f"{args.prompt_tokens} prompt and {args.new_tokens} new tokens are {needed}; this bundle was exported "
+                f"for {limit}: lower -p or -n"
+            )
         random = np.random.default_rng(0)
         prompt = random.integers(0, session.config.vocab_size, args.prompt_tokens).tolist()
         runs = []
         for index in range(args.repetitions + 1):
             console.progress("measuring", index / (args.repetitions + 1))
             runs.append(_one(session, prompt, args))
-        figures = _loop_graph(session, prompt, args.repetitions)
+        figures = _loop_graph(session, prompt, args.repetitions, args.threads)
         plan = session.plan(args.prompt_tokens + args.new_tokens, max_depth=args.max_depth)
     # The first run warms caches and is left out.
     figures |= {name: _spread([one[name] for one in runs[1:]]) for name in runs[0]}
@@ -89,9 +95,9 @@ def _one(session: Session, prompt: list[int], args: argparse.Namespace) -> dict[
     }
 
 
-def _loop_graph(session: Session, prompt: list[int], repetitions: int) -> dict[str, dict[str, float]]:
+def _loop_graph(session: Session, prompt: list[int], repetitions: int, threads: int) -> dict[str, Any]:
     """Milliseconds of ``model.onnx`` over the prompt when every position halts at once, and when none does."""
-    graph = ort_session(session.bundle.file(session.bundle.manifest.graphs["model"].file))
+    run_graph = graph_runner(session.bundle.file(session.bundle.manifest.graphs["model"].file), threads)
     figures = {}
     for name, threshold in (("loop_graph_halting_at_1_ms", 1e-9), ("loop_graph_full_depth_ms", np.inf)):
         feeds = {
@@ -102,7 +108,7 @@ def _loop_graph(session: Session, prompt: list[int], repetitions: int) -> dict[s
         times = []
         for _ in range(repetitions + 1):
             started = time.perf_counter()
-            graph.run(None, feeds)
+            run_graph(feeds)
             times.append((time.perf_counter() - started) * 1e3)
         figures[name] = _spread(times[1:])
     return figures

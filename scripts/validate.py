@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from mythos_edge.model.bundle import Bundle, GoldenSample, open_bundle, verify_hashes
 from mythos_edge.model.errors import BackendUnavailable, CapacityError, UsageError
 from mythos_edge.runtime import parity
-from mythos_edge.runtime.backend import ort_session
+from mythos_edge.runtime.backend import graph_runner
 from mythos_edge.runtime.caches import free_memory_bytes
 from mythos_edge.runtime.session import Session, checked_ids
 from mythos_edge.scripts import options
@@ -19,12 +19,12 @@ from mythos_edge.scripts.console import Console
 HELP = "check a bundle's files and self-test, and its parity with the checkpoint it was made from"
 EXAMPLE = "mythos-edge validate model.bundle --against step_0001000.pt"
 
-# The self-test's logits come from another torch build's float32; see parity.NOISE_FLOOR for scale.
-_SAMPLE_TOLERANCE = 1e-3
 _SECOND_CHUNK = 7
 # One float32 run may be near float64 by luck; runs with every weight moved by a rounding error show what is usual.
 _FLOAT32_RUNS = 4
-_FLOAT32_ULP = 2.0**-23
+# Rounding moves a weight by 0.29 units in the last place (root mean square), as moving one in twelve by a whole unit
+# does. Each run moves some more, the last is where it should be.
+_MOVED = 1 / 12 / (_FLOAT32_RUNS - 1)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,13 +42,12 @@ def run(args: argparse.Namespace, console: Console) -> int:
     verify_hashes(bundle, lambda name: console.progress(f"sha256 of {name}", 0.0))
     console.progress("self-test", 0.0)
     with Session.open(args.bundle) as session:
-        sample_error = _self_test(session, bundle.manifest.sample)
-        report: dict[str, Any] = {
-            "passed": sample_error <= _SAMPLE_TOLERANCE,
-            "self_test_max_abs": sample_error,
-        }
+        sample = bundle.manifest.sample
+        sample_error = _self_test(session, sample)
+        allowed = parity.SELF_TEST_SHARE * max(1.0, *map(abs, sample.top_logits))
+        report: dict[str, Any] = {"passed": sample_error <= allowed, "self_test_max_abs": sample_error}
         console.say(f"files     whole ({len(bundle.manifest.files)} files)")
-        console.say(f"self-test largest logit difference {sample_error:.2g}, allowed {_SAMPLE_TOLERANCE:.2g}")
+        console.say(f"self-test largest logit difference {sample_error:.2g}, allowed {allowed:.2g}")
         if args.against is not None:
             compared = _compare(args, session, ids, console)
             report |= compared | {"passed": report["passed"] and compared["passed"]}
@@ -74,10 +73,10 @@ def _compare(args: argparse.Namespace, session: Session, ids: NDArray[np.int64],
     for name, run_route in _routes(session, ids).items():
         console.progress(f"running {name}", 0.0)
         routes[name] = parity.compare(logits, run_route[0], depth, run_route[1], margin)
-    worst = max(routes.values(), key=lambda route: route.max_abs)
     passed = all(parity.passes(route, allowed) for route in routes.values())
-    exact = session.score(ids, prefill=_SECOND_CHUNK).logits
-    last = session.score(ids, prefill=_SECOND_CHUNK, policy="last")
+    second = min(_SECOND_CHUNK, ids.shape[1])
+    exact = session.score(ids, prefill=second).logits
+    last = session.score(ids, prefill=second, policy="last")
     ties = {(tie.row, tie.position): tie for route in routes.values() for tie in route.near_ties}
     for name, route in routes.items():
         verdict = "ok" if parity.passes(route, allowed) else "DIFFERS"
@@ -91,8 +90,8 @@ def _compare(args: argparse.Namespace, session: Session, ids: NDArray[np.int64],
     console.say(f"policy last differs from exact by up to {divergence:.2g} (it is an approximation)")
     return {
         "passed": passed,
-        "max_abs": worst.max_abs,
-        "max_rel_l2": max(route.max_rel_l2 for route in routes.values()),
+        "max_abs": float(np.max([route.max_abs for route in routes.values()])),  # keeps NaN, as max does not
+        "max_rel_l2": float(np.max([route.max_rel_l2 for route in routes.values()])),
         "top1_agreement": min(route.top1_agreement for route in routes.values()),
         "depth_agreement": min(route.depth_agreement for route in routes.values()),
         "near_ties": [vars(tie) for tie in ties.values()],
@@ -111,13 +110,13 @@ def _routes(session: Session, ids: NDArray[np.int64]) -> dict[str, tuple[NDArray
             score = session.score(ids, prefill=chunk, policy=policy)
             made[f"{policy}, prefill {chunk or 'all'}"] = (score.logits, score.depth)
     bundle, config = session.bundle, session.config
-    graph = ort_session(bundle.file(bundle.manifest.graphs["model"].file))
+    run_graph = graph_runner(bundle.file(bundle.manifest.graphs["model"].file))
     feeds = {
         "input_ids": ids,
         "max_depth": np.array(config.max_loop_iters),
         "threshold": np.array(config.act_threshold, np.float32),
     }
-    logits, depth = graph.run(None, feeds)
+    logits, depth = run_graph(feeds)
     made["model.onnx"] = (logits, depth)
     return made
 
@@ -171,9 +170,12 @@ def _reference(
 
 
 def _jitter(network: Any, random: Any) -> None:
-    """Moves every weight by up to half a unit in the last place, in pieces so that memory does not double."""
+    """Moves a few weights to the next float32 up or down, in pieces so that memory does not double."""
     import torch
 
+    up, down = torch.tensor(torch.inf), torch.tensor(-torch.inf)
     for parameter in network.parameters():
         for piece in parameter.data.split(max(1, -(-len(parameter) // 64))):
-            piece.mul_(1 + (torch.rand(piece.shape, generator=random) - 0.5) * _FLOAT32_ULP)
+            choice = torch.rand(piece.shape, generator=random)
+            piece.copy_(torch.where(choice < _MOVED / 2, torch.nextafter(piece, up), piece))
+            piece.copy_(torch.where(choice > 1 - _MOVED / 2, torch.nextafter(piece, down), piece))

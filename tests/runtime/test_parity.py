@@ -22,7 +22,7 @@ def depth() -> Depths:
     return np.array([[1, 2, 3, 2], [4, 1, 1, 2]])
 
 
-FAR = np.full((2, 4), 0.1)
+FAR = np.full((2, 4, 8), 0.1)
 
 
 def _near(*places: tuple[int, int]) -> Array:
@@ -42,7 +42,7 @@ def test_figures_by_hand() -> None:
     reference = np.array([[[3.0, 4.0], [0.0, 1.0], [2.0, 0.0], [5.0, 12.0]]])
     other = np.array([[[3.0, 4.5], [0.0, 1.0], [0.0, 0.25], [5.0, 12.0]]])
     depths = np.array([[1, 2, 3, 4]])
-    report = compare(reference, other, depths, np.array([[1, 2, 3, 5]]), np.full((1, 4), 0.1))
+    report = compare(reference, other, depths, np.array([[1, 2, 3, 5]]), np.full((1, 4, 8), 0.1))
     assert report.max_abs == 2.0
     assert report.max_rel_l2 == pytest.approx(np.hypot(2, 0.25) / 2)
     assert report.top1_agreement == 0.75
@@ -74,8 +74,8 @@ def test_a_real_depth_difference_fails(logits: Array, depth: Depths) -> None:
 def test_at_the_margin_it_is_no_tie(logits: Array, depth: Depths) -> None:
     other = depth.copy()
     other[0, 1] = 3
-    assert not passes(compare(logits, logits, depth, other, np.full((2, 4), NEAR_TIE_MARGIN)), 1.0)
-    assert passes(compare(logits, logits, depth, other, np.full((2, 4), NEAR_TIE_MARGIN * 0.99)), 1.0)
+    assert not passes(compare(logits, logits, depth, other, np.full((2, 4, 8), NEAR_TIE_MARGIN)), 1.0)
+    assert passes(compare(logits, logits, depth, other, np.full((2, 4, 8), NEAR_TIE_MARGIN * 0.99)), 1.0)
 
 
 def test_a_near_tie_and_what_follows_is_left_out_and_told(logits: Array, depth: Depths) -> None:
@@ -85,6 +85,7 @@ def test_a_near_tie_and_what_follows_is_left_out_and_told(logits: Array, depth: 
     report = compare(logits, other, depth, other_depth, _near((0, 2)))
     assert (report.max_abs, report.max_rel_l2, report.top1_agreement, report.depth_agreement) == (0.0, 0.0, 1.0, 1.0)
     assert report.near_ties == [NearTie(0, 2, 3, 1, NEAR_TIE_MARGIN / 2)]
+    assert report.compared == pytest.approx(6 / 8)
     assert passes(report, 0.0)
 
 
@@ -120,7 +121,18 @@ def test_a_near_tie_does_not_excuse_a_real_difference(logits: Array, depth: Dept
 def test_ties_everywhere_leave_nothing_to_compare(logits: Array, depth: Depths) -> None:
     report = compare(logits, logits + 1, depth, depth + 1, _near(*np.ndindex(2, 4)))
     assert len(report.near_ties) == 8
-    assert report.max_abs == 0.0
+    assert report.max_abs == report.compared == 0.0
+    assert not passes(report, 1.0), "what was not compared is not in parity"
+
+
+def test_a_tie_at_another_step_than_where_the_runs_part_excuses_nothing(logits: Array, depth: Depths) -> None:
+    other = depth.copy()
+    other[0, 2] = 6  # the reference halts at 3
+    margin = FAR.copy()
+    margin[0, 2, 4] = NEAR_TIE_MARGIN / 2
+    assert not passes(compare(logits, logits, depth, other, margin), 1.0)
+    margin[0, 2, 2] = NEAR_TIE_MARGIN / 2
+    assert passes(compare(logits, logits, depth, other, margin), 1.0)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -147,7 +159,7 @@ def test_nan_never_passes_after_a_near_tie_either(logits: Array, depth: Depths) 
 def test_a_margin_that_is_nan_is_no_near_tie(logits: Array, depth: Depths) -> None:
     other = depth.copy()
     other[0, 1] = 3
-    assert not passes(compare(logits, logits, depth, other, np.full((2, 4), np.nan)), 1.0)
+    assert not passes(compare(logits, logits, depth, other, np.full((2, 4, 8), np.nan)), 1.0)
 
 
 @pytest.mark.parametrize(

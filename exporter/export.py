@@ -80,7 +80,7 @@ def export_bundle(
         _check_tokenizer(tokenizer, config)
     plan = plan_weights(config, context, dtype)
     require_free_space(output.parent, plan.total_bytes + _GRAPHS_BYTES)
-    with BundleWriter(output, force=force) as writer:
+    with BundleWriter(output, force=force) as writer, _disk_errors(output):
         folder = writer.folder
         with _tracing(config, context, dtype, folder) as finish_tracing:
             hashes = write_weights(
@@ -114,6 +114,14 @@ def export_bundle(
 
         writer.finish(manifest, known={WEIGHTS_FILE: hashes.file})
     return open_bundle(output)
+
+
+@contextmanager
+def _disk_errors(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ExportError(f"{output}: can not be written: {error.strerror or error}") from error
 
 
 @contextmanager

@@ -185,12 +185,12 @@ def _dims() -> tuple[Any, ...]:
     return tuple(torch.export.Dim(name) for name in ("batch", "chunk", "context"))
 
 
-def _window(batch: int = 2) -> dict[str, Tensor]:
-    return {"length": torch.zeros((), dtype=torch.int64), "first": torch.zeros(batch, dtype=torch.int64)}
-
-
 # Example sizes are distinct from each other and from 1, so that no axis is specialised or tied to another.
 _B, _S, _A, _C, _L = 2, 5, 3, 7, 4
+
+
+def _window() -> dict[str, Tensor]:
+    return {"length": torch.zeros((), dtype=torch.int64), "first": torch.zeros(_B, dtype=torch.int64)}
 
 
 def _prelude_inputs(config: MythosConfig) -> _Inputs:

@@ -45,7 +45,10 @@ class GraphSpec:
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """The stages lowered for one backend: stage name -> file, and the dtype that backend computes in."""
+    """The stages lowered for one backend: stage name -> file, and the dtype that backend computes in.
+
+    A lowered graph has the inputs and outputs of the portable graph of its stage.
+    """
 
     graphs: dict[str, str]
     compute_dtype: str
@@ -98,6 +101,12 @@ class Manifest:
     tokenizer: str | None
     created: str
 
+    @property
+    def identity(self) -> str:
+        """Equal for bundles whose caches mean the same: same weights as stored, config and longest context."""
+        parts = [self.source.sha256, self.dtype, self.max_context, self.config.to_dict()]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
     def __post_init__(self) -> None:
         used = [graph.file for graph in self.graphs.values()]
         used += [name for target in self.targets.values() for name in target.graphs.values()]
@@ -122,6 +131,10 @@ def manifest_from_dict(values: Mapping[str, Any], *, origin: str) -> Manifest:
     version = values.get("schema_version")
     if not isinstance(version, int) or isinstance(version, bool):
         raise BundleError(f"{origin}: schema_version is {version!r}, expected {SCHEMA_VERSION}")
+    if version < SCHEMA_VERSION:
+        raise BundleError(
+            f"{origin}: made by an older mythos-edge (schema {version}, this one reads {SCHEMA_VERSION}): export again"
+        )
     if version > SCHEMA_VERSION:
         raise BundleError(
             f"{origin}: made by a newer mythos-edge (schema {version}, this one reads {SCHEMA_VERSION}): upgrade it"
@@ -267,10 +280,12 @@ class BundleWriter:
         self._path, self._force = path, force
         self._check_place()
         self.folder = path.parent / f".{path.name}.partial-{os.getpid()}"
+        self._made_parents: list[Path] = []
 
     def __enter__(self) -> Self:
         try:
             self._remove_stale()
+            self._made_parents = [parent for parent in self._path.parents if not parent.exists()]
             self.folder.mkdir(parents=True)
         except OSError as error:
             raise ExportError(f"{self._path.parent}: can not write there: {error.strerror}") from error
@@ -278,6 +293,9 @@ class BundleWriter:
 
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+        for parent in self._made_parents:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
 
     def finish(self, make_manifest: Callable[[dict[str, FileRecord]], Manifest], known: Mapping[str, str]) -> None:
         """Writes the manifest over all files and moves the folder into place.

@@ -7,15 +7,11 @@
     ├── ExportError          a sound checkpoint could not be written as a bundle
     ├── BundleError          a bundle is missing, damaged, unsafe or from a newer schema
     ├── BackendUnavailable   a library this machine lacks is needed; carries the install line
-    ├── CapacityError        a request is longer or deeper than the bundle or session allows
-    └── ParityError          two backends disagree; carries the report
+    └── CapacityError        a request is longer or deeper than the bundle or session allows
 
 A message is one line: what, got, expected, how to mend; the CLI prints it and exits with 1. Broken invariants of
 our own are ``assert``.
 """
-
-from collections.abc import Mapping
-from typing import Any
 
 
 class MythosEdgeError(Exception):
@@ -52,11 +48,3 @@ class BackendUnavailable(MythosEdgeError):
 
 class CapacityError(MythosEdgeError):
     """A request exceeds the context or depth that was planned for."""
-
-
-class ParityError(MythosEdgeError):
-    """Two backends disagree beyond the tolerance; ``report`` holds the figures."""
-
-    def __init__(self, message: str, report: Mapping[str, Any]) -> None:
-        super().__init__(message)
-        self.report = dict(report)

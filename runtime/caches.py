@@ -51,7 +51,7 @@ def plan_cache(config: MythosConfig, max_depth: int, context: int, batch: int = 
 def require_memory(plan: CachePlan, already_held: int) -> None:
     """Raises CapacityError when the planned caches do not fit the memory that is free now (where that is known)."""
     free = free_memory_bytes()
-    needed = plan.cache_bytes - already_held
+    needed = plan.worst_bytes - already_held
     if free is not None and needed > free:
         raise CapacityError(
             f"the caches of {plan.batch} x {plan.context} tokens need {needed / 1e9:.1f} GB; "
@@ -128,6 +128,10 @@ class ColumnBuffer:
         at = column - self._origin
         self._data[:, at : at + rows.shape[1]] = rows
 
+    def copy_from(self, other: "ColumnBuffer", rows: NDArray[np.int64], columns: NDArray[np.int64]) -> None:
+        """Takes over single entries, by batch row and column, of a buffer of the same width."""
+        self._data[rows, columns - self._origin] = other._data[rows, columns - other._origin]
+
     def truncate(self, end: int) -> None:
         self.end = min(self.end, end)
         self.start = min(self.start, self.end)
@@ -161,6 +165,10 @@ class ColumnBuffer:
         return {"columns": np.array([self.start, self.end]), "data": self.view(self.start, self.end)}
 
     def restore(self, columns: NDArray[np.int64], data: Float32) -> None:
+        """Takes over what ``state`` gave. Raises ValueError when it does not fit this buffer."""
+        start, end = (int(column) for column in columns)
+        if not 0 <= start <= end <= self._limit or data.shape != (self._batch, end - start, self._width):
+            raise ValueError(f"columns {start} .. {end} of shape {data.shape} do not fit")
         self.start = self.end = self._origin = int(columns[0])
         self._data = np.zeros((self._batch, 0, self._width), np.float32)
         self.append(np.asarray(data, np.float32))

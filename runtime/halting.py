@@ -42,7 +42,8 @@ class Depth:
             raise UsageError(f"max_depth is {self.max_depth}, expected at least 1 loop step")
         if self.min_depth < 1:
             raise UsageError(f"min_depth is {self.min_depth}, expected at least 1 loop step")
-        if self.threshold is not None and not (self.threshold > 0 and math.isfinite(self.threshold)):
+        # The graphs compare in float32, where a smaller one would be 0.
+        if self.threshold is not None and not (self.threshold > 1e-37 and math.isfinite(self.threshold)):
             raise UsageError(f"threshold is {self.threshold}, expected a finite number above 0")
 
     def resolve(self, config: MythosConfig) -> "ResolvedDepth":

@@ -34,7 +34,7 @@ class NearTie:
 class ParityReport:
     """Agreement of ``logits`` and ``depth`` with a reference; figures leave out what follows a near tie.
 
-    ``compared`` is the share of positions that were not left out. ``max_abs`` is NaN when any logit of either is not finite.
+    ``compared`` is the share of positions not left out. ``max_abs`` is NaN when any logit of either is not finite.
     ``max_rel_l2`` is the largest ||a - b|| / ||a|| of a position; agreements are shares of positions.
     """
 

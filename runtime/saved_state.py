@@ -34,8 +34,7 @@ def write(path: Path, bundle: Bundle, ids: list[int], sampler: Sampler, staircas
     """Writes beside ``path`` and renames, so that the file appears whole or not at all."""
     header = {
         "format": _FORMAT,
-        "weights": bundle.manifest.source.sha256,
-        "max_context": bundle.manifest.max_context,
+        "bundle": bundle.manifest.identity,
         "ids": ids,
         "depth": asdict(staircase.depth),
         "sampling": asdict(sampler.params),
@@ -71,7 +70,6 @@ def read(path: Path, bundle: Bundle) -> Saved:
         raise UsageError(f"{path}: can not read the session: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise UsageError(f"{path}: not a saved session, or damaged: save it again") from error
-    manifest = bundle.manifest
-    if header["weights"] != manifest.source.sha256 or header["max_context"] != manifest.max_context:
+    if header.get("bundle") != bundle.manifest.identity:
         raise UsageError(f"{path}: was saved with another bundle: open it with the one it was made with")
     return saved

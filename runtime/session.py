@@ -66,6 +66,8 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}, expected at least 1")
+        if isinstance(self.stop_strings, str):  # one string, not its letters
+            object.__setattr__(self, "stop_strings", (self.stop_strings,))
 
     @property
     def depth(self) -> Depth:
@@ -242,9 +244,13 @@ class Session:
         """
         saved = saved_state.read(Path(path), self.bundle)
         staircase = self._new_staircase(saved.depth, np.zeros(1, np.int64), None)
-        staircase.restore(saved.arrays)
         sampler = Sampler(saved.sampling)
-        sampler.restore(saved.sampler_state)
+        try:
+            staircase.restore(saved.arrays)
+            sampler.restore(saved.sampler_state)
+            _check_range(saved.ids, self.config)
+        except (KeyError, ValueError, TypeError, IndexError, UsageError) as error:
+            raise UsageError(f"{path}: not a saved session, or damaged: save it again") from error
         self._staircase, self._rows = staircase, [_Row(saved.ids, sampler, saved.sampling)]
 
     def _generate(
@@ -253,12 +259,14 @@ class Session:
         """Yields one column of tokens per decode, None for rows that have finished; fills in ``results``."""
         started = time.perf_counter()
         encoded = [self._encode(prompt) for prompt in prompts]
+        # Nothing of the session changes before everything that can be refused was.
+        texts = [_RowText(self.tokenizer, options.stop_strings) for _ in encoded]
         self._take_prompts(encoded, resume, options)
         staircase, rows = self._staircase, self._rows
         assert staircase is not None
-        self._check_memory(options)
+        for text, row in zip(texts, rows, strict=True):
+            text.follow(row.ids)
         stop_ids = options.stop_ids if options.stop_ids is not None else self._end_ids()
-        texts = [_RowText(self.tokenizer, options.stop_strings) for _ in rows]
         before = (staircase.block_calls, staircase.block_rows, staircase.catch_up_calls)
         logits, depth = self._prefill(options.chunk)
         first_token_at = None
@@ -273,7 +281,7 @@ class Session:
                 result.logprobs.append(logprob)
                 result.depths.append(int(depth[index]))
                 reason = "stop_id" if token_id in stop_ids else "length" if count == options.max_new_tokens else None
-                if reason is None and staircase.columns >= staircase.limit:
+                if reason is None and len(row.ids) > self.bundle.manifest.max_context:
                     reason = "context"
                 shown = text.push(token_id, shown=reason != "stop_id", last=reason is not None)
                 if self.tokenizer is not None:
@@ -328,24 +336,33 @@ class Session:
             for ids in encoded:
                 if not ids:
                     raise UsageError("the prompt is empty: give at least one token")
-            self._start(encoded, depth, options)
+            self._start(encoded, depth, options, options.max_new_tokens)
             return
         row, staircase = self._only_row(), self._staircase
         assert staircase is not None
         if len(encoded) != 1:
             raise UsageError(f"resume goes on with one sequence, got {len(encoded)} prompts")
-        if staircase.depth != depth:
+        differing = [name for name, value in vars(depth).items() if getattr(staircase.depth, name) != value]
+        if differing:
+            name = differing[0]
             raise UsageError(
-                f"the sequence was begun with {staircase.depth}, resume asks for {depth}: start a new sequence"
+                f"{name} is {getattr(depth, name)}, but the sequence was begun with {getattr(staircase.depth, name)}: "
+                "resume with the same depth options, or start a new sequence"
             )
-        self._check_length(len(row.ids) + len(encoded[0]))
-        row.ids += encoded[0]
+        ids = row.ids + encoded[0]
+        if not ids:
+            raise UsageError("the prompt is empty: give at least one token")
+        self._check_length(len(ids))
+        self._check_memory(len(ids) + options.max_new_tokens, 1, depth, staircase.nbytes)
+        row.ids, staircase.max_lag = ids, options.max_lag
         if options.sampling != row.sampling:
             row.sampling, row.sampler = options.sampling, Sampler(options.sampling)
 
-    def _start(self, encoded: list[list[int]], depth: ResolvedDepth, options: Options) -> None:
+    def _start(self, encoded: list[list[int]], depth: ResolvedDepth, options: Options, new_tokens: int = 0) -> None:
         longest = max(len(ids) for ids in encoded)
         self._check_length(longest)
+        held = 0 if self._staircase is None else self._staircase.nbytes
+        self._check_memory(longest + new_tokens, len(encoded), depth, held)
         self._staircase, self._rows = None, []
         padding = np.array([longest - len(ids) for ids in encoded], np.int64)
         self._staircase = self._new_staircase(depth, padding, options.max_lag)
@@ -363,12 +380,9 @@ class Session:
                 f"export with --max-context {tokens} or shorten it"
             )
 
-    def _check_memory(self, options: Options) -> None:
-        staircase = self._staircase
-        assert staircase is not None
-        columns = max(len(row.ids) for row in self._rows)
-        context = min(columns + options.max_new_tokens, self.bundle.manifest.max_context)
-        require_memory(plan_cache(self.config, staircase.depth.max_depth, context, staircase.batch), staircase.nbytes)
+    def _check_memory(self, columns: int, batch: int, depth: ResolvedDepth, held: int) -> None:
+        context = min(columns, self.bundle.manifest.max_context)
+        require_memory(plan_cache(self.config, depth.max_depth, context, batch), held)
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -429,6 +443,11 @@ class _RowText:
         self._stream = None if tokenizer is None else TextStream(tokenizer)
         self._stops = StopStrings(stop_strings)
         self.stopped = False
+
+    def follow(self, ids: Sequence[int]) -> None:
+        """The tokens before the first, which decide whether it begins with a space."""
+        if self._stream is not None:
+            self._stream.follow(ids)
 
     def push(self, token_id: int, *, shown: bool, last: bool) -> str:
         """The text that is final with this token; with the ``last`` one nothing is held back."""

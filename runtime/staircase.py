@@ -10,6 +10,7 @@ Not here: tokens, sampling, files.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -55,8 +56,9 @@ class Staircase:
         self.batch = len(self.padding)
         self.columns = 0
         self.block_calls = self.block_rows = self.catch_up_calls = 0
-        self._backend, self._max_lag = backend, max_lag
-        self.limit = max_context + int(self.padding.min(initial=0))
+        self._backend, self.max_lag = backend, max_lag
+        # The sequence with the most padding reaches the longest context last; the others have ended by then.
+        self.limit = max_context + int(self.padding.max(initial=0))
         self.prelude_slots = [self._slot() for _ in range(config.prelude_layers)]
         self.coda_slots = [self._slot() for _ in range(config.coda_layers)]
         self.loop_slots = [self._slot() for _ in range(depth.max_depth)]
@@ -87,9 +89,8 @@ class Staircase:
         Rows that are padding, or of sequences marked in ``halted (B,)``, count as halted from the start: depth 0.
         Raises CapacityError beyond ``max_context``.
         """
+        self._check_whole()
         chunk = ids.shape[1]
-        if self._torn:
-            raise UsageError("this sequence was interrupted inside a loop step: start a new session")
         if self.columns + chunk > self.limit:
             raise CapacityError(
                 f"{self.columns + chunk} positions are needed; this bundle was exported for {self.max_context}: "
@@ -115,9 +116,14 @@ class Staircase:
 
     def flush(self) -> None:
         """Brings every slot to the current column, so that the next token has nothing to catch up with."""
+        self._check_whole()
         for index in range(self.depth.max_depth):
             self._catch_up(index)
         self._forget_finished()
+
+    def _check_whole(self) -> None:
+        if self._torn:
+            raise UsageError("this sequence was interrupted inside a loop step: start a new session")
 
     def _slot(self) -> ColumnBuffer:
         return ColumnBuffer(self.batch, self.config.cache_width, self.limit)
@@ -176,11 +182,16 @@ class Staircase:
             "threshold": self._threshold,
             "min_depth": self._min_depth,
         }
+        halted = _leading(mass, active) >= self._threshold if self.depth.policy is Policy.LAST else None
         # Slot and pending state move on together; an interrupt in between leaves neither usable.
         self._torn = True
         self._run("step", begin, [slot], feeds, made, names=("past", "rows"))
         self._h.write(begin, made["h_next"])
         self._torn = False
+        if halted is not None and index:
+            # A position that went along because another did keeps its last row, as it would alone.
+            rows, columns = np.nonzero(halted)
+            slot.copy_from(self.loop_slots[index - 1], rows, columns + upto - active)
         out[:, :active], mass[:, :active] = made["out_next"], made["halt_mass_next"]
         depth[:, :active] = made["depth_next"]
         self.block_calls += 1
@@ -226,11 +237,12 @@ class Staircase:
         """After a chunk: what the policy does about the steps that were not taken, and memory given back."""
         if self.depth.policy is Policy.LAST:
             self._repeat_last_rows(start)
-        elif self._max_lag is not None:
-            # At most one call a token, so that catching up never shows as a pause.
-            lagging = (i for i, length in enumerate(self.lengths) if self.columns - length > self._max_lag)
-            index = next(lagging, None)
-            if index is not None:
+        elif self.max_lag is not None:
+            # At most one call a token, so that catching up never shows as a pause; where it brings most.
+            lengths = [self.columns, *self.lengths]
+            gaps = [before - length for before, length in pairwise(lengths)]
+            index = int(np.argmax(gaps))
+            if self.columns - lengths[index + 1] > self.max_lag:
                 self._catch_up(index)
         self._forget_finished()
 
@@ -261,6 +273,7 @@ class Staircase:
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Everything but the weights, as named arrays; ``restore`` takes them back."""
+        self._check_whole()
         saved: dict[str, NDArray[Any]] = {"padding": self.padding, "columns": np.array(self.columns)}
         saved["counts"] = np.array([self.block_calls, self.block_rows, self.catch_up_calls])
         for name, buffer in self._buffers().items():
@@ -269,11 +282,19 @@ class Staircase:
         return saved
 
     def restore(self, saved: dict[str, NDArray[Any]]) -> None:
-        """Takes over a state saved with equal depth parameters and padding."""
+        """Takes over a state saved with equal depth parameters and padding.
+
+        Raises KeyError or ValueError for arrays that are no such state.
+        """
         self.columns = int(saved["columns"])
         self.block_calls, self.block_rows, self.catch_up_calls = (int(count) for count in saved["counts"])
         for name, buffer in self._buffers().items():
             buffer.restore(saved[f"{name}.columns"], saved[f"{name}.data"])
+        lengths = [self.columns, *self.lengths]
+        whole = [slot.end == self.columns for slot in [*self.prelude_slots, *self.coda_slots]]
+        pending = (self._h.start, self._h.end) == (self._e.start, self._e.end) == (self.lengths[-1], self.columns)
+        if not (all(whole) and pending and lengths == sorted(lengths, reverse=True)):
+            raise ValueError("the lengths of the slots are no staircase")
 
     def _buffers(self) -> dict[str, ColumnBuffer]:
         named = {"h": self._h, "e": self._e}

@@ -29,10 +29,6 @@ class Tokenizer:
         found = (self._library.token_to_id(name) for name in _END_TOKENS)
         self.eos_ids: tuple[int, ...] = tuple(number for number in found if number is not None)
 
-    @property
-    def vocab_size(self) -> int:
-        return int(self._library.get_vocab_size())
-
     def encode(self, text: str) -> list[int]:
         return list(self._library.encode(text).ids)
 
@@ -53,6 +49,11 @@ class TextStream:
         self._before = 0  # tokens of the piece before stand first in the window
         self._shown = 0  # characters of the window's text that were given out
         self._waiting = 0  # tokens since anything was
+
+    def follow(self, ids: Sequence[int]) -> None:
+        """Begins after ``ids``, whose own text is not given out."""
+        self._ids = list(ids[-_LONGEST_WAIT:])
+        self._before, self._shown = len(self._ids), len(self._tokenizer.decode(self._ids))
 
     def push(self, token_id: int) -> str:
         """The text that became final with this token; empty while a character is still incomplete."""

@@ -14,6 +14,7 @@ from mythos_edge.model.errors import UsageError
 
 VOCAB_SIZE = 110
 DIGIT_BASE = 100
+MAX_DIGITS = 200
 Int64 = NDArray[np.int64]
 
 
@@ -64,4 +65,6 @@ def check_operand(text: str) -> int:
     """The number in ``text``; UsageError unless it is a whole number of at least 0."""
     if not text.isascii() or not text.isdigit():
         raise UsageError(f"{text!r} can not be added here: expected a whole number, 0 or more, in digits")
+    if len(text) > MAX_DIGITS:
+        raise UsageError(f"a number has {len(text)} digits, the demo adds up to {MAX_DIGITS}: give a shorter one")
     return int(text)

@@ -23,7 +23,8 @@ import numpy as np
 from mythos_edge.model.bundle import require_free_space
 from mythos_edge.model.config import VARIANTS, MythosConfig
 from mythos_edge.model.shapes import expected_shapes
-from mythos_edge.scripts.bench_reference import machine
+from mythos_edge.runtime.backend import cores
+from mythos_edge.scripts.doctor import processor
 
 _COPY_BYTES = 16 << 20
 _POLL_S = 0.05
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         "export_s": exports,
         "ratio": exported / copied,
         "peak_rss_gb": [peak / 1e9 for peak in peaks],
-        "machine": machine(),
+        "machine": f"{processor()}, {cores()} cores",
     }
     print("| shape | checkpoint | copy, s | export, s | ratio | peak resident, all processes |")
     print("|---|---:|---:|---:|---:|---:|")

@@ -10,7 +10,6 @@ every step whatever its head says, because it has a cache. Prints a table, then 
 import argparse
 import json
 import math
-import platform
 import statistics
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from mythos_edge.model.checkpoint import open_checkpoint
 from mythos_edge.model.config import VARIANTS, MythosConfig
 from mythos_edge.model.shapes import expected_shapes
 from mythos_edge.runtime.session import Generation, Session
+from mythos_edge.scripts.doctor import processor
 from mythos_edge.scripts.reference import open_mythos
 
 _D1024 = replace(
@@ -78,7 +78,13 @@ def main(argv: list[str] | None = None) -> int:
             threshold = _threshold_of_mean_depth(session, prompt[0].tolist(), args.new_tokens)
             model.cfg.act_threshold = threshold
             report = _measure(args, model, session, prompt, threshold)
-    report = {"shape": args.shape, "experts": config.n_experts, "machine": machine(), **vars(args), **report}
+    report = {
+        "shape": args.shape,
+        "experts": config.n_experts,
+        "machine": f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        **vars(args),
+        **report,
+    }
     print(json.dumps(report))
     return 0
 
@@ -180,17 +186,6 @@ def stream_bandwidth() -> float:
         data.sum()
         seconds.append(time.perf_counter() - started)
     return data.nbytes / min(seconds)
-
-
-def machine() -> str:
-    """Processor, threads and torch, for a table's caption."""
-    processor = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        processor = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return f"{processor}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 if __name__ == "__main__":

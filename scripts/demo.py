@@ -4,13 +4,13 @@ import argparse
 import os
 import time
 import warnings
-from importlib import resources
+from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mythos_edge.model.bundle import sha256_of
+from mythos_edge.model.bundle import SCHEMA_VERSION, sha256_of
 from mythos_edge.model.errors import BackendUnavailable
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import addition
@@ -105,7 +105,9 @@ def _demo_bundle(console: Console) -> Path:
     """The exported demo model, made at the first use and kept in the user's cache folder."""
     with resources.as_file(resources.files("mythos_edge.scripts") / "assets" / "carry_adder.pt") as checkpoint:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mythos-edge"
-        bundle = root / f"carry-adder-{sha256_of(checkpoint)[:12]}.bundle"
+        # Another version of this package may trace it otherwise.
+        version = metadata.version("mythos-edge")
+        bundle = root / f"carry-adder-{sha256_of(checkpoint)[:12]}-{version}-{SCHEMA_VERSION}.bundle"
         if bundle.exists():
             return bundle
         try:

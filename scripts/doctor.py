@@ -34,12 +34,13 @@ def run(args: argparse.Namespace, console: Console) -> int:
         "mythos_edge": metadata.version("mythos-edge"),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
+        "processor": processor(),
         "cores": cores(),
         "free_memory_gb": None if memory is None else round(memory / 1e9, 1),
         "free_disk_gb": round(shutil.disk_usage(Path.cwd()).free / 1e9, 1),
         "can": {purpose: _purpose(purpose, packages) for purpose, packages in (("run", _RUN), ("export", _EXPORT))},
     }
-    for name in ("mythos_edge", "python", "machine", "cores", "free_memory_gb", "free_disk_gb"):
+    for name in ("mythos_edge", "python", "machine", "processor", "cores", "free_memory_gb", "free_disk_gb"):
         console.say(f"{name:15} {report[name]}")
     can = report["can"]
     assert isinstance(can, dict)
@@ -50,6 +51,15 @@ def run(args: argparse.Namespace, console: Console) -> int:
             console.say(f"{'':15} mend: {found['install']}")
     console.result(report)
     return 0 if can["run"]["ok"] else 1
+
+
+def processor() -> str:
+    """The processor's name as the system gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def _purpose(purpose: str, packages: dict[str, str]) -> dict[str, object]:

@@ -110,7 +110,7 @@ BASE: dict[str, Any] = {
 CONFIGS: dict[str, tuple[dict[str, Any], int, tuple[int, ...]]] = {
     "mla-odd-3-shared": ({"dim": 35, "vocab_size": 67, "n_shared_experts": 3, "expert_dim": 7}, 3, (1, 4, 7)),
     "mla-no-shared-16": ({"n_shared_experts": 0, "max_loop_iters": 16, "prelude_layers": 2}, 2, (1, 4, 16)),
-    "gqa-one-kv-head": ({"attn_type": "gqa", "n_kv_heads": 1, "coda_layers": 2}, 1, (4, 16)),
+    "gqa-narrow": ({"attn_type": "gqa", "dim": 12, "n_heads": 2, "n_kv_heads": 1, "coda_layers": 2}, 1, (4, 16)),
     "gqa-odd-2-shared": (
         {"attn_type": "gqa", "dim": 36, "n_heads": 6, "n_shared_experts": 2, "n_experts": 3},
         2,

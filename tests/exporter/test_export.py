@@ -1,5 +1,6 @@
 """Exporting: what a bundle holds, and that a failure leaves nothing behind."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -211,6 +212,15 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path) 
     Tokenizer(models.WordLevel({f"w{i}": i for i in range(400)}, unk_token="w0")).save(str(path))
     with pytest.raises(ConfigError, match="the tokenizer has 400 tokens, but the model knows 331"):
         _export(tmp_path / "out", tokenizer=path)
+
+
+@pytest.mark.parametrize("name", ["prelude_layers", "coda_layers"])
+def test_models_without_a_prelude_or_coda_are_refused(name: str, tmp_path: Path) -> None:
+    with open_checkpoint(FIXTURES / "mla-small") as checkpoint:
+        checkpoint.config = dataclasses.replace(checkpoint.config, **{name: 0})
+        with pytest.raises(ConfigError, match=f"{name} is 0: a model without these layers can not be exported"):
+            export_bundle(checkpoint, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_bad_options(tmp_path: Path) -> None:

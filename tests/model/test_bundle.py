@@ -536,6 +536,9 @@ def test_leaving_early_leaves_nothing_and_the_old_bundle_as_it_was(made: Path, e
 
 
 def test_leaving_without_finish_leaves_nothing(tmp_path: Path) -> None:
+    with BundleWriter(tmp_path / "new" / "folders" / "b") as writer:
+        (writer.folder / "weights.bin").write_bytes(b"half")
+    assert list(tmp_path.iterdir()) == []
     with BundleWriter(tmp_path / "b") as writer:
         (writer.folder / "weights.bin").write_bytes(b"half")
     assert list(tmp_path.iterdir()) == []

@@ -231,7 +231,7 @@ def test_a_plan_is_what_buffers_take() -> None:
 
 
 def test_memory_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = CachePlan(2, 1_000_000, 5_000_000, 3000, 2)  # 6 GB
+    plan = CachePlan(2, 600_000, 400_000, 3000, 2)  # 6 GB with every position pending
     monkeypatch.setattr(caches, "free_memory_bytes", lambda: 4_000_000_000)
     with pytest.raises(CapacityError) as caught:
         require_memory(plan, already_held=0)

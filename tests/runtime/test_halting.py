@@ -43,7 +43,7 @@ def test_an_unknown_policy_is_told_the_known_ones(policy: Any) -> None:
         ("max_depth", -1),
         ("min_depth", 0),
         ("min_depth", -3),
-        *[("threshold", value) for value in (0.0, -0.5, math.nan, math.inf, -math.inf)],
+        *[("threshold", value) for value in (0.0, 1e-50, -0.5, math.nan, math.inf, -math.inf)],
     ],
 )
 def test_a_value_out_of_range_is_named(name: str, value: Any) -> None:

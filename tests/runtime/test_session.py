@@ -233,3 +233,56 @@ def test_score_counts_calls_and_rows(session: Session) -> None:
     assert (full.block_calls, full.block_rows) == (4 * 6, 2 * 5 * 6)
     exact = session.score([PROMPT], prefill=1)
     assert exact.block_calls == exact.depth.sum()
+
+
+def test_in_a_batch_every_row_has_the_whole_context(session: Session) -> None:
+    prompts = [[1] * 250, [5, 17]]
+    together = session.generate(prompts, max_new_tokens=12)
+    alone = [session.generate(prompt, max_new_tokens=12) for prompt in prompts]
+    assert [(one.ids, one.finish_reason) for one in together] == [(one.ids, one.finish_reason) for one in alone]
+    assert [one.finish_reason for one in together] == ["context", "length"]
+
+
+def test_a_refused_resume_changes_nothing(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = session.generate(PROMPT, max_new_tokens=3)
+    before = session.ids
+    with monkeypatch.context() as patch:
+        patch.setattr(caches, "free_memory_bytes", lambda: 0)
+        with pytest.raises(CapacityError):
+            session.generate([1, 2], resume=True, max_new_tokens=200)
+    with pytest.raises(UsageError, match="stop strings need a tokenizer"):
+        session.generate([1, 2], resume=True, stop_strings="x")
+    with pytest.raises(UsageError, match="policy is full, but the sequence was begun with exact"):
+        session.generate([1, 2], resume=True, policy="full")
+    assert session.ids == before == PROMPT + made.ids
+
+
+def test_resuming_nothing_is_refused(session: Session) -> None:
+    session.generate(PROMPT, max_new_tokens=2)
+    session.rollback(0)
+    with pytest.raises(UsageError, match="the prompt is empty"):
+        session.generate([], resume=True)
+    assert session.generate(PROMPT, resume=True, max_new_tokens=4).ids == greedy_by_scoring(session, PROMPT, 4)
+
+
+def test_a_saved_session_that_lost_an_array_is_refused(session: Session, tmp_path: Path) -> None:
+    path = tmp_path / "saved.npz"
+    session.generate(PROMPT, max_new_tokens=2)
+    session.save(path)
+    with np.load(path) as file:
+        arrays = dict(file)
+    for name in ("loop_0.data", "h.columns", "counts"):
+        np.savez(path, **{other: array for other, array in arrays.items() if other != name})
+        with pytest.raises(UsageError, match="not a saved session, or damaged"):
+            session.restore(path)
+
+
+def test_a_session_saved_with_another_storage_dtype_is_refused(session: Session, tmp_path: Path) -> None:
+    import dataclasses
+
+    session.generate(PROMPT, max_new_tokens=2)
+    session.save(tmp_path / "saved.npz")
+    manifest = dataclasses.replace(session.bundle.manifest, dtype="bf16")
+    session.bundle = dataclasses.replace(session.bundle, manifest=manifest)
+    with pytest.raises(UsageError, match="was saved with another bundle"):
+        session.restore(tmp_path / "saved.npz")

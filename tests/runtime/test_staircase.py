@@ -263,3 +263,52 @@ def test_an_interrupt_inside_a_loop_step_is_not_papered_over() -> None:
         feed(stairs, [5])
     with pytest.raises(UsageError, match="start a new session"):
         feed(stairs, [5])
+
+
+def test_what_was_torn_is_neither_saved_nor_caught_up() -> None:
+    backend = Interrupting(DEPTHS, VOCAB)
+    stairs = Staircase(backend, ONE_WIDE, ResolvedDepth(Policy.EXACT, LOOPS, 1, 0.99), 200)
+    feed(stairs, [1, 1, 1])
+    backend.stop_at = ("step", 2)
+    with pytest.raises(KeyboardInterrupt):
+        stairs.flush()
+    backend.stop_at = None
+    for use in (stairs.state, stairs.flush, lambda: feed(stairs, [1])):
+        with pytest.raises(UsageError, match="start a new session"):
+            use()
+
+
+def test_max_lag_starves_no_slot() -> None:
+    stairs = staircase(max_lag=2)
+    for _ in range(120):
+        feed(stairs, [1])
+    assert stairs.lengths[-1] > 60
+    np.testing.assert_allclose(feed(stairs, [6]).logits, full_logits([1] * 120 + [6]).logits[:, -1:], atol=2e-4)
+
+
+def test_policy_last_gives_a_row_what_it_gets_alone() -> None:
+    """Its neighbour goes deeper, and the row's own last cache row must still stand in."""
+    fed = [[0, 1], [1, 6], [2, 6], [3, 3], [1, 5], [5, 1]]
+    batch = staircase("last", padding=(0, 0))
+    alone = staircase("last")
+    for first, second in fed:
+        together = feed(batch, np.array([[first], [second]]))
+        np.testing.assert_allclose(together.logits[:1], feed(alone, [first]).logits, atol=2e-4)
+
+
+def test_a_damaged_state_is_refused() -> None:
+    stairs = staircase()
+    feed(stairs, [1, 3, 2])
+    good = stairs.state()
+    staircase().restore(good)
+    for name, value in {
+        "loop_0.data": good["loop_0.data"][:, :1],
+        "loop_2.columns": np.array([0, 3]),
+        "columns": np.array(2),
+        "h.columns": np.array([1, 2]),
+        "coda_0.columns": np.array([0, 999]),
+    }.items():
+        with pytest.raises(ValueError, match=r"do not fit|no staircase"):
+            staircase().restore({**good, name: value})
+    with pytest.raises(KeyError):
+        staircase().restore({name: array for name, array in good.items() if name != "loop_0.data"})

@@ -54,7 +54,6 @@ def _streamed(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
 
 def test_encode_and_decode(byte_level: Tokenizer) -> None:
     text = "naïve 日本 👩‍🚀\n"
-    assert byte_level.vocab_size == 256
     assert byte_level.encode(text) == list(text.encode())
     assert byte_level.decode(tuple(text.encode())) == text
     assert byte_level.decode([]) == ""
@@ -182,6 +181,9 @@ def test_spaces_between_words_are_kept(tmp_path: Path) -> None:
     tokenizer = Tokenizer(tmp_path / "tokenizer.json")
     ids = [0, 1, 2, 3, 4, 0]
     assert _streamed(tokenizer, ids) == tokenizer.decode(ids) == "once upon a times once"
+    after_prompt = TextStream(tokenizer)
+    after_prompt.follow(ids[:2])
+    assert "".join(map(after_prompt.push, ids[2:])) + after_prompt.flush() == " a times once"
 
 
 # --- stop strings -------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ afresh unless told to ``resume``. Not thread-safe.
 import dataclasses
 import operator
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, overload
@@ -186,9 +186,17 @@ class Session:
         for column in self._generate([prompt], [self.last_generation], resume, _options(options)):
             yield from (token for token in column if token is not None)
 
-    def score(self, ids: Any, *, prefill: int | None = None, **options: Any) -> Score:
+    def score(
+        self,
+        ids: Any,
+        *,
+        prefill: int | None = None,
+        progress: Callable[[float], None] = lambda fraction: None,
+        **options: Any,
+    ) -> Score:
         """Logits and depth of every position of ``ids (B, S)``: the first ``prefill`` in one chunk (by default
-        all), the rest one at a time, as decoding would. ``options``: the depth fields of Options."""
+        all), the rest one at a time, as decoding would. ``progress`` is told the share that is done; ``options``
+        are the depth fields of Options. Raises UsageError, CapacityError."""
         ids = checked_ids(ids, self.config)
         positions = ids.shape[1]
         prefill = positions if prefill is None else prefill
@@ -200,6 +208,7 @@ class Session:
         assert staircase is not None
         logits, depths = [], []
         for start, stop in _spans(prefill, positions):
+            progress(start / positions)
             fed = staircase.feed(ids[:, start:stop], np.arange(stop - start))
             logits.append(fed.logits)
             depths.append(fed.depth)

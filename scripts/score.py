@@ -27,7 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> int:
     ids = options.ids_from_file(args.ids)
     with Session.open(args.bundle, threads=args.threads) as session:
-        score = session.score(ids, prefill=args.prefill, **options.depth_of(args))
+        score = session.score(
+            ids,
+            prefill=args.prefill,
+            progress=lambda fraction: console.progress("scoring", fraction),
+            **options.depth_of(args),
+        )
     partial = args.output.with_name(f".{args.output.name}.partial-{os.getpid()}")
     try:
         with partial.open("wb") as file:

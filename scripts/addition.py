@@ -24,6 +24,15 @@ def columns_of(a: int, b: int, width: int | None = None) -> list[int]:
     return [10 * (a // 10**place % 10) + b // 10**place % 10 for place in range(width)]
 
 
+def stream_of(a: int, b: int) -> list[int]:
+    """The columns of a + b after one of zeros, which marks the start.
+
+    Without it the second column can not be told from the first when both are alike: attention over equal values gives
+    the same value, whatever the position. The digit of the added column is 0 and says nothing.
+    """
+    return [0, *columns_of(a, b)]
+
+
 def sum_from_ids(ids: list[int]) -> int:
     """The number whose digit ids (DIGIT_BASE + digit, least significant first) are given."""
     return sum((number - DIGIT_BASE) * 10**place for place, number in enumerate(ids))

@@ -33,6 +33,7 @@ from mythos_edge.model.bundle import (
     Source,
     TargetSpec,
     TensorSpec,
+    bundle_identity,
     open_bundle,
     require_free_space,
 )
@@ -97,18 +98,21 @@ def export_bundle(
         progress("self-test sample", 0.0)
         sample = golden_sample(config, plan, folder, context)
 
+        source = _source(checkpoint, hashes)
+
         def manifest(files: Mapping[str, FileRecord]) -> Manifest:
             return Manifest(
                 config=config,
                 dtype=dtype,
                 max_context=context,
                 graphs=graphs,
-                targets={ORT_CPU: _ort_cpu_target(dtype)},
+                targets={ORT_CPU: _ort_cpu_target(dtype, bundle_identity(source, dtype, context, config))},
                 files=dict(files),
                 versions={name: metadata.version(name) for name in _LIBRARIES},
-                source=_source(checkpoint, hashes),
+                source=source,
                 sample=sample,
                 tokenizer=TOKENIZER_FILE if tokenizer is not None else None,
+                presets={},
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
             )
 
@@ -177,11 +181,11 @@ def _tensor_specs(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
     return tuple(specs)
 
 
-def _ort_cpu_target(dtype: str) -> TargetSpec:
+def _ort_cpu_target(dtype: str, identity: str) -> TargetSpec:
     note = "" if dtype == "fp32" else f"weights are stored in {dtype}; the CPU has no fast {dtype} and computes in fp32"
     # Only the step has an op that ONNX Runtime has a faster kernel for.
     files = {"prelude": "prelude.onnx", "step": f"step.{ORT_CPU}.onnx", "coda": "coda.onnx"}
-    return TargetSpec(files, compute_dtype="fp32", note=note)
+    return TargetSpec(files, "fp32", "fp32", 0, "none", (), False, 0, 0, identity, note)
 
 
 def _source(checkpoint: Checkpoint, hashes: WeightsHashes) -> Source:

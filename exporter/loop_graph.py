@@ -223,7 +223,14 @@ class _Body(_Scope):
         condition = ir.Value(name="cond_in", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([]))
         self.graph.inputs.extend([self.step_index, condition, *self._carried])
         state = dict(zip(_CARRIED, self._carried, strict=True))
-        inputs = {"step_index": self.step_index, "min_depth": self._outer.integer(1), **state, **captured}
+        # Here all rows are at the same loop step.
+        rows = self.op("Shape", [self._carried[0]], start=0, end=2)
+        inputs = {
+            "step_index": self.op("Expand", [self.step_index, rows]),
+            "min_depth": self._outer.integer(1),
+            **state,
+            **captured,
+        }
         self._made = self.absorb("step", self._step, inputs, self._outer.graph)
         return self._made
 

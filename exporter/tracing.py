@@ -215,7 +215,7 @@ def _step_inputs(config: MythosConfig) -> _Inputs:
         "halt_mass": torch.empty(_B, _A),
         "depth": torch.zeros(_B, _A, dtype=torch.int64),
         "e": torch.empty(_B, _S, config.dim),
-        "step_index": torch.zeros((), dtype=torch.int64),
+        "step_index": torch.zeros(_B, _S, dtype=torch.int64),
         "threshold": torch.empty(()),
         "min_depth": torch.zeros((), dtype=torch.int64),
         **_window(),
@@ -225,6 +225,7 @@ def _step_inputs(config: MythosConfig) -> _Inputs:
     axes = dict.fromkeys(values, None) | {
         "h": whole,
         "e": whole,
+        "step_index": whole,
         "out": tail,
         "halt_mass": tail,
         "depth": tail,

@@ -20,7 +20,7 @@ from typing import Any, Self
 from mythos_edge.model.config import MythosConfig, config_from_dict
 from mythos_edge.model.errors import BundleError, ConfigError, ExportError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 _HASH_CHUNK_BYTES = 4 << 20
 
@@ -45,14 +45,44 @@ class GraphSpec:
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """The stages lowered for one backend: stage name -> file, and the dtype that backend computes in.
+    """The stages lowered for one backend: stage name -> file.
 
-    A lowered graph has the inputs and outputs of the portable graph of its stage.
+    ``prelude``, ``step`` and ``coda`` have the inputs and outputs of the portable graph of their stage, for a batch of
+    one; ``prelude.many`` and so on run the rows of several sequences at once.
+    ``weights`` is fp32, int8 or int4, in blocks of ``block`` values that share a scale (0 for fp32), ``method`` how
+    they were rounded, and ``kept`` names the parts that stay fp32. ``prepacked`` weights are copied into the kernels'
+    own layout when loaded, others are read from the mapped file. ``fixed_bytes`` of weights are read once a token,
+    ``step_bytes`` at each loop step (of the experts, the chosen ones). ``bundle`` is the identity of the bundle it was
+    built from.
     """
 
     graphs: dict[str, str]
     compute_dtype: str
+    weights: str
+    block: int
+    method: str
+    kept: tuple[str, ...]
+    prepacked: bool
+    fixed_bytes: int
+    step_bytes: int
+    bundle: str
     note: str
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Depth parameters with a name, found by ``mythos-edge tune``, and what they were measured to give there.
+
+    ``kl`` is the mean KL divergence to full depth in nats, ``speedup`` the time per token of full depth over theirs.
+    """
+
+    target: str
+    max_depth: int
+    threshold: float
+    kl: float
+    top1_agreement: float
+    mean_depth: float
+    speedup: float
 
 
 @dataclass(frozen=True)
@@ -99,13 +129,13 @@ class Manifest:
     source: Source
     sample: GoldenSample
     tokenizer: str | None
+    presets: dict[str, Preset]
     created: str
 
     @property
     def identity(self) -> str:
         """Equal for bundles whose caches mean the same: same weights as stored, config and longest context."""
-        parts = [self.source.sha256, self.dtype, self.max_context, self.config.to_dict()]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return bundle_identity(self.source, self.dtype, self.max_context, self.config)
 
     def __post_init__(self) -> None:
         used = [graph.file for graph in self.graphs.values()]
@@ -119,6 +149,12 @@ class Manifest:
         for name, record in self.files.items():
             if len(record.sha256) != 64 or set(record.sha256) - set("0123456789abcdef"):
                 raise BundleError(f"files.{name}.sha256 is {record.sha256!r}, expected 64 hexadecimal digits")
+
+
+def bundle_identity(source: Source, dtype: str, max_context: int, config: MythosConfig) -> str:
+    """See ``Manifest.identity``."""
+    parts = [source.sha256, dtype, max_context, config.to_dict()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def manifest_to_dict(manifest: Manifest) -> dict[str, Any]:
@@ -202,6 +238,18 @@ class Bundle:
 
     path: Path
     manifest: Manifest
+
+    def target(self, name: str) -> TargetSpec:
+        """The target of that name. Raises BundleError when there is none, or it was built from another bundle."""
+        targets = self.manifest.targets
+        if name not in targets:
+            known = ", ".join(targets) or "none"
+            raise BundleError(f"{self.path}: has no target {name!r}, only {known}: mythos-edge build makes one")
+        if targets[name].bundle != self.manifest.identity:
+            raise BundleError(
+                f"{self.path}: target {name!r} was built from another version of this bundle: build it again"
+            )
+        return targets[name]
 
     def file(self, name: str) -> Path:
         """The path of a listed file; BundleError when it is not listed or a link leads out of the folder."""

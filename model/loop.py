@@ -51,10 +51,10 @@ class LoopTable(nn.Module):
         self.cos_frequency = nn.Parameter(torch.empty(loop_dim - n_sin), requires_grad=False)
         self.rest = config.dim - loop_dim
 
-    def forward(self, step_index: Int[Tensor, ""]) -> Float[Tensor, "D"]:
-        index = step_index.to(self.sin_frequency.dtype)
-        waves = [(index * self.sin_frequency).sin(), (index * self.cos_frequency).cos()]
-        return torch.cat([*waves, torch.zeros(self.rest, dtype=self.sin_frequency.dtype)])
+    def forward(self, step_index: Int[Tensor, "N"]) -> Float[Tensor, "N D"]:
+        index = step_index[:, None].to(self.sin_frequency.dtype)
+        waves = torch.cat([(index * self.sin_frequency).sin(), (index * self.cos_frequency).cos()], dim=-1)
+        return nn.functional.pad(waves, (0, self.rest))
 
 
 def loop_frequencies(loop_dim: int) -> Float[Tensor, "F"]:
@@ -72,8 +72,8 @@ class DepthLoRA(nn.Module):
         self.scale = nn.Parameter(torch.empty(config.max_loop_iters, config.lora_rank))
         self.up = nn.Parameter(torch.empty(config.lora_rank, config.dim))
 
-    def forward(self, x: Float[Tensor, "N D"], step_index: Int[Tensor, ""]) -> Float[Tensor, "N D"]:
-        scale = self.scale[step_index.clamp(max=self.last)]
+    def forward(self, x: Float[Tensor, "N D"], step_index: Int[Tensor, "N"]) -> Float[Tensor, "N D"]:
+        scale = self.scale.index_select(0, step_index.clamp(max=self.last))
         return (nn.functional.linear(x, self.down) * scale) @ self.up
 
 
@@ -96,23 +96,26 @@ class LoopStep(nn.Module):
         self,
         state: LoopState,
         e: Float[Tensor, "B S D"],
-        step_index: Int[Tensor, ""],
+        step_index: Int[Tensor, "B S"],
         halting: Halting,
         rope: Rope,
         positions: Int[Tensor, "B S"],
         past: Float[Tensor, "B C W"],
         window: Window,
     ) -> tuple[LoopState, Float[Tensor, "B S W"]]:
-        """The state after this loop step and the chunk's new rows for slot ``step_index``."""
-        h, e_rows = state.h.flatten(0, 1), e.flatten(0, 1)
-        x = self.norm(h + self.table(step_index).to(h.dtype) + e_rows)
+        """The state after this loop step and the chunk's new cache rows.
+
+        Every row has a ``step_index`` of its own: rows of different sequences need not be at the same loop step.
+        """
+        h, e_rows, index = state.h.flatten(0, 1), e.flatten(0, 1), step_index.flatten()
+        x = self.norm(h + self.table(index).to(h.dtype) + e_rows)
         y, rows = self.block(x, rope, positions, past, window)
-        y = y + self.lora(y, step_index)
+        y = y + self.lora(y, index)
         h = (self.decay * h + self.inject * e_rows + y).view(state.h.shape)
         return self.halt(state, h, step_index, halting), rows
 
     def halt(
-        self, state: LoopState, h: Float[Tensor, "B S D"], step_index: Int[Tensor, ""], halting: Halting
+        self, state: LoopState, h: Float[Tensor, "B S D"], step_index: Int[Tensor, "B S"], halting: Halting
     ) -> LoopState:
         """The state with ``h`` weighed into the output of the rows still running; halted rows stay frozen.
 
@@ -124,7 +127,8 @@ class LoopStep(nn.Module):
         # Not Sigmoid: ONNX Runtime's is cut off at -18, and a position that never halts may live on weights of 1e-9,
         # which the coda's norms bring back to size.
         p = 1 / (1 + (-logit).exp())
-        p = torch.where(step_index + 1 >= halting.min_depth, p, 0.0)
+        taken = step_index[:, h.shape[1] - state.out.shape[1] :] + 1
+        p = torch.where(taken >= halting.min_depth, p, 0.0)
         running = state.halt_mass < halting.threshold
         mass = state.halt_mass + p
         weight = torch.where(mass >= halting.threshold, (1 - state.halt_mass).clamp(min=0), p)

@@ -58,7 +58,9 @@ class Network(nn.Module):
         state = LoopState(e, torch.zeros_like(e), mass, torch.zeros(batch, chunk, dtype=torch.int64))
         halting, margins = Halting(torch.tensor(threshold), torch.tensor(1)), []
         for index in range(config.max_loop_iters if max_depth is None else max_depth):
-            state, _ = self.loop_step(state, e, torch.tensor(index), halting, window, self._no_past(batch))
+            state, _ = self.loop_step(
+                state, e, torch.full((batch, chunk), index), halting, window, self._no_past(batch)
+            )
             margins.append((state.halt_mass - threshold).abs())
         rows = torch.arange(chunk) if logit_rows is None else logit_rows
         logits, _ = self.coda(state.out, rows, window, *[self._no_past(batch)] * config.coda_layers)
@@ -78,12 +80,12 @@ class Network(nn.Module):
         self,
         state: LoopState,
         e: Float[Tensor, "B S D"],
-        step_index: Int[Tensor, ""],
+        step_index: Int[Tensor, "B S"],
         halting: Halting,
         window: Window,
         past: Float[Tensor, "B C W"],
     ) -> tuple[LoopState, Float[Tensor, "B S W"]]:
-        """The state after one loop step and the new rows of slot ``step_index``."""
+        """The state after one loop step, each row's own, and the new rows of its slot."""
         positions = self._positions(window, state.h.shape[1])
         next_state, rows = self.step(state, e, step_index, halting, self.rope, positions, past, window)
         return next_state, rows

@@ -6,9 +6,9 @@ Exceptions of ONNX Runtime are translated here and nowhere else.
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +22,15 @@ TARGET = "ort-cpu"
 STAGES = ("prelude", "step", "coda")
 
 
+class Call(NamedTuple):
+    """One sequence's part in a run of a stage: what it reads, and what is written in place."""
+
+    feeds: Arrays
+    outputs: Arrays
+
+
 class Backend(Protocol):
-    """Runs the stages ``prelude``, ``step`` and ``coda`` of one bundle.
+    """Runs the stages ``prelude``, ``step`` and ``coda`` of one bundle, for one sequence or for several at once.
 
     The caller owns every buffer: ``feeds`` are read and ``outputs`` are written in place, all C-contiguous, while
     ``run`` is under way. A backend may keep references to them until the next run of the same stage, so that
@@ -31,6 +38,14 @@ class Backend(Protocol):
     """
 
     def run(self, stage: str, feeds: Arrays, outputs: Arrays) -> None: ...
+
+    def run_together(self, stage: str, calls: Sequence[Call]) -> None:
+        """The same as ``run`` for each of ``calls``, in one run of the stage as far as the backend can.
+
+        The calls are of different sequences, each with a batch of one; their chunks, cached rows and loop steps may
+        differ.
+        """
+        ...
 
     def close(self) -> None: ...
 
@@ -41,14 +56,18 @@ class OrtBackend:
     Raises BackendUnavailable without onnxruntime, BundleError when a graph can not be loaded.
     """
 
-    def __init__(self, bundle: Bundle, threads: int = 0) -> None:
-        target = bundle.manifest.targets.get(TARGET)
-        if target is None or set(target.graphs) != set(STAGES):
-            raise BundleError(f"{bundle.path}: has no whole target {TARGET!r}: export the bundle again")
-        self._stages = {stage: _BoundGraph(bundle.file(name), threads) for stage, name in target.graphs.items()}
+    def __init__(self, bundle: Bundle, target: str = TARGET, threads: int = 0) -> None:
+        spec = bundle.target(target)
+        if not set(STAGES) <= set(spec.graphs):
+            raise BundleError(f"{bundle.path}: target {target!r} has not all stages: export the bundle again")
+        self._stages = {stage: _BoundGraph(bundle.file(spec.graphs[stage]), threads) for stage in STAGES}
 
     def run(self, stage: str, feeds: Arrays, outputs: Arrays) -> None:
         self._stages[stage].run(feeds, outputs)
+
+    def run_together(self, stage: str, calls: Sequence[Call]) -> None:
+        for call in calls:
+            self.run(stage, *call)
 
     @property
     def graph_seconds(self) -> float:
@@ -170,6 +189,13 @@ class ScriptedBackend:
             assert array.shape == made[name].shape, (stage, name, array.shape, made[name].shape)
             array[...] = made[name]
 
+    def run_together(self, stage: str, calls: Sequence[Call]) -> None:
+        """One entry in ``calls`` for all of them."""
+        for call in calls:
+            self.run(stage, *call)
+        rows = sum(rows for _, rows in self.calls[-len(calls) :])
+        self.calls[-len(calls) :] = [(stage, rows)]
+
     def close(self) -> None:
         self.calls.clear()
 
@@ -180,7 +206,7 @@ class ScriptedBackend:
         return {"e": np.concatenate([ids[..., None], mixed], -1), "rows_0": ids[..., None]}
 
     def _step(self, feeds: Arrays) -> dict[str, Array]:
-        h, e, index = feeds["h"], feeds["e"], int(feeds["step_index"])
+        h, e, index = feeds["h"], feeds["e"], int(feeds["step_index"][0, 0])
         rows = np.tanh(h.sum(-1, keepdims=True) + index)
         mixed = _attend(rows, feeds["past"], feeds)
         h_next = (0.5 * h + 0.1 * e + mixed).astype(np.float32)

@@ -24,7 +24,7 @@ from mythos_edge.model.bundle import Bundle, open_bundle
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import CapacityError, UsageError
 from mythos_edge.runtime import saved_state
-from mythos_edge.runtime.backend import Backend, OrtBackend
+from mythos_edge.runtime.backend import TARGET, Backend, OrtBackend
 from mythos_edge.runtime.caches import CachePlan, plan_cache, require_memory
 from mythos_edge.runtime.halting import Depth, Policy, ResolvedDepth
 from mythos_edge.runtime.sampling import Sampler, SamplingParams
@@ -134,13 +134,15 @@ class Session:
         self.last_generation = Generation()
 
     @classmethod
-    def open(cls, path: Path | str, *, threads: int = 0, hashes: bool = False) -> Self:
+    def open(cls, path: Path | str, *, target: str = TARGET, threads: int = 0, hashes: bool = False) -> Self:
         """The bundle at ``path`` on ONNX Runtime; ``hashes`` also checks the sha256 of every file.
+
+        ``target`` names what ``mythos-edge build`` made; by default the fp32 target that every bundle has.
 
         Raises BundleError, BackendUnavailable.
         """
         bundle = open_bundle(Path(path), hashes=hashes)
-        return cls(bundle, OrtBackend(bundle, threads))
+        return cls(bundle, OrtBackend(bundle, target, threads))
 
     def close(self) -> None:
         """Gives back the caches and the graphs."""

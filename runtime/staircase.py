@@ -66,7 +66,7 @@ class Staircase:
         self._h = ColumnBuffer(self.batch, config.dim, self.limit)
         self._e = ColumnBuffer(self.batch, config.dim, self.limit)
         # Scalars are bound once and changed in place.
-        self._length, self._step_index = np.zeros((), np.int64), np.zeros((), np.int64)
+        self._length = np.zeros((), np.int64)
         self._threshold = np.array(depth.threshold, np.float32)
         self._min_depth = np.array(depth.min_depth, np.int64)
         self._scratch: dict[str, NDArray[Any]] = {}
@@ -164,7 +164,6 @@ class Staircase:
         slot = self.loop_slots[index]
         begin = slot.end
         chunk = upto - begin
-        self._step_index[()] = index
         take, batch, dim = self._take, self.batch, self.config.dim
         made = {
             "h_next": take("h_next", (batch, chunk, dim)),
@@ -172,13 +171,15 @@ class Staircase:
             "halt_mass_next": take("halt_mass_next", (batch, active)),
             "depth_next": take("depth_next", (batch, active), np.int64),
         }
+        step_index = take("step_index", (batch, chunk), np.int64)
+        step_index[...] = index
         feeds = {
             "h": self._h.view(begin, upto),
             "out": _leading(out, active),
             "halt_mass": _leading(mass, active),
             "depth": _leading(depth, active),
             "e": self._e.view(begin, upto),
-            "step_index": self._step_index,
+            "step_index": step_index,
             "threshold": self._threshold,
             "min_depth": self._min_depth,
         }

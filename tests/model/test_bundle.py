@@ -20,6 +20,7 @@ from mythos_edge.model.bundle import (
     GoldenSample,
     GraphSpec,
     Manifest,
+    Preset,
     Source,
     TargetSpec,
     TensorSpec,
@@ -54,12 +55,17 @@ def _manifest(files: dict[str, FileRecord] = RECORDS, **changes: Any) -> Manifes
                 (TensorSpec("h_next", "float32", ("B", "S", 2048)),),
             )
         },
-        "targets": {"ort-cpu": TargetSpec({"step": "step.ort.onnx"}, "float32", "a note")},
+        "targets": {
+            "ort-cpu": TargetSpec(
+                {"step": "step.ort.onnx"}, "fp32", "int4", 32, "rtn", ("head",), True, 10, 20, "cd" * 32, "a note"
+            )
+        },
         "files": files,
         "versions": {"torch": "2.13.0"},
         "source": Source("model.pt", "torch", "ab" * 32, None),
         "sample": GoldenSample((1, 2), 4, 0.99, (3, 1), (7, 8), (1.5, -2.0)),
         "tokenizer": "tok.json",
+        "presets": {"knee": Preset("ort-cpu", 8, 0.93, 0.01, 0.99, 2.5, 1.3)},
         "created": "2025-01-01T00:00:00Z",
     }
     return Manifest(**(values | changes))

@@ -14,7 +14,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from mythos_edge.exporter import loop_graph
+from mythos_edge.exporter import loop_graph, ort_target
 from mythos_edge.exporter.sample import golden_sample
 from mythos_edge.exporter.tracing import STAGES, TraceJob, start_tracing
 from mythos_edge.exporter.weights import (
@@ -40,10 +40,8 @@ from mythos_edge.model.bundle import (
 from mythos_edge.model.checkpoint import Checkpoint
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import ConfigError, ExportError
-from mythos_edge.plugins.ort_lowering import lower_for_ort
 from mythos_edge.plugins.torch_ops import add_functions
 
-ORT_CPU = "ort-cpu"
 TOKENIZER_FILE = "tokenizer.json"
 # Two processes trace, so that tracing takes about as long as streaming a small model's weights.
 _TRACE_GROUPS = (("step",), ("prelude", "coda"))
@@ -93,12 +91,15 @@ def export_bundle(
             progress("graphs", 0.0)
             finish_tracing()
         graphs = _write_graphs(config, folder, progress)
+        stages = {stage: ir.load(folder / f"{stage}.onnx") for stage in STAGES}
+        lowered = ort_target.write_graphs(stages, folder, ort_target.TARGET, config)
         if tokenizer is not None:
             shutil.copyfile(tokenizer, folder / TOKENIZER_FILE)
         progress("self-test sample", 0.0)
         sample = golden_sample(config, plan, folder, context)
 
         source = _source(checkpoint, hashes)
+        identity = bundle_identity(source, dtype, context, config)
 
         def manifest(files: Mapping[str, FileRecord]) -> Manifest:
             return Manifest(
@@ -106,7 +107,7 @@ def export_bundle(
                 dtype=dtype,
                 max_context=context,
                 graphs=graphs,
-                targets={ORT_CPU: _ort_cpu_target(dtype, bundle_identity(source, dtype, context, config))},
+                targets={ort_target.TARGET: _mapped_target(lowered, dtype, identity)},
                 files=dict(files),
                 versions={name: metadata.version(name) for name in _LIBRARIES},
                 source=source,
@@ -158,9 +159,8 @@ def _write_graphs(config: MythosConfig, folder: Path, progress: Progress) -> dic
     models = dict(stages)
     models["model"] = loop_graph.loop_model(stages, config)
     models["model_with_past"] = loop_graph.loop_model_with_past(stages, config)
-    lowered = {f"step.{ORT_CPU}": lower_for_ort(stages["step"])}
-    for index, (name, model) in enumerate({**models, **lowered}.items()):
-        progress("graphs", index / (len(models) + len(lowered)))
+    for index, (name, model) in enumerate(models.items()):
+        progress("graphs", index / len(models))
         add_functions(model)
         path = folder / f"{name}.onnx"
         ir.save(model, path)
@@ -181,11 +181,11 @@ def _tensor_specs(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
     return tuple(specs)
 
 
-def _ort_cpu_target(dtype: str, identity: str) -> TargetSpec:
+def _mapped_target(lowered: ort_target.Lowered, dtype: str, identity: str) -> TargetSpec:
+    """The target every export has: float32 weights that stay mapped in the bundle's file."""
     note = "" if dtype == "fp32" else f"weights are stored in {dtype}; the CPU has no fast {dtype} and computes in fp32"
-    # Only the step has an op that ONNX Runtime has a faster kernel for.
-    files = {"prelude": "prelude.onnx", "step": f"step.{ORT_CPU}.onnx", "coda": "coda.onnx"}
-    return TargetSpec(files, "fp32", "fp32", 0, "none", (), False, 0, 0, identity, note)
+    sizes = (lowered.fixed_bytes, lowered.step_bytes)
+    return TargetSpec(lowered.graphs, "fp32", "fp32", 0, "none", (), False, *sizes, identity, note)
 
 
 def _source(checkpoint: Checkpoint, hashes: WeightsHashes) -> Source:

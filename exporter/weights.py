@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from mythos_edge.model.layout import Recipe, TensorReader, recipes
 
 WEIGHTS_FILE = "weights.safetensors"
 # Vector loads of the CPU kernels want no more; the safetensors format allows no holes between tensors.
-_ALIGNMENT = 64
+ALIGNMENT = 64
 _MAX_PIECES_IN_FLIGHT = 4
 
 
@@ -83,24 +83,27 @@ def plan_weights(config: MythosConfig, max_context: int, dtype: str) -> WeightsP
         for size in recipe.shape:
             count *= size
         sized.append((recipe, kind, count * kind.torch.itemsize))
-    sized.sort(key=lambda item: (item[2] % _ALIGNMENT != 0, -item[1].torch.itemsize))
+    sized.sort(key=lambda item: (item[2] % ALIGNMENT != 0, -item[1].torch.itemsize))
+    header, offsets = laid_out([(r.name, kind.safetensors, r.shape, length) for r, kind, length in sized])
+    tensors = [StoredTensor(r, kind, offsets[r.name], length) for r, kind, length in sized]
+    return WeightsPlan(header, tuple(tensors))
+
+
+def laid_out(sized: Sequence[tuple[str, str, tuple[int, ...], int]]) -> tuple[bytes, dict[str, int]]:
+    """The head of a safetensors file of tensors (name, dtype, shape, bytes) in this order, and each one's offset."""
     header: dict[str, object] = {"__metadata__": {"format": "pt", "made_by": "mythos-edge"}}
     offset = 0
-    for recipe, kind, length in sized:
-        header[recipe.name] = {
-            "dtype": kind.safetensors,
-            "shape": list(recipe.shape),
-            "data_offsets": [offset, offset + length],
-        }
+    for name, dtype, shape, length in sized:
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + length]}
         offset += length
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % _ALIGNMENT)
+    text += b" " * (-(len(text) + 8) % ALIGNMENT)
     head = len(text).to_bytes(8, "little") + text
-    tensors, offset = [], len(head)
-    for recipe, kind, length in sized:
-        tensors.append(StoredTensor(recipe, kind, offset, length))
+    offsets, offset = {}, len(head)
+    for name, _, _, length in sized:
+        offsets[name] = offset
         offset += length
-    return WeightsPlan(head, tuple(tensors))
+    return head, offsets
 
 
 def write_weights(

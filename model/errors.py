@@ -5,6 +5,7 @@
     ├── ConfigError          a configuration is incomplete or contradicts itself or the weights
     ├── CheckpointError      a checkpoint file is missing, damaged, unsafe or not an OpenMythos model
     ├── ExportError          a sound checkpoint could not be written as a bundle
+    ├── BuildError           a bundle could not be lowered to a target
     ├── BundleError          a bundle is missing, damaged, unsafe or from a newer schema
     ├── BackendUnavailable   a library this machine lacks is needed; carries the install line
     └── CapacityError        a request is longer or deeper than the bundle or session allows
@@ -32,6 +33,10 @@ class CheckpointError(MythosEdgeError):
 
 class ExportError(MythosEdgeError):
     """A bundle could not be written."""
+
+
+class BuildError(MythosEdgeError):
+    """A target could not be built."""
 
 
 class BundleError(MythosEdgeError):

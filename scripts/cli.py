@@ -13,13 +13,14 @@ from importlib import metadata
 from typing import Any, NoReturn
 
 from mythos_edge.model.errors import MythosEdgeError
-from mythos_edge.scripts import bench, demo, doctor, export_verb, generate, inspect_verb, score, validate
+from mythos_edge.scripts import bench, build, demo, doctor, export_verb, generate, inspect_verb, score, validate
 from mythos_edge.scripts.console import Console
 
 _VERBS = {
     "doctor": doctor,
     "inspect": inspect_verb,
     "export": export_verb,
+    "build": build,
     "generate": generate,
     "score": score,
     "validate": validate,

@@ -1,0 +1,234 @@
+"""ONNX Runtime CPU targets: the stages lowered in float32, int8 or int4, and added to a bundle.
+
+Every target has each stage twice: for the rows of one sequence, and for those of several at once. They share the
+rounded matrices, and with the bundle all weights that stay in float32.
+"""
+
+import fnmatch
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from mythos_edge.exporter.passes import for_many_sequences, for_one_sequence
+from mythos_edge.exporter.rounding import (
+    Importance,
+    Matrix,
+    RoundedFile,
+    Rounding,
+    plan_rounded,
+    write_rounded,
+)
+from mythos_edge.exporter.weights import WEIGHTS_FILE
+from mythos_edge.model.bundle import (
+    Bundle,
+    FileRecord,
+    TargetSpec,
+    open_bundle,
+    require_free_space,
+    sha256_of,
+    update_manifest,
+)
+from mythos_edge.model.checkpoint import Checkpoint
+from mythos_edge.model.config import MythosConfig
+from mythos_edge.model.errors import BuildError
+from mythos_edge.model.layout import recipes
+from mythos_edge.model.tensor_files import read_tensor_file
+from mythos_edge.plugins.ort_lowering import Packs, lower_for_ort
+from mythos_edge.plugins.torch_ops import add_functions
+
+TARGET = "ort-cpu"
+STAGES = ("prelude", "step", "coda")
+MANY = 8
+BITS = {"fp32": 32, "int8": 8, "int4": 4}
+_DEFAULT_BLOCKS = {"int8": 128, "int4": 32}
+_DEFAULT_METHODS = {"int8": "rtn", "int4": "search"}
+# What --keep understands beside the names of tensors.
+PARTS = {
+    "head": "embed",
+    "attention": "*.attn.*",
+    "experts": "*.fc[12]",
+    "shared": "*.shared_*",
+    "prelude": "prelude_blocks.*",
+    "coda": "coda_blocks.*",
+}
+# Multiplied head by head, which no kernel for rounded weights does; about a hundredth of a step's weights.
+_NEVER_ROUNDED = ("*.key_up", "*.value_up")
+_LOOKUPS = ("Gather", "GatherBlockQuantized", "RotaryEmbedding", "Reshape")
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """The graphs of a target by stage, and the bytes of weights it reads once a token and at each loop step."""
+
+    graphs: dict[str, str]
+    fixed_bytes: int
+    step_bytes: int
+
+
+def target_name(weights: str) -> str:
+    """``ort-cpu-int4`` and so on; plain ``ort-cpu`` is what every export has."""
+    return f"{TARGET}-{weights}"
+
+
+def write_graphs(
+    stages: Mapping[str, ir.Model], folder: Path, name: str, config: MythosConfig, packs: Packs | None = None
+) -> Lowered:
+    """Lowers the traced stages and writes them to ``folder`` as ``<stage>.<name>.onnx`` and ``.many.onnx``."""
+    graphs, sizes = {}, {}
+    for stage in STAGES:
+        one = for_one_sequence(stages[stage])
+        for key, model in ((stage, one), (f"{stage}.many", for_many_sequences(one, MANY))):
+            lowered = lower_for_ort(model, packs)
+            add_functions(lowered)
+            graphs[key] = f"{stage}.{name}{key.removeprefix(stage)}.onnx"
+            ir.save(lowered, folder / graphs[key])
+            _check(lowered)
+            sizes[key] = _bytes_read(lowered.graph, config)
+    return Lowered(graphs, sizes["prelude"] + sizes["coda"], sizes["step"])
+
+
+def build_target(
+    path: Path,
+    weights: str,
+    *,
+    block: int | None = None,
+    keep: Sequence[str] = (),
+    method: str | None = None,
+    importance: Importance | None = None,
+    progress: Progress = lambda phase, fraction: None,
+) -> Bundle:
+    """The bundle at ``path`` with the target ``ort-cpu-<weights>`` added, or made again.
+
+    ``block`` values share a scale (by default 32 for int4, 128 for int8); ``keep`` names parts or tensors that stay
+    float32; ``method`` is ``rtn``, ``search`` or, with the ``importance`` of each input channel, ``calibrated``.
+    Nothing of the bundle changes before the target is whole. Raises BuildError, BundleError.
+    """
+    bundle = open_bundle(path)
+    if weights not in BITS:
+        raise BuildError(f"weights is {weights!r}, expected one of {', '.join(BITS)}")
+    manifest, name = bundle.manifest, target_name(weights)
+    stages = {stage: ir.load(bundle.file(f"{stage}.onnx")) for stage in STAGES}
+    with _files_beside(bundle, name) as folder:
+        plan = None
+        if weights != "fp32":
+            chosen = "calibrated" if importance is not None else method or _DEFAULT_METHODS[weights]
+            rounding = Rounding(BITS[weights], block or _DEFAULT_BLOCKS[weights], chosen)
+            plan = plan_rounded(_matrices(manifest.config, rounding, keep), rounding)
+            require_free_space(path, plan.total_bytes)
+            _round(bundle, plan, folder / _weights_file(name), importance, progress)
+        progress("graphs", 0.0)
+        packs = None if plan is None else plan.packs(_weights_file(name), folder)
+        lowered = write_graphs(stages, folder, name, manifest.config, packs)
+        target = TargetSpec(
+            graphs=lowered.graphs,
+            compute_dtype="fp32",
+            weights=weights,
+            block=0 if plan is None else plan.rounding.block,
+            method="none" if plan is None else plan.rounding.method,
+            kept=tuple(keep),
+            prepacked=True,
+            fixed_bytes=lowered.fixed_bytes,
+            step_bytes=lowered.step_bytes,
+            bundle=manifest.identity,
+            note="",
+        )
+        records = {file.name: FileRecord(file.stat().st_size, sha256_of(file)) for file in sorted(folder.iterdir())}
+        for file in records:
+            (folder / file).replace(path / file)
+    return update_manifest(bundle, targets={**manifest.targets, name: target}, files={**manifest.files, **records})
+
+
+@contextmanager
+def _files_beside(bundle: Bundle, name: str) -> Iterator[Path]:
+    """A folder inside the bundle for files that are not whole yet, removed at the end with what is left in it."""
+    folder = bundle.path / f".{name}.partial-{os.getpid()}"
+    try:
+        folder.mkdir()
+        yield folder
+    except OSError as error:
+        raise BuildError(f"{bundle.path}: can not be written: {error.strerror or error}") from error
+    finally:
+        for file in folder.glob("*"):
+            file.unlink()
+        if folder.is_dir():
+            folder.rmdir()
+
+
+def _check(model: ir.Model) -> None:
+    """Has onnx check the graph; its weights, which may not be in place yet, count as inputs."""
+    copy = model.clone()
+    for name, value in list(copy.graph.initializers.items()):
+        if isinstance(value.const_value, ir.ExternalTensor):
+            copy.graph.initializers.pop(name)
+            value.const_value = None
+            copy.graph.inputs.append(value)
+    onnx.checker.check_model(ir.to_proto(copy))
+
+
+def _weights_file(name: str) -> str:
+    return f"weights.{name}.safetensors"
+
+
+def _round(bundle: Bundle, plan: RoundedFile, path: Path, importance: Importance | None, progress: Progress) -> None:
+    stored = read_tensor_file(bundle.file(WEIGHTS_FILE))
+    with Checkpoint(path, stored.kind, bundle.manifest.config, stored.entries) as reader:
+        write_rounded(plan, reader, path, importance, lambda done: progress("rounding", done))
+
+
+def _matrices(config: MythosConfig, rounding: Rounding, keep: Sequence[str]) -> list[Matrix]:
+    """The matrices a target rounds, without those it keeps."""
+    matrices = [
+        _matrix(recipe.name, recipe.shape, rounding.block)
+        for recipe in recipes(config, 1)
+        if recipe.narrow and not any(fnmatch.fnmatch(recipe.name, pattern) for pattern in _NEVER_ROUNDED)
+    ]
+    kept: set[str] = set()
+    for given in keep:
+        pattern = PARTS.get(given, given)
+        found = {matrix.name for matrix in matrices if fnmatch.fnmatch(matrix.name, pattern)}
+        if not found:
+            raise BuildError(
+                f"--keep {given} fits no matrix of this model: expected {', '.join(PARTS)} or a tensor's name"
+            )
+        kept |= found
+    experts = {matrix.name for matrix in matrices if matrix.stacked}
+    if kept & experts:
+        kept |= experts  # one kernel computes with both
+    chosen = [matrix for matrix in matrices if matrix.name not in kept]
+    for matrix in chosen:
+        if matrix.stacked and matrix.columns % rounding.block:
+            raise BuildError(
+                f"{matrix.name}: rows of {matrix.columns} values do not divide into blocks of {rounding.block}: "
+                "choose another --block, or --keep experts"
+            )
+    return chosen
+
+
+def _matrix(name: str, shape: tuple[int, ...], block: int) -> Matrix:
+    rows, columns = shape[-2:]
+    # An expert's hidden size may be padded with zeros, which add nothing; its input may not.
+    if name.endswith(".fc1"):
+        rows += 2 * (-(rows // 2) % block)
+    elif name.endswith(".fc2"):
+        columns += -columns % block
+    return Matrix(name, shape, rows, columns)
+
+
+def _bytes_read(graph: ir.Graph, config: MythosConfig) -> int:
+    """Bytes of weights that one row reads: all, but of the experts the chosen, and of tables next to nothing."""
+    share = config.n_experts_per_tok / config.n_experts
+    total = 0.0
+    for value in graph.initializers.values():
+        tensor = value.const_value
+        looked_up = all(node.op_type in _LOOKUPS for node, _ in value.uses())
+        if not isinstance(tensor, ir.ExternalTensor) or looked_up:
+            continue
+        routed = ".fc1" in str(value.name) or ".fc2" in str(value.name)
+        total += tensor.nbytes * (share if routed else 1.0)
+    return round(total)

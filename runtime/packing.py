@@ -1,0 +1,76 @@
+"""The calls of several sequences as one run of a stage: rows side by side, each sequence with its own cached rows.
+
+The graphs ``<stage>.many`` of a target take a fixed number of sequences; those left over have no rows.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Arrays = Mapping[str, Array]
+# The input that has every new row, and what else is given row by row.
+ROWS = {"prelude": "input_ids", "step": "h", "coda": "out"}
+_BY_ROW = ("input_ids", "h", "e", "step_index", "out")
+# Given only for the last rows of a chunk, the ones still running; earlier rows are marked as halted.
+_ACTIVE = {"out": 0.0, "halt_mass": np.inf, "depth": 0}
+
+
+class Call(NamedTuple):
+    """One sequence's part in a run of a stage: what it reads, and what is written in place."""
+
+    feeds: Arrays
+    outputs: Arrays
+
+
+def packed(stage: str, calls: Sequence[Call], jobs: int) -> Call:
+    """What ``<stage>.many`` reads and fresh memory for what it writes; ``unpack`` hands that out."""
+    assert len(calls) <= jobs
+    counts = [call.feeds[ROWS[stage]].shape[1] for call in calls]
+    feeds: dict[str, Array] = {"row_counts": np.array(counts + [0] * (jobs - len(calls)), np.int64)}
+    starts = [int(call.feeds["length"]) for call in calls]
+    spans = [np.arange(start, start + count) for start, count in zip(starts, counts, strict=True)]
+    feeds["positions"] = np.concatenate(spans)[None]
+    offsets = np.cumsum([0, *counts])
+    first = calls[0].feeds
+    for name in first.keys() - {"length", "first"}:
+        given = [call.feeds[name] for call in calls]
+        if name.startswith("past"):
+            nothing = np.zeros((1, 0, given[0].shape[2]), np.float32)
+            feeds |= {f"{name}@{job}": given[job] if job < len(given) else nothing for job in range(jobs)}
+        elif name == "logit_rows":
+            feeds[name] = np.concatenate([rows + offset for rows, offset in zip(given, offsets, strict=False)])
+        elif stage == "step" and name in _ACTIVE:
+            feeds[name] = np.concatenate(list(map(_filled, given, counts, [_ACTIVE[name]] * len(given))), axis=1)
+        elif name in _BY_ROW:
+            feeds[name] = np.concatenate(given, axis=1)
+        else:  # scalars of the request
+            assert all(np.array_equal(array, given[0]) for array in given), f"{name} differs between the sequences"
+            feeds[name] = given[0]
+    rows = int(offsets[-1])
+    outputs = {
+        name: np.empty((1, len(feeds["logit_rows"]) if name == "logits" else rows, *array.shape[2:]), array.dtype)
+        for name, array in calls[0].outputs.items()
+    }
+    return Call(feeds, outputs)
+
+
+def unpack(stage: str, made: Arrays, calls: Sequence[Call]) -> None:
+    """Copies each sequence's rows of a packed run into its own outputs."""
+    end = logits_end = 0
+    for call in calls:
+        end += call.feeds[ROWS[stage]].shape[1]
+        logits_end += len(call.feeds.get("logit_rows", ()))
+        for name, array in call.outputs.items():
+            stop = logits_end if name == "logits" else end
+            array[...] = made[name][:, stop - array.shape[1] : stop]
+
+
+def _filled(active: Array, count: int, filler: float) -> Array:
+    """``active`` with rows of ``filler`` before it, ``count`` in all."""
+    missing = count - active.shape[1]
+    if missing == 0:
+        return active
+    return np.concatenate([np.full((1, missing, *active.shape[2:]), filler, active.dtype), active], axis=1)

@@ -1,0 +1,51 @@
+"""``mythos-edge build``: adds a faster target to a bundle."""
+
+import argparse
+from pathlib import Path
+
+from mythos_edge.model.errors import BackendUnavailable, BuildError
+from mythos_edge.scripts.console import Console
+
+HELP = "add a target with rounded or prepacked weights to a bundle"
+EXAMPLE = "mythos-edge build model.bundle --target ort-cpu --weights int4 --calibrate ids.npy"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--target", default="ort-cpu", metavar="NAME", help="what to build for (default: ort-cpu)")
+    parser.add_argument("--weights", choices=("fp32", "int8", "int4"), required=True)
+    parser.add_argument("--block", type=int, metavar="N", help="values that share a scale: 32, 64 or 128")
+    parser.add_argument(
+        "--keep", default="", metavar="PARTS", help="stay fp32: head, attention, experts, shared, prelude, coda, or names"
+    )
+    parser.add_argument("--method", choices=("rtn", "search"), help="round to nearest, or search each block's scale")
+    parser.add_argument("--calibrate", metavar="NPY", help="token ids to weigh the input channels with")
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    if args.target != "ort-cpu":
+        raise BuildError(f"target is {args.target!r}, expected ort-cpu")
+    try:
+        from mythos_edge.exporter import ort_target
+    except ImportError as error:
+        message = f"building a target needs {error.name}, which is not installed"
+        raise BackendUnavailable(message, "pip install 'mythos-edge[export]'") from error
+
+    bundle = ort_target.build_target(
+        args.bundle,
+        args.weights,
+        block=args.block,
+        keep=[part for part in args.keep.split(",") if part],
+        method=args.method,
+        progress=console.progress,
+    )
+    name = ort_target.target_name(args.weights)
+    target = bundle.manifest.targets[name]
+    rounded = f", blocks of {target.block}, {target.method}" if target.block else ""
+    console.say(
+        f"{name}: {target.weights}{rounded}; a token reads {target.fixed_bytes / 1e6:.1f} MB of weights and "
+        f"{target.step_bytes / 1e6:.1f} MB at each loop step"
+    )
+    console.say(f"use it with --target {name}")
+    console.result({"target": name, **vars(target)})
+    return 0

@@ -157,7 +157,7 @@ class _Lowering:
                 key = inside.add("Unsqueeze", [keys, inside.integers([1])])
                 seen = inside.add("LessOrEqual", [key, inside.add("Div", [queries, inside.integer(heads)])])
                 made = inside.add("Where", [seen, scores, inside.number(_HIDDEN_SCORE)])
-            made.type, made.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([1, "keys", "queries"])
+            made.type, made.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([1, None, None])
             branches[name] = inside.closed(made)
         return writer.add("If", [several], **branches)
 

@@ -1,5 +1,6 @@
 """Every face of the custom ops against the float64 oracle: function body, eager torch, ONNX Runtime lowering."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,12 @@ import onnxruntime as ort
 import pytest
 import torch
 
+from mythos_edge.exporter.rounding import Rounding, round_blocks, unpacked
 from mythos_edge.model.layers import EagerOps, Window
 from mythos_edge.plugins import ops, reference
-from mythos_edge.plugins.ort_lowering import lower_for_ort
+from mythos_edge.plugins.ort_lowering import Pack, lower_for_ort
 from mythos_edge.plugins.torch_ops import add_functions
+from mythos_edge.runtime.backend import ort_session
 
 Feeds = dict[str, np.ndarray]
 # float32 sums of a few hundred products of size 1.
@@ -125,26 +128,91 @@ def _moe_feeds(random: np.random.Generator, shape: tuple[int, ...]) -> Feeds:
     return feeds
 
 
-@pytest.mark.parametrize("shape", MOE_SHAPES)
-def test_sparse_moe(shape: tuple[int, ...], random: np.random.Generator) -> None:
-    top_k, feeds = shape[3], _moe_feeds(random, shape)
-    wanted = reference.sparse_moe(**feeds, top_k=top_k)
+def _moe_model(feeds: Feeds, top_k: int, folder: Path) -> ir.Model:
+    """The op with its weights in a file, as in a bundle."""
     weights = tuple(name for name in feeds if name != "x")
     model = _model(ops.SPARSE_MOE, feeds, {"top_k": top_k}, constants=weights)
+    return ir.external_data.unload_from_model(model, folder, "weights.bin", size_threshold_bytes=0)
+
+
+def _run_file(model: ir.Model, feeds: Feeds, folder: Path) -> np.ndarray:
+    """The first output of ``model`` on the kernels and options of the runtime."""
+    ir.save(model, folder / "model.onnx")
+    session = ort_session(folder / "model.onnx", prepack=True)
+    result: np.ndarray = session.run(None, {i.name: feeds[i.name] for i in session.get_inputs()})[0]
+    return result
+
+
+@pytest.mark.parametrize("shape", MOE_SHAPES)
+def test_sparse_moe(shape: tuple[int, ...], random: np.random.Generator, tmp_path: Path) -> None:
+    top_k, feeds = shape[3], _moe_feeds(random, shape)
+    wanted = reference.sparse_moe(**feeds, top_k=top_k)
+    model = _moe_model(feeds, top_k, tmp_path)
     lowered = lower_for_ort(model)
-    assert np.abs(_run(model, feeds) - wanted).max() < TOLERANCE
-    assert [node.op_type for node in lowered.graph].count("MoE") == 1
-    assert np.abs(_run(lowered, feeds) - wanted).max() < TOLERANCE
+    add_functions(model)
+    assert np.abs(_run_file(model, feeds, tmp_path) - wanted).max() < TOLERANCE
+    assert [node.op_type for node in lowered.graph].count("If") == shape[2]
+    assert np.abs(_run_file(lowered, feeds, tmp_path) - wanted).max() < TOLERANCE
     tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
     shared = (tensors.pop("shared_gate_up"), tensors.pop("shared_down")) if shape[5] else None
     eager = EagerOps().sparse_moe(**tensors, shared=shared, top_k=top_k)
     assert np.abs(eager.numpy() - wanted).max() < TOLERANCE
 
 
-def test_sparse_moe_with_all_rows_at_one_expert(random: np.random.Generator) -> None:
+def test_sparse_moe_with_all_rows_at_one_expert(random: np.random.Generator, tmp_path: Path) -> None:
     feeds = _moe_feeds(random, (12, 16, 6, 1, 8, 0, False))
     feeds["router_bias"][2] = 1e3
     wanted = reference.sparse_moe(**feeds, top_k=1)
-    model = _model(ops.SPARSE_MOE, feeds, {"top_k": 1}, constants=("router_bias",))
-    assert np.abs(_run(model, feeds) - wanted).max() < TOLERANCE
-    assert np.abs(_run(lower_for_ort(model), feeds) - wanted).max() < TOLERANCE
+    lowered = lower_for_ort(_moe_model(feeds, 1, tmp_path))
+    assert np.abs(_run_file(lowered, feeds, tmp_path) - wanted).max() < TOLERANCE
+
+
+def test_a_chosen_expert_with_a_very_low_score_still_counts(random: np.random.Generator, tmp_path: Path) -> None:
+    feeds = _moe_feeds(random, (5, 16, 6, 3, 8, 0, True))
+    feeds["router"] *= 200  # logits of some hundreds, most of them far below zero
+    feeds["router_bias"][:2] = 1e4
+    wanted = reference.sparse_moe(**feeds, top_k=3)
+    lowered = lower_for_ort(_moe_model(feeds, 3, tmp_path))
+    assert np.abs(_run_file(lowered, feeds, tmp_path) - wanted).max() < TOLERANCE * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("shape", [shape for shape in ATTENTION_SHAPES if shape[0] == 1])
+def test_lowered_latent_attention(shape: tuple[Any, ...], random: np.random.Generator, tmp_path: Path) -> None:
+    attributes = {"scale": 0.3, "value_dim": 13}
+    feeds, _ = _attention_feeds(random, shape, 20, 20)
+    wanted = reference.latent_attention(**feeds, **attributes)
+    lowered = lower_for_ort(_model(ops.LATENT_ATTENTION, feeds, attributes))
+    assert not any(node.domain == ops.DOMAIN for node in lowered.graph)
+    assert np.abs(_run_file(lowered, feeds, tmp_path) - wanted).max() < TOLERANCE
+
+
+ROUNDINGS = [(bits, block, method) for bits in (4, 8) for block in (32, 64, 128) for method in ("rtn", "search")]
+
+
+def _pack(matrix: np.ndarray, rounding: Rounding) -> tuple[Pack, np.ndarray]:
+    """A stack of matrices, or one, as the kernels read it, and what it stands for."""
+    flat = matrix.reshape(-1, matrix.shape[-1])
+    values, scales = round_blocks(flat, rounding)
+    meant = unpacked(values, scales, rounding.bits, matrix.shape[-1]).reshape(matrix.shape)
+    if matrix.ndim == 3:
+        values, scales = values.reshape(*matrix.shape[:2], -1), scales.reshape(*matrix.shape[:2], -1)
+    pack = Pack(rounding.bits, rounding.block, matrix.shape[-1], ir.tensor(values), ir.tensor(scales))
+    return pack, meant
+
+
+@pytest.mark.parametrize(("bits", "block", "method"), ROUNDINGS)
+def test_rounded_sparse_moe(bits: int, block: int, method: str, random: np.random.Generator, tmp_path: Path) -> None:
+    """The kernels read the packed weights as they are meant, and route as the oracle does."""
+    feeds = _moe_feeds(random, (9, 128, 7, 3, 128, 144, True))
+    model = _moe_model(feeds, 3, tmp_path)
+    names = ("fc1", "fc2", "shared_gate_up", "shared_down")
+    packs = {}
+    for name in names:
+        packs[name], feeds[name] = _pack(feeds[name], Rounding(bits, block, method))
+    wanted = reference.sparse_moe(**feeds, top_k=3)
+    lowered = lower_for_ort(model, packs)
+    kinds = [node.op_type for node in lowered.graph]
+    assert (kinds.count("QMoE"), kinds.count("MatMulNBits"), kinds.count("If")) == (1, 2, 0)
+    error = np.linalg.norm(_run_file(lowered, feeds, tmp_path) - wanted) / np.linalg.norm(wanted)
+    # The kernels round activations to 8 bits too, twice in a row: up to 0.6 % each in blocks of 128, and more after SiLU.
+    assert error < 0.02

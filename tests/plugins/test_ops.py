@@ -214,5 +214,5 @@ def test_rounded_sparse_moe(bits: int, block: int, method: str, random: np.rando
     kinds = [node.op_type for node in lowered.graph]
     assert (kinds.count("QMoE"), kinds.count("MatMulNBits"), kinds.count("If")) == (1, 2, 0)
     error = np.linalg.norm(_run_file(lowered, feeds, tmp_path) - wanted) / np.linalg.norm(wanted)
-    # The kernels round activations to 8 bits too, twice in a row: up to 0.6 % each in blocks of 128, and more after SiLU.
+    # The kernels round activations to 8 bits too, twice in a row: up to 0.6 % each, more after SiLU.
     assert error < 0.02

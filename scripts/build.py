@@ -15,9 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", default="ort-cpu", metavar="NAME", help="what to build for (default: ort-cpu)")
     parser.add_argument("--weights", choices=("fp32", "int8", "int4"), required=True)
     parser.add_argument("--block", type=int, metavar="N", help="values that share a scale: 32, 64 or 128")
-    parser.add_argument(
-        "--keep", default="", metavar="PARTS", help="stay fp32: head, attention, experts, shared, prelude, coda, or names"
-    )
+    parts = "head, attention, experts, shared, prelude, coda, or names of tensors"
+    parser.add_argument("--keep", default="", metavar="PARTS", help=f"what stays fp32: {parts}")
     parser.add_argument("--method", choices=("rtn", "search"), help="round to nearest, or search each block's scale")
     parser.add_argument("--calibrate", metavar="NPY", help="token ids to weigh the input channels with")
 

@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from mythos_edge.exporter.passes import for_many_sequences, for_one_sequence
 from mythos_edge.exporter.rounding import (
+    ROW,
     Importance,
     Matrix,
     RoundedFile,
@@ -45,7 +46,7 @@ TARGET = "ort-cpu"
 STAGES = ("prelude", "step", "coda")
 MANY = 8
 BITS = {"fp32": 32, "int8": 8, "int4": 4}
-_DEFAULT_BLOCKS = {"int8": 128, "int4": 32}
+_DEFAULT_BLOCKS = {"int8": ROW, "int4": 64}
 _DEFAULT_METHODS = {"int8": "rtn", "int4": "search"}
 # What --keep understands beside the names of tensors.
 PARTS = {
@@ -105,8 +106,8 @@ def build_target(
 ) -> Bundle:
     """The bundle at ``path`` with the target ``ort-cpu-<weights>`` added, or made again.
 
-    ``block`` values share a scale (by default 32 for int4, 128 for int8); ``keep`` names parts or tensors that stay
-    float32; ``method`` is ``rtn``, ``search`` or, with the ``importance`` of each input channel, ``calibrated``.
+    ``block`` values share a scale (by default 64 for int4, 0 for int8: a whole row); ``keep`` names parts or tensors
+    that stay float32; ``method`` is ``rtn``, ``search`` or, with the ``importance`` of each channel, ``calibrated``.
     Nothing of the bundle changes before the target is whole. Raises BuildError, BundleError.
     """
     bundle = open_bundle(path)
@@ -118,7 +119,7 @@ def build_target(
         plan = None
         if weights != "fp32":
             chosen = "calibrated" if importance is not None else method or _DEFAULT_METHODS[weights]
-            rounding = Rounding(BITS[weights], block or _DEFAULT_BLOCKS[weights], chosen)
+            rounding = Rounding(BITS[weights], _DEFAULT_BLOCKS[weights] if block is None else block, chosen)
             plan = plan_rounded(_matrices(manifest.config, rounding, keep), rounding)
             require_free_space(path, plan.total_bytes)
             _round(bundle, plan, folder / _weights_file(name), importance, progress)
@@ -202,7 +203,7 @@ def _matrices(config: MythosConfig, rounding: Rounding, keep: Sequence[str]) -> 
         kept |= experts  # one kernel computes with both
     chosen = [matrix for matrix in matrices if matrix.name not in kept]
     for matrix in chosen:
-        if matrix.stacked and matrix.columns % rounding.block:
+        if matrix.stacked and rounding.block and matrix.columns % rounding.block:
             raise BuildError(
                 f"{matrix.name}: rows of {matrix.columns} values do not divide into blocks of {rounding.block}: "
                 "choose another --block, or --keep experts"
@@ -212,6 +213,8 @@ def _matrices(config: MythosConfig, rounding: Rounding, keep: Sequence[str]) -> 
 
 def _matrix(name: str, shape: tuple[int, ...], block: int) -> Matrix:
     rows, columns = shape[-2:]
+    if block == ROW:
+        return Matrix(name, shape, rows, columns)
     # An expert's hidden size may be padded with zeros, which add nothing; its input may not.
     if name.endswith(".fc1"):
         rows += 2 * (-(rows // 2) % block)

@@ -21,17 +21,19 @@ from numpy.typing import NDArray
 from mythos_edge.exporter.weights import ALIGNMENT, laid_out
 from mythos_edge.model.errors import BuildError
 from mythos_edge.model.layout import PIECE_BYTES, TensorReader
-from mythos_edge.plugins.ort_lowering import Pack
+from mythos_edge.plugins.ort_writer import Pack
 
 Float32 = NDArray[np.float32]
 UInt8 = NDArray[np.uint8]
+Codes = NDArray[np.uint8] | NDArray[np.int8]
 Importance = Mapping[str, NDArray[np.floating]]
 METHODS = ("rtn", "search", "calibrated")
 BLOCKS = (32, 64, 128)
+ROW = 0
 # Candidate scales map the largest value of a block to this far from the end of the range, in steps of the range.
 _STRETCHES = (-1.2, -0.8, -0.4, 0.0, 0.4, 0.8)
-# Blocks worked on at once, so that what is tried stays in the cache.
-_BLOCKS_AT_ONCE = 4096
+# Values worked on at once, so that what is tried stays in the cache.
+_VALUES_AT_ONCE = 1 << 18
 _PIECES_IN_FLIGHT = 4
 
 
@@ -54,20 +56,26 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Rounding:
-    """How a target rounds: bits 4 or 8, values a block, and the method."""
+    """How a target rounds: bits 4 or 8, values that share a scale (``ROW``: a whole row), and the method."""
 
     bits: int
     block: int
     method: str
 
     def __post_init__(self) -> None:
-        if self.block not in BLOCKS:
-            raise BuildError(f"block is {self.block}, expected one of {', '.join(map(str, BLOCKS))}")
+        if self.block not in BLOCKS and (self.block, self.bits) != (ROW, 8):
+            blocks = ", ".join(map(str, BLOCKS))
+            raise BuildError(f"block is {self.block}, expected one of {blocks}, or {ROW} (a whole row) with int8")
         if self.method not in METHODS:
             raise BuildError(f"method is {self.method!r}, expected one of {', '.join(METHODS)}")
 
-    def blocks(self, matrix: Matrix) -> int:
-        return -(-matrix.columns // self.block)
+    def blocks(self, columns: int) -> int:
+        """Scales of a row."""
+        return -(-columns // self.block) if self.block else 1
+
+    def row_bytes(self, columns: int) -> int:
+        """Bytes of a row's values."""
+        return self.blocks(columns) * self.block * self.bits // 8 if self.block else columns
 
 
 @dataclass(frozen=True)
@@ -96,12 +104,13 @@ class RoundedFile:
     def packs(self, name: str, folder: Path) -> dict[str, Pack]:
         """The matrices as ONNX Runtime's kernels want them, in the file ``name`` of ``folder``."""
         made = {}
+        stored = ir.DataType.UINT8 if self.rounding.block else ir.DataType.INT8
         for item in self.placed:
             matrix = item.matrix
             values, scales = (
                 ir.ExternalTensor(name, offset, length, kind, shape=ir.Shape(shape), name="", base_dir=str(folder))
                 for offset, length, kind, shape in (
-                    (item.value_offset, _bytes(item.value_shape), ir.DataType.UINT8, item.value_shape),
+                    (item.value_offset, _bytes(item.value_shape), stored, item.value_shape),
                     (item.scale_offset, 4 * _bytes(item.scale_shape), ir.DataType.FLOAT, item.scale_shape),
                 )
             )
@@ -113,17 +122,17 @@ def plan_rounded(matrices: list[Matrix], rounding: Rounding) -> RoundedFile:
     """The layout of the file, with aligned tensors first so that all of them stay aligned."""
     placed = []
     for matrix in matrices:
-        blocks, per_block = rounding.blocks(matrix), rounding.block * rounding.bits // 8
-        if matrix.stacked:
-            count = matrix.shape[0]
-            value_shape: tuple[int, ...] = (count, matrix.rows, blocks * per_block)
-            scale_shape: tuple[int, ...] = (count, matrix.rows, blocks)
-        else:
-            value_shape, scale_shape = (matrix.rows, blocks, per_block), (matrix.rows, blocks)
+        blocks, row_bytes = rounding.blocks(matrix.columns), rounding.row_bytes(matrix.columns)
+        stack = matrix.shape[:-2]
+        # Without blocks a matrix is just one of bytes; MatMulNBits wants its blocks as an axis, QMoE does not.
+        flat = not rounding.block or matrix.stacked
+        value_shape = (*stack, matrix.rows, *((row_bytes,) if flat else (blocks, row_bytes // blocks)))
+        scale_shape = (*stack, matrix.rows, *((blocks,) if rounding.block else ()))
         placed.append(_Placed(matrix, value_shape, scale_shape))
     sized = [(f"{item.matrix.name}.scale", "F32", item.scale_shape, 4 * _bytes(item.scale_shape)) for item in placed]
-    sized += [(f"{item.matrix.name}.q", "U8", item.value_shape, _bytes(item.value_shape)) for item in placed]
-    sized.sort(key=lambda entry: (entry[3] % ALIGNMENT != 0, entry[1] == "U8"))
+    kind = "U8" if rounding.block else "I8"
+    sized += [(f"{item.matrix.name}.q", kind, item.value_shape, _bytes(item.value_shape)) for item in placed]
+    sized.sort(key=lambda entry: (entry[3] % ALIGNMENT != 0, entry[1] == kind))
     header, offsets = laid_out(sized)
     final = [
         _Placed(
@@ -167,15 +176,16 @@ def write_rounded(
 
 def round_blocks(
     rows: Float32, rounding: Rounding, importance: NDArray[np.floating] | None = None
-) -> tuple[UInt8, Float32]:
+) -> tuple[Codes, Float32]:
     """``rows (N, K)`` as packed values (N, blocks, block * bits / 8) and scales (N, blocks).
 
-    A value is (code - 2^(bits - 1)) * scale. ``importance (K,)`` weighs the squared error of each column.
+    A value is (code - 2^(bits - 1)) * scale; with whole rows as blocks the codes less 128, as int8.
+    ``importance (K,)`` weighs the squared error of each column.
     """
     if rounding.method == "rtn":
-        return _nearest(rows, rounding)
-    bits, block = rounding.bits, rounding.block
+        return _nearest(rows, rounding) if rounding.block else _nearest_by_row(rows)
     count, columns = rows.shape
+    bits, block = rounding.bits, rounding.block or columns
     blocks = -(-columns // block)
     padded = np.zeros((count, blocks * block), np.float32)
     padded[:, :columns] = rows
@@ -186,15 +196,20 @@ def round_blocks(
     weights = np.tile(weights.reshape(blocks, block), (count, 1))
     flat = padded.reshape(-1, block)
     codes, scales = np.empty(flat.shape, np.uint8), np.empty(len(flat), np.float32)
-    for start in range(0, len(flat), _BLOCKS_AT_ONCE):
-        part = slice(start, start + _BLOCKS_AT_ONCE)
+    step = max(1, _VALUES_AT_ONCE // block)
+    for start in range(0, len(flat), step):
+        part = slice(start, start + step)
         codes[part], scales[part] = _best_scale(flat[part], weights[part], bits)
+    if not rounding.block:
+        return (codes ^ 128).view(np.int8), scales
     packed: UInt8 = codes if bits == 8 else np.bitwise_or(codes[:, 0::2], codes[:, 1::2] << 4)
     return packed.reshape(count, blocks, block * bits // 8), scales.reshape(count, blocks)
 
 
-def unpacked(values: UInt8, scales: Float32, bits: int, columns: int) -> Float32:
+def unpacked(values: Codes, scales: Float32, bits: int, columns: int) -> Float32:
     """The matrix (N, columns) that rounded values stand for."""
+    if values.dtype == np.int8:
+        return values.astype(np.float32) * scales[:, None]
     codes = values if bits == 8 else np.stack([values & 15, values >> 4], axis=-1)
     centred = codes.reshape(*scales.shape, -1).astype(np.float32) - (1 << bits - 1)
     matrix: Float32 = (centred * scales[..., None]).reshape(len(scales), -1)[:, :columns]
@@ -239,6 +254,11 @@ def _nearest(rows: Float32, rounding: Rounding) -> tuple[UInt8, Float32]:
     return values, scales
 
 
+def _nearest_by_row(rows: Float32) -> tuple[Codes, Float32]:
+    scales = np.abs(rows).max(axis=1) / np.float32(127)
+    return np.rint(rows / np.where(scales == 0, 1, scales)[:, None]).astype(np.int8), scales
+
+
 _Piece = tuple[Float32, NDArray[np.floating] | None, int]
 
 
@@ -264,9 +284,9 @@ def _pieces(item: _Placed, reader: TensorReader, importance: NDArray[np.floating
 
 def _rounded(
     pool: ThreadPoolExecutor, rounding: Rounding, pieces: Iterator[_Piece]
-) -> Iterator[tuple[UInt8, Float32, int]]:
+) -> Iterator[tuple[Codes, Float32, int]]:
     """Each piece rounded, with the number of its first row; only a few are in memory at once, unlike with ``map``."""
-    pending: deque[tuple[Future[tuple[UInt8, Float32]], int]] = deque()
+    pending: deque[tuple[Future[tuple[Codes, Float32]], int]] = deque()
     for rows, importance, start in pieces:
         pending.append((pool.submit(round_blocks, rows, rounding, importance), start))
         if len(pending) > _PIECES_IN_FLIGHT:

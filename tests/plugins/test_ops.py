@@ -13,7 +13,8 @@ import torch
 from mythos_edge.exporter.rounding import Rounding, round_blocks, unpacked
 from mythos_edge.model.layers import EagerOps, Window
 from mythos_edge.plugins import ops, reference
-from mythos_edge.plugins.ort_lowering import Pack, lower_for_ort
+from mythos_edge.plugins.ort_lowering import lower_for_ort
+from mythos_edge.plugins.ort_writer import Pack
 from mythos_edge.plugins.torch_ops import add_functions
 from mythos_edge.runtime.backend import ort_session
 

@@ -40,13 +40,13 @@ from mythos_edge.model.errors import BuildError
 from mythos_edge.model.layout import recipes
 from mythos_edge.model.tensor_files import read_tensor_file
 from mythos_edge.plugins.ort_lowering import Packs, lower_for_ort
+from mythos_edge.plugins.processor import has_integer_dot_products
 from mythos_edge.plugins.torch_ops import add_functions
 
 TARGET = "ort-cpu"
 STAGES = ("prelude", "step", "coda")
 MANY = 8
 BITS = {"fp32": 32, "int8": 8, "int4": 4}
-_DEFAULT_BLOCKS = {"int8": ROW, "int4": 64}
 _DEFAULT_METHODS = {"int8": "rtn", "int4": "search"}
 # What --keep understands beside the names of tensors.
 PARTS = {
@@ -106,7 +106,8 @@ def build_target(
 ) -> Bundle:
     """The bundle at ``path`` with the target ``ort-cpu-<weights>`` added, or made again.
 
-    ``block`` values share a scale (by default 64 for int4, 0 for int8: a whole row); ``keep`` names parts or tensors
+    ``block`` values share a scale (by default 64 for int4; for int8 0, a whole row, where the processor has integer dot
+    products, else 128); ``keep`` names parts or tensors
     that stay float32; ``method`` is ``rtn``, ``search`` or, with the ``importance`` of each channel, ``calibrated``.
     Nothing of the bundle changes before the target is whole. Raises BuildError, BundleError.
     """
@@ -119,7 +120,7 @@ def build_target(
         plan = None
         if weights != "fp32":
             chosen = "calibrated" if importance is not None else method or _DEFAULT_METHODS[weights]
-            rounding = Rounding(BITS[weights], _DEFAULT_BLOCKS[weights] if block is None else block, chosen)
+            rounding = Rounding(BITS[weights], _default_block(weights) if block is None else block, chosen)
             plan = plan_rounded(_matrices(manifest.config, rounding, keep), rounding)
             require_free_space(path, plan.total_bytes)
             _round(bundle, plan, folder / _weights_file(name), importance, progress)
@@ -170,6 +171,12 @@ def _check(model: ir.Model) -> None:
             value.const_value = None
             copy.graph.inputs.append(value)
     onnx.checker.check_model(ir.to_proto(copy))
+
+
+def _default_block(weights: str) -> int:
+    if weights == "int4":
+        return 64
+    return ROW if has_integer_dot_products() else 128
 
 
 def _weights_file(name: str) -> str:

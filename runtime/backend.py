@@ -15,6 +15,7 @@ import numpy as np
 
 from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.errors import BackendUnavailable, BundleError, MythosEdgeError, UsageError
+from mythos_edge.plugins.processor import has_integer_dot_products
 from mythos_edge.runtime.packing import ROWS, Array, Arrays, Call, packed, unpack
 
 TARGET = "ort-cpu"
@@ -54,6 +55,11 @@ class OrtBackend:
         spec = bundle.target(target)
         if not set(STAGES) <= set(spec.graphs):
             raise BundleError(f"{bundle.path}: target {target!r} has not all stages: export the bundle again")
+        if spec.weights == "int8" and not spec.block and not has_integer_dot_products():
+            raise BackendUnavailable(
+                f"target {target!r} multiplies 8-bit integers, which this processor does inexactly (it has no VNNI)",
+                f"mythos-edge build {bundle.path} --weights int8 --block 128",
+            )
         self._open = partial(_BoundGraph, threads=threads, prepack=spec.prepacked)
         self._bundle, self._spec = bundle, spec
         self._positions = np.zeros((1, 1), np.int64)

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--target", default="ort-cpu", metavar="NAME", help="what to build for (default: ort-cpu)")
     parser.add_argument("--weights", choices=("fp32", "int8", "int4"), required=True)
-    parser.add_argument("--block", type=int, metavar="N", help="values that share a scale: 32, 64 or 128")
+    parser.add_argument("--block", type=int, metavar="N", help="values that share a scale: 32, 64, 128, or 0: a row")
     parts = "head, attention, experts, shared, prelude, coda, or names of tensors"
     parser.add_argument("--keep", default="", metavar="PARTS", help=f"what stays fp32: {parts}")
     parser.add_argument("--method", choices=("rtn", "search"), help="round to nearest, or search each block's scale")
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     )
     name = ort_target.target_name(args.weights)
     target = bundle.manifest.targets[name]
-    rounded = f", blocks of {target.block}, {target.method}" if target.block else ""
+    rounded = "" if target.method == "none" else f", blocks of {target.block or 'a row'}, {target.method}"
     console.say(
         f"{name}: {target.weights}{rounded}; a token reads {target.fixed_bytes / 1e6:.1f} MB of weights and "
         f"{target.step_bytes / 1e6:.1f} MB at each loop step"

@@ -22,6 +22,7 @@ IMPORT_LIGHT = [
     "model.errors",
     "model.config",
     "model.bundle",
+    "plugins.processor",
     *(f"runtime.{path.stem}" for path in sorted((ROOT / "runtime").glob("*.py"))),
     "scripts.cli",
     "scripts.addition",

@@ -1,0 +1,19 @@
+"""What this processor can compute, as far as targets depend on it. Import-light."""
+
+import platform
+from pathlib import Path
+
+
+def has_integer_dot_products() -> bool:
+    """Whether 8-bit integers are multiplied and summed exactly in one instruction (VNNI, or Arm's dot products).
+
+    Older x86 processors add pairs of products in 16 bits, which overflow. False where the system does not tell.
+    """
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        return True
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return False
+    flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), [])
+    return not {"avx512_vnni", "avx_vnni"}.isdisjoint(flags)

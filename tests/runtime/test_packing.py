@@ -1,5 +1,6 @@
 """Several sequences in one run of a stage, against each alone: on the real graphs of every kind of target."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,11 @@ TOLERANCES = {"ort-cpu": 3e-5, "ort-cpu-int8": 2e-2, "ort-cpu-int4": 2e-2}
 
 
 @pytest.fixture(scope="module", params=TOLERANCES)
-def backend(request: pytest.FixtureRequest, exported: Callable[..., Path]) -> Iterator[OrtBackend]:
-    path = exported(Path(__file__).parents[1] / "fixtures" / "mla-small")
+def backend(
+    request: pytest.FixtureRequest, exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[OrtBackend]:
+    made = exported(Path(__file__).parents[1] / "fixtures" / "mla-small")
+    path = Path(shutil.copytree(made, tmp_path_factory.mktemp("packing") / "mla.bundle"))
     if request.param == "ort-cpu-int8":
         build_target(path, "int8")
     elif request.param == "ort-cpu-int4":

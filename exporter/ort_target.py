@@ -221,7 +221,7 @@ def _matrices(config: MythosConfig, rounding: Rounding, keep: Sequence[str]) -> 
 def _matrix(name: str, shape: tuple[int, ...], block: int) -> Matrix:
     rows, columns = shape[-2:]
     if block == ROW:
-        return Matrix(name, shape, rows, columns)
+        return Matrix(name, shape, rows, columns, halves=name.endswith(".fc1"))
     # An expert's hidden size may be padded with zeros, which add nothing; its input may not.
     if name.endswith(".fc1"):
         rows += 2 * (-(rows // 2) % block)

@@ -41,13 +41,15 @@ _PIECES_IN_FLIGHT = 4
 class Matrix:
     """A stored matrix (N, K), or a stack of E of them (E, N, K), that is to be rounded.
 
-    ``padded`` rows and columns of zeros are added to an expert whose hidden size does not divide by the block.
+    ``rows`` and ``columns`` may be more than the shape says: zeros are added to an expert whose hidden size does not
+    divide by the block. With ``halves`` the rows of gate and up, which take turns in the bundle, are parted.
     """
 
     name: str
     shape: tuple[int, ...]
     rows: int
     columns: int
+    halves: bool = False
 
     @property
     def stacked(self) -> bool:
@@ -275,6 +277,8 @@ def _pieces(item: _Placed, reader: TensorReader, importance: NDArray[np.floating
     for expert in range(count):
         whole = np.zeros((matrix.rows, matrix.columns), np.float32)
         whole[:rows, :columns] = reader.read(matrix.name, expert, expert + 1)[0].float().numpy()
+        if matrix.halves:
+            whole = np.concatenate([whole[0::2], whole[1::2]])
         own = importance[expert] if importance is not None and importance.ndim == 2 else importance
         if own is not None:
             own = np.pad(own, (0, matrix.columns - columns))

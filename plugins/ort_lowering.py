@@ -185,8 +185,7 @@ class _Lowering:
         gate_up, down = inputs["shared_gate_up"], inputs["shared_down"]
         assert gate_up is not None
         assert down is not None
-        gate, up = writer.add_many("Split", [self._multiplied(writer, x, gate_up)], 2, axis=-1, num_outputs=2)
-        hidden = writer.add("Mul", [writer.silu(gate), up])
+        hidden = writer.swiglu(self._multiplied(writer, x, gate_up))
         return writer.add("Add", [y, self._multiplied(writer, hidden, down)])
 
     def _blocked_experts(
@@ -295,7 +294,7 @@ class _Lowering:
             )
         whole = self._rounded_rows(writer, x)
         taken = Rounded(inside.add("Gather", [whole.codes, rows]), inside.add("Gather", [whole.scales, rows]))
-        hidden = inside.interleaved_swiglu(inside.integer_product(taken, *matrices[0]))
+        hidden = inside.swiglu(inside.integer_product(taken, *matrices[0]))
         return inside.integer_product(inside.rounded(hidden), *matrices[1])
 
 

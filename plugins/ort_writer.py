@@ -19,7 +19,8 @@ _ZERO = 128
 class Pack:
     """A matrix (or a stack of matrices) rounded in blocks of ``block`` values along its rows, one scale each.
 
-    With block 0 a row is a block: ``values`` int8 (N, K) or (E, N, K), ``scales`` (N,) or (E, N). Otherwise
+    With block 0 a row is a block: ``values`` int8 (N, K) or (E, N, K), ``scales`` (N,) or (E, N), and an expert's rows
+    of gate all stand before those of up. Otherwise
     ``values`` uint8: (N, blocks, block * bits / 8), or (E, N, K * bits / 8) for stacked experts; zero is the middle of
     the range. ``scales`` float32 (N, blocks) or (E, N, blocks). ``columns`` is K, the length of a row.
     """
@@ -140,6 +141,11 @@ class GraphWriter:
     def silu(self, x: ir.Value) -> ir.Value:
         # QuickGelu with alpha 1 is x * sigmoid(x); SiLU as such has no CPU kernel.
         return self.add("QuickGelu", [x], MICROSOFT, alpha=1.0)
+
+    def swiglu(self, both: ir.Value) -> ir.Value:
+        """silu(gate) * up (N, F) of ``both (N, 2F)``, gate before up."""
+        gate, up = self.add_many("Split", [both], 2, axis=-1, num_outputs=2)
+        return self.add("Mul", [self.silu(gate), up])
 
     def interleaved_swiglu(self, both: ir.Value) -> ir.Value:
         """silu(gate) * up (N, F) of ``both (N, 2F)``, in which their columns take turns."""

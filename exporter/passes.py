@@ -4,6 +4,9 @@
 ``for_many_sequences``  requires the former; ensures rows of up to ``jobs`` sequences side by side, each with its cache
 """
 
+from collections.abc import Sequence
+
+import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 from onnxscript.optimizer import fold_constants
@@ -27,7 +30,7 @@ def for_one_sequence(model: ir.Model) -> ir.Model:
             node.replace_input_with(3, positions)
         elif node.domain == ops.DOMAIN and node.op_type in _ATTENTIONS:
             # What the portable body would work out from length and first is known here: all columns are visible.
-            _insert_window(graph, node)
+            _insert_window(graph, node, graph)
     unused = [value for value in graph.inputs if value.name in ("length", "first")]
     kept = [value for value in graph.inputs if value not in unused]
     _fold(made)
@@ -40,15 +43,19 @@ def for_one_sequence(model: ir.Model) -> ir.Model:
 def for_many_sequences(model: ir.Model, jobs: int) -> ir.Model:
     """A copy in which the chunk holds the rows of ``jobs`` sequences, one after the other.
 
-    ``row_counts (jobs,)`` says how many rows each has (0 for none); instead of ``past`` there are ``past@0`` ..., each
-    with a context of its own. Everything but attention works row by row and stays as it is.
+    ``row_counts (jobs,)`` says how many rows each has (0 for none), ``positions`` is (chunk, 1); instead of ``past``
+    there are ``past@0`` ..., each with a context of its own. Everything but attention works row by row and stays.
     """
     made = model.clone()
     graph = made.graph
     counts = ir.Value(name="row_counts", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([jobs]))
     graph.inputs.append(counts)
-    for node in [node for node in graph if node.op_type in _ATTENTIONS]:
-        _attend_apart(graph, node, counts, jobs)
+    used = [_has_rows(graph, counts, job) for job in range(jobs)]
+    for node in list(graph):
+        if node.op_type in _ATTENTIONS:
+            _attend_apart(graph, node, counts, used)
+        elif node.op_type == "RotaryEmbedding":
+            _rotate_each_row(graph, node)
     passes.RemoveUnusedNodesPass()(made)
     return made
 
@@ -68,8 +75,8 @@ def _fix_batch(graph: ir.Graph) -> None:
             node.replace_input_with(1, _constant(graph, f"{node.outputs[0].name}.shape", sizes))
 
 
-def _insert_window(graph: ir.Graph, node: ir.Node) -> None:
-    """Gives an attention node its ``length``, the columns of its cache, and no padding."""
+def _insert_window(graph: ir.Graph, node: ir.Node, home: ir.Graph) -> None:
+    """Gives an attention node of ``graph`` its ``length``, the columns of its cache, and no padding."""
     past = node.inputs[2]
     assert past is not None
     size = ir.node("Shape", [past], {"start": 1, "end": 2})
@@ -78,7 +85,7 @@ def _insert_window(graph: ir.Graph, node: ir.Node) -> None:
         made.outputs[0].name = made.name = f"{node.outputs[0].name}.{suffix}"
         graph.insert_before(node, made)
     node.replace_input_with(3, length.outputs[0])
-    node.replace_input_with(4, _constant(graph, "no_padding", [0]))
+    node.replace_input_with(4, _constant(home, "no_padding", [0]))
 
 
 def _constant(graph: ir.Graph, name: str, numbers: list[int]) -> ir.Value:
@@ -100,37 +107,84 @@ def _fold(model: ir.Model) -> None:
     )(model)
 
 
-def _attend_apart(graph: ir.Graph, node: ir.Node, counts: ir.Value, jobs: int) -> None:
-    """Replaces an attention node by one for each sequence over its own cache."""
+def _has_rows(graph: ir.Graph, counts: ir.Value, job: int) -> ir.Value:
+    """Whether a sequence has any rows."""
+    number = ir.node("Gather", [counts, _constant(graph, f"job_{job}", [job])], name=f"row_count@{job}")
+    some = ir.node("Cast", [number.outputs[0]], {"to": ir.DataType.BOOL}, name=f"has_rows@{job}")
+    for node in (number, some):
+        node.outputs[0].name = node.name
+    graph.insert_before(graph[0], [number, some])
+    return some.outputs[0]
+
+
+def _rotate_each_row(graph: ir.Graph, node: ir.Node) -> None:
+    """Makes every row a sequence of one for the rotation: its kernel takes no chunk beyond the longest context."""
+    x, positions = node.inputs[0], node.inputs[3]
+    assert x is not None
+    assert x.shape is not None
+    assert positions is not None
+    positions.shape = ir.Shape(["chunk", 1])
+    width = x.shape[-1]
+    assert isinstance(width, int)
+    apart = ir.node("Reshape", [x, _constant(graph, f"rows_of_{width}", [-1, 1, width])], name=f"{x.name}.rows")
+    apart.outputs[0].name, apart.outputs[0].type = apart.name, x.type
+    graph.insert_before(node, apart)
+    node.replace_input_with(0, apart.outputs[0])
+    node.outputs[0].shape = ir.Shape(["chunk", 1, width])
+
+
+def _attend_apart(graph: ir.Graph, node: ir.Node, counts: ir.Value, used: list[ir.Value]) -> None:
+    """Replaces an attention node by one for each sequence that has rows, over its own cache."""
     q, rows, past = node.inputs[:3]
     assert q is not None
     assert rows is not None
     assert past is not None
-    name = str(node.outputs[0].name)
-    split = {}
-    for label, value in (("q", q), ("rows", rows)):
-        cut = ir.node("Split", [value, counts], {"axis": 1}, num_outputs=jobs, name=f"{name}.{label}")
-        for job, part in enumerate(cut.outputs):
-            part.name, part.type = f"{name}.{label}@{job}", ir.TensorType(ir.DataType.FLOAT)
-            assert value.shape is not None
-            part.shape = ir.Shape([1, f"rows_{job}", *list(value.shape)[2:]])
-        graph.insert_before(node, cut)
-        split[label] = cut.outputs
+    name, output = str(node.outputs[0].name), node.outputs[0]
+    parts = [_split_rows(graph, node, value, counts, len(used)) for value in (q, rows)]
     attended = []
-    assert past.shape is not None
-    for job in range(jobs):
+    for job, has_rows in enumerate(used):
+        assert past.shape is not None
         own = ir.Value(name=f"{past.name}@{job}", type=past.type, shape=ir.Shape([1, f"context_{job}", past.shape[2]]))
         graph.inputs.append(own)
-        inputs = [split["q"][job], split["rows"][job], own, *node.inputs[3:]]
+        inputs = [parts[0][job], parts[1][job], own, *node.inputs[3:]]
         one = ir.node(node.op_type, inputs, node.attributes, domain=node.domain, name=f"{name}@{job}")
-        one.outputs[0].name, one.outputs[0].type = one.name, ir.TensorType(ir.DataType.FLOAT)
-        graph.insert_before(node, one)
-        _insert_window(graph, one)
-        attended.append(one.outputs[0])
+        then = ir.Graph([], one.outputs, nodes=[one], name=f"{name}@{job}/rows")
+        _insert_window(then, one, graph)
+        nothing = ir.node("Identity", [_no_rows(graph, output)], name=f"{name}@{job}/nothing")
+        otherwise = ir.Graph([], nothing.outputs, nodes=[nothing], name=f"{name}@{job}/no_rows")
+        for made in (one, nothing):
+            made.outputs[0].name, made.outputs[0].type = f"{made.name}.made", output.type
+            made.outputs[0].shape = ir.Shape([1, None, *list(output.shape or ())[2:]])
+        branches = [ir.AttrGraph("then_branch", then), ir.AttrGraph("else_branch", otherwise)]
+        choice = ir.Node("", "If", [has_rows], branches, name=f"{name}@{job}/if")
+        choice.outputs[0].name, choice.outputs[0].type = choice.name, output.type
+        graph.insert_before(node, choice)
+        attended.append(choice.outputs[0])
     joined = ir.node("Concat", attended, {"axis": 1}, name=f"{name}.joined")
-    joined.outputs[0].name, joined.outputs[0].type = joined.name, node.outputs[0].type
-    joined.outputs[0].shape = node.outputs[0].shape
+    joined.outputs[0].name, joined.outputs[0].type, joined.outputs[0].shape = joined.name, output.type, output.shape
     graph.insert_before(node, joined)
-    ir.convenience.replace_all_uses_with(node.outputs[0], joined.outputs[0])
+    ir.convenience.replace_all_uses_with(output, joined.outputs[0])
     graph.remove(node, safe=True)
     graph.inputs.remove(past)
+
+
+def _split_rows(graph: ir.Graph, node: ir.Node, value: ir.Value, counts: ir.Value, jobs: int) -> Sequence[ir.Value]:
+    """``value (1, chunk, ...)`` cut into the rows of each sequence."""
+    cut = ir.node("Split", [value, counts], {"axis": 1}, num_outputs=jobs, name=f"{node.outputs[0].name}.{value.name}")
+    for job, part in enumerate(cut.outputs):
+        part.name, part.type = f"{cut.name}@{job}", value.type
+        part.shape = ir.Shape([1, f"rows_{job}", *list(value.shape or ())[2:]])
+    graph.insert_before(node, cut)
+    return cut.outputs
+
+
+def _no_rows(graph: ir.Graph, like: ir.Value) -> ir.Value:
+    """No rows of the shape of ``like (1, chunk, heads, width)``."""
+    assert like.shape is not None
+    shape = [1, 0, *(int(size) for size in list(like.shape)[2:] if isinstance(size, int))]
+    name = "no_rows_" + "_".join(map(str, shape))
+    if name not in graph.initializers:
+        tensor = ir.tensor(np.zeros(shape, np.float32), name=name)
+        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(shape), const_value=tensor)
+        graph.register_initializer(value)
+    return graph.initializers[name]

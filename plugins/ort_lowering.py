@@ -33,7 +33,7 @@ def lower_for_ort(model: ir.Model, packs: Packs | None = None) -> ir.Model:
     """
     lowered = model.clone()
     lowering = _Lowering(lowered.graph, packs or {})
-    for node in list(lowered.graph):
+    for node in list(lowered.graph.all_nodes()):
         lowering.lower(node)
     lowered.graph.opset_imports[MICROSOFT] = 1
     lowered.graph.name = f"{model.graph.name} for ONNX Runtime"
@@ -57,16 +57,17 @@ class _Lowering:
             ("", "Gather"): self._embedding,
         }
         rule = rules.get((node.domain, node.op_type))
-        made = (
-            None if rule is None else rule(GraphWriter(self._graph, self._graph, str(node.outputs[0].name), node), node)
-        )
+        if rule is None:
+            return
+        old, graph = node.outputs[0], node.graph
+        assert isinstance(graph, ir.Graph)
+        name = old.name
+        made = rule(GraphWriter(graph, self._graph, str(name), node), node)
         if made is None:
             return
-        old = node.outputs[0]
-        name = old.name
         ir.convenience.replace_all_uses_with(old, made, replace_graph_outputs=True)
         made.name, made.type, made.shape = name, old.type, old.shape
-        self._graph.remove(node, safe=True)
+        graph.remove(node, safe=True)
 
     def _product(self, writer: GraphWriter, node: ir.Node) -> ir.Value | None:
         x, matrix = node.inputs[:2]

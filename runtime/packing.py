@@ -32,7 +32,7 @@ def packed(stage: str, calls: Sequence[Call], jobs: int) -> Call:
     feeds: dict[str, Array] = {"row_counts": np.array(counts + [0] * (jobs - len(calls)), np.int64)}
     starts = [int(call.feeds["length"]) for call in calls]
     spans = [np.arange(start, start + count) for start, count in zip(starts, counts, strict=True)]
-    feeds["positions"] = np.concatenate(spans)[None]
+    feeds["positions"] = np.concatenate(spans)[:, None]
     offsets = np.cumsum([0, *counts])
     first = calls[0].feeds
     for name in first.keys() - {"length", "first"}:

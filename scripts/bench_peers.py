@@ -83,7 +83,13 @@ def main(argv: list[str] | None = None) -> int:
         runners: dict[str, Runner] = {_REFERENCE: lambda: _reference(model, prompt, args.new_tokens)}
         for weights in args.weights.split(","):
             session = opened.enter_context(Session.open(bundle, target=target_name(weights)))
-            runners |= _ours(session, weights, prompt[0].tolist(), args.new_tokens)
+            _tell(f"looking for the threshold of {weights}")
+            wanted = config.max_loop_iters / 4
+            threshold = threshold_of_mean_depth(session, prompt[0].tolist(), args.new_tokens, wanted)
+            runners |= _ours(session, weights, prompt[0].tolist(), args.new_tokens, threshold)
+            if weights == "fp32":
+                # Its steps are all the same; the threshold decides how it weighs them.
+                model.cfg.act_threshold = threshold
         runs = _interleaved(runners, args.repetitions)
         if args.compile:
             runs |= _compiled(model, prompt, args)
@@ -145,10 +151,8 @@ def _reference(model: Any, prompt: torch.Tensor, count: int) -> Run:
     return Run(tokens[0, prompt.shape[1] :].tolist(), ends[0] - started, seconds, loops, float("nan"))
 
 
-def _ours(session: Session, weights: str, prompt: list[int], count: int) -> dict[str, Runner]:
-    """This runtime under both policies, at the threshold that gives a quarter of the loop steps."""
-    _tell(f"looking for the threshold of {weights}")
-    threshold = threshold_of_mean_depth(session, prompt, count, session.config.max_loop_iters / 4)
+def _ours(session: Session, weights: str, prompt: list[int], count: int, threshold: float) -> dict[str, Runner]:
+    """This runtime under both policies."""
     spec = session.bundle.manifest.targets[target_name(weights)]
 
     def run(policy: str) -> Run:

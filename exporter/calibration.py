@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mythos_edge.exporter.export import ORT_CPU, Progress
-from mythos_edge.exporter.probes import Probe, Router, router_of, stored_weights
+from mythos_edge.exporter.ort_target import TARGET, Progress
+from mythos_edge.exporter.probes import MOE_NORM, Probe, router_of, stored_weights
 from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import CapacityError
@@ -28,6 +28,7 @@ Float64 = NDArray[np.float64]
 See = Callable[[int, Mapping[str, Array]], None]
 
 _FC1, _FC2 = "step.block.ffn.fc1", "step.block.ffn.fc2"
+# What each stage's matrices begin with. The fp32 target holds fc1 in pieces, one an expert; its norm stands in for it.
 _PREFIXES = {"prelude": ("prelude_blocks.",), "step": ("step.block.",), "coda": ("coda_blocks.", "embed")}
 
 
@@ -81,18 +82,20 @@ class _Network:
 
     def __init__(self, bundle: Bundle) -> None:
         self._config = bundle.manifest.config
-        matrices = _matrices(self._config)
-        self._probes = {}
-        for stage, file in bundle.target(ORT_CPU).graphs.items():
-            if stage in _PREFIXES:
-                weights = [name for name in matrices if name.startswith(_PREFIXES[stage])]
-                kept = {"prelude": ["e"], "step": [f"{name}_next" for name in LoopState._fields], "coda": []}[stage]
-                self._probes[stage] = Probe(bundle.file(file), weights, kept)
+        graphs = bundle.target(TARGET).graphs
+        kept = {"prelude": ["e"], "step": [f"{name}_next" for name in LoopState._fields], "coda": []}
+        beside = [*_matrices(self._config), MOE_NORM]
+        self._probes = {
+            stage: Probe(
+                bundle.file(graphs[stage]), [name for name in beside if name.startswith(prefixes)], kept[stage]
+            )
+            for stage, prefixes in _PREFIXES.items()
+        }
 
     def run(self, ids: NDArray[np.int64], see: See) -> None:
         """Runs one sequence ``ids (1, S)`` through all stages; ``see`` is told each loop step's activations."""
         c, rows = self._config, ids.shape
-        window = {"length": np.array(0), "first": np.zeros(1, np.int64)}
+        window = {"positions": np.arange(rows[1])[None]}
         past = np.zeros((1, 0, c.cache_width), np.float32)
         e = self._run("prelude", {"input_ids": ids} | window | _slots(past, c.prelude_layers), 0, see)["e"]
         state = {
@@ -111,7 +114,8 @@ class _Network:
 
     def _run(self, stage: str, feeds: dict[str, Array], index: int, see: See) -> dict[str, Array]:
         made = self._probes[stage].run(feeds)
-        see(index, {name: x for name, x in made.items() if name.startswith(_PREFIXES[stage])})
+        seen = {name: x for name, x in made.items() if name.startswith(_PREFIXES[stage])}
+        see(index, {_FC1 if name == MOE_NORM else name: x for name, x in seen.items()})
         return made
 
 
@@ -119,7 +123,7 @@ class _Experts:
     """The first matrices of the routed experts, mapped from the file and read one at a time."""
 
     def __init__(self, bundle: Bundle) -> None:
-        self._router: Router = router_of(bundle)
+        self._router = router_of(bundle)
         self._fc1 = stored_weights(bundle, "step")[_FC1].numpy()
 
     def hidden(self, x: Float32) -> Iterator[tuple[int, Float32]]:
@@ -161,12 +165,8 @@ class _Tally:
 
 
 def _matrices(config: MythosConfig) -> list[str]:
-    """Names of the matrices that are multiplied with rows of activations, as the layout has them."""
-    return [
-        recipe.name
-        for recipe in recipes(config, max_context=1)
-        if recipe.narrow and (len(recipe.shape) == 2 or recipe.name == _FC1)
-    ]
+    """Names of the matrices that all rows of activations are multiplied with, as the layout has them."""
+    return [recipe.name for recipe in recipes(config, max_context=1) if recipe.narrow and len(recipe.shape) == 2]
 
 
 def _slots(past: Float32, layers: int) -> dict[str, Array]:

@@ -27,33 +27,39 @@ class Probe:
     """One graph of a bundle that tells the activations beside ``weights``, and of its own outputs ``kept``.
 
     Beside a matrix that is what it is multiplied with, beside a norm what the norm makes. Nodes that neither needs
-    are not run. Raises BundleError when the graph has no such weight, BackendUnavailable without onnxruntime.
+    are not run; ``prepack`` as the target says. Raises BundleError when the graph has no such weight,
+    BackendUnavailable without onnxruntime.
     """
 
-    def __init__(self, path: Path, weights: Sequence[str], kept: Sequence[str] = (), threads: int = 0) -> None:
+    def __init__(self, path: Path, weights: Sequence[str], kept: Sequence[str] = (), prepack: bool = False) -> None:
         model = ir.load(path)
         graph = model.graph
-        outputs = [value for value in graph.outputs if value.name in kept]
-        self._names = {str(value.name): str(value.name) for value in outputs}
-        for weight in weights:
-            value = _beside(graph, weight, path)
+        beside = {weight: _beside(graph, weight, path) for weight in weights}
+        for value in beside.values():
             value.type = ir.TensorType(ir.DataType.FLOAT)
-            self._names[weight] = str(value.name)
-            outputs += [] if value in outputs else [value]
+        outputs = [value for value in graph.outputs if value.name in kept]
         graph.outputs.clear()
-        graph.outputs.extend(outputs)
+        graph.outputs.extend(dict.fromkeys([*outputs, *beside.values()]))
+        self._kept = tuple(kept)
+        self._beside = {weight: str(value.name) for weight, value in beside.items()}
         passes.RemoveUnusedNodesPass()(model)
         self._path = path
-        self._session = _session(model, path, threads)
+        self._session = _session(model, path, prepack)
+        self._inputs = [value.name for value in self._session.get_inputs()]
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Kept outputs by their name, activations (rows, channels) by the name of the weight."""
-        wanted = sorted(set(self._names.values()))
+        """Kept outputs by their name, activations (rows, channels) by the name of the weight.
+
+        ``feeds`` may hold more than the graph takes: portable and lowered graphs know positions by different inputs.
+        """
+        given = {name: feeds[name] for name in self._inputs}
+        wanted = list(dict.fromkeys([*self._kept, *self._beside.values()]))
         try:
-            found = dict(zip(wanted, self._session.run(wanted, dict(feeds)), strict=True))
+            found = dict(zip(wanted, self._session.run(wanted, given), strict=True))
         except Exception as error:  # onnxruntime's exceptions have no common base but this
             raise MythosEdgeError(f"{self._path.name}: ONNX Runtime failed: {_one_line(error)}") from error
-        return {name: found[value] for name, value in self._names.items()}
+        rows = {weight: found[value].reshape(-1, found[value].shape[-1]) for weight, value in self._beside.items()}
+        return {name: found[name] for name in self._kept} | rows
 
 
 @dataclass(frozen=True)
@@ -86,20 +92,18 @@ def stored_weights(bundle: Bundle, stage: str) -> dict[str, ir.TensorProtocol]:
 
 def _beside(graph: ir.Graph, weight: str, path: Path) -> ir.Value:
     """The activations that meet ``weight``."""
-    value = graph.initializers.get(weight)
-    uses = [] if value is None else list(value.uses())
-    # A weight that is stored narrower goes through a Cast first.
-    if len(uses) == 1 and uses[0][0].op_type == "Cast":
-        uses = list(uses[0][0].outputs[0].uses())
-    if len(uses) != 1:
-        raise BundleError(f"{path.name}: {len(uses)} nodes use {weight!r}, expected one: build the target again")
-    node = uses[0][0]
-    beside = node.outputs[0] if node.op_type.endswith("Normalization") else node.inputs[0]
+    # A weight that is stored narrower is used as its float32 copy.
+    names = (weight, f"{weight}.fp32")
+    nodes = [node for node in graph if any(value is not None and value.name in names for value in node.inputs)]
+    users = [node for node in nodes if node.op_type != "Cast"]
+    if len(users) != 1:
+        raise BundleError(f"{path.name}: {len(users)} nodes use {weight!r}, expected one: build the target again")
+    beside = users[0].outputs[0] if users[0].op_type.endswith("Normalization") else users[0].inputs[0]
     assert beside is not None
     return beside
 
 
-def _session(model: ir.Model, path: Path, threads: int) -> Any:
+def _session(model: ir.Model, path: Path, prepack: bool) -> Any:
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime as ort
@@ -107,10 +111,10 @@ def _session(model: ir.Model, path: Path, threads: int) -> Any:
         raise BackendUnavailable("onnxruntime is not installed", "pip install onnxruntime") from error
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = threads
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
-    # As in the runtime: weights are read from the mapped file, and idle threads leave the cores to others.
-    options.add_session_config_entry("session.disable_prepacking", "1")
+    # As in the runtime: float32 weights are read from the mapped file, and idle threads leave the cores to others.
+    if not prepack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         serialized = ir.serde.serialize_model(model).SerializeToString()

@@ -323,22 +323,6 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def update_manifest(bundle: Bundle, **changes: Any) -> Bundle:
-    """The bundle with fields of its manifest changed; the file is replaced whole or not at all."""
-    manifest = dataclasses.replace(bundle.manifest, **changes)
-    path = bundle.path / MANIFEST_FILE
-    partial = path.with_name(f".{MANIFEST_FILE}.partial-{os.getpid()}")
-    try:
-        partial.write_text(json.dumps(manifest_to_dict(manifest), indent=1) + "\n", encoding="utf-8")
-        _sync(partial)
-        partial.replace(path)
-    except OSError as error:
-        raise BundleError(f"{path}: can not be written: {error.strerror}") from error
-    finally:
-        partial.unlink(missing_ok=True)
-    return Bundle(bundle.path, manifest)
-
-
 class BundleWriter:
     """Makes a bundle in ``folder``, beside its final place; leaving the block without ``finish`` removes it all.
 

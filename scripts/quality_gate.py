@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.errors import BackendUnavailable, UsageError
-from mythos_edge.runtime.backend import TARGET, Arrays, Backend, Call, OrtBackend
+from mythos_edge.runtime.backend import TARGET, Backend, OrtBackend
+from mythos_edge.runtime.packing import Arrays, Call
 from mythos_edge.runtime.quality import Gate, QualityReport, Trace, difference, quality_report
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import addition
@@ -84,21 +85,18 @@ def compare(args: argparse.Namespace, bundle: Bundle, ids: NDArray[np.int64], co
     """The report of ``args.target`` against fp32 on ``ids (B, S)``, told on ``console`` too."""
     spec = bundle.target(args.target)
     gate = _gate(args, spec.weights)
-    with OrtBackend(bundle) as fp32, OrtBackend(bundle, args.target) as backend:
-        runs = [_Traced(bundle, TARGET, fp32), _Traced(bundle, args.target, backend)]
+    with OrtBackend(bundle) as fp32, OrtBackend(bundle, args.target) as rounded:
+        traced = (_Traced(bundle, TARGET, fp32), _Traced(bundle, args.target, rounded))
         differences = []
         for row in range(len(ids)):
             console.progress("comparing with fp32", row / len(ids))
-            reference, run = (traced.trace(ids[row : row + 1]) for traced in runs)
-            differences.append(difference(reference, run))
+            differences.append(difference(*(one.trace(ids[row : row + 1]) for one in traced)))
         report = quality_report(differences)
-        sums = (
-            None
-            if args.demo_streams is None
-            else {
-                name: _exact_sums(Session(bundle, one), ids) for name, one in ((TARGET, fp32), (args.target, backend))
-            }
-        )
+        sums = None
+        if args.demo_streams is not None:
+            console.progress("adding", 0.0)
+            both = {TARGET: fp32, args.target: rounded}
+            sums = {name: _exact_sums(Session(bundle, backend), ids) for name, backend in both.items()}
     console.say(f"target    {args.target} ({spec.weights}, {spec.method}) on {ids.shape[0]} x {ids.shape[1]} positions")
     _tell(report, gate, sums, console)
     return {
@@ -140,13 +138,13 @@ def _tell(report: QualityReport, gate: Gate, sums: dict[str, float] | None, cons
 
 
 def _exact_sums(session: Session, streams: NDArray[np.int64]) -> float:
-    """The share of the streams of which every digit is right."""
+    """The share of the streams, decoded one at a time, of which every digit is right."""
     with warnings.catch_warnings():
         # The demo model is known to work beyond the depth it was trained with.
         warnings.simplefilter("ignore")
-        logits = session.score(streams, prefill=0, max_depth=_DEMO_DEPTH).logits
+        logits = [session.score(stream[None], prefill=0, max_depth=_DEMO_DEPTH).logits[0] for stream in streams]
     # The first column only marks the start.
-    found = logits[:, 1:, addition.DIGIT_BASE :].argmax(-1)
+    found = np.stack(logits)[:, 1:, addition.DIGIT_BASE :].argmax(-1)
     return float((found == addition.digits(streams)[:, 1:]).all(axis=1).mean())
 
 
@@ -160,7 +158,8 @@ class _Traced:
             message = f"comparing targets needs {error.name}, which is not installed"
             raise BackendUnavailable(message, "pip install 'mythos-edge[export]'") from error
 
-        probe = Probe(bundle.file(bundle.target(target).graphs["step"]), [MOE_NORM])
+        spec = bundle.target(target)
+        probe = Probe(bundle.file(spec.graphs["step"]), [MOE_NORM], prepack=spec.prepacked)
         self._recorder = _Recorder(backend, probe, router_of(bundle), MOE_NORM)
         self._session = Session(bundle, self._recorder)
 
@@ -189,7 +188,9 @@ class _Recorder:
             index = feeds["step_index"][0]
             positions = int(feeds["length"]) + np.arange(len(index))
             self.h[index, positions] = outputs["h_next"][0]
-            self.chosen[index, positions] = self._router.chosen(self._probe.run(feeds)[self._norm])
+            # Portable graphs know positions by length and first, lowered ones by themselves.
+            seen = self._probe.run({**feeds, "positions": positions[None]})
+            self.chosen[index, positions] = self._router.chosen(seen[self._norm])
 
     def run_together(self, stage: str, calls: Sequence[Call]) -> None:
         for call in calls:

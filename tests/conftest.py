@@ -1,16 +1,14 @@
 """Shared fixtures: bundles exported once a session from the golden checkpoints and the demo model."""
 
-import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 
 from mythos_edge.exporter.export import export_bundle
-from mythos_edge.model.bundle import FileRecord, open_bundle, sha256_of, update_manifest
+from mythos_edge.exporter.ort_target import build_target
 from mythos_edge.model.checkpoint import open_checkpoint
 from mythos_edge.scripts import train_text
 
@@ -59,43 +57,11 @@ def demo_bundle(exported: Callable[..., Path]) -> Path:
 
 @pytest.fixture
 def rounded_bundle(demo_bundle: Path, tmp_path: Path) -> Path:
-    """A copy of the demo bundle with a target ``rounded``: the block's matrices on a grid of 16 values per 32."""
+    """A copy of the demo bundle, to be changed at will, with the target ``ort-cpu-int4``."""
     path = tmp_path / "rounded.bundle"
     shutil.copytree(demo_bundle, path)
-    bundle = open_bundle(path)
-    fp32 = bundle.target("ort-cpu")
-    step = ir.load(path / fp32.graphs["step"])
-    for name in (
-        "attn.qkv_down",
-        "attn.q_up",
-        "attn.wo",
-        "ffn.fc1",
-        "ffn.fc2",
-        "ffn.shared_gate_up",
-        "ffn.shared_down",
-    ):
-        value = step.graph.initializers[f"step.block.{name}"]
-        assert value.const_value is not None
-        value.const_value = ir.tensor(_on_a_grid(value.const_value.numpy()), name=value.name)
-    ir.save(step, path / "step.rounded.onnx")
-    record = FileRecord((path / "step.rounded.onnx").stat().st_size, sha256_of(path / "step.rounded.onnx"))
-    target = dataclasses.replace(
-        fp32, graphs={**fp32.graphs, "step": "step.rounded.onnx"}, weights="int4", block=32, method="test"
-    )
-    update_manifest(
-        bundle,
-        targets={**bundle.manifest.targets, "rounded": target},
-        files={**bundle.manifest.files, "step.rounded.onnx": record},
-    )
+    build_target(path, "int4")
     return path
-
-
-def _on_a_grid(weights: np.ndarray) -> np.ndarray:
-    size = weights.shape[-1]
-    blocks = np.pad(weights, [(0, 0)] * (weights.ndim - 1) + [(0, -size % 32)]).reshape(*weights.shape[:-1], -1, 32)
-    scale = np.abs(blocks).max(-1, keepdims=True) / 7
-    rounded = np.round(blocks / np.where(scale == 0, 1, scale)) * scale
-    return rounded.reshape(*weights.shape[:-1], -1)[..., :size].astype(np.float32)
 
 
 @pytest.fixture(scope="session")

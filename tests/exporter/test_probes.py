@@ -28,6 +28,7 @@ def _feeds(bundle: Bundle, random: np.random.Generator, rows: int = 5) -> Feeds:
         "threshold": np.array(0.9, np.float32),
         "min_depth": np.array(1),
         "length": np.array(0),
+        "positions": np.arange(rows)[None],
         "first": np.zeros(1, np.int64),
         "past": np.zeros((1, 0, config.cache_width), np.float32),
     }

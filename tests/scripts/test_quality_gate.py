@@ -25,11 +25,11 @@ def test_a_rounded_target_passes_the_gate_of_its_weights(
     rounded_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, report, _ = _validate(
-        capsys, rounded_bundle, "--against", "fp32", "--target", "rounded", "--demo-streams", 20
+        capsys, rounded_bundle, "--against", "fp32", "--target", "ort-cpu-int4", "--demo-streams", 20
     )
     assert code == 0
     assert report["passed"] is True
-    assert (report["target"], report["weights"], report["gate"]) == ("rounded", "int4", vars(GATES["int4"]))
+    assert (report["target"], report["weights"], report["gate"]) == ("ort-cpu-int4", "int4", vars(GATES["int4"]))
     quality = report["quality"]
     assert quality["positions"] == 20 * 14
     assert 0 < quality["kl_mean"] <= quality["kl_p99"] <= quality["kl_max"] < 0.01
@@ -39,14 +39,14 @@ def test_a_rounded_target_passes_the_gate_of_its_weights(
         assert 0.005 < step["h_error_mean"] <= step["h_error_p99"] < 0.6
         assert 0.8 < step["common_experts"] <= 1.0
     assert report["exact_sums"]["ort-cpu"] == 1.0
-    assert report["exact_sums"]["rounded"] > 0.8
+    assert report["exact_sums"]["ort-cpu-int4"] > 0.8
 
 
 def test_a_gate_that_is_too_strict_is_exit_code_1(
     rounded_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     np.save(tmp_path / "ids.npy", np.arange(20).reshape(2, 10))
-    argv = (rounded_bundle, "--against", "fp32", "--target", "rounded", "--ids", tmp_path / "ids.npy")
+    argv = (rounded_bundle, "--against", "fp32", "--target", "ort-cpu-int4", "--ids", tmp_path / "ids.npy")
     code, report, _ = _validate(capsys, *argv, "--max-kl", 1e-12, "--min-top1", 0)
     assert (code, report["passed"]) == (1, False)
     assert report["gate"] == {"max_kl": 1e-12, "min_top1": 0.0}
@@ -108,7 +108,7 @@ def test_a_recorder_puts_chunks_where_they_belong(demo_bundle: Path) -> None:
         (("--against", "fp32"), "name it with --target"),
         (("--against", "fp32", "--target", "ort-cpu"), "name it with --target"),
         (("--against", "fp32", "--target", "ort-tpu"), "no target 'ort-tpu', only ort-cpu"),
-        (("--target", "rounded"), "--target is for quality: add --against fp32"),
+        (("--target", "ort-cpu-int4"), "--target is for quality: add --against fp32"),
         (("--max-kl", "0.1"), "--max-kl is for quality"),
         (("--against", "fp32", "--target", "x", "--ids", "a.npy", "--demo-streams"), "give one of them"),
         (("--against", "fp32", "--target", "x", "--demo-streams", "0"), "--demo-streams is 0, expected at least 1"),

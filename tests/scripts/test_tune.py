@@ -38,11 +38,21 @@ def _point(ms: float, kl: float, threshold: float = 0.5) -> Point:
 def test_a_run_measures_draws_and_saves(
     rounded_bundle: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = (rounded_bundle, "--data", data, "-o", tmp_path / "new" / "out", "--targets", "ort-cpu,rounded", "-r", 1)
+    argv = (
+        rounded_bundle,
+        "--data",
+        data,
+        "-o",
+        tmp_path / "new" / "out",
+        "--targets",
+        "ort-cpu,ort-cpu-int4",
+        "-r",
+        1,
+    )
     code, report, _ = _tune(capsys, *argv, "--thresholds", "0.5", "--max-depths", "2", "--save", "fast")
     assert code == 0
     settings = {(point["target"], point["threshold"], point["max_depth"]) for point in report["points"]}
-    assert settings == {(t, x, d) for t in ("ort-cpu", "rounded") for x in (0.5, 0.99) for d in (2, 8)}
+    assert settings == {(t, x, d) for t in ("ort-cpu", "ort-cpu-int4") for x in (0.5, 0.99) for d in (2, 8)}
     for point in report["points"]:
         assert point["ms_per_token"] > 0
         assert point["speedup"] == pytest.approx(report["full_depth_ms_per_token"] / point["ms_per_token"])
@@ -71,22 +81,23 @@ def test_a_run_measures_draws_and_saves(
 def test_figures_are_those_of_the_session(
     rounded_bundle: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _, report, _ = _tune(capsys, rounded_bundle, "--data", data, "-o", tmp_path, "-r", 1, "--targets", "rounded",
+    _, report, _ = _tune(capsys, rounded_bundle, "--data", data, "-o", tmp_path, "-r", 1, "--targets", "ort-cpu-int4",
                          "--thresholds", "0.99", "--max-depths", "3", "--max-kl", 100)  # fmt: skip
     found = next(point for point in report["points"] if point["max_depth"] == 3)
     ids = np.load(data)
-    with Session.open(rounded_bundle) as fp32, Session.open(rounded_bundle, target="rounded") as rounded:
-        wanted, score = fp32.score(ids, policy="full"), rounded.score(ids, max_depth=3)
-    kl = [kl_divergence(reference, other).mean() for reference, other in zip(wanted.logits, score.logits, strict=True)]
+    with Session.open(rounded_bundle) as fp32, Session.open(rounded_bundle, target="ort-cpu-int4") as rounded:
+        pairs = [(fp32.score(row[None], policy="full"), rounded.score(row[None], max_depth=3)) for row in ids]
+    kl = [kl_divergence(wanted.logits[0], score.logits[0]) for wanted, score in pairs]
+    same = [wanted.logits.argmax(-1) == score.logits.argmax(-1) for wanted, score in pairs]
     assert found["kl"] == pytest.approx(np.mean(kl), rel=1e-3)
-    assert found["mean_depth"] == pytest.approx(score.depth.mean())
-    assert found["top1_agreement"] == pytest.approx((wanted.logits.argmax(-1) == score.logits.argmax(-1)).mean())
+    assert found["mean_depth"] == pytest.approx(np.mean([score.depth for _, score in pairs]))
+    assert found["top1_agreement"] == pytest.approx(np.mean(same))
 
 
 def test_a_budget_nothing_meets_saves_nothing(
     rounded_bundle: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = ("tune", rounded_bundle, "--data", data, "-o", tmp_path / "out", "--targets", "rounded", "-r", 1)
+    argv = ("tune", rounded_bundle, "--data", data, "-o", tmp_path / "out", "--targets", "ort-cpu-int4", "-r", 1)
     argv += ("--thresholds", "0.99", "--max-depths", "8", "--max-kl", 0)
     assert cli.main([str(word) for word in argv]) == 1
     shown = capsys.readouterr()

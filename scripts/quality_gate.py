@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from mythos_edge.exporter.probes import Probe, Router
 
 FP32 = "fp32"
-# By kind of weights. fp32 differs by the order of sums alone. The others are what careful rounding reaches on language
-# models, with room: 8 bits cost a few thousandths of a nat, 4 bits a few hundredths.
+# By kind of weights. fp32 differs by the order of sums alone. For the others, llama.cpp reports a few thousandths of a
+# nat in 8 bits and a few hundredths in 4 on language models; this leaves room for noise.
 GATES = {"fp32": Gate(1e-5, 0.999), "int8": Gate(0.01, 0.98), "int4": Gate(0.1, 0.9)}
 _STREAMS = 256
 _DIGITS = 12

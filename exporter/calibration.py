@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mythos_edge.exporter.ort_target import TARGET, Progress
-from mythos_edge.exporter.probes import MOE_NORM, Probe, router_of, stored_weights
+from mythos_edge.exporter.probes import ROUTER, Probe, router_of, stored_weights
 from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import CapacityError
@@ -28,7 +28,7 @@ Float64 = NDArray[np.float64]
 See = Callable[[int, Mapping[str, Array]], None]
 
 _FC1, _FC2 = "step.block.ffn.fc1", "step.block.ffn.fc2"
-# What each stage's matrices begin with. The fp32 target holds fc1 in pieces, one an expert; its norm stands in for it.
+# What each stage's matrices begin with. The fp32 target holds fc1 in pieces; the router has the same input.
 _PREFIXES = {"prelude": ("prelude_blocks.",), "step": ("step.block.",), "coda": ("coda_blocks.", "embed")}
 
 
@@ -78,19 +78,17 @@ def collect_importance(
 
 
 class _Network:
-    """The fp32 target with a probe beside every matrix."""
+    """The fp32 target that tells what every matrix is multiplied with."""
 
     def __init__(self, bundle: Bundle) -> None:
         self._config = bundle.manifest.config
         graphs = bundle.target(TARGET).graphs
         kept = {"prelude": ["e"], "step": [f"{name}_next" for name in LoopState._fields], "coda": []}
-        beside = [*_matrices(self._config), MOE_NORM]
-        self._probes = {
-            stage: Probe(
-                bundle.file(graphs[stage]), [name for name in beside if name.startswith(prefixes)], kept[stage]
-            )
-            for stage, prefixes in _PREFIXES.items()
-        }
+        matrices = [*_matrices(self._config), ROUTER]
+        self._probes = {}
+        for stage, prefixes in _PREFIXES.items():
+            probed = [name for name in matrices if name.startswith(prefixes)]
+            self._probes[stage] = Probe(bundle.file(graphs[stage]), probed, kept[stage])
 
     def run(self, ids: NDArray[np.int64], see: See) -> None:
         """Runs one sequence ``ids (1, S)`` through all stages; ``see`` is told each loop step's activations."""
@@ -115,7 +113,7 @@ class _Network:
     def _run(self, stage: str, feeds: dict[str, Array], index: int, see: See) -> dict[str, Array]:
         made = self._probes[stage].run(feeds)
         seen = {name: x for name, x in made.items() if name.startswith(_PREFIXES[stage])}
-        see(index, {_FC1 if name == MOE_NORM else name: x for name, x in seen.items()})
+        see(index, {_FC1 if name == ROUTER else name: x for name, x in seen.items()})
         return made
 
 

@@ -1,4 +1,4 @@
-"""Looks inside a bundle's graphs: the activations beside a named weight, and which experts the router chooses.
+"""Looks inside a bundle's graphs: what a named matrix is multiplied with, and which experts the router chooses.
 
 A probed graph is made in memory from a file of the bundle and reads the same weights; nothing is written.
 Not here: running sequences. A probe knows one graph.
@@ -19,46 +19,45 @@ from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.errors import BackendUnavailable, BundleError, MythosEdgeError
 
 Array = NDArray[Any]
-MOE_NORM = "step.block.ffn_norm.weight"
-_ROUTER = "step.block.ffn.router"
+# Every target multiplies it in float32 with what the experts see, too.
+ROUTER = "step.block.ffn.router"
 
 
 class Probe:
-    """One graph of a bundle that tells the activations beside ``weights``, and of its own outputs ``kept``.
+    """One graph of a bundle that tells what ``matrices`` are multiplied with, and of its own outputs ``kept``.
 
-    Beside a matrix that is what it is multiplied with, beside a norm what the norm makes. Nodes that neither needs
-    are not run; ``prepack`` as the target says. Raises BundleError when the graph has no such weight,
-    BackendUnavailable without onnxruntime.
+    Nodes that neither needs are not run; ``prepack`` as the target says. Raises BundleError when the graph has no such
+    matrix, BackendUnavailable without onnxruntime.
     """
 
-    def __init__(self, path: Path, weights: Sequence[str], kept: Sequence[str] = (), prepack: bool = False) -> None:
+    def __init__(self, path: Path, matrices: Sequence[str], kept: Sequence[str] = (), prepack: bool = False) -> None:
         model = ir.load(path)
         graph = model.graph
-        beside = {weight: _beside(graph, weight, path) for weight in weights}
-        for value in beside.values():
+        probed = {matrix: _multiplied(graph, matrix, path) for matrix in matrices}
+        for value in probed.values():
             value.type = ir.TensorType(ir.DataType.FLOAT)
         outputs = [value for value in graph.outputs if value.name in kept]
         graph.outputs.clear()
-        graph.outputs.extend(dict.fromkeys([*outputs, *beside.values()]))
+        graph.outputs.extend(dict.fromkeys([*outputs, *probed.values()]))
         self._kept = tuple(kept)
-        self._beside = {weight: str(value.name) for weight, value in beside.items()}
+        self._probed = {matrix: str(value.name) for matrix, value in probed.items()}
         passes.RemoveUnusedNodesPass()(model)
         self._path = path
         self._session = _session(model, path, prepack)
         self._inputs = [value.name for value in self._session.get_inputs()]
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Kept outputs by their name, activations (rows, channels) by the name of the weight.
+        """Kept outputs by their name, activations (rows, channels) by the name of the matrix.
 
         ``feeds`` may hold more than the graph takes: portable and lowered graphs know positions by different inputs.
         """
         given = {name: feeds[name] for name in self._inputs}
-        wanted = list(dict.fromkeys([*self._kept, *self._beside.values()]))
+        wanted = list(dict.fromkeys([*self._kept, *self._probed.values()]))
         try:
             found = dict(zip(wanted, self._session.run(wanted, given), strict=True))
         except Exception as error:  # onnxruntime's exceptions have no common base but this
             raise MythosEdgeError(f"{self._path.name}: ONNX Runtime failed: {_one_line(error)}") from error
-        rows = {weight: found[value].reshape(-1, found[value].shape[-1]) for weight, value in self._beside.items()}
+        rows = {matrix: found[value].reshape(-1, found[value].shape[-1]) for matrix, value in self._probed.items()}
         return {name: found[name] for name in self._kept} | rows
 
 
@@ -80,7 +79,7 @@ class Router:
 def router_of(bundle: Bundle) -> Router:
     """The router as the bundle stores it; every target keeps it in float32."""
     stored = stored_weights(bundle, "step")
-    weight, bias = (np.array(stored[name].numpy()) for name in (_ROUTER, f"{_ROUTER}_bias"))
+    weight, bias = (np.array(stored[name].numpy()) for name in (ROUTER, f"{ROUTER}_bias"))
     return Router(weight, bias, bundle.manifest.config.n_experts_per_tok)
 
 
@@ -90,17 +89,16 @@ def stored_weights(bundle: Bundle, stage: str) -> dict[str, ir.TensorProtocol]:
     return {name: value.const_value for name, value in graph.initializers.items() if value.const_value is not None}
 
 
-def _beside(graph: ir.Graph, weight: str, path: Path) -> ir.Value:
-    """The activations that meet ``weight``."""
-    # A weight that is stored narrower is used as its float32 copy.
-    names = (weight, f"{weight}.fp32")
+def _multiplied(graph: ir.Graph, matrix: str, path: Path) -> ir.Value:
+    # A matrix that is stored narrower is used as its float32 copy.
+    names = (matrix, f"{matrix}.fp32")
     nodes = [node for node in graph if any(value is not None and value.name in names for value in node.inputs)]
     users = [node for node in nodes if node.op_type != "Cast"]
     if len(users) != 1:
-        raise BundleError(f"{path.name}: {len(users)} nodes use {weight!r}, expected one: build the target again")
-    beside = users[0].outputs[0] if users[0].op_type.endswith("Normalization") else users[0].inputs[0]
-    assert beside is not None
-    return beside
+        raise BundleError(f"{path.name}: {len(users)} nodes use {matrix!r}, expected one: build the target again")
+    x = users[0].inputs[0]
+    assert x is not None
+    return x
 
 
 def _session(model: ir.Model, path: Path, prepack: bool) -> Any:

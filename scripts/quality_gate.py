@@ -153,14 +153,14 @@ class _Traced:
 
     def __init__(self, bundle: Bundle, target: str, backend: Backend) -> None:
         try:
-            from mythos_edge.exporter.probes import MOE_NORM, Probe, router_of
+            from mythos_edge.exporter.probes import ROUTER, Probe, router_of
         except ImportError as error:
             message = f"comparing targets needs {error.name}, which is not installed"
             raise BackendUnavailable(message, "pip install 'mythos-edge[export]'") from error
 
         spec = bundle.target(target)
-        probe = Probe(bundle.file(spec.graphs["step"]), [MOE_NORM], prepack=spec.prepacked)
-        self._recorder = _Recorder(backend, probe, router_of(bundle), MOE_NORM)
+        probe = Probe(bundle.file(spec.graphs["step"]), [ROUTER], prepack=spec.prepacked)
+        self._recorder = _Recorder(backend, probe, router_of(bundle), ROUTER)
         self._session = Session(bundle, self._recorder)
 
     def trace(self, ids: NDArray[np.int64]) -> Trace:
@@ -179,8 +179,8 @@ class _Recorder:
     h: NDArray[np.float32]
     chosen: NDArray[np.int64]
 
-    def __init__(self, backend: Backend, probe: "Probe", router: "Router", norm: str) -> None:
-        self._backend, self._probe, self._router, self._norm = backend, probe, router, norm
+    def __init__(self, backend: Backend, probe: "Probe", router: "Router", matrix: str) -> None:
+        self._backend, self._probe, self._router, self._matrix = backend, probe, router, matrix
 
     def run(self, stage: str, feeds: Arrays, outputs: Arrays) -> None:
         self._backend.run(stage, feeds, outputs)
@@ -190,7 +190,7 @@ class _Recorder:
             self.h[index, positions] = outputs["h_next"][0]
             # Portable graphs know positions by length and first, lowered ones by themselves.
             seen = self._probe.run({**feeds, "positions": positions[None]})
-            self.chosen[index, positions] = self._router.chosen(seen[self._norm])
+            self.chosen[index, positions] = self._router.chosen(seen[self._matrix])
 
     def run_together(self, stage: str, calls: Sequence[Call]) -> None:
         for call in calls:

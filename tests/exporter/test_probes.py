@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import FIXTURES
 
-from mythos_edge.exporter.probes import MOE_NORM, Probe, Router, router_of, stored_weights
+from mythos_edge.exporter.probes import ROUTER, Probe, Router, router_of, stored_weights
 from mythos_edge.model.bundle import Bundle, open_bundle
 from mythos_edge.model.errors import BundleError, MythosEdgeError
 
@@ -34,24 +34,28 @@ def _feeds(bundle: Bundle, random: np.random.Generator, rows: int = 5) -> Feeds:
     }
 
 
+def _normalised(x: np.ndarray) -> np.ndarray:
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+
+
 @pytest.fixture(params=["fp32", "bf16"])
 def bundle(exported: Callable[..., Path], request: pytest.FixtureRequest) -> Bundle:
     return open_bundle(exported(FIXTURES / "mla-small", dtype=request.param))
 
 
 @pytest.mark.parametrize("file", ["step.onnx", "step.ort-cpu.onnx"])
-def test_activations_beside_norms_and_matrices(bundle: Bundle, file: str, random: np.random.Generator) -> None:
+def test_what_matrices_are_multiplied_with(bundle: Bundle, file: str, random: np.random.Generator) -> None:
     feeds = _feeds(bundle, random)
-    weights = [MOE_NORM, "step.block.ffn.router", "step.block.attn.qkv_down", "step.norm.weight"]
-    found = Probe(bundle.path / file, weights, kept=["h_next"]).run(feeds)
-    assert set(found) == {*weights, "h_next"}
-    # The router is multiplied with what its norm makes: one value under two names.
-    np.testing.assert_array_equal(found[MOE_NORM], found["step.block.ffn.router"])
-    stored = stored_weights(bundle, "step")
-    x = found["step.norm.weight"].astype(np.float64)
-    scale = np.asarray(stored["step.block.attn_norm.weight"].numpy())
-    normalised = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale
-    np.testing.assert_allclose(found["step.block.attn.qkv_down"], normalised, rtol=1e-4, atol=1e-5)
+    stored = {name: np.asarray(tensor.numpy()) for name, tensor in stored_weights(bundle, "step").items()}
+    found = Probe(bundle.path / file, [ROUTER, "step.block.attn.qkv_down"], kept=["h_next"]).run(feeds)
+    assert set(found) == {ROUTER, "step.block.attn.qkv_down", "h_next"}
+    assert found[ROUTER].shape == (5, bundle.manifest.config.dim)
+    table = np.zeros(bundle.manifest.config.dim)
+    sines = len(stored["step.table.sin_frequency"])
+    table[sines : sines + len(stored["step.table.cos_frequency"])] = 1.0  # loop step 0
+    x = _normalised(feeds["h"][0].astype(np.float64) + feeds["e"][0] + table) * stored["step.norm.weight"]
+    wanted = _normalised(x) * stored["step.block.attn_norm.weight"]
+    np.testing.assert_allclose(found["step.block.attn.qkv_down"], wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_a_probe_changes_nothing_and_writes_nothing(bundle: Bundle, random: np.random.Generator) -> None:
@@ -59,19 +63,19 @@ def test_a_probe_changes_nothing_and_writes_nothing(bundle: Bundle, random: np.r
     feeds = _feeds(bundle, random)
     path = bundle.path / "step.ort-cpu.onnx"
     alone = Probe(path, [], kept=["h_next", "rows"]).run(feeds)
-    beside = Probe(path, [MOE_NORM, "step.block.attn.wo"], kept=["h_next", "rows"]).run(feeds)
+    probed = Probe(path, [ROUTER, "step.block.attn.wo"], kept=["h_next", "rows"]).run(feeds)
     for name in ("h_next", "rows"):
-        np.testing.assert_array_equal(alone[name], beside[name])
+        np.testing.assert_array_equal(alone[name], probed[name])
     assert sorted(path.name for path in bundle.path.iterdir()) == before
 
 
-def test_an_unknown_weight_is_one_line(bundle: Bundle) -> None:
+def test_an_unknown_matrix_is_one_line(bundle: Bundle) -> None:
     with pytest.raises(BundleError, match=r"step\.onnx: 0 nodes use 'step\.block\.ffn\.gate', expected one"):
         Probe(bundle.path / "step.onnx", ["step.block.ffn.gate"])
 
 
 def test_what_onnxruntime_refuses_is_one_line(bundle: Bundle, random: np.random.Generator) -> None:
-    probe = Probe(bundle.path / "step.onnx", [MOE_NORM])
+    probe = Probe(bundle.path / "step.onnx", [ROUTER])
     with pytest.raises(MythosEdgeError, match=r"step\.onnx: ONNX Runtime failed") as caught:
         probe.run(_feeds(bundle, random) | {"h": np.zeros((1, 2, 3), np.float32)})
     assert "\n" not in str(caught.value)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mythos_edge.exporter.probes import MOE_NORM, Probe, router_of
+from mythos_edge.exporter.probes import ROUTER, Probe, router_of
 from mythos_edge.model.bundle import open_bundle
 from mythos_edge.runtime.backend import OrtBackend
 from mythos_edge.runtime.session import Session
@@ -69,7 +69,7 @@ def test_a_trace_is_what_the_bundle_computes(demo_bundle: Path) -> None:
     np.testing.assert_array_equal(trace.logits, score.logits[0])
     np.testing.assert_array_equal(trace.depth, score.depth[0])
     config = bundle.manifest.config
-    probe = Probe(bundle.path / "step.onnx", [MOE_NORM], kept=["h_next"])
+    probe = Probe(bundle.path / "step.onnx", [ROUTER], kept=["h_next"])
     prelude = Probe(bundle.path / "prelude.onnx", [], kept=["e"])
     window = {"length": np.array(0), "first": np.zeros(1, np.int64)}
     empty = np.zeros((1, 0, config.cache_width), np.float32)
@@ -85,7 +85,7 @@ def test_a_trace_is_what_the_bundle_computes(demo_bundle: Path) -> None:
         )  # fmt: skip
         h = made["h_next"]
         np.testing.assert_allclose(trace.h[index], h[0], rtol=1e-3, atol=1e-4)
-        chosen = router_of(bundle).chosen(made[MOE_NORM])
+        chosen = router_of(bundle).chosen(made[ROUTER])
         np.testing.assert_array_equal(np.sort(trace.chosen[index]), np.sort(chosen))
 
 
@@ -94,8 +94,8 @@ def test_a_recorder_puts_chunks_where_they_belong(demo_bundle: Path) -> None:
     ids = np.array([addition.stream_of(98765, 1299)])
     with OrtBackend(bundle) as backend:
         whole = _Traced(bundle, "ort-cpu", backend).trace(ids)
-        probe = Probe(bundle.path / "step.onnx", [MOE_NORM])
-        recorder = _Recorder(backend, probe, router_of(bundle), MOE_NORM)
+        probe = Probe(bundle.path / "step.onnx", [ROUTER])
+        recorder = _Recorder(backend, probe, router_of(bundle), ROUTER)
         recorder.h, recorder.chosen = np.zeros_like(whole.h), np.zeros_like(whole.chosen)
         Session(bundle, recorder).score(ids, policy="full", prefill=2)
     np.testing.assert_allclose(recorder.h, whole.h, rtol=1e-3, atol=1e-4)

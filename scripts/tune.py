@@ -6,7 +6,6 @@ a time. The fastest point within a budget of KL divergence becomes a preset of t
 
 import argparse
 import itertools
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -24,7 +23,7 @@ from mythos_edge.runtime.backend import TARGET
 from mythos_edge.runtime.halting import Depth
 from mythos_edge.runtime.quality import kl_divergence
 from mythos_edge.runtime.session import Session, checked_ids
-from mythos_edge.scripts import options
+from mythos_edge.scripts import measuring, options
 from mythos_edge.scripts.console import Console
 
 HELP = "measure quality against speed over thresholds, depths and targets, and save the best point as a preset"
@@ -206,7 +205,10 @@ def _times(
                 ms = _decode_ms(sessions[one.target], row, prefill, **one.depth)
             times[one].append(ms)
     # The first round warms caches and is left out.
-    return {one: statistics.median(spent[1:]) for one, spent in times.items()}
+    spreads = {one: measuring.spread_of(spent[1:]) for one, spent in times.items()}
+    if spreads[None].share > measuring.NOISY_SHARE:  # full depth is the same work in every round
+        console.note(f"full depth took times {spreads[None].share:.0%} apart: the machine was noisy, measure again")
+    return {one: spread.median for one, spread in spreads.items()}
 
 
 def _decode_ms(session: Session, row: NDArray[np.int64], prefill: int, **depth: Any) -> float:

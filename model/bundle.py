@@ -13,6 +13,7 @@ import shutil
 import types
 import typing
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
@@ -282,6 +283,13 @@ def open_bundle(path: Path | str, hashes: bool = False) -> Bundle:
     if not isinstance(values, dict):
         raise BundleError(f"{manifest_path}: expected a JSON object, got {type(values).__name__}")
     bundle = Bundle(path, manifest_from_dict(values, origin=str(manifest_path)))
+    _check_sizes(bundle)
+    if hashes:
+        verify_hashes(bundle)
+    return bundle
+
+
+def _check_sizes(bundle: Bundle) -> None:
     for name, record in bundle.manifest.files.items():
         file = bundle.file(name)
         try:
@@ -292,9 +300,6 @@ def open_bundle(path: Path | str, hashes: bool = False) -> Bundle:
             raise BundleError(f"{file}: is missing: export the bundle again")
         if size != record.bytes:
             raise BundleError(f"{file}: has {size} bytes, the manifest says {record.bytes}: export the bundle again")
-    if hashes:
-        verify_hashes(bundle)
-    return bundle
 
 
 def verify_hashes(bundle: Bundle, progress: Callable[[str], None] = lambda name: None) -> None:
@@ -316,22 +321,6 @@ def sha256_of(path: Path) -> str:
         while block := file.read(_HASH_CHUNK_BYTES):
             digest.update(block)
     return digest.hexdigest()
-
-
-def update_manifest(bundle: Bundle, **changes: Any) -> Bundle:
-    """The bundle with fields of its manifest changed; the file is replaced whole or not at all."""
-    manifest = dataclasses.replace(bundle.manifest, **changes)
-    path = bundle.path / MANIFEST_FILE
-    partial = path.with_name(f".{MANIFEST_FILE}.partial-{os.getpid()}")
-    try:
-        partial.write_text(json.dumps(manifest_to_dict(manifest), indent=1) + "\n", encoding="utf-8")
-        _sync(partial)
-        partial.replace(path)
-    except OSError as error:
-        raise BundleError(f"{path}: can not be written: {error.strerror}") from error
-    finally:
-        partial.unlink(missing_ok=True)
-    return Bundle(bundle.path, manifest)
 
 
 class BundleWriter:
@@ -370,9 +359,7 @@ class BundleWriter:
         for file in sorted(self.folder.iterdir()):
             _sync(file)
             records[file.name] = FileRecord(file.stat().st_size, known.get(file.name) or sha256_of(file))
-        manifest = manifest_to_dict(make_manifest(records))
-        (self.folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        _sync(self.folder / MANIFEST_FILE)
+        _write_manifest(make_manifest(records), self.folder / MANIFEST_FILE)
         self._check_place()
         old = self._path.with_name(f"{self.folder.name}-old")
         try:
@@ -419,6 +406,30 @@ def require_free_space(folder: Path, needed_bytes: int) -> None:
             f"{folder}: the bundle needs {needed_bytes / 1e6:.0f} MB, {free / 1e6:.0f} MB are free: "
             "make room or choose another disk"
         )
+
+
+def update_manifest(bundle: Bundle, **changes: Any) -> Bundle:
+    """The bundle with fields of its manifest changed, on disk too: the old manifest stays until the new one is whole.
+
+    Files that the changes name must be in the folder already. Raises BundleError, and then nothing has changed.
+    """
+    updated = Bundle(bundle.path, dataclasses.replace(bundle.manifest, **changes))
+    _check_sizes(updated)
+    partial = bundle.path / f".{MANIFEST_FILE}.partial-{os.getpid()}"
+    try:
+        _write_manifest(updated.manifest, partial)
+        partial.replace(bundle.path / MANIFEST_FILE)
+    except OSError as error:
+        raise BundleError(f"{bundle.path}: can not write its manifest: {error.strerror}") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+    return updated
+
+
+def _write_manifest(manifest: Manifest, path: Path) -> None:
+    path.write_text(json.dumps(manifest_to_dict(manifest), indent=1) + "\n", encoding="utf-8")
+    _sync(path)
 
 
 def _remove(path: Path) -> None:

@@ -4,7 +4,9 @@ import math
 import warnings
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
+from mythos_edge.model.bundle import Manifest
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import UsageError
 
@@ -68,3 +70,12 @@ class ResolvedDepth:
     max_depth: int
     min_depth: int
     threshold: float
+
+
+def depth_of_preset(manifest: Manifest, name: str) -> dict[str, Any]:
+    """The fields of ``Depth`` that a preset of the bundle sets. Raises UsageError when there is none of that name."""
+    preset = manifest.presets.get(name)
+    if preset is None:
+        known = ", ".join(sorted(manifest.presets)) or "none"
+        raise UsageError(f"this bundle has no preset {name!r}, only {known}: mythos-edge tune makes one")
+    return {"max_depth": preset.max_depth, "threshold": preset.threshold}

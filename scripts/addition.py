@@ -70,6 +70,11 @@ def random_columns(random: np.random.Generator, batch: int, length: int) -> Int6
     return chosen
 
 
+def random_streams(random: np.random.Generator, batch: int, length: int) -> Int64:
+    """Whole additions (batch, length + 2) of numbers with ``length`` digits, as ``stream_of`` makes them."""
+    return np.pad(random_columns(random, batch, length), ((0, 0), (1, 1)))
+
+
 def check_operand(text: str) -> int:
     """The number in ``text``; UsageError unless it is a whole number of at least 0."""
     if not text.isascii() or not text.isdigit():

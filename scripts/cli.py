@@ -13,7 +13,7 @@ from importlib import metadata
 from typing import Any, NoReturn
 
 from mythos_edge.model.errors import MythosEdgeError
-from mythos_edge.scripts import bench, build, demo, doctor, export_verb, generate, inspect_verb, score, validate
+from mythos_edge.scripts import bench, build, demo, doctor, export_verb, generate, inspect_verb, score, tune, validate
 from mythos_edge.scripts.console import Console
 
 _VERBS = {
@@ -24,6 +24,7 @@ _VERBS = {
     "generate": generate,
     "score": score,
     "validate": validate,
+    "tune": tune,
     "bench": bench,
     "demo": demo,
 }

@@ -13,10 +13,10 @@ from mythos_edge.runtime import parity
 from mythos_edge.runtime.backend import graph_runner
 from mythos_edge.runtime.caches import free_memory_bytes
 from mythos_edge.runtime.session import Session, checked_ids
-from mythos_edge.scripts import options
+from mythos_edge.scripts import options, quality_gate
 from mythos_edge.scripts.console import Console
 
-HELP = "check a bundle's files and self-test, and its parity with the checkpoint it was made from"
+HELP = "check a bundle's files and self-test, and compare it with its checkpoint or a target with the fp32 one"
 EXAMPLE = "mythos-edge validate model.bundle --against step_0001000.pt"
 
 _SECOND_CHUNK = 7
@@ -29,14 +29,20 @@ _MOVED = 1 / 12 / (_FLOAT32_RUNS - 1)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--against", type=Path, metavar="CHECKPOINT", help="the checkpoint to compare with, in torch")
+    parser.add_argument(
+        "--against",
+        metavar="CHECKPOINT",
+        help=f"the checkpoint to compare with, in torch; or the word {quality_gate.FP32}: compare --target with fp32",
+    )
     parser.add_argument("--config", type=Path, metavar="JSON", help="config fields the checkpoint does not tell")
     parser.add_argument("--ids", metavar="NPY", help="tokens to compare on (default: random ones)")
     parser.add_argument("--positions", type=int, default=48, metavar="N", help="length of the random sequence")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
+    quality_gate.add_arguments(parser)
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
+    quality_gate.check_arguments(args)
     bundle = open_bundle(args.bundle)
     ids = _tokens(args, bundle)
     verify_hashes(bundle, lambda name: console.progress(f"sha256 of {name}", 0.0))
@@ -49,7 +55,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
         console.say(f"files     whole ({len(bundle.manifest.files)} files)")
         console.say(f"self-test largest logit difference {sample_error:.2g}, allowed {allowed:.2g}")
         if args.against is not None:
-            compared = _compare(args, session, ids, console)
+            quality = args.against == quality_gate.FP32
+            compared = (
+                quality_gate.compare(args, bundle, ids, console) if quality else _compare(args, session, ids, console)
+            )
             report |= compared | {"passed": report["passed"] and compared["passed"]}
     console.say("passed" if report["passed"] else "FAILED")
     console.result(report)
@@ -124,6 +133,8 @@ def _routes(session: Session, ids: NDArray[np.int64]) -> dict[str, tuple[NDArray
 def _tokens(args: argparse.Namespace, bundle: Bundle) -> NDArray[np.int64]:
     if args.ids is not None:
         return checked_ids(options.ids_from_file(args.ids), bundle.manifest.config)
+    if args.demo_streams is not None:
+        return quality_gate.demo_ids(args, bundle)
     if args.positions < 1:
         raise UsageError(f"--positions is {args.positions}, expected at least 1")
     positions = min(args.positions, bundle.manifest.max_context)
@@ -145,7 +156,7 @@ def _reference(
         raise BackendUnavailable(message, "pip install 'mythos-edge[export]'") from error
 
     stored = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[bundle.manifest.dtype]
-    with open_checkpoint(args.against, args.config) as checkpoint, torch.no_grad():
+    with open_checkpoint(Path(args.against), args.config) as checkpoint, torch.no_grad():
         if checkpoint.config != bundle.manifest.config:
             raise UsageError(
                 f"{args.against}: has another config than the bundle: validate against the checkpoint it was made from"

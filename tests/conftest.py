@@ -1,5 +1,6 @@
 """Shared fixtures: bundles exported once a session from the golden checkpoints and the demo model."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from mythos_edge.exporter.export import export_bundle
+from mythos_edge.exporter.ort_target import build_target
 from mythos_edge.model.checkpoint import open_checkpoint
 from mythos_edge.scripts import train_text
 
@@ -51,6 +53,15 @@ def mla_bundle(exported: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="session")
 def demo_bundle(exported: Callable[..., Path]) -> Path:
     return exported(ROOT / "scripts" / "assets" / "carry_adder.pt")
+
+
+@pytest.fixture
+def rounded_bundle(demo_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the demo bundle, to be changed at will, with the target ``ort-cpu-int4``."""
+    path = tmp_path / "rounded.bundle"
+    shutil.copytree(demo_bundle, path)
+    build_target(path, "int4")
+    return path
 
 
 @pytest.fixture(scope="session")

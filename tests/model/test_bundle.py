@@ -1,5 +1,6 @@
 """The bundle: what a manifest must look like, what opening checks, and that writing is all or nothing."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -29,6 +30,7 @@ from mythos_edge.model.bundle import (
     open_bundle,
     require_free_space,
     sha256_of,
+    update_manifest,
     verify_hashes,
 )
 from mythos_edge.model.config import VARIANTS
@@ -637,3 +639,49 @@ def test_free_space_is_asked_of_the_nearest_folder_that_exists(tmp_path: Path, m
     with pytest.raises(ExportError, match="needs 5 MB, 3 MB are free: make room") as caught:
         require_free_space(tmp_path / "a", 5_000_000)
     assert "\n" not in str(caught.value)
+
+
+# --- changing the manifest ----------------------------------------------------------------------------------------
+
+
+def test_a_changed_manifest_is_on_disk_and_nothing_else_is(made: Path) -> None:
+    before = _tree(made)
+    presets = {"calm": Preset("ort-cpu", 4, 0.5, 0.1, 0.9, 1.5, 2.0)}
+    updated = update_manifest(open_bundle(made), presets=presets)
+    assert updated.manifest == _manifest(presets=presets)
+    assert open_bundle(made, hashes=True) == updated
+    after = _tree(made)
+    assert after.pop(MANIFEST_FILE) != before.pop(MANIFEST_FILE)
+    assert after == before
+
+
+def test_a_file_that_was_added_is_named_by_the_change(made: Path) -> None:
+    bundle = open_bundle(made)
+    record = FileRecord(3, hashlib.sha256(b"new").hexdigest())
+    files = {**bundle.manifest.files, "step.new.onnx": record}
+    target = dataclasses.replace(bundle.manifest.targets["ort-cpu"], graphs={"step": "step.new.onnx"})
+    changes = {"targets": {**bundle.manifest.targets, "new": target}, "files": files}
+    with pytest.raises(BundleError, match=r"step\.new\.onnx: is missing"):
+        update_manifest(bundle, **changes)
+    assert open_bundle(made) == bundle
+    (made / "step.new.onnx").write_bytes(b"new")
+    assert update_manifest(bundle, **changes).file("step.new.onnx").read_bytes() == b"new"
+
+
+def test_a_manifest_that_can_not_be_written_leaves_the_old_one(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = _tree(made)
+
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(bundle_module, "_sync", full)
+    with pytest.raises(BundleError, match="can not write its manifest: No space left"):
+        update_manifest(open_bundle(made), presets={})
+    assert _tree(made) == before
+
+
+def test_a_change_that_contradicts_itself_is_refused(made: Path) -> None:
+    before = _tree(made)
+    with pytest.raises(BundleError, match=r"does not list 'other\.json'"):
+        update_manifest(open_bundle(made), tokenizer="other.json")
+    assert _tree(made) == before

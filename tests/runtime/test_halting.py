@@ -3,13 +3,15 @@
 import dataclasses
 import math
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mythos_edge.model.bundle import Preset, open_bundle
 from mythos_edge.model.config import VARIANTS
 from mythos_edge.model.errors import UsageError
-from mythos_edge.runtime.halting import Depth, Policy, ResolvedDepth
+from mythos_edge.runtime.halting import Depth, Policy, ResolvedDepth, depth_of_preset
 
 CONFIG = dataclasses.replace(VARIANTS["1b"], max_loop_iters=6, act_threshold=0.9)
 
@@ -66,3 +68,15 @@ def test_depth_beyond_training_warns() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Depth(max_depth=6).resolve(CONFIG)
+
+
+def test_a_preset_sets_depth_and_an_unknown_one_names_the_known(demo_bundle: Path) -> None:
+    manifest = open_bundle(demo_bundle).manifest
+    with pytest.raises(UsageError, match="no preset 'fast', only none: mythos-edge tune makes one"):
+        depth_of_preset(manifest, "fast")
+    presets = {name: Preset("ort-cpu", 4, 0.5, 0.01, 0.99, 1.5, 2.0) for name in ("knee", "calm")}
+    tuned = dataclasses.replace(manifest, presets=presets)
+    fields = depth_of_preset(tuned, "knee")
+    assert Depth(**fields).resolve(manifest.config) == ResolvedDepth(Policy.EXACT, 4, 1, 0.5)
+    with pytest.raises(UsageError, match="no preset 'fast', only calm, knee"):
+        depth_of_preset(tuned, "fast")

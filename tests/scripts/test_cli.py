@@ -23,7 +23,7 @@ from mythos_edge.scripts import cli
 
 CHECKPOINT = FIXTURES / "mla-small"
 PROGRAM = [sys.executable, "-m", "mythos_edge.scripts.cli"]
-VERBS = ("doctor", "inspect", "export", "generate", "score", "validate", "bench", "demo")
+VERBS = ("doctor", "inspect", "export", "generate", "score", "validate", "tune", "bench", "demo")
 
 
 @dataclass

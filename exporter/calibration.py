@@ -1,0 +1,171 @@
+"""Which input channels of a matrix matter: the mean square of what it is multiplied with, on given tokens.
+
+Rounding a weight is felt in proportion to its channel's values, so a quantiser that knows them rounds the loud
+channels with more care. The same matrices serve every loop step, whose activations differ in size; each loop step is
+brought to mean 1 before they are averaged, so that a loud one does not drown the others.
+
+Not here: rounding.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mythos_edge.exporter.ort_target import TARGET, Progress
+from mythos_edge.exporter.probes import ROUTER, Probe, router_of, stored_weights
+from mythos_edge.model.bundle import Bundle
+from mythos_edge.model.config import MythosConfig
+from mythos_edge.model.errors import CapacityError
+from mythos_edge.model.layout import recipes
+from mythos_edge.model.loop import LoopState
+
+Array = NDArray[Any]
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+See = Callable[[int, Mapping[str, Array]], None]
+
+_FC1, _FC2 = "step.block.ffn.fc1", "step.block.ffn.fc2"
+# What each stage's matrices begin with. The fp32 target holds fc1 in pieces; the router has the same input.
+_PREFIXES = {"prelude": ("prelude_blocks.",), "step": ("step.block.",), "coda": ("coda_blocks.", "embed")}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """``importance[name]`` of a matrix is (in_features,), of the experts' second matrices (E, in_features), mean 1.
+
+    ``per_step[name]`` is the mean square of all channels at each loop step; the prelude and coda have one. An expert
+    that no token chose has importance 1 throughout.
+    """
+
+    importance: dict[str, Float32]
+    per_step: dict[str, Float64]
+
+
+def collect_importance(
+    bundle: Bundle, ids: NDArray[np.int64], progress: Progress = lambda phase, fraction: None
+) -> Calibration:
+    """The importance of every matrix that a target may round, from the fp32 target at full depth on ``ids (B, S)``.
+
+    ``ids`` must be tokens of the model, see ``runtime.session.checked_ids``; each row is run alone, in one chunk.
+    Memory follows S, not the model: experts are read one at a time. Raises CapacityError.
+    """
+    config, limit = bundle.manifest.config, bundle.manifest.max_context
+    if ids.shape[1] > limit:
+        raise CapacityError(f"the ids have {ids.shape[1]} positions; this bundle was exported for {limit}: cut them")
+    network = _Network(bundle)
+    experts = _Experts(bundle)
+    tallies: dict[str, _Tally] = {}
+
+    def see(step: int, activations: Mapping[str, Array]) -> None:
+        for name, x in activations.items():
+            steps = config.max_loop_iters if name.startswith("step.") else 1
+            tallies.setdefault(name, _Tally((steps, x.shape[-1]))).add(step, x)
+        if _FC1 in activations:
+            tally = tallies.setdefault(_FC2, _Tally((config.max_loop_iters, config.n_experts, config.expert_dim)))
+            for expert, hidden in experts.hidden(activations[_FC1]):
+                tally.add((step, expert), hidden)
+
+    for row in range(len(ids)):
+        progress("calibration", row / len(ids))
+        network.run(ids[row : row + 1], see)
+    return Calibration(
+        {name: tally.importance() for name, tally in tallies.items()},
+        {name: tally.per_step() for name, tally in tallies.items()},
+    )
+
+
+class _Network:
+    """The fp32 target that tells what every matrix is multiplied with."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._config = bundle.manifest.config
+        graphs = bundle.target(TARGET).graphs
+        kept = {"prelude": ["e"], "step": [f"{name}_next" for name in LoopState._fields], "coda": []}
+        matrices = [*_matrices(self._config), ROUTER]
+        self._probes = {}
+        for stage, prefixes in _PREFIXES.items():
+            probed = [name for name in matrices if name.startswith(prefixes)]
+            self._probes[stage] = Probe(bundle.file(graphs[stage]), probed, kept[stage])
+
+    def run(self, ids: NDArray[np.int64], see: See) -> None:
+        """Runs one sequence ``ids (1, S)`` through all stages; ``see`` is told each loop step's activations."""
+        c, rows = self._config, ids.shape
+        window = {"positions": np.arange(rows[1])[None]}
+        past = np.zeros((1, 0, c.cache_width), np.float32)
+        e = self._run("prelude", {"input_ids": ids} | window | _slots(past, c.prelude_layers), 0, see)["e"]
+        state = {
+            "h": e,
+            "out": np.zeros_like(e),
+            "halt_mass": np.zeros(rows, np.float32),
+            "depth": np.zeros(rows, np.int64),
+        }
+        halting = {"threshold": np.array(c.act_threshold, np.float32), "min_depth": np.array(1)}
+        for index in range(c.max_loop_iters):
+            feeds = state | halting | window | {"e": e, "step_index": np.full(rows, index), "past": past}
+            made = self._run("step", feeds, index, see)
+            state = {name: made[f"{name}_next"] for name in state}
+        last = {"out": state["out"], "logit_rows": np.arange(rows[1])}
+        self._run("coda", last | window | _slots(past, c.coda_layers), 0, see)
+
+    def _run(self, stage: str, feeds: dict[str, Array], index: int, see: See) -> dict[str, Array]:
+        made = self._probes[stage].run(feeds)
+        seen = {name: x for name, x in made.items() if name.startswith(_PREFIXES[stage])}
+        see(index, {_FC1 if name == ROUTER else name: x for name, x in seen.items()})
+        return made
+
+
+class _Experts:
+    """The first matrices of the routed experts, mapped from the file and read one at a time."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._router = router_of(bundle)
+        self._fc1 = stored_weights(bundle, "step")[_FC1].numpy()
+
+    def hidden(self, x: Float32) -> Iterator[tuple[int, Float32]]:
+        """Every expert that rows of ``x (N, D)`` choose, with the hidden activations (rows, F) of those rows."""
+        chosen = self._router.chosen(x)
+        for expert in np.unique(chosen):
+            both = x[(chosen == expert).any(-1)] @ self._fc1[expert].astype(np.float32).T
+            gate, up = both[:, 0::2], both[:, 1::2]
+            with np.errstate(over="ignore"):  # the quotient is 0, which is right
+                yield int(expert), gate / (1 + np.exp(-gate)) * up
+
+
+class _Tally:
+    """Sums of squares by loop step (and expert), and the rows that were in them."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self._squares = np.zeros(shape)
+        self._rows = np.zeros(shape[:-1])
+
+    def add(self, place: int | tuple[int, int], x: Float32) -> None:
+        self._squares[place] += np.einsum("nc,nc->c", x, x)
+        self._rows[place] += len(x)
+
+    def importance(self) -> Float32:
+        """Loop steps at mean 1 each, then averaged over the rows that took them."""
+        mean = self._squares.mean(-1, keepdims=True)
+        level = np.divide(self._squares, mean, out=np.ones_like(self._squares), where=mean > 0)
+        # What was never seen counts as one row of ones.
+        rows = np.where(self._rows.sum(0) > 0, self._rows, 1.0)[..., None]
+        average: Float64 = (level * rows).sum(0) / rows.sum(0)
+        return average.astype(np.float32)
+
+    def per_step(self) -> Float64:
+        """The mean square of all channels at each loop step."""
+        steps = len(self._squares)
+        squares = self._squares.reshape(steps, -1).sum(1) / self._squares.shape[-1]
+        mean: Float64 = squares / self._rows.reshape(steps, -1).sum(1)
+        return mean
+
+
+def _matrices(config: MythosConfig) -> list[str]:
+    """Names of the matrices that all rows of activations are multiplied with, as the layout has them."""
+    return [recipe.name for recipe in recipes(config, max_context=1) if recipe.narrow and len(recipe.shape) == 2]
+
+
+def _slots(past: Float32, layers: int) -> dict[str, Array]:
+    return {f"past_{index}": past for index in range(layers)}

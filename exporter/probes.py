@@ -1,0 +1,125 @@
+"""Looks inside a bundle's graphs: what a named matrix is multiplied with, and which experts the router chooses.
+
+A probed graph is made in memory from a file of the bundle and reads the same weights; nothing is written.
+Not here: running sequences. A probe knows one graph.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+from numpy.typing import NDArray
+
+from mythos_edge.model.bundle import Bundle
+from mythos_edge.model.errors import BackendUnavailable, BundleError, MythosEdgeError
+
+Array = NDArray[Any]
+# Every target multiplies it in float32 with what the experts see, too.
+ROUTER = "step.block.ffn.router"
+
+
+class Probe:
+    """One graph of a bundle that tells what ``matrices`` are multiplied with, and of its own outputs ``kept``.
+
+    Nodes that neither needs are not run; ``prepack`` as the target says. Raises BundleError when the graph has no such
+    matrix, BackendUnavailable without onnxruntime.
+    """
+
+    def __init__(self, path: Path, matrices: Sequence[str], kept: Sequence[str] = (), prepack: bool = False) -> None:
+        model = ir.load(path)
+        graph = model.graph
+        probed = {matrix: _multiplied(graph, matrix, path) for matrix in matrices}
+        for value in probed.values():
+            value.type = ir.TensorType(ir.DataType.FLOAT)
+        outputs = [value for value in graph.outputs if value.name in kept]
+        graph.outputs.clear()
+        graph.outputs.extend(dict.fromkeys([*outputs, *probed.values()]))
+        self._kept = tuple(kept)
+        self._probed = {matrix: str(value.name) for matrix, value in probed.items()}
+        passes.RemoveUnusedNodesPass()(model)
+        self._path = path
+        self._session = _session(model, path, prepack)
+        self._inputs = [value.name for value in self._session.get_inputs()]
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Kept outputs by their name, activations (rows, channels) by the name of the matrix.
+
+        ``feeds`` may hold more than the graph takes: portable and lowered graphs know positions by different inputs.
+        """
+        given = {name: feeds[name] for name in self._inputs}
+        wanted = list(dict.fromkeys([*self._kept, *self._probed.values()]))
+        try:
+            found = dict(zip(wanted, self._session.run(wanted, given), strict=True))
+        except Exception as error:  # onnxruntime's exceptions have no common base but this
+            raise MythosEdgeError(f"{self._path.name}: ONNX Runtime failed: {_one_line(error)}") from error
+        rows = {matrix: found[value].reshape(-1, found[value].shape[-1]) for matrix, value in self._probed.items()}
+        return {name: found[name] for name in self._kept} | rows
+
+
+@dataclass(frozen=True)
+class Router:
+    """What chooses experts: ``weight (E, D)``, and ``bias (E,)`` that counts for the choice only."""
+
+    weight: NDArray[np.float32]
+    bias: NDArray[np.float32]
+    top_k: int
+
+    def chosen(self, x: Array) -> NDArray[np.int64]:
+        """The experts (rows, k) of each row of ``x (rows, D)``, in no order."""
+        logits = x @ self.weight.T + self.bias
+        chosen: NDArray[np.int64] = np.argpartition(-logits, self.top_k - 1, axis=-1)[:, : self.top_k]
+        return chosen
+
+
+def router_of(bundle: Bundle) -> Router:
+    """The router as the bundle stores it; every target keeps it in float32."""
+    stored = stored_weights(bundle, "step")
+    weight, bias = (np.array(stored[name].numpy()) for name in (ROUTER, f"{ROUTER}_bias"))
+    return Router(weight, bias, bundle.manifest.config.n_experts_per_tok)
+
+
+def stored_weights(bundle: Bundle, stage: str) -> dict[str, ir.TensorProtocol]:
+    """The weights of the portable graph of ``stage`` by name, mapped from the file and not read yet."""
+    graph = ir.load(bundle.file(bundle.manifest.graphs[stage].file)).graph
+    return {name: value.const_value for name, value in graph.initializers.items() if value.const_value is not None}
+
+
+def _multiplied(graph: ir.Graph, matrix: str, path: Path) -> ir.Value:
+    # A matrix that is stored narrower is used as its float32 copy.
+    names = (matrix, f"{matrix}.fp32")
+    nodes = [node for node in graph if any(value is not None and value.name in names for value in node.inputs)]
+    users = [node for node in nodes if node.op_type != "Cast"]
+    if len(users) != 1:
+        raise BundleError(f"{path.name}: {len(users)} nodes use {matrix!r}, expected one: build the target again")
+    x = users[0].inputs[0]
+    assert x is not None
+    return x
+
+
+def _session(model: ir.Model, path: Path, prepack: bool) -> Any:
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise BackendUnavailable("onnxruntime is not installed", "pip install onnxruntime") from error
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    # As in the runtime: float32 weights are read from the mapped file, and idle threads leave the cores to others.
+    if not prepack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    try:
+        serialized = ir.serde.serialize_model(model).SerializeToString()
+        return ort.InferenceSession(serialized, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # see Probe.run
+        raise BundleError(f"{path.name}: ONNX Runtime can not load it with probes: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

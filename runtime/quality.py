@@ -1,0 +1,156 @@
+"""How much rounding the weights has changed a model: one run against the fp32 run on the same tokens.
+
+Unlike ``parity``, which asks whether two runs are the same but for float32 noise, this measures how far apart they are.
+Pure maths on arrays; knows nothing of how either run was made.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float = NDArray[np.floating[Any]]
+Integer = NDArray[np.integer[Any]]
+Float64 = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one run made of a sequence: ``logits (S, V)``, ``depth (S,)``, and at each of the loop steps L the states
+    ``h (L, S, D)`` after it and the experts ``chosen (L, S, k)`` in it."""
+
+    logits: Float
+    depth: Integer
+    h: Float
+    chosen: Integer
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How one run differs from another, position by position.
+
+    ``kl (S,)`` in nats, ``same_top1 (S,)``, ``h_error (L, S)`` relative, ``common_experts (L, S)`` as a share,
+    ``depth (S,)`` in loop steps, signed.
+    """
+
+    kl: Float64
+    same_top1: NDArray[np.bool_]
+    h_error: Float64
+    common_experts: Float64
+    depth: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class LoopStepQuality:
+    """One loop step: relative error of ``h``, share of chosen experts in common, share of positions that chose the
+    same set."""
+
+    h_error_mean: float
+    h_error_p99: float
+    common_experts: float
+    same_experts: float
+
+
+@dataclass(frozen=True)
+class QualityReport:
+    """Figures over all positions; ``kl`` in nats per position, agreements as shares of positions.
+
+    ``depth_difference`` is the mean absolute difference in loop steps; ``loop_steps`` begins with loop step 0.
+    Figures are NaN when a logit is not finite.
+    """
+
+    positions: int
+    kl_mean: float
+    kl_p99: float
+    kl_max: float
+    top1_agreement: float
+    depth_agreement: float
+    depth_difference: float
+    loop_steps: tuple[LoopStepQuality, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The least quality that passes: at most ``max_kl`` nats on average, at least ``min_top1`` of the top tokens."""
+
+    max_kl: float
+    min_top1: float
+
+    def passes(self, report: QualityReport) -> bool:
+        # Written so that NaN fails.
+        return report.kl_mean <= self.max_kl and report.top1_agreement >= self.min_top1
+
+
+def difference(reference: Trace, run: Trace) -> Difference:
+    """How ``run`` differs from ``reference``; both must be of the same tokens and loop steps."""
+    return Difference(
+        kl=kl_divergence(reference.logits, run.logits),
+        same_top1=reference.logits.argmax(-1) == run.logits.argmax(-1),
+        h_error=relative_error(reference.h, run.h),
+        common_experts=common_share(reference.chosen, run.chosen),
+        depth=run.depth.astype(np.int64) - reference.depth,
+    )
+
+
+def quality_report(differences: Sequence[Difference]) -> QualityReport:
+    """The figures of one or more sequences, every position counting the same."""
+    kl = np.concatenate([one.kl for one in differences])
+    depth = np.concatenate([one.depth for one in differences])
+    h_error = np.concatenate([one.h_error for one in differences], axis=1)
+    common = np.concatenate([one.common_experts for one in differences], axis=1)
+    steps = zip(h_error, common, strict=True)
+    return QualityReport(
+        positions=len(kl),
+        kl_mean=float(kl.mean()),
+        kl_p99=float(np.percentile(kl, 99)),
+        kl_max=float(kl.max()),
+        top1_agreement=float(np.concatenate([one.same_top1 for one in differences]).mean()),
+        depth_agreement=float((depth == 0).mean()),
+        depth_difference=float(np.abs(depth).mean()),
+        loop_steps=tuple(
+            LoopStepQuality(
+                float(error.mean()), float(np.percentile(error, 99)), float(share.mean()), float((share == 1).mean())
+            )
+            for error, share in steps
+        ),
+    )
+
+
+def kl_divergence(reference: Float, logits: Float) -> Float64:
+    """KL(reference || other) in nats of each position of ``(S, V)``; NaN where a logit is not finite."""
+    # One position at a time: a large vocabulary in float64 is several times the logits themselves.
+    return np.array([_kl(wanted, found) for wanted, found in zip(reference, logits, strict=True)])
+
+
+def relative_error(reference: Float, other: Float) -> Float64:
+    """||other - reference|| / ||reference|| over the last axis."""
+    norms = np.linalg.norm(reference.astype(np.float64), axis=-1)
+    error = np.linalg.norm(other.astype(np.float64) - reference, axis=-1)
+    relative: Float64 = error / np.maximum(norms, np.finfo(np.float64).tiny)
+    return relative
+
+
+def common_share(reference: Integer, other: Integer) -> Float64:
+    """The share of the experts ``(..., k)`` that are in both sets, whatever their order."""
+    common = (reference[..., :, None] == other[..., None, :]).any(-1)
+    share: Float64 = common.mean(-1)
+    return share
+
+
+def _kl(reference: Float, logits: Float) -> float:
+    if not (np.isfinite(reference).all() and np.isfinite(logits).all()):
+        return float("nan")
+    wanted, found = _log_softmax(reference), _log_softmax(logits)
+    # Rounding can bring the sum of equal distributions just below 0.
+    return max(0.0, float(np.exp(wanted) @ (wanted - found)))
+
+
+def _log_softmax(logits: Float) -> Float64:
+    shifted = logits.astype(np.float64) - logits.max()
+    normalised: Float64 = shifted - np.log(np.exp(shifted).sum())
+    return normalised

@@ -1,0 +1,200 @@
+"""``mythos-edge validate --against fp32``: how far rounding its weights has moved a target from the fp32 one.
+
+Both targets of the bundle see the same tokens, at full depth so that every loop step can be compared: an error that
+the loop carries along grows from one loop step to the next, which logits alone do not show.
+"""
+
+import argparse
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mythos_edge.model.bundle import Bundle
+from mythos_edge.model.errors import BackendUnavailable, UsageError
+from mythos_edge.runtime.backend import TARGET, Backend, OrtBackend
+from mythos_edge.runtime.packing import Arrays, Call
+from mythos_edge.runtime.quality import Gate, QualityReport, Trace, difference, quality_report
+from mythos_edge.runtime.session import Session
+from mythos_edge.scripts import addition
+from mythos_edge.scripts.console import Console
+
+if TYPE_CHECKING:
+    from mythos_edge.exporter.probes import Probe, Router
+
+FP32 = "fp32"
+# By kind of weights. fp32 differs by the order of sums alone. For the others, llama.cpp reports a few thousandths of a
+# nat in 8 bits and a few hundredths in 4 on language models; this leaves room for noise.
+GATES = {"fp32": Gate(1e-5, 0.999), "int8": Gate(0.01, 0.98), "int4": Gate(0.1, 0.9)}
+_STREAMS = 256
+_DIGITS = 12
+_DEMO_DEPTH = 16
+_OPTIONS = ("target", "demo_streams", "max_kl", "min_top1")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("quality, with --against fp32")
+    group.add_argument("--target", metavar="T", help="the target to compare with the fp32 one")
+    group.add_argument(
+        "--demo-streams",
+        type=int,
+        nargs="?",
+        const=_STREAMS,
+        metavar="N",
+        help=f"compare on random additions, which the demo model knows, and count exact sums (default N: {_STREAMS})",
+    )
+    kinds = "; ".join(f"{kind}: {gate.max_kl:g}, {gate.min_top1:g}" for kind, gate in GATES.items())
+    group.add_argument(
+        "--max-kl", type=float, metavar="NATS", help=f"largest mean KL divergence, and least top-1 by weights: {kinds}"
+    )
+    group.add_argument(
+        "--min-top1", type=float, metavar="SHARE", help="least share of positions with the same top token"
+    )
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises UsageError for options that do not go together."""
+    if args.against != FP32:
+        stray = next((name for name in _OPTIONS if getattr(args, name) is not None), None)
+        if stray is not None:
+            raise UsageError(f"--{stray.replace('_', '-')} is for quality: add --against {FP32}")
+        return
+    if args.target in (None, TARGET):
+        raise UsageError(f"--against {FP32} compares another target with {TARGET}: name it with --target")
+    if args.demo_streams is not None and args.ids is not None:
+        raise UsageError("--ids and --demo-streams both say which tokens to compare on: give one of them")
+    if args.demo_streams is not None and args.demo_streams < 1:
+        raise UsageError(f"--demo-streams is {args.demo_streams}, expected at least 1")
+
+
+def demo_ids(args: argparse.Namespace, bundle: Bundle) -> NDArray[np.int64]:
+    """Streams of random additions (streams, positions). Raises UsageError unless the bundle is the demo model."""
+    vocab_size = bundle.manifest.config.vocab_size
+    if vocab_size != addition.VOCAB_SIZE:
+        raise UsageError(
+            f"--demo-streams is for the demo model of {addition.VOCAB_SIZE} tokens, this one has {vocab_size}: "
+            "give --ids"
+        )
+    return addition.random_streams(np.random.default_rng(args.seed), args.demo_streams, _DIGITS)
+
+
+def compare(args: argparse.Namespace, bundle: Bundle, ids: NDArray[np.int64], console: Console) -> dict[str, Any]:
+    """The report of ``args.target`` against fp32 on ``ids (B, S)``, told on ``console`` too."""
+    spec = bundle.target(args.target)
+    gate = _gate(args, spec.weights)
+    with OrtBackend(bundle) as fp32, OrtBackend(bundle, args.target) as rounded:
+        traced = (_Traced(bundle, TARGET, fp32), _Traced(bundle, args.target, rounded))
+        differences = []
+        for row in range(len(ids)):
+            console.progress("comparing with fp32", row / len(ids))
+            differences.append(difference(*(one.trace(ids[row : row + 1]) for one in traced)))
+        report = quality_report(differences)
+        sums = None
+        if args.demo_streams is not None:
+            console.progress("adding", 0.0)
+            both = {TARGET: fp32, args.target: rounded}
+            sums = {name: _exact_sums(Session(bundle, backend), ids) for name, backend in both.items()}
+    console.say(f"target    {args.target} ({spec.weights}, {spec.method}) on {ids.shape[0]} x {ids.shape[1]} positions")
+    _tell(report, gate, sums, console)
+    return {
+        "passed": gate.passes(report),
+        "target": args.target,
+        "weights": spec.weights,
+        "gate": asdict(gate),
+        "quality": report.to_dict(),
+        "exact_sums": sums,
+    }
+
+
+def _gate(args: argparse.Namespace, weights: str) -> Gate:
+    usual = GATES.get(weights, GATES["int4"])
+    return Gate(
+        usual.max_kl if args.max_kl is None else args.max_kl,
+        usual.min_top1 if args.min_top1 is None else args.min_top1,
+    )
+
+
+def _tell(report: QualityReport, gate: Gate, sums: dict[str, float] | None, console: Console) -> None:
+    console.say(
+        f"kl        mean {report.kl_mean:.2g}, p99 {report.kl_p99:.2g}, max {report.kl_max:.2g} nats; "
+        f"allowed mean {gate.max_kl:g}"
+    )
+    console.say(f"top-1     {report.top1_agreement:.1%} the same; allowed {gate.min_top1:.1%}")
+    console.say(
+        f"depth     {report.depth_agreement:.1%} equal, mean difference {report.depth_difference:.2g} loop steps"
+    )
+    if sums is not None:
+        console.say("sums      " + ", ".join(f"{name} {share:.1%}" for name, share in sums.items()) + " exactly right")
+    console.say(f"| loop step | {'h error':>9} | {'p99':>9} | {'experts in common':>17} | {'same experts':>12} |")
+    console.say(f"|{'-' * 10}:|{'-' * 10}:|{'-' * 10}:|{'-' * 18}:|{'-' * 13}:|")
+    for index, step in enumerate(report.loop_steps):
+        console.say(
+            f"| {index:9} | {step.h_error_mean:9.2g} | {step.h_error_p99:9.2g} | {step.common_experts:17.1%} "
+            f"| {step.same_experts:12.1%} |"
+        )
+
+
+def _exact_sums(session: Session, streams: NDArray[np.int64]) -> float:
+    """The share of the streams, decoded one at a time, of which every digit is right."""
+    with warnings.catch_warnings():
+        # The demo model is known to work beyond the depth it was trained with.
+        warnings.simplefilter("ignore")
+        logits = [session.score(stream[None], prefill=0, max_depth=_DEMO_DEPTH).logits[0] for stream in streams]
+    # The first column only marks the start.
+    found = np.stack(logits)[:, 1:, addition.DIGIT_BASE :].argmax(-1)
+    return float((found == addition.digits(streams)[:, 1:]).all(axis=1).mean())
+
+
+class _Traced:
+    """One target of a bundle, run at full depth with every loop step written down."""
+
+    def __init__(self, bundle: Bundle, target: str, backend: Backend) -> None:
+        try:
+            from mythos_edge.exporter.probes import ROUTER, Probe, router_of
+        except ImportError as error:
+            message = f"comparing targets needs {error.name}, which is not installed"
+            raise BackendUnavailable(message, "pip install 'mythos-edge[export]'") from error
+
+        spec = bundle.target(target)
+        probe = Probe(bundle.file(spec.graphs["step"]), [ROUTER], prepack=spec.prepacked)
+        self._recorder = _Recorder(backend, probe, router_of(bundle), ROUTER)
+        self._session = Session(bundle, self._recorder)
+
+    def trace(self, ids: NDArray[np.int64]) -> Trace:
+        """What the target makes of one sequence ``ids (1, S)``."""
+        config = self._session.config
+        shape = (config.max_loop_iters, ids.shape[1])
+        h = self._recorder.h = np.empty((*shape, config.dim), np.float32)
+        chosen = self._recorder.chosen = np.empty((*shape, config.n_experts_per_tok), np.int64)
+        score = self._session.score(ids, policy="full")
+        return Trace(score.logits[0], score.depth[0], h, chosen)
+
+
+class _Recorder:
+    """A backend that writes down states and chosen experts, by loop step and position."""
+
+    h: NDArray[np.float32]
+    chosen: NDArray[np.int64]
+
+    def __init__(self, backend: Backend, probe: "Probe", router: "Router", matrix: str) -> None:
+        self._backend, self._probe, self._router, self._matrix = backend, probe, router, matrix
+
+    def run(self, stage: str, feeds: Arrays, outputs: Arrays) -> None:
+        self._backend.run(stage, feeds, outputs)
+        if stage == "step":
+            index = feeds["step_index"][0]
+            positions = int(feeds["length"]) + np.arange(len(index))
+            self.h[index, positions] = outputs["h_next"][0]
+            # Portable graphs know positions by length and first, lowered ones by themselves.
+            seen = self._probe.run({**feeds, "positions": positions[None]})
+            self.chosen[index, positions] = self._router.chosen(seen[self._matrix])
+
+    def run_together(self, stage: str, calls: Sequence[Call]) -> None:
+        for call in calls:
+            self.run(stage, *call)
+
+    def close(self) -> None:
+        self._backend.close()

@@ -1,0 +1,139 @@
+"""``validate --against fp32``: a rounded target is measured, the gate decides, and mistakes are one line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mythos_edge.exporter.probes import ROUTER, Probe, router_of
+from mythos_edge.model.bundle import open_bundle
+from mythos_edge.runtime.backend import OrtBackend
+from mythos_edge.runtime.session import Session
+from mythos_edge.scripts import addition, cli
+from mythos_edge.scripts.quality_gate import GATES, _Recorder, _Traced
+
+
+def _validate(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, Any, str]:
+    code = cli.main(["validate", *(str(word) for word in argv), "--json"])
+    captured = capsys.readouterr()
+    return code, json.loads(captured.out), captured.err
+
+
+def test_a_rounded_target_passes_the_gate_of_its_weights(
+    rounded_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, report, _ = _validate(
+        capsys, rounded_bundle, "--against", "fp32", "--target", "ort-cpu-int4", "--demo-streams", 20
+    )
+    assert code == 0
+    assert report["passed"] is True
+    assert (report["target"], report["weights"], report["gate"]) == ("ort-cpu-int4", "int4", vars(GATES["int4"]))
+    quality = report["quality"]
+    assert quality["positions"] == 20 * 14
+    assert 0 < quality["kl_mean"] <= quality["kl_p99"] <= quality["kl_max"] < 0.01
+    assert quality["top1_agreement"] > 0.99
+    assert len(quality["loop_steps"]) == open_bundle(rounded_bundle).manifest.config.max_loop_iters
+    for step in quality["loop_steps"]:
+        assert 0.005 < step["h_error_mean"] <= step["h_error_p99"] < 0.6
+        assert 0.8 < step["common_experts"] <= 1.0
+    assert report["exact_sums"]["ort-cpu"] == 1.0
+    assert report["exact_sums"]["ort-cpu-int4"] > 0.8
+
+
+def test_a_gate_that_is_too_strict_is_exit_code_1(
+    rounded_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "ids.npy", np.arange(20).reshape(2, 10))
+    argv = (rounded_bundle, "--against", "fp32", "--target", "ort-cpu-int4", "--ids", tmp_path / "ids.npy")
+    code, report, _ = _validate(capsys, *argv, "--max-kl", 1e-12, "--min-top1", 0)
+    assert (code, report["passed"]) == (1, False)
+    assert report["gate"] == {"max_kl": 1e-12, "min_top1": 0.0}
+    assert report["quality"]["positions"] == 20
+    assert report["exact_sums"] is None
+    assert cli.main(["validate", *map(str, argv), "--max-kl", "1e-12"]) == 1
+    shown = capsys.readouterr().out
+    assert "FAILED" in shown
+    assert "allowed mean 1e-12" in shown
+    assert "| loop step |" in shown
+
+
+def test_a_trace_is_what_the_bundle_computes(demo_bundle: Path) -> None:
+    """The states written down, fed to the portable graph by hand, give the next ones and the same experts."""
+    bundle = open_bundle(demo_bundle)
+    ids = np.array([addition.stream_of(98765, 1299)])
+    with OrtBackend(bundle) as backend:
+        trace = _Traced(bundle, "ort-cpu", backend).trace(ids)
+        score = Session(bundle, backend).score(ids, policy="full")
+    np.testing.assert_array_equal(trace.logits, score.logits[0])
+    np.testing.assert_array_equal(trace.depth, score.depth[0])
+    config = bundle.manifest.config
+    probe = Probe(bundle.path / "step.onnx", [ROUTER], kept=["h_next"])
+    prelude = Probe(bundle.path / "prelude.onnx", [], kept=["e"])
+    window = {"length": np.array(0), "first": np.zeros(1, np.int64)}
+    empty = np.zeros((1, 0, config.cache_width), np.float32)
+    e = prelude.run({"input_ids": ids, "past_0": empty, **window})["e"]
+    h, flat = e, np.zeros(ids.shape, np.float32)
+    for index in range(config.max_loop_iters):
+        made = probe.run(
+            {
+                "h": h, "e": e, "out": np.zeros_like(e), "halt_mass": flat, "depth": np.zeros(ids.shape, np.int64),
+                "step_index": np.full(ids.shape, index), "threshold": np.array(0.9, np.float32),
+                "min_depth": np.array(1), "past": empty, **window,
+            }
+        )  # fmt: skip
+        h = made["h_next"]
+        np.testing.assert_allclose(trace.h[index], h[0], rtol=1e-3, atol=1e-4)
+        chosen = router_of(bundle).chosen(made[ROUTER])
+        np.testing.assert_array_equal(np.sort(trace.chosen[index]), np.sort(chosen))
+
+
+def test_a_recorder_puts_chunks_where_they_belong(demo_bundle: Path) -> None:
+    bundle = open_bundle(demo_bundle)
+    ids = np.array([addition.stream_of(98765, 1299)])
+    with OrtBackend(bundle) as backend:
+        whole = _Traced(bundle, "ort-cpu", backend).trace(ids)
+        probe = Probe(bundle.path / "step.onnx", [ROUTER])
+        recorder = _Recorder(backend, probe, router_of(bundle), ROUTER)
+        recorder.h, recorder.chosen = np.zeros_like(whole.h), np.zeros_like(whole.chosen)
+        Session(bundle, recorder).score(ids, policy="full", prefill=2)
+    np.testing.assert_allclose(recorder.h, whole.h, rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(np.sort(recorder.chosen), np.sort(whole.chosen))
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("--against", "fp32"), "name it with --target"),
+        (("--against", "fp32", "--target", "ort-cpu"), "name it with --target"),
+        (("--against", "fp32", "--target", "ort-tpu"), "no target 'ort-tpu', only ort-cpu"),
+        (("--target", "ort-cpu-int4"), "--target is for quality: add --against fp32"),
+        (("--max-kl", "0.1"), "--max-kl is for quality"),
+        (("--against", "fp32", "--target", "x", "--ids", "a.npy", "--demo-streams"), "give one of them"),
+        (("--against", "fp32", "--target", "x", "--demo-streams", "0"), "--demo-streams is 0, expected at least 1"),
+    ],
+)
+def test_mistakes_are_one_line(
+    demo_bundle: Path, argv: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, report, _ = _validate(capsys, demo_bundle, *argv)
+    assert code == 1
+    assert words in report["error"]
+
+
+def test_demo_streams_need_the_demo_model(mla_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, report, _ = _validate(capsys, mla_bundle, "--against", "fp32", "--target", "x", "--demo-streams")
+    assert code == 1
+    assert "--demo-streams is for the demo model of 110 tokens, this one has 331: give --ids" in report["error"]
+
+
+def test_random_streams_are_whole_additions(random: np.random.Generator) -> None:
+    streams = addition.random_streams(random, 50, 12)
+    assert streams.shape == (50, 14)
+    for stream in streams.tolist():
+        a = sum(number // 10 * 10**place for place, number in enumerate(stream[1:]))
+        b = sum(number % 10 * 10**place for place, number in enumerate(stream[1:]))
+        digits = addition.digits(np.array(stream))[1:]
+        assert sum(int(digit) * 10**place for place, digit in enumerate(digits)) == a + b
+        assert stream == [0, *addition.columns_of(a, b, 13)]

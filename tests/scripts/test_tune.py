@@ -1,0 +1,208 @@
+"""``tune``: points are what sessions give, the knee keeps the budget, and the preset is found again."""
+
+import argparse
+import base64
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mythos_edge.model.bundle import open_bundle
+from mythos_edge.runtime.halting import depth_of_preset
+from mythos_edge.runtime.quality import kl_divergence
+from mythos_edge.runtime.session import Session
+from mythos_edge.scripts import addition, cli
+from mythos_edge.scripts.tune import Point, Setting, knee_of, settings_of
+
+
+@pytest.fixture
+def data(tmp_path: Path, random: np.random.Generator) -> Path:
+    np.save(tmp_path / "ids.npy", addition.random_streams(random, 3, 12))
+    return tmp_path / "ids.npy"
+
+
+def _tune(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, Any, str]:
+    code = cli.main(["tune", *(str(word) for word in argv), "--json"])
+    captured = capsys.readouterr()
+    return code, json.loads(captured.out), captured.err
+
+
+def _point(ms: float, kl: float, threshold: float = 0.5) -> Point:
+    return Point(Setting("ort-cpu", threshold, 8), kl, 1.0, 2.0, ms, 1.0)
+
+
+def test_a_run_measures_draws_and_saves(
+    rounded_bundle: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = (
+        rounded_bundle,
+        "--data",
+        data,
+        "-o",
+        tmp_path / "new" / "out",
+        "--targets",
+        "ort-cpu,ort-cpu-int4",
+        "-r",
+        1,
+    )
+    code, report, _ = _tune(capsys, *argv, "--thresholds", "0.5", "--max-depths", "2", "--save", "fast")
+    assert code == 0
+    settings = {(point["target"], point["threshold"], point["max_depth"]) for point in report["points"]}
+    assert settings == {(t, x, d) for t in ("ort-cpu", "ort-cpu-int4") for x in (0.5, 0.99) for d in (2, 8)}
+    for point in report["points"]:
+        assert point["ms_per_token"] > 0
+        assert point["speedup"] == pytest.approx(report["full_depth_ms_per_token"] / point["ms_per_token"])
+    # As trained, the fp32 target is full depth itself.
+    own = next(p for p in report["points"] if (p["target"], p["threshold"], p["max_depth"]) == ("ort-cpu", 0.99, 8))
+    assert (own["kl"], own["top1_agreement"]) == (pytest.approx(0, abs=1e-8), 1.0)
+    assert report["knee"]["kl"] <= 0.01
+
+    manifest = open_bundle(rounded_bundle).manifest
+    preset = manifest.presets["fast"]
+    assert {name: report["knee"][name] for name in vars(preset)} == vars(preset)
+    assert depth_of_preset(manifest, "fast") == {"max_depth": preset.max_depth, "threshold": preset.threshold}
+
+    picture, page = (Path(file).read_bytes() for file in report["files"])
+    assert picture.startswith(b"\x89PNG")
+    text = page.decode()
+    assert text.count("<tr") == 1 + len(report["points"])
+    assert text.count('class="knee"') == 1
+    assert not re.search(r'(src|href)="(?!data:)', text), "the page needs no other file"
+    embedded = re.search(r"base64,([^\"]+)", text)
+    assert embedded is not None
+    assert base64.b64decode(embedded[1]) == picture
+    assert sorted(file.name for file in (tmp_path / "new" / "out").iterdir()) == ["curve.html", "curve.png"]
+
+
+def test_figures_are_those_of_the_session(
+    rounded_bundle: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, report, _ = _tune(capsys, rounded_bundle, "--data", data, "-o", tmp_path, "-r", 1, "--targets", "ort-cpu-int4",
+                         "--thresholds", "0.99", "--max-depths", "3", "--max-kl", 100)  # fmt: skip
+    found = next(point for point in report["points"] if point["max_depth"] == 3)
+    ids = np.load(data)
+    with Session.open(rounded_bundle) as fp32, Session.open(rounded_bundle, target="ort-cpu-int4") as rounded:
+        pairs = [(fp32.score(row[None], policy="full"), rounded.score(row[None], max_depth=3)) for row in ids]
+    kl = [kl_divergence(wanted.logits[0], score.logits[0]) for wanted, score in pairs]
+    same = [wanted.logits.argmax(-1) == score.logits.argmax(-1) for wanted, score in pairs]
+    assert found["kl"] == pytest.approx(np.mean(kl), rel=1e-3)
+    assert found["mean_depth"] == pytest.approx(np.mean([score.depth for _, score in pairs]))
+    assert found["top1_agreement"] == pytest.approx(np.mean(same))
+
+
+def test_a_budget_nothing_meets_saves_nothing(
+    rounded_bundle: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ("tune", rounded_bundle, "--data", data, "-o", tmp_path / "out", "--targets", "ort-cpu-int4", "-r", 1)
+    argv += ("--thresholds", "0.99", "--max-depths", "8", "--max-kl", 0)
+    assert cli.main([str(word) for word in argv]) == 1
+    shown = capsys.readouterr()
+    assert "no point has KL <= 0" in shown.err
+    assert "<- knee" not in shown.out
+    assert open_bundle(rounded_bundle).manifest.presets == {}
+    assert (tmp_path / "out" / "curve.html").is_file()
+
+
+def test_people_are_told_the_knee(
+    rounded_bundle: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ("tune", rounded_bundle, "--data", data, "-o", tmp_path / "out", "-r", 1, "--thresholds", "0.9")
+    assert cli.main([str(word) for word in argv]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("<- knee") == 1
+    assert re.search(r"% faster than the model's own depth at KL <= 0\.01: --threshold 0\.9\d* --max-depth \d", shown)
+    assert "saved as preset 'knee'" in shown
+
+
+def test_the_knee_is_the_fastest_within_the_budget() -> None:
+    points = [_point(9.0, 0.0), _point(5.0, 0.009), _point(4.0, 0.02), _point(1.0, float("nan"))]
+    assert knee_of(points, 0.01) is points[1]
+    assert knee_of(points, 0.02) is points[2]
+    assert knee_of(points[2:], 0.01) is None
+    assert knee_of([], 0.01) is None
+
+
+def test_among_equally_fast_points_quality_decides() -> None:
+    points = [_point(5.0, 0.009), _point(5.1, 0.001), _point(5.5, 0.0)]
+    assert knee_of(points, 0.01) is points[1]
+
+
+def test_settings_always_hold_the_model_as_trained(demo_bundle: Path) -> None:
+    bundle = open_bundle(demo_bundle)
+    given = argparse.Namespace(targets="ort-cpu,ort-cpu", thresholds="0.5,0.7,0.5", max_depths="2")
+    settings = settings_of(given, bundle)
+    assert settings[0] == Setting("ort-cpu", 0.99, 8)
+    assert len(settings) == len(set(settings)) == 6
+    by_default = settings_of(argparse.Namespace(targets="ort-cpu", thresholds=None, max_depths=None), bundle)
+    assert Setting("ort-cpu", 0.99, 8) in by_default
+    assert {setting.max_depth for setting in by_default} == {4, 6, 8}
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("--targets", "ort-tpu"), "no target 'ort-tpu'"),
+        (("--targets", ","), "--targets is ',', expected names"),
+        (("--thresholds", "0.5,high"), "--thresholds is '0.5,high', expected numbers like 0.5,0.9"),
+        (("--thresholds", "nan"), "threshold is nan, expected a finite number above 0"),
+        (("--thresholds", "0"), "threshold is 0.0, expected"),
+        (("--max-depths", "2.5"), "--max-depths is '2.5', expected numbers like 4,8"),
+        (("--max-depths", "0"), "max_depth is 0, expected at least 1"),
+        (("--max-kl", "-1"), "--max-kl is -1.0, expected 0 or more"),
+        (("--max-kl", "nan"), "--max-kl is nan"),
+        (("--save", ""), "--save is empty"),
+        (("--repetitions", "0"), "--repetitions is 0, expected at least 1"),
+    ],
+)
+def test_mistakes_are_one_line(
+    demo_bundle: Path, data: Path, tmp_path: Path, argv: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, report, _ = _tune(capsys, demo_bundle, "--data", data, "-o", tmp_path / "out", *argv)
+    assert code == 1
+    assert words in report["error"]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        (np.array([[1] * 7]), "has 7 positions a row, expected at least 8"),
+        (np.array([[0, 1, 2, 3, 4, 5, 6, 110]]), "token id 110 is out of range"),
+        (np.arange(8), "expected integers (batch, positions)"),
+        (np.ones((1, 8)), "expected integers (batch, positions)"),
+    ],
+)
+def test_bad_data_is_one_line(
+    demo_bundle: Path, tmp_path: Path, ids: np.ndarray, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "bad.npy", ids)
+    code, report, _ = _tune(capsys, demo_bundle, "--data", tmp_path / "bad.npy", "-o", tmp_path / "out")
+    assert code == 1
+    assert words in report["error"]
+
+
+def test_a_folder_that_can_not_be_written_is_one_line(
+    rounded_bundle: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    argv = (rounded_bundle, "--data", data, "-o", tmp_path / "file", "-r", 1, "--thresholds", "0.9", "--max-depths", 8)
+    code, report, _ = _tune(capsys, *argv)
+    assert code == 1
+    assert "can not write the curve" in report["error"]
+
+
+def test_without_matplotlib_the_install_line_is_given(
+    demo_bundle: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import mythos_edge.scripts as scripts
+
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.delitem(sys.modules, "mythos_edge.scripts.tune_report", raising=False)
+    monkeypatch.delattr(scripts, "tune_report", raising=False)
+    code, report, _ = _tune(capsys, demo_bundle, "--data", data, "-o", tmp_path / "out")
+    assert code == 1
+    assert "pip install 'mythos-edge[tune]'" in report["error"]

@@ -1,7 +1,7 @@
-"""The memory of a sequence batch: one growing buffer per slot, and the pending states of lagging positions.
+"""The memory of one sequence: a growing buffer per slot, and one for the pending states of lagging positions.
 
-Columns are positions of the batch in lockstep (with left padding); row b of a buffer is one sequence. A batch of
-one is special: there a range of columns is one piece of memory, so cached rows are passed on by pointer.
+Columns are positions. A range of them is one piece of memory, so cached rows are passed on by pointer, and new ones
+are written in their place.
 """
 
 from dataclasses import dataclass
@@ -70,14 +70,14 @@ def free_memory_bytes() -> int | None:
 
 
 class ColumnBuffer:
-    """Columns ``start .. end`` of a (B, columns, width) array that grows by doubling up to ``limit`` columns.
+    """Columns ``start .. end`` of a (1, columns, width) array that grows by doubling up to ``limit`` columns.
 
     Columns below ``start`` are given up. Nothing is allocated before the first column is written.
     """
 
-    def __init__(self, batch: int, width: int, limit: int) -> None:
-        self._batch, self._width, self._limit = batch, width, limit
-        self._data: Float32 = np.zeros((batch, 0, width), np.float32)
+    def __init__(self, width: int, limit: int) -> None:
+        self._width, self._limit = width, limit
+        self._data: Float32 = np.empty((1, 0, width), np.float32)
         self._origin = 0  # the column that stands first in _data
         self.start = 0
         self.end = 0
@@ -89,27 +89,18 @@ class ColumnBuffer:
         return int(self._data.nbytes)
 
     def view(self, start: int, end: int) -> Float32:
-        """Columns ``start .. end`` as a C-contiguous array: memory of the buffer for a batch of one, else a copy."""
+        """Columns ``start .. end``: C-contiguous memory of the buffer.
+
+        The same columns are the same object until the memory moves, so that what is bound to a graph stays bound.
+        """
         assert self.start <= start <= end <= self.end, (self.start, start, end, self.end)
         key = (start - self._origin, end - self._origin)
-        if self._last_view is not None and self._last_key == key and self._last_view.base is self._data:
-            return self._last_view
-        view = self._data[:, key[0] : key[1]]
-        if self._batch > 1:
-            return view.copy()
-        # The same object for the same columns: what is bound to a graph stays bound.
-        self._last_key, self._last_view = key, view
-        return view
+        if self._last_view is None or self._last_key != key or self._last_view.base is not self._data:
+            self._last_key, self._last_view = key, self._data[:, key[0] : key[1]]
+        return self._last_view
 
-    def whole(self) -> Float32:
-        """Every column there is room for, filled or not, without a copy; column 0 stands first."""
-        assert self._origin == 0
-        return self._data
-
-    def tail(self, count: int) -> Float32 | None:
-        """The ``count`` columns after ``end`` to write into directly, for a batch of one; see ``grow``."""
-        if self._batch != 1:
-            return None
+    def tail(self, count: int) -> Float32:
+        """The ``count`` columns after ``end`` to write into directly; see ``grow``."""
         self._reserve(self.end + count)
         at = self.end - self._origin
         return self._data[:, at : at + count]
@@ -119,18 +110,13 @@ class ColumnBuffer:
         self.end += count
 
     def append(self, rows: Float32) -> None:
-        """Writes ``rows (B, S, width)`` after the last column."""
-        self._reserve(self.end + rows.shape[1])
-        self.write(self.end, rows)
-        self.end += rows.shape[1]
+        """Writes ``rows (1, S, width)`` after the last column."""
+        self.tail(rows.shape[1])[...] = rows
+        self.grow(rows.shape[1])
 
     def write(self, column: int, rows: Float32) -> None:
         at = column - self._origin
         self._data[:, at : at + rows.shape[1]] = rows
-
-    def copy_from(self, other: "ColumnBuffer", rows: NDArray[np.int64], columns: NDArray[np.int64]) -> None:
-        """Takes over single entries, by batch row and column, of a buffer of the same width."""
-        self._data[rows, columns - self._origin] = other._data[rows, columns - other._origin]
 
     def truncate(self, end: int) -> None:
         self.end = min(self.end, end)
@@ -144,7 +130,7 @@ class ColumnBuffer:
         if self.start >= self.end:
             self._origin = self.start
             if self._data.shape[1] > _FIRST_CAPACITY:
-                self._data = np.zeros((self._batch, 0, self._width), np.float32)
+                self._data = np.empty((1, 0, self._width), np.float32)
 
     def _reserve(self, end: int) -> None:
         needed, capacity = end - self._origin, self._data.shape[1]
@@ -155,8 +141,7 @@ class ColumnBuffer:
         capacity = max(_FIRST_CAPACITY, capacity)
         while capacity < needed:
             capacity *= 2
-        # Zeros, because unfilled columns of a batch are multiplied by a weight of 0.
-        data = np.zeros((self._batch, min(capacity, max(self._limit, needed)), self._width), np.float32)
+        data = np.empty((1, min(capacity, max(self._limit, needed)), self._width), np.float32)
         data[:, : kept.shape[1]] = kept
         self._data, self._origin = data, self.start
 
@@ -167,8 +152,8 @@ class ColumnBuffer:
     def restore(self, columns: NDArray[np.int64], data: Float32) -> None:
         """Takes over what ``state`` gave. Raises ValueError when it does not fit this buffer."""
         start, end = (int(column) for column in columns)
-        if not 0 <= start <= end <= self._limit or data.shape != (self._batch, end - start, self._width):
+        if not 0 <= start <= end <= self._limit or data.shape != (1, end - start, self._width):
             raise ValueError(f"columns {start} .. {end} of shape {data.shape} do not fit")
         self.start = self.end = self._origin = int(columns[0])
-        self._data = np.zeros((self._batch, 0, self._width), np.float32)
+        self._data = np.empty((1, 0, self._width), np.float32)
         self.append(np.asarray(data, np.float32))

@@ -9,6 +9,7 @@ positions before step t, which are the same values whenever they are computed.
 Not here: tokens, sampling, files.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -21,25 +22,37 @@ from mythos_edge.model.errors import CapacityError, UsageError
 from mythos_edge.runtime.backend import Backend
 from mythos_edge.runtime.caches import ColumnBuffer
 from mythos_edge.runtime.halting import Policy, ResolvedDepth
+from mythos_edge.runtime.packing import ROWS
+from mythos_edge.runtime.together import StageCall, Work, run_alone
 
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
+Arrays = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class Fed:
-    """What feeding a chunk gave: ``logits (B, L, V)`` of the rows asked for, ``depth (B, S)`` of every row."""
+    """What feeding a chunk gave: ``logits (1, L, V)`` of the rows asked for, ``depth (1, S)`` of every row."""
 
     logits: Float32
     depth: Int64
 
 
-class Staircase:
-    """The caches of a batch of sequences in lockstep, advanced through a backend.
+@dataclass
+class _Rows:
+    """The columns from ``start`` on as the loop moves them: ``out (1, S, D)``, ``halt_mass`` and ``depth (1, S)``."""
 
-    ``padding (B,)`` is the number of padding columns at the left of each sequence. ``block_calls`` counts runs of
-    the recurrent block, ``block_rows`` the rows (batch x columns) in them, ``catch_up_calls`` those of the calls
-    in which no new position was running.
+    start: int
+    out: Float32
+    halt_mass: Float32
+    depth: Int64
+
+
+class Staircase:
+    """The caches of one sequence. What it needs run it yields as stage calls; ``feed`` and ``flush`` run them alone.
+
+    ``block_calls`` counts runs of the recurrent block, ``block_rows`` the rows in them, ``catch_up_calls`` those of
+    the calls in which no new position was running. ``max_lag``: see ``Options``.
     """
 
     def __init__(
@@ -48,28 +61,27 @@ class Staircase:
         config: MythosConfig,
         depth: ResolvedDepth,
         max_context: int,
-        padding: Int64 | None = None,
         max_lag: int | None = None,
     ) -> None:
         self.config, self.depth, self.max_context = config, depth, max_context
-        self.padding = np.zeros(1, np.int64) if padding is None else np.ascontiguousarray(padding, np.int64)
-        self.batch = len(self.padding)
         self.columns = 0
         self.block_calls = self.block_rows = self.catch_up_calls = 0
         self._backend, self.max_lag = backend, max_lag
-        # The sequence with the most padding reaches the longest context last; the others have ended by then.
-        self.limit = max_context + int(self.padding.max(initial=0))
         self.prelude_slots = [self._slot() for _ in range(config.prelude_layers)]
         self.coda_slots = [self._slot() for _ in range(config.coda_layers)]
         self.loop_slots = [self._slot() for _ in range(depth.max_depth)]
         # States of the columns that are not at full depth: h as of their deepest computed step.
-        self._h = ColumnBuffer(self.batch, config.dim, self.limit)
-        self._e = ColumnBuffer(self.batch, config.dim, self.limit)
+        self._h = ColumnBuffer(config.dim, max_context)
+        self._e = ColumnBuffer(config.dim, max_context)
         # Scalars are bound once and changed in place.
         self._length = np.zeros((), np.int64)
+        self._first = np.zeros(1, np.int64)
         self._threshold = np.array(depth.threshold, np.float32)
         self._min_depth = np.array(depth.min_depth, np.int64)
-        self._scratch: dict[str, NDArray[Any]] = {}
+        self._scratch: Arrays = {}
+        # What a call that only catches up moves on.
+        none = np.zeros((1, 0, config.dim), np.float32)
+        self._no_rows = _Rows(max_context, none, none[:, :, 0], np.zeros((1, 0), np.int64))
         self._torn = False
 
     @property
@@ -80,45 +92,43 @@ class Staircase:
     @property
     def nbytes(self) -> int:
         """Bytes held in caches and pending states."""
-        slots = self.prelude_slots + self.coda_slots + self.loop_slots
-        return sum(buffer.nbytes for buffer in [*slots, self._h, self._e])
+        return sum(buffer.nbytes for buffer in self._buffers().values())
 
-    def feed(self, ids: Int64, logit_rows: Int64, halted: NDArray[np.bool_] | None = None) -> Fed:
-        """Runs the next S columns ``ids (B, S)`` through all stages; logits of the rows ``logit_rows (L,)``.
+    def feed(self, ids: Int64, logit_rows: Int64) -> Fed:
+        """Runs the next S columns ``ids (1, S)`` through all stages; logits of the rows ``logit_rows (L,)``.
 
-        Rows that are padding, or of sequences marked in ``halted (B,)``, count as halted from the start: depth 0.
-        Raises CapacityError beyond ``max_context``.
+        Interrupted or failing, it leaves the sequence as it was. Raises CapacityError beyond ``max_context``.
         """
-        self._check_whole()
-        chunk = ids.shape[1]
-        if self.columns + chunk > self.limit:
-            raise CapacityError(
-                f"{self.columns + chunk} positions are needed; this bundle was exported for {self.max_context}: "
-                "export with a larger --max-context or shorten the prompt"
-            )
-        start, self.columns = self.columns, self.columns + chunk
+        return run_alone(self.feeding(ids, logit_rows), self._backend)
+
+    def feeding(self, ids: Int64, logit_rows: Int64) -> Work[Fed]:
+        """The work of ``feed``."""
+        start = self.columns
         try:
-            e = self._prelude(ids, start)
-            out, depth = self._loop(e, start, halted)
-            logits = self._coda(out, logit_rows, start)
+            rows = yield from self._enter(ids)
+            yield from self._loop(rows, range(self.depth.max_depth))
+            logits = yield from self._coda(rows.out, logit_rows, start)
         except BaseException:
-            # An interrupted feed leaves the sequence as it was before.
             self.rollback(start)
             raise
-        self._settle(depth, start)
-        return Fed(logits, depth.copy())
+        yield from self._settle()
+        return Fed(logits, rows.depth.copy())
 
     def rollback(self, columns: int) -> None:
         """Forgets everything from column ``columns`` on; nothing is copied."""
         self.columns = min(self.columns, columns)
-        for slot in [*self.prelude_slots, *self.coda_slots, *self.loop_slots, self._h, self._e]:
-            slot.truncate(columns)
+        for buffer in self._buffers().values():
+            buffer.truncate(columns)
 
     def flush(self) -> None:
         """Brings every slot to the current column, so that the next token has nothing to catch up with."""
+        run_alone(self.flushing(), self._backend)
+
+    def flushing(self) -> Work[None]:
+        """The work of ``flush``."""
         self._check_whole()
         for index in range(self.depth.max_depth):
-            self._catch_up(index)
+            yield from self._catch_up(index)
         self._forget_finished()
 
     def _check_whole(self) -> None:
@@ -126,137 +136,118 @@ class Staircase:
             raise UsageError("this sequence was interrupted inside a loop step: start a new session")
 
     def _slot(self) -> ColumnBuffer:
-        return ColumnBuffer(self.batch, self.config.cache_width, self.limit)
+        return ColumnBuffer(self.config.cache_width, self.max_context)
 
-    def _prelude(self, ids: Int64, start: int) -> Float32:
-        e = self._take("e", (self.batch, ids.shape[1], self.config.dim))
-        self._run("prelude", start, self.prelude_slots, {"input_ids": np.ascontiguousarray(ids)}, {"e": e})
+    def _enter(self, ids: Int64) -> Work[_Rows]:
+        """Runs new columns through the prelude: their rows, ready for the loop."""
+        self._check_whole()
+        start, chunk = self.columns, ids.shape[1]
+        if start + chunk > self.max_context:
+            raise CapacityError(
+                f"{start + chunk} positions are needed; this bundle was exported for {self.max_context}: "
+                "export with a larger --max-context or shorten the prompt"
+            )
+        self.columns += chunk
+        e = self._take("e", (1, chunk, self.config.dim))
+        yield self._call("prelude", start, self.prelude_slots, {"input_ids": np.ascontiguousarray(ids)}, {"e": e})
+        _grow(self.prelude_slots, chunk)
         self._e.append(e)
         self._h.append(e)
-        return e
-
-    def _loop(self, e: Float32, start: int, halted: NDArray[np.bool_] | None) -> tuple[Float32, Int64]:
-        """The weighted output and depth of the columns from ``start`` on."""
-        rows = (self.batch, self.columns - start)
-        out = self._take("out", (*rows, self.config.dim))
-        mass = self._take("halt_mass", rows)
-        depth = self._take("depth", rows, np.int64)
+        out = self._take("out", (1, chunk, self.config.dim))
+        mass, depth = self._take("halt_mass", (1, chunk)), self._take("depth", (1, chunk), np.int64)
         out[...], mass[...], depth[...] = 0.0, 0.0, 0
-        mass[(start + np.arange(rows[1])) < self.padding[:, None]] = np.inf
-        if halted is not None:
-            mass[halted] = np.inf
-        for index in range(self.depth.max_depth):
+        return _Rows(start, out, mass, depth)
+
+    def _loop(self, rows: _Rows, steps: Sequence[int]) -> Work[None]:
+        """Takes ``rows``, the newest columns, through loop steps: all, or as the policy says those still running."""
+        for index in steps:
             upto = self.columns
             if self.depth.policy is not Policy.FULL:
-                running = np.any(mass < self._threshold, axis=0)
+                running = rows.halt_mass[0] < self._threshold
                 if not running.any():
                     break
                 # Columns after the last running one need this step only later, if ever.
-                upto = start + rows[1] - int(running[::-1].argmax())
-            self._advance(index, upto, out, mass, depth, active=upto - start)
-        return out, depth
+                upto -= int(running[::-1].argmax())
+            yield from self._advance(index, upto, rows)
 
-    def _advance(self, index: int, upto: int, out: Float32, mass: Float32, depth: Int64, active: int) -> None:
+    def _advance(self, index: int, upto: int, rows: _Rows) -> Work[None]:
         """Runs loop step ``index`` for all columns before ``upto`` that have not had it, as one causal chunk.
 
-        The last ``active`` of them are new: their output, halting mass and depth move on in place.
+        Those from ``rows.start`` on are new: their output, halting mass and depth move on in place.
         """
         slot = self.loop_slots[index]
-        begin = slot.end
-        chunk = upto - begin
-        take, batch, dim = self._take, self.batch, self.config.dim
+        begin, active = slot.end, max(0, upto - rows.start)
+        chunk, dim = upto - begin, self.config.dim
         made = {
-            "h_next": take("h_next", (batch, chunk, dim)),
-            "out_next": take("out_next", (batch, active, dim)),
-            "halt_mass_next": take("halt_mass_next", (batch, active)),
-            "depth_next": take("depth_next", (batch, active), np.int64),
+            "h_next": self._take("h_next", (1, chunk, dim)),
+            "out_next": self._take("out_next", (1, active, dim)),
+            "halt_mass_next": self._take("halt_mass_next", (1, active)),
+            "depth_next": self._take("depth_next", (1, active), np.int64),
         }
-        step_index = take("step_index", (batch, chunk), np.int64)
+        step_index = self._take("step_index", (1, chunk), np.int64)
         step_index[...] = index
         feeds = {
             "h": self._h.view(begin, upto),
-            "out": _leading(out, active),
-            "halt_mass": _leading(mass, active),
-            "depth": _leading(depth, active),
+            "out": _leading(rows.out, active),
+            "halt_mass": _leading(rows.halt_mass, active),
+            "depth": _leading(rows.depth, active),
             "e": self._e.view(begin, upto),
             "step_index": step_index,
             "threshold": self._threshold,
             "min_depth": self._min_depth,
         }
-        halted = _leading(mass, active) >= self._threshold if self.depth.policy is Policy.LAST else None
+        yield self._call("step", begin, [slot], feeds, made)
         # Slot and pending state move on together; an interrupt in between leaves neither usable.
         self._torn = True
-        self._run("step", begin, [slot], feeds, made, names=("past", "rows"))
+        slot.grow(chunk)
         self._h.write(begin, made["h_next"])
         self._torn = False
-        if halted is not None and index:
-            # A position that went along because another did keeps its last row, as it would alone.
-            rows, columns = np.nonzero(halted)
-            slot.copy_from(self.loop_slots[index - 1], rows, columns + upto - active)
-        out[:, :active], mass[:, :active] = made["out_next"], made["halt_mass_next"]
-        depth[:, :active] = made["depth_next"]
+        rows.out[:, :active], rows.halt_mass[:, :active] = made["out_next"], made["halt_mass_next"]
+        rows.depth[:, :active] = made["depth_next"]
         self.block_calls += 1
-        self.block_rows += batch * chunk
+        self.block_rows += chunk
         self.catch_up_calls += active == 0
 
-    def _coda(self, out: Float32, logit_rows: Int64, start: int) -> Float32:
-        logits = np.empty((self.batch, len(logit_rows), self.config.vocab_size), np.float32)
-        feeds: dict[str, NDArray[Any]] = {"out": out, "logit_rows": logit_rows}
-        self._run("coda", start, self.coda_slots, feeds, {"logits": logits})
+    def _coda(self, out: Float32, logit_rows: Int64, start: int) -> Work[Float32]:
+        logits = np.empty((1, len(logit_rows), self.config.vocab_size), np.float32)
+        yield self._call("coda", start, self.coda_slots, {"out": out, "logit_rows": logit_rows}, {"logits": logits})
+        _grow(self.coda_slots, out.shape[1])
         return logits
 
-    def _run(
-        self,
-        stage: str,
-        begin: int,
-        slots: list[ColumnBuffer],
-        feeds: dict[str, NDArray[Any]],
-        made: dict[str, NDArray[Any]],
-        names: tuple[str, str] | None = None,
-    ) -> None:
-        """Runs ``stage`` for the columns from ``begin`` on, with the cached rows before and appending the new ones."""
-        chunk = next(iter(feeds.values())).shape[1]
+    def _call(self, stage: str, begin: int, slots: list[ColumnBuffer], feeds: Arrays, made: Arrays) -> StageCall:
+        """A run of ``stage`` for the columns from ``begin`` on, with the cached rows before; see ``_grow``."""
         self._length[()] = begin
-        feeds |= {"length": self._length, "first": self.padding}
-        new_rows = []
+        feeds |= {"length": self._length, "first": self._first}
+        chunk = feeds[ROWS[stage]].shape[1]
         for number, slot in enumerate(slots):
             assert slot.end == begin
-            past, rows = names or (f"past_{number}", f"rows_{number}")
-            # A batch of one passes pointers: the filled rows in, and the place of the new ones out.
-            direct = slot.tail(chunk)
-            feeds[past] = slot.whole() if direct is None else slot.view(0, begin)
-            made[rows] = self._take(rows, (self.batch, chunk, self.config.cache_width)) if direct is None else direct
-            new_rows.append(None if direct is not None else made[rows])
-        self._backend.run(stage, feeds, made)
-        for slot, copied in zip(slots, new_rows, strict=True):
-            if copied is None:
-                slot.grow(chunk)
-            else:
-                slot.append(copied)
+            suffix = "" if stage == "step" else f"_{number}"
+            # New rows are written in their place. Making it may move the buffer, so the filled ones are taken after.
+            made[f"rows{suffix}"] = slot.tail(chunk)
+            feeds[f"past{suffix}"] = slot.view(0, begin)
+        return StageCall(stage, feeds, made)
 
-    def _settle(self, depth: Int64, start: int) -> None:
+    def _settle(self) -> Work[None]:
         """After a chunk: what the policy does about the steps that were not taken, and memory given back."""
         if self.depth.policy is Policy.LAST:
-            self._repeat_last_rows(start)
+            self._repeat_last_rows()
         elif self.max_lag is not None:
             # At most one call a token, so that catching up never shows as a pause; where it brings most.
             lengths = [self.columns, *self.lengths]
             gaps = [before - length for before, length in pairwise(lengths)]
             index = int(np.argmax(gaps))
             if self.columns - lengths[index + 1] > self.max_lag:
-                self._catch_up(index)
+                yield from self._catch_up(index)
         self._forget_finished()
 
-    def _catch_up(self, index: int) -> None:
+    def _catch_up(self, index: int) -> Work[None]:
         """Brings loop step ``index`` as far as the step before it, in one call."""
         upto = self.loop_slots[index - 1].end if index else self.columns
         if self.loop_slots[index].end < upto:
-            none = self._take("none", (self.batch, 0, self.config.dim))
-            no_mass, no_depth = none[:, :, 0], np.zeros((self.batch, 0), np.int64)
-            self._advance(index, upto, none, no_mass, no_depth, active=0)
+            yield from self._advance(index, upto, self._no_rows)
 
-    def _repeat_last_rows(self, start: int) -> None:
-        for shallow, deep in zip(self.loop_slots, self.loop_slots[1:], strict=False):
+    def _repeat_last_rows(self) -> None:
+        for shallow, deep in pairwise(self.loop_slots):
             if deep.end < shallow.end:
                 deep.append(shallow.view(deep.end, shallow.end))
 
@@ -272,18 +263,18 @@ class Staircase:
             array = self._scratch[name] = np.empty(shape, dtype)
         return array
 
-    def state(self) -> dict[str, NDArray[Any]]:
+    def state(self) -> Arrays:
         """Everything but the weights, as named arrays; ``restore`` takes them back."""
         self._check_whole()
-        saved: dict[str, NDArray[Any]] = {"padding": self.padding, "columns": np.array(self.columns)}
+        saved: Arrays = {"columns": np.array(self.columns)}
         saved["counts"] = np.array([self.block_calls, self.block_rows, self.catch_up_calls])
         for name, buffer in self._buffers().items():
             for part, array in buffer.state().items():
                 saved[f"{name}.{part}"] = array
         return saved
 
-    def restore(self, saved: dict[str, NDArray[Any]]) -> None:
-        """Takes over a state saved with equal depth parameters and padding.
+    def restore(self, saved: Arrays) -> None:
+        """Takes over a state saved with equal depth parameters.
 
         Raises KeyError or ValueError for arrays that are no such state.
         """
@@ -310,4 +301,10 @@ class Staircase:
 
 def _leading(array: NDArray[Any], columns: int) -> NDArray[Any]:
     """The first columns; all of them is the same object, which stays bound."""
-    return array if array.shape[1] == columns else np.ascontiguousarray(array[:, :columns])
+    return array if array.shape[1] == columns else array[:, :columns]
+
+
+def _grow(slots: list[ColumnBuffer], chunk: int) -> None:
+    """Takes in the rows that a call has written."""
+    for slot in slots:
+        slot.grow(chunk)

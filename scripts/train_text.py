@@ -44,8 +44,6 @@ _LENGTHS = (64, 128, 64, 512)
 _HELD_OUT_EVERY = 16
 _MIN_BYTES = 100_000
 _MARGIN = 0.2  # nats per token below the unigram entropy
-# Four equal shares: the mass is 0.75 after three steps and 1 after four, so halting comes exactly at full depth.
-_HALT_BIAS = math.log(1 / (LOOPS - 1))
 Ids = NDArray[np.int64]
 
 
@@ -104,15 +102,15 @@ def unigram_entropy(ids: Ids) -> float:
     return float(-(share * np.log(share)).sum())
 
 
-def text_config(main: Any) -> Any:
-    """About 170 thousand parameters: MLA, 4 experts, 4 loops."""
+def text_config(main: Any, loops: int = LOOPS) -> Any:
+    """About 170 thousand parameters: MLA, 4 experts."""
     return main.MythosConfig(
         vocab_size=END_ID + 1,
         dim=64,
         n_heads=4,
         n_kv_heads=4,
         max_seq_len=512,
-        max_loop_iters=LOOPS,
+        max_loop_iters=loops,
         prelude_layers=1,
         coda_layers=1,
         attn_type="mla",
@@ -131,8 +129,8 @@ def text_config(main: Any) -> Any:
     )
 
 
-def _new_model(main: Any) -> Any:
-    model = main.OpenMythos(text_config(main))
+def _new_model(main: Any, loops: int) -> Any:
+    model = main.OpenMythos(text_config(main, loops))
     halt = model.recurrent.act.halt
     with torch.no_grad():
         # The reference starts all weights at 0.02, too small for this width to leave the unigrams soon.
@@ -142,7 +140,8 @@ def _new_model(main: Any) -> Any:
                     weight.mul_(4)
         model.embed.weight.mul_(5)
         halt.weight.zero_()
-        halt.bias.fill_(_HALT_BIAS)
+        # Equal shares: of four, the mass is 0.75 after three steps, so halting comes exactly at full depth.
+        halt.bias.fill_(-math.log(loops - 1))
     halt.requires_grad_(False)
     return model
 
@@ -159,11 +158,11 @@ def evaluate(model: Any, ids: Ids, length: int = 512, most: int = 24) -> float:
     return float(_loss(model, torch.from_numpy(ids[: rows * length].reshape(rows, length))))
 
 
-def train(train_ids: Ids, held_out: Ids, steps: int, seed: int) -> Any:
+def train(train_ids: Ids, held_out: Ids, steps: int, seed: int, loops: int = LOOPS) -> Any:
     """A trained reference model."""
     torch.manual_seed(seed)
     random = np.random.default_rng(seed)
-    model = _new_model(open_mythos())
+    model = _new_model(open_mythos(), loops)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=5e-3, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=steps, pct_start=0.1)
@@ -183,7 +182,7 @@ def train(train_ids: Ids, held_out: Ids, steps: int, seed: int) -> Any:
     return model
 
 
-def train_text_model(folder: Path, *, steps: int = STEPS, seed: int = 0) -> tuple[Path, Path]:
+def train_text_model(folder: Path, *, steps: int = STEPS, seed: int = 0, loops: int = LOOPS) -> tuple[Path, Path]:
     """Checkpoint and tokenizer, written into ``folder``, which is made when it is not there.
 
     Raises SystemExit when the model did not learn to use context, or without sources to learn from; then nothing
@@ -194,7 +193,7 @@ def train_text_model(folder: Path, *, steps: int = STEPS, seed: int = 0) -> tupl
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the tensors are too small for more to help
     try:
-        model = train(train_ids, held_out, steps, seed)
+        model = train(train_ids, held_out, steps, seed, loops)
         loss = evaluate(model, held_out)
     finally:
         torch.set_num_threads(threads)
@@ -225,8 +224,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="folder to write into")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--loops", type=int, default=LOOPS, metavar="N", help="loop steps of the model, at least 2")
     args = parser.parse_args(argv)
-    train_text_model(args.output, steps=args.steps, seed=args.seed)
+    train_text_model(args.output, steps=args.steps, seed=args.seed, loops=args.loops)
 
 
 if __name__ == "__main__":

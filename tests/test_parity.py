@@ -53,16 +53,17 @@ def runtime_runs(session: Session, ids: np.ndarray, max_depth: int, prefills: li
 
 
 def chunked(session: Session, ids: np.ndarray, max_depth: int, chunk: int) -> Run:
-    """The staircase fed in equal chunks."""
-    session.score(ids[:, :1], max_depth=max_depth)
-    staircase = session._staircase
-    assert staircase is not None
-    staircase.rollback(0)
-    fed = [
-        staircase.feed(ids[:, start : start + chunk], np.arange(min(chunk, ids.shape[1] - start)))
-        for start in range(0, ids.shape[1], chunk)
-    ]
-    return np.concatenate([one.logits for one in fed], axis=1), np.concatenate([one.depth for one in fed], axis=1)
+    """The staircase of every sequence fed in equal chunks."""
+    logits, depth = np.zeros((*ids.shape, session.config.vocab_size)), np.zeros(ids.shape, np.int64)
+    for row in range(len(ids)):
+        session.score(ids[row : row + 1, :1], max_depth=max_depth)
+        staircase = session._sequences[0].staircase
+        staircase.rollback(0)
+        for start in range(0, ids.shape[1], chunk):
+            piece = ids[row : row + 1, start : start + chunk]
+            fed = staircase.feed(piece, np.arange(piece.shape[1]))
+            logits[row, start : start + chunk], depth[row, start : start + chunk] = fed.logits[0], fed.depth[0]
+    return logits, depth
 
 
 def test_goldens(golden_bundle: Path, golden: dict[str, np.ndarray], golden_name: str) -> None:

@@ -22,21 +22,21 @@ Float32 = NDArray[np.float32]
 class BufferMachine(RuleBasedStateMachine):
     """``columns`` is the oracle: every column from 0 to ``end``; those before ``start`` are given up."""
 
-    @initialize(batch=st.sampled_from([1, 1, 3]), width=st.integers(1, 3))
-    def begin(self, batch: int, width: int) -> None:
-        self.batch, self.width, self.start, self.count = batch, width, 0, 0
-        self.columns = np.zeros((batch, 0, width), np.float32)
-        self.buffer = ColumnBuffer(batch, width, LIMIT)
+    @initialize(width=st.integers(1, 3))
+    def begin(self, width: int) -> None:
+        self.width, self.start, self.count = width, 0, 0
+        self.columns = np.zeros((1, 0, width), np.float32)
+        self.buffer = ColumnBuffer(width, LIMIT)
 
     @property
     def end(self) -> int:
         return self.columns.shape[1]
 
     def _rows(self, count: int) -> Float32:
-        size = self.batch * count * self.width
+        size = count * self.width
         self.count += size
         # Every value ever written is another.
-        return np.arange(self.count - size, self.count, dtype=np.float32).reshape(self.batch, count, self.width)
+        return np.arange(self.count - size, self.count, dtype=np.float32).reshape(1, count, self.width)
 
     @rule(count=st.one_of(st.integers(0, 5), st.integers(0, 150)))
     def append(self, count: int) -> None:
@@ -48,10 +48,6 @@ class BufferMachine(RuleBasedStateMachine):
     def tail(self, count: int, taken: bool) -> None:
         count = min(count, LIMIT - self.end)
         place = self.buffer.tail(count)
-        if self.batch != 1:
-            assert place is None
-            return
-        assert place is not None
         assert place.shape == (1, count, self.width)
         assert place.flags.c_contiguous
         place[...] = rows = self._rows(count)
@@ -80,7 +76,7 @@ class BufferMachine(RuleBasedStateMachine):
         self.start = data.draw(st.one_of(st.integers(self.start, self.end), st.just(self.end)))
         self.buffer.drop_before(self.start)
         if self.start == self.end:
-            assert self.buffer.nbytes <= self.batch * self.width * 4 * 64
+            assert self.buffer.nbytes <= self.width * 4 * 64
 
     @rule(data=st.data())
     def view(self, data: st.DataObject) -> None:
@@ -89,14 +85,13 @@ class BufferMachine(RuleBasedStateMachine):
         view = self.buffer.view(start, end)
         np.testing.assert_array_equal(view, self.columns[:, start:end])
         assert view.flags.c_contiguous
-        if self.batch == 1:
-            assert self.buffer.view(start, end) is view
+        assert self.buffer.view(start, end) is view
 
     @rule()
     def save_and_restore(self) -> None:
         state = {name: array.copy() for name, array in self.buffer.state().items()}
         assert state["columns"].tolist() == [self.start, self.end]
-        self.buffer = ColumnBuffer(self.batch, self.width, LIMIT)
+        self.buffer = ColumnBuffer(self.width, LIMIT)
         self.buffer.restore(state["columns"], state["data"])
 
     @precondition(lambda self: self.start == 0)
@@ -110,33 +105,33 @@ class BufferMachine(RuleBasedStateMachine):
     def holds_what_was_written(self) -> None:
         assert (self.buffer.start, self.buffer.end) == (self.start, self.end)
         np.testing.assert_array_equal(self.buffer.view(self.start, self.end), self.columns[:, self.start :])
-        assert self.buffer.nbytes <= self.batch * self.width * 4 * LIMIT
+        assert self.buffer.nbytes <= self.width * 4 * LIMIT
 
 
 TestBuffer = BufferMachine.TestCase
 TestBuffer.settings = settings(max_examples=120, stateful_step_count=25, deadline=None, derandomize=True)
 
 
-def _filled(batch: int, columns: int, limit: int = LIMIT) -> ColumnBuffer:
-    buffer = ColumnBuffer(batch, 2, limit)
-    buffer.append(np.arange(batch * columns * 2, dtype=np.float32).reshape(batch, columns, 2))
+def _filled(columns: int) -> ColumnBuffer:
+    buffer = ColumnBuffer(2, LIMIT)
+    buffer.append(np.arange(columns * 2, dtype=np.float32).reshape(1, columns, 2))
     return buffer
 
 
-def test_views_of_a_batch_of_one_share_memory() -> None:
-    buffer = _filled(1, 10)
+def test_views_share_memory() -> None:
+    buffer = _filled(10)
     whole, part = buffer.view(0, 10), buffer.view(3, 7)
     assert np.shares_memory(whole, part)
-    assert np.shares_memory(whole, buffer.whole())
     buffer.write(4, np.full((1, 1, 2), -1, np.float32))
     assert part[0, 1].tolist() == whole[0, 4].tolist() == [-1, -1]
-    place = buffer.tail(2)
-    assert place is not None
-    assert np.shares_memory(place, buffer.whole())
+    buffer.tail(2)[...] = 7
+    buffer.grow(2)
+    assert np.shares_memory(whole, buffer.view(10, 12).base)
+    assert (buffer.view(10, 12) == 7).all()
 
 
 def test_the_same_columns_are_the_same_object_until_the_memory_moves() -> None:
-    buffer = _filled(1, 10)
+    buffer = _filled(10)
     first = buffer.view(2, 10)
     buffer.append(np.zeros((1, 5, 2), np.float32))
     assert buffer.view(2, 10) is first
@@ -149,40 +144,22 @@ def test_the_same_columns_are_the_same_object_until_the_memory_moves() -> None:
     np.testing.assert_array_equal(moved, first)
 
 
-@pytest.mark.parametrize("columns", [10, 64])
-def test_views_of_a_batch_are_copies(columns: int) -> None:
-    """Also when the buffer is full."""
-    buffer = _filled(2, columns)
-    view = buffer.view(0, columns)
-    before = view.copy()
-    buffer.write(0, np.full((2, columns, 2), -1, np.float32))
-    np.testing.assert_array_equal(view, before)
-
-
-def test_whole_has_zeros_where_nothing_was_written() -> None:
-    buffer = _filled(2, 70)
-    whole = buffer.whole()
-    assert whole.shape == (2, 128, 2)
-    assert (whole[:, 70:] == 0).all()
-    np.testing.assert_array_equal(whole[:, :70], buffer.view(0, 70))
-
-
 def test_capacity_doubles_and_ends_at_the_limit() -> None:
-    buffer = ColumnBuffer(1, 2, 300)
+    buffer = ColumnBuffer(2, 300)
     assert buffer.nbytes == 0
     sizes = []
     for _ in range(300):
         buffer.append(np.zeros((1, 1, 2), np.float32))
         sizes.append(buffer.nbytes // 8)
     assert sizes == [64] * 64 + [128] * 64 + [256] * 128 + [300] * 44
-    small = ColumnBuffer(1, 2, 5)
+    small = ColumnBuffer(2, 5)
     small.append(np.zeros((1, 1, 2), np.float32))
     assert small.nbytes == 5 * 8
 
 
 def test_columns_given_up_make_room() -> None:
     """A window that moves on does not grow."""
-    buffer = ColumnBuffer(1, 2, 10_000)
+    buffer = ColumnBuffer(2, 10_000)
     for column in range(2000):
         buffer.append(np.full((1, 1, 2), column, np.float32))
         buffer.drop_before(max(0, column - 20))
@@ -191,7 +168,7 @@ def test_columns_given_up_make_room() -> None:
 
 
 def test_dropping_everything_gives_the_memory_back() -> None:
-    buffer = _filled(1, 200)
+    buffer = _filled(200)
     buffer.drop_before(200)
     assert buffer.nbytes == 0
     buffer.append(np.ones((1, 3, 2), np.float32))
@@ -201,7 +178,7 @@ def test_dropping_everything_gives_the_memory_back() -> None:
 
 @pytest.mark.parametrize(("start", "end"), [(0, 5), (4, 11), (7, 6)])
 def test_columns_that_are_not_there_are_an_assertion(start: int, end: int) -> None:
-    buffer = _filled(1, 10)
+    buffer = _filled(10)
     buffer.drop_before(3)
     with pytest.raises(AssertionError):
         buffer.view(start, end)
@@ -224,9 +201,9 @@ def test_a_plan_by_hand() -> None:
 def test_a_plan_is_what_buffers_take() -> None:
     config = config_from_dict(VARIANTS["1b"].to_dict() | {"dim": 64, "kv_lora_rank": 12}, origin="test")
     plan = plan_cache(config, 3, 100, 2)
-    buffers = [ColumnBuffer(2, config.cache_width, 100) for _ in range(plan.slots)]
+    buffers = [ColumnBuffer(config.cache_width, 100) for _ in range(2 * plan.slots)]
     for buffer in buffers:
-        buffer.append(np.zeros((2, 100, config.cache_width), np.float32))
+        buffer.append(np.zeros((1, 100, config.cache_width), np.float32))
     assert sum(buffer.nbytes for buffer in buffers) == plan.cache_bytes
 
 

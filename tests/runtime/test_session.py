@@ -64,6 +64,8 @@ def test_every_row_of_a_batch_generates_what_it_would_alone(session: Session) ->
         together = session.generate(prompts, max_new_tokens=6, **options)
         assert [one.ids for one in together] == [one.ids for one in alone]
         assert [one.depths for one in together] == [one.depths for one in alone]
+        assert [one.block_calls for one in together] == [one.block_calls for one in alone]
+        assert max(one.block_calls for one in alone) <= together[0].batch_runs < sum(one.block_calls for one in alone)
 
 
 def test_a_row_that_stops_early_leaves_the_others_alone(session: Session) -> None:
@@ -142,8 +144,7 @@ def test_the_planner_is_right_about_a_full_context(session: Session) -> None:
     config = session.config
     assert plan.bytes_per_token == (config.prelude_layers + 6 + config.coda_layers) * config.cache_width * 4
     session.score(np.ones((1, 64), np.int64), policy="full")
-    staircase = session._staircase
-    assert staircase is not None
+    staircase = session._sequences[0].staircase
     slots = [*staircase.prelude_slots, *staircase.loop_slots, *staircase.coda_slots]
     assert sum(slot.nbytes for slot in slots) == pytest.approx(plan.cache_bytes, rel=0.05)
 
@@ -153,8 +154,7 @@ def test_decoding_keeps_memory_flat(session: Session) -> None:
     stream = session.stream(PROMPT, max_new_tokens=200)
     sizes = set()
     for _ in stream:
-        assert session._staircase is not None
-        sizes.add(sum(slot.nbytes for slot in session._staircase.loop_slots[:1]))
+        sizes.add(session._sequences[0].staircase.loop_slots[0].nbytes)
     assert len(sizes) <= 3
 
 
@@ -230,7 +230,8 @@ def test_score_counts_calls_and_rows(session: Session) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         full = session.score([PROMPT, PROMPT], prefill=2, policy="full")
-    assert (full.block_calls, full.block_rows) == (4 * 6, 2 * 5 * 6)
+    assert (full.block_calls, full.block_rows) == (2 * 4 * 6, 2 * 5 * 6)
+    assert full.batch_runs == 4 * 6
     exact = session.score([PROMPT], prefill=1)
     assert exact.block_calls == exact.depth.sum()
 

@@ -4,59 +4,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scripted import DEPTHS, LOOPS, VOCAB, staircase
 
-from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import CapacityError, UsageError
 from mythos_edge.runtime.backend import ScriptedBackend
-from mythos_edge.runtime.halting import Policy, ResolvedDepth
+from mythos_edge.runtime.caches import ColumnBuffer
 from mythos_edge.runtime.staircase import Fed, Staircase
-
-LOOPS = 5
-VOCAB = 9
-# Token v halts at loop step DEPTHS[v]; 99 never does.
-DEPTHS = {0: 1, 1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 6: 99, 7: 1, 8: 2}
-CONFIG = MythosConfig(
-    vocab_size=VOCAB,
-    dim=2,
-    n_heads=1,
-    n_kv_heads=1,
-    max_seq_len=200,
-    max_loop_iters=LOOPS,
-    prelude_layers=1,
-    coda_layers=1,
-    attn_type="mla",
-    kv_lora_rank=1,
-    q_lora_rank=1,
-    qk_rope_head_dim=2,
-    qk_nope_head_dim=1,
-    v_head_dim=1,
-    n_experts=1,
-    n_shared_experts=0,
-    n_experts_per_tok=1,
-    expert_dim=1,
-    act_threshold=0.99,
-    rope_theta=1e4,
-    lora_rank=1,
-)
-
-
-class OneWide(MythosConfig):
-    """The scripted network's cache rows are one value wide."""
-
-    @property
-    def cache_width(self) -> int:
-        return 1
-
-
-ONE_WIDE = OneWide(**CONFIG.to_dict())
-
-
-def staircase(
-    policy: str = "exact", padding: tuple[int, ...] = (0,), max_lag: int | None = None, min_depth: int = 1
-) -> Staircase:
-    depth = ResolvedDepth(Policy(policy), LOOPS, min_depth, 0.99)
-    backend = ScriptedBackend(DEPTHS, VOCAB)
-    return Staircase(backend, ONE_WIDE, depth, 200, np.array(padding), max_lag)
 
 
 def feed(stairs: Staircase, ids: list[int] | np.ndarray) -> Fed:
@@ -115,30 +68,6 @@ def test_exact_equals_full_after_any_schedule(
             stairs.restore(saved)
         assert stairs.columns == len(ids)
         assert_staircase(stairs)
-
-
-@settings(max_examples=60, deadline=None)
-@given(first=tokens, second=tokens, more=st.lists(st.integers(0, VOCAB - 1), max_size=6))
-def test_a_padded_batch_gives_each_row_what_it_gets_alone(first: list[int], second: list[int], more: list[int]) -> None:
-    longest = max(len(first), len(second))
-    padding = (longest - len(first), longest - len(second))
-    ids = np.array([[0] * pad + row for pad, row in zip(padding, (first, second), strict=True)])
-    batch = staircase(padding=padding)
-    logits = [feed(batch, ids).logits]
-    for token in more:
-        logits.append(feed(batch, np.array([[token], [token]])).logits)
-    made = np.concatenate(logits, axis=1)
-    for row, (pad, prompt) in enumerate(zip(padding, (first, second), strict=True)):
-        np.testing.assert_allclose(made[row, pad:], full_logits(prompt + more).logits[0], atol=2e-4)
-
-
-def test_padding_has_depth_zero_and_sequences_that_ended_force_no_depth() -> None:
-    batch = staircase(padding=(2, 0))
-    assert feed(batch, [[0, 0, 3], [1, 2, 3]]).depth.tolist() == [[0, 0, 3], [1, 2, 3]]
-    calls = batch.block_calls
-    fed = batch.feed(np.array([[6], [2]]), np.array([0]), halted=np.array([True, False]))
-    assert fed.depth.tolist() == [[0], [2]]
-    assert batch.block_calls - calls == 2
 
 
 def test_block_calls_of_a_decoded_token_equal_its_depth() -> None:
@@ -243,36 +172,42 @@ class Interrupting(ScriptedBackend):
         super().run(stage, feeds, outputs)
 
 
-@pytest.mark.parametrize("stage", ["prelude", "coda"])
-def test_an_interrupted_feed_leaves_the_sequence_as_it_was(stage: str) -> None:
+@pytest.mark.parametrize(("stage", "number"), [("prelude", 1), ("step", 3), ("step", 5), ("coda", 1)])
+def test_an_interrupted_feed_leaves_the_sequence_as_it_was(stage: str, number: int) -> None:
     backend = Interrupting(DEPTHS, VOCAB)
-    stairs = Staircase(backend, ONE_WIDE, ResolvedDepth(Policy.EXACT, LOOPS, 1, 0.99), 200)
+    stairs = staircase(backend=backend)
     feed(stairs, [1, 3])
-    backend.stop_at = (stage, 1)
+    backend.stop_at = (stage, number)
     with pytest.raises(KeyboardInterrupt):
         feed(stairs, [5])
     backend.stop_at = None
+    assert stairs.columns == 2
     np.testing.assert_allclose(feed(stairs, [2]).logits, full_logits([1, 3, 2]).logits[:, 2:], atol=2e-4)
 
 
-def test_an_interrupt_inside_a_loop_step_is_not_papered_over() -> None:
+def test_an_interrupted_flush_can_go_on() -> None:
     backend = Interrupting(DEPTHS, VOCAB)
-    stairs = Staircase(backend, ONE_WIDE, ResolvedDepth(Policy.EXACT, LOOPS, 1, 0.99), 200)
-    backend.stop_at = ("step", 1)
-    with pytest.raises(KeyboardInterrupt):
-        feed(stairs, [5])
-    with pytest.raises(UsageError, match="start a new session"):
-        feed(stairs, [5])
-
-
-def test_what_was_torn_is_neither_saved_nor_caught_up() -> None:
-    backend = Interrupting(DEPTHS, VOCAB)
-    stairs = Staircase(backend, ONE_WIDE, ResolvedDepth(Policy.EXACT, LOOPS, 1, 0.99), 200)
+    stairs = staircase(backend=backend)
     feed(stairs, [1, 1, 1])
     backend.stop_at = ("step", 2)
     with pytest.raises(KeyboardInterrupt):
         stairs.flush()
     backend.stop_at = None
+    stairs.flush()
+    np.testing.assert_allclose(feed(stairs, [6]).logits, full_logits([1, 1, 1, 6]).logits[:, 3:], atol=2e-4)
+
+
+def test_a_sequence_torn_between_slot_and_state_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    stairs = staircase()
+    feed(stairs, [1, 1, 1])
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ColumnBuffer, "write", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            feed(stairs, [5])
     for use in (stairs.state, stairs.flush, lambda: feed(stairs, [1])):
         with pytest.raises(UsageError, match="start a new session"):
             use()
@@ -284,16 +219,6 @@ def test_max_lag_starves_no_slot() -> None:
         feed(stairs, [1])
     assert stairs.lengths[-1] > 60
     np.testing.assert_allclose(feed(stairs, [6]).logits, full_logits([1] * 120 + [6]).logits[:, -1:], atol=2e-4)
-
-
-def test_policy_last_gives_a_row_what_it_gets_alone() -> None:
-    """Its neighbour goes deeper, and the row's own last cache row must still stand in."""
-    fed = [[0, 1], [1, 6], [2, 6], [3, 3], [1, 5], [5, 1]]
-    batch = staircase("last", padding=(0, 0))
-    alone = staircase("last")
-    for first, second in fed:
-        together = feed(batch, np.array([[first], [second]]))
-        np.testing.assert_allclose(together.logits[:1], feed(alone, [first]).logits, atol=2e-4)
 
 
 def test_a_damaged_state_is_refused() -> None:

@@ -57,7 +57,7 @@ class Session:
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self.bundle, self.backend = bundle, backend
-        self.config = bundle.manifest.config
+        self.config, self._max_context = bundle.manifest.config, bundle.manifest.max_context
         name = bundle.manifest.tokenizer
         self.tokenizer = None if name is None else Tokenizer(bundle.file(name))
         self._sequences: list[TokenSequence] = []
@@ -88,7 +88,7 @@ class Session:
     def plan(self, context: int | None = None, batch: int = 1, max_depth: int | None = None) -> CachePlan:
         """The cache memory of ``context`` tokens (by default the longest) before anything is allocated."""
         depth = max_depth or self.config.max_loop_iters
-        return plan_cache(self.config, depth, context or self.bundle.manifest.max_context, batch)
+        return plan_cache(self.config, depth, context or self._max_context, batch)
 
     @overload
     def generate(self, prompt: Prompt, *, resume: bool = False, **options: Any) -> Generation: ...
@@ -106,7 +106,7 @@ class Session:
         many = not isinstance(prompt, str) and any(isinstance(item, str | Sequence | np.ndarray) for item in prompt)
         results = [Generation() for _ in (prompt if many else [prompt])]
         decodings = self._begin(list(prompt) if many else [prompt], results, resume, _options(options))
-        _, runs = run_together([decoding.whole() for decoding in decodings], self.backend)
+        _, runs = run_together([decoding.whole() for decoding in decodings], self.backend, self._max_context)
         for result in results:
             result.batch_runs = runs["step"]
         return results if many else results[0]
@@ -142,7 +142,7 @@ class Session:
         spans = list(_spans(prefill, positions))
         first, *others = self._sequences
         works = [_scored(first, spans, progress), *(_scored(other, spans, lambda fraction: None) for other in others)]
-        scored, runs = run_together(works, self.backend)
+        scored, runs = run_together(works, self.backend, self._max_context)
         stairs = [sequence.staircase for sequence in self._sequences]
         return Score(
             np.concatenate([fed.logits for fed in scored]),
@@ -244,10 +244,10 @@ class Session:
         ]
 
     def _new_staircase(self, depth: ResolvedDepth, max_lag: int | None) -> Staircase:
-        return Staircase(self.backend, self.config, depth, self.bundle.manifest.max_context, max_lag)
+        return Staircase(self.backend, self.config, depth, self._max_context, max_lag)
 
     def _check_length(self, tokens: int) -> None:
-        limit = self.bundle.manifest.max_context
+        limit = self._max_context
         if tokens > limit:
             raise CapacityError(
                 f"the prompt has {tokens} tokens; this bundle was exported for {limit}: "
@@ -255,7 +255,7 @@ class Session:
             )
 
     def _check_memory(self, columns: int, batch: int, depth: ResolvedDepth, held: int) -> None:
-        context = min(columns, self.bundle.manifest.max_context)
+        context = min(columns, self._max_context)
         require_memory(plan_cache(self.config, depth.max_depth, context, batch), held)
 
     def _encode(self, prompt: Prompt) -> list[int]:

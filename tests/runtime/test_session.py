@@ -64,6 +64,8 @@ def test_every_row_of_a_batch_generates_what_it_would_alone(session: Session) ->
         together = session.generate(prompts, max_new_tokens=6, **options)
         assert [one.ids for one in together] == [one.ids for one in alone]
         assert [one.depths for one in together] == [one.depths for one in alone]
+        assert [one.block_calls for one in together] == [one.block_calls for one in alone]
+        assert max(one.block_calls for one in alone) <= together[0].batch_runs < sum(one.block_calls for one in alone)
 
 
 def test_a_row_that_stops_early_leaves_the_others_alone(session: Session) -> None:

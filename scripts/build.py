@@ -3,7 +3,10 @@
 import argparse
 from pathlib import Path
 
-from mythos_edge.model.errors import BackendUnavailable, BuildError
+from mythos_edge.model.bundle import open_bundle
+from mythos_edge.model.errors import BackendUnavailable, BuildError, UsageError
+from mythos_edge.runtime.session import checked_ids
+from mythos_edge.scripts import options
 from mythos_edge.scripts.console import Console
 
 HELP = "add a target with rounded or prepacked weights to a bundle"
@@ -24,18 +27,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> int:
     if args.target != "ort-cpu":
         raise BuildError(f"target is {args.target!r}, expected ort-cpu")
+    if args.calibrate is not None and (args.method is not None or args.weights == "fp32"):
+        raise UsageError("--calibrate is a method of its own for int8 and int4: leave --method out")
     try:
-        from mythos_edge.exporter import ort_target
+        from mythos_edge.exporter import calibration, ort_target
     except ImportError as error:
         message = f"building a target needs {error.name}, which is not installed"
         raise BackendUnavailable(message, "pip install 'mythos-edge[export]'") from error
 
+    importance = None
+    if args.calibrate is not None:
+        opened = open_bundle(args.bundle)
+        ids = checked_ids(options.ids_from_file(args.calibrate), opened.manifest.config)
+        importance = calibration.collect_importance(opened, ids, console.progress).importance
     bundle = ort_target.build_target(
         args.bundle,
         args.weights,
         block=args.block,
         keep=[part for part in args.keep.split(",") if part],
         method=args.method,
+        importance=importance,
         progress=console.progress,
     )
     name = ort_target.target_name(args.weights)

@@ -7,15 +7,18 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
 from mythos_edge.model.errors import UsageError
+from mythos_edge.runtime.draft_tuner import DraftTuner
 from mythos_edge.runtime.halting import Depth, Policy
 from mythos_edge.runtime.sampling import Sampler, SamplingParams
+from mythos_edge.runtime.speculation import AUTO, Draft, Drawn, Round, speculating
 from mythos_edge.runtime.staircase import Fed, Staircase
 from mythos_edge.runtime.text import StopStrings, TextStream, Tokenizer
-from mythos_edge.runtime.together import Work
+from mythos_edge.runtime.together import StageCall, Work
 
 _NO_ROWS = np.zeros(0, np.int64)
 _FIRST_ROW = np.zeros(1, np.int64)
@@ -28,7 +31,9 @@ class Options:
     Depth: see ``halting.Depth``. Sampling: see ``sampling.SamplingParams`` (temperature 0 is greedy).
     ``stop_ids``: tokens that end the text; by default the tokenizer's own end tokens. ``chunk``: prompt positions
     run at once. ``max_lag``: positions a loop step may fall behind before it is caught up in the background, one
-    call a token; by default it catches up only when needed.
+    call a token; by default it catches up only when needed. ``draft_depth`` and ``draft_tokens``: self-speculation
+    with that many tokens drafted at that many loop steps, see ``speculation``; ``"auto"`` chooses what is fastest,
+    plain decoding included, which makes sampling depend on the machine's pace whatever the seed.
     """
 
     max_new_tokens: int = 128
@@ -46,18 +51,32 @@ class Options:
     stop_strings: tuple[str, ...] = ()
     chunk: int = 512
     max_lag: int | None = None
+    draft_depth: int | Literal["auto"] | None = None
+    draft_tokens: int | Literal["auto"] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "chunk", "max_lag"):
+        for name in ("max_new_tokens", "chunk", "max_lag", "draft_depth", "draft_tokens"):
             value = getattr(self, name)
+            if value == AUTO and name.startswith("draft"):
+                continue
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}, expected at least 1")
+        if self.draft_tokens is not None and self.draft_depth is None:
+            raise UsageError(f"draft_tokens is {self.draft_tokens} without draft_depth: give both, or neither")
+        if self.draft_tokens is None and self.draft_depth is not None:
+            object.__setattr__(self, "draft_tokens", AUTO)
         if isinstance(self.stop_strings, str):  # one string, not its letters
             object.__setattr__(self, "stop_strings", (self.stop_strings,))
 
     @property
     def depth(self) -> Depth:
         return Depth(self.policy, self.max_depth, self.min_depth, self.threshold)
+
+    @property
+    def draft(self) -> Draft | None:
+        """The draft of every round, when it is given in numbers."""
+        depth, tokens = self.draft_depth, self.draft_tokens
+        return Draft(depth, tokens) if isinstance(depth, int) and isinstance(tokens, int) else None
 
     @property
     def sampling(self) -> SamplingParams:
@@ -82,7 +101,8 @@ class Generation:
 
     ``block_calls`` counts the calls of the recurrent block that this sequence took part in, ``block_rows`` its rows
     in them, prompt included; ``batch_runs`` the runs of the block for all prompts given together, a shared one
-    counted once. ``ttft_ms`` is the time to the first token.
+    counted once. ``rolled_back_rows`` of the rows were forgotten again, because of ``drafted`` tokens only ``accepted``
+    stood verification. ``ttft_ms`` is the time to the first token.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -94,6 +114,9 @@ class Generation:
     block_rows: int = 0
     catch_up_calls: int = 0
     batch_runs: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    rolled_back_rows: int = 0
     ttft_ms: float = 0.0
     decode_tokens_per_s: float | None = None
 
@@ -111,13 +134,20 @@ class Decoding:
     """A request at work on a sequence: ``advance`` gives more tokens until it has ``finished``."""
 
     def __init__(
-        self, sequence: TokenSequence, options: Options, stop_ids: Sequence[int], text: "TextSoFar", result: Generation
+        self,
+        sequence: TokenSequence,
+        options: Options,
+        stop_ids: Sequence[int],
+        text: "TextSoFar",
+        result: Generation,
+        tuner: DraftTuner | None = None,
     ) -> None:
         self.finished = False
+        self._tuner = tuner
         self._sequence, self._options, self._stop_ids = sequence, options, stop_ids
         self._text, self._result = text, result
         self._text.follow(sequence.ids)
-        self._counts = _counts(sequence.staircase)
+        self._counts = sequence.staircase.counts
         self._started = self._first_token_at = time.perf_counter()
 
     def whole(self) -> Work[None]:
@@ -127,9 +157,54 @@ class Decoding:
 
     def advance(self) -> Work[list[Token]]:
         """The next tokens, at least one."""
-        fed = yield from (self._decode() if self._result.ids else self._prefill())
-        token_id, logprob = self._sequence.sampler.sample(fed.logits[0, 0], self._sequence.ids)
-        return [self._take(token_id, logprob, int(fed.depth[0, -1]))]
+        if not self._result.ids:
+            drawn = self._drawn((yield from self._prefill()))
+        elif (draft := self._draft()) is None:
+            drawn = yield from self._plain()
+        else:
+            drawn = yield from self._speculative(draft)
+        tokens = []
+        for one in drawn:
+            tokens.append(self._take(one))
+            if self.finished:
+                # Drafted positions after the last token would be caught up for nothing.
+                self._sequence.staircase.rollback(len(self._sequence.ids) - 1)
+                break
+        return tokens
+
+    def note(self, call: StageCall, seconds: float) -> None:
+        """To be told how long the calls of this request take when it runs alone."""
+        if self._tuner is not None:
+            self._tuner.note_call(call.stage, call.rows, seconds)
+
+    def _draft(self) -> Draft | None:
+        """How to draft the next tokens, if at all."""
+        wanted = self._options.draft if self._tuner is None else self._tuner.choose()
+        if wanted is None:
+            return None
+        staircase, left = self._sequence.staircase, self._options.max_new_tokens - len(self._result.ids)
+        count = min(wanted.tokens, left, staircase.max_context - staircase.columns)
+        # A draft of one token would be verified by what plain decoding does anyway.
+        return Draft(wanted.depth, count) if count > 1 else None
+
+    def _plain(self) -> Work[list[Drawn]]:
+        ids = np.array([[self._sequence.ids[-1]]])
+        drawn = self._drawn((yield from self._sequence.staircase.feeding(ids, _FIRST_ROW)))
+        if self._tuner is not None:
+            self._tuner.note_plain(drawn[0].depth)
+        return drawn
+
+    def _speculative(self, draft: Draft) -> Work[list[Drawn]]:
+        sequence, result = self._sequence, self._result
+        made: Round = yield from speculating(sequence.staircase, sequence.sampler, sequence.ids, draft)
+        result.drafted += made.drafted
+        result.accepted += made.accepted
+        if self._tuner is not None:
+            self._tuner.note_round(draft, [one.depth for one in made.drawn], made.drafted, made.accepted)
+        return made.drawn
+
+    def _drawn(self, fed: Fed) -> list[Drawn]:
+        return [Drawn(*self._sequence.sampler.sample(fed.logits[0, 0], self._sequence.ids), int(fed.depth[0, -1]))]
 
     def _prefill(self) -> Work[Fed]:
         """Feeds what has not been fed; logits and depth of the last column."""
@@ -145,18 +220,15 @@ class Decoding:
             if stop == columns:
                 return fed
 
-    def _decode(self) -> Work[Fed]:
-        return self._sequence.staircase.feeding(np.array([[self._sequence.ids[-1]]]), _FIRST_ROW)
-
-    def _take(self, token_id: int, logprob: float, depth: int) -> Token:
+    def _take(self, drawn: Drawn) -> Token:
         """Adds a token to the sequence and the result, and sees whether it ends them."""
         sequence, result = self._sequence, self._result
-        sequence.ids.append(token_id)
-        result.ids.append(token_id)
-        result.logprobs.append(logprob)
-        result.depths.append(depth)
-        reason = self._reason_to_finish(token_id)
-        shown = self._text.push(token_id, shown=reason != "stop_id", last=reason is not None)
+        sequence.ids.append(drawn.id)
+        result.ids.append(drawn.id)
+        result.logprobs.append(drawn.logprob)
+        result.depths.append(drawn.depth)
+        reason = self._reason_to_finish(drawn.id)
+        shown = self._text.push(drawn.id, shown=reason != "stop_id", last=reason is not None)
         if self._text.present:
             result.text = (result.text or "") + shown
         if self._text.stopped:
@@ -164,7 +236,7 @@ class Decoding:
         if reason is not None:
             result.finish_reason, self.finished = reason, True
         self._count()
-        return Token(token_id, shown, logprob, depth)
+        return Token(drawn.id, shown, drawn.logprob, drawn.depth)
 
     def _reason_to_finish(self, token_id: int) -> str | None:
         if token_id in self._stop_ids:
@@ -181,13 +253,9 @@ class Decoding:
             result.ttft_ms = (now - self._started) * 1e3
         elif now > self._first_token_at:
             result.decode_tokens_per_s = (count - 1) / (now - self._first_token_at)
-        counts = [now - before for now, before in zip(_counts(self._sequence.staircase), self._counts, strict=True)]
-        result.block_calls, result.block_rows, result.catch_up_calls = counts
+        counts = (now - before for now, before in zip(self._sequence.staircase.counts, self._counts, strict=True))
+        result.block_calls, result.block_rows, result.catch_up_calls, result.rolled_back_rows = counts
         result.batch_runs = result.block_calls
-
-
-def _counts(staircase: Staircase) -> tuple[int, int, int]:
-    return staircase.block_calls, staircase.block_rows, staircase.catch_up_calls
 
 
 class TextSoFar:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +45,13 @@ def _check(name: str, value: object, good: bool, expected: str) -> None:
         raise UsageError(f"{name} is {value}, expected {expected}")
 
 
+class Guess(NamedTuple):
+    """A drafted token and the distribution it was drawn from; None when greedy."""
+
+    token: int
+    distribution: Float64 | None
+
+
 class Sampler:
     """Chooses tokens by ``params`` with a random state of its own."""
 
@@ -57,17 +64,28 @@ class Sampler:
 
         ``history`` holds the ids so far. Raises MythosEdgeError when a logit is not finite.
         """
-        if not np.isfinite(logits).all():
-            raise MythosEdgeError("the model gave logits that are not finite: validate the bundle")
+        token = self.draft(logits, history).token
+        return token, _logprob(logits, token)
+
+    def draft(self, logits: NDArray[np.float32], history: Sequence[int]) -> Guess:
+        """A token for ``verify`` to judge; parameters and errors as in ``sample``."""
+        _check_finite(logits)
         if self.params.temperature == 0:
-            token = int(self._penalised(logits, history).argmax())
-        else:
-            cumulative = self.distribution(logits, history).cumsum()
-            token = int(np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right"))
-        largest = logits.max()
-        # float32 is a quarter of the time; only the sum wants more.
-        total = np.exp(logits - largest).sum(dtype=np.float64)
-        return token, float(logits[token] - largest) - math.log(total)
+            return Guess(int(self._penalised(logits, history).argmax()), None)
+        distribution = self.distribution(logits, history)
+        return Guess(self._drawn(distribution), distribution)
+
+    def verify(self, guess: Guess, logits: NDArray[np.float32], history: Sequence[int]) -> tuple[int, float]:
+        """The guessed token or another in its place, so that it is as if ``sample`` had drawn it from ``logits``."""
+        if guess.distribution is None:
+            return self.sample(logits, history)
+        _check_finite(logits)
+        target, token = self.distribution(logits, history), guess.token
+        if self._random.random() * guess.distribution[token] >= target[token]:
+            missing = np.maximum(target - guess.distribution, 0)
+            # Two equal distributions may differ by a rounding error, and then nothing may be missing.
+            token = self._drawn(missing) if missing.any() else token
+        return token, _logprob(logits, token)
 
     def distribution(self, logits: NDArray[np.float32], history: Sequence[int]) -> Float64:
         """The probabilities (V,) that are sampled from; a point mass when greedy."""
@@ -96,6 +114,10 @@ class Sampler:
     def restore(self, state: dict[str, Any]) -> None:
         self._random.bit_generator.state = state
 
+    def _drawn(self, weights: Float64) -> int:
+        cumulative = weights.cumsum()
+        return int(np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right"))
+
     def _penalised(self, logits: NDArray[np.float32], history: Sequence[int]) -> NDArray[np.float32]:
         penalty = self.params.repetition_penalty
         if penalty == 1 or not history:
@@ -112,6 +134,18 @@ class Sampler:
         kept = np.zeros_like(probabilities)
         kept[order[:count]] = probabilities[order[:count]]
         return kept
+
+
+def _check_finite(logits: NDArray[np.float32]) -> None:
+    if not np.isfinite(logits).all():
+        raise MythosEdgeError("the model gave logits that are not finite: validate the bundle")
+
+
+def _logprob(logits: NDArray[np.float32], token: int) -> float:
+    largest = logits.max()
+    # float32 is a quarter of the time; only the sum wants more.
+    total = np.exp(logits - largest).sum(dtype=np.float64)
+    return float(logits[token] - largest) - math.log(total)
 
 
 def _only(scores: Float64, kept: NDArray[np.int64]) -> Float64:

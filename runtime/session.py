@@ -26,8 +26,10 @@ from mythos_edge.runtime import saved_state
 from mythos_edge.runtime.backend import TARGET, Backend, OrtBackend
 from mythos_edge.runtime.caches import CachePlan, plan_cache, require_memory
 from mythos_edge.runtime.decoding import Decoding, Generation, Options, TextSoFar, Token, TokenSequence
+from mythos_edge.runtime.draft_tuner import DraftTuner
 from mythos_edge.runtime.halting import ResolvedDepth
 from mythos_edge.runtime.sampling import Sampler
+from mythos_edge.runtime.speculation import AUTO, check_draft
 from mythos_edge.runtime.staircase import Fed, Staircase
 from mythos_edge.runtime.text import Tokenizer
 from mythos_edge.runtime.together import Work, run_alone, run_together
@@ -61,6 +63,8 @@ class Session:
         name = bundle.manifest.tokenizer
         self.tokenizer = None if name is None else Tokenizer(bundle.file(name))
         self._sequences: list[TokenSequence] = []
+        # What is known of drafts serves the next request, too.
+        self._tuners: dict[tuple[object, ...], DraftTuner] = {}
         self.last_generation = Generation()
 
     @classmethod
@@ -106,10 +110,13 @@ class Session:
         many = not isinstance(prompt, str) and any(isinstance(item, str | Sequence | np.ndarray) for item in prompt)
         results = [Generation() for _ in (prompt if many else [prompt])]
         decodings = self._begin(list(prompt) if many else [prompt], results, resume, _options(options))
+        if not many:
+            run_alone(decodings[0].whole(), self.backend, decodings[0].note)
+            return results[0]
         _, runs = run_together([decoding.whole() for decoding in decodings], self.backend, self._max_context)
         for result in results:
             result.batch_runs = runs["step"]
-        return results if many else results[0]
+        return results
 
     def stream(self, prompt: Prompt, *, resume: bool = False, **options: Any) -> Iterator[Token]:
         """The tokens of one prompt as they come; parameters and errors as in ``generate``.
@@ -119,7 +126,7 @@ class Session:
         self.last_generation = Generation()
         (decoding,) = self._begin([prompt], [self.last_generation], resume, _options(options))
         while not decoding.finished:
-            yield from run_alone(decoding.advance(), self.backend)
+            yield from run_alone(decoding.advance(), self.backend, decoding.note)
 
     def score(
         self,
@@ -197,15 +204,27 @@ class Session:
         encoded = [self._encode(prompt) for prompt in prompts]
         # Nothing of the session changes before everything that can be refused was.
         texts = [TextSoFar(self.tokenizer, options.stop_strings) for _ in encoded]
-        self._take_prompts(encoded, resume, options)
+        depth = options.depth.resolve(self.config)
+        tuner = self._tuner(options, depth, len(encoded))
+        self._take_prompts(encoded, resume, options, depth)
         stop_ids = options.stop_ids if options.stop_ids is not None else self._end_ids()
         return [
-            Decoding(sequence, options, stop_ids, text, result)
+            Decoding(sequence, options, stop_ids, text, result, tuner)
             for sequence, text, result in zip(self._sequences, texts, results, strict=True)
         ]
 
-    def _take_prompts(self, encoded: list[list[int]], resume: bool, options: Options) -> None:
-        depth = options.depth.resolve(self.config)
+    def _tuner(self, options: Options, depth: ResolvedDepth, prompts: int) -> DraftTuner | None:
+        """What chooses drafts where the options leave it open. Raises UsageError for drafts that are not possible."""
+        wanted = options.draft_depth, options.draft_tokens
+        check_draft(options.draft_depth, depth)
+        if AUTO not in wanted:
+            return None
+        if prompts > 1:
+            raise UsageError(f"a draft that is auto measures one sequence alone, got {prompts} prompts: give numbers")
+        free = [None if number == AUTO else number for number in wanted]
+        return self._tuners.setdefault((depth, *free), DraftTuner(depth, *free))
+
+    def _take_prompts(self, encoded: list[list[int]], resume: bool, options: Options, depth: ResolvedDepth) -> None:
         if not resume:
             for ids in encoded:
                 if not ids:

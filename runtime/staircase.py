@@ -28,6 +28,7 @@ from mythos_edge.runtime.together import StageCall, Work, run_alone
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
 Arrays = dict[str, NDArray[Any]]
+_FIRST_ROW = np.zeros(1, np.int64)
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class Staircase:
     """The caches of one sequence. What it needs run it yields as stage calls; ``feed`` and ``flush`` run them alone.
 
     ``block_calls`` counts runs of the recurrent block, ``block_rows`` the rows in them, ``catch_up_calls`` those of
-    the calls in which no new position was running. ``max_lag``: see ``Options``.
+    the calls in which no new position was running, ``rolled_back_rows`` the rows that were forgotten again.
+    ``max_lag``: see ``Options``.
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class Staircase:
     ) -> None:
         self.config, self.depth, self.max_context = config, depth, max_context
         self.columns = 0
-        self.block_calls = self.block_rows = self.catch_up_calls = 0
+        self.block_calls = self.block_rows = self.catch_up_calls = self.rolled_back_rows = 0
         self._backend, self.max_lag = backend, max_lag
         self.prelude_slots = [self._slot() for _ in range(config.prelude_layers)]
         self.coda_slots = [self._slot() for _ in range(config.coda_layers)]
@@ -83,11 +85,22 @@ class Staircase:
         none = np.zeros((1, 0, config.dim), np.float32)
         self._no_rows = _Rows(max_context, none, none[:, :, 0], np.zeros((1, 0), np.int64))
         self._torn = False
+        self._drafted: list[_Rows] = []
+
+    @property
+    def drafted(self) -> int:
+        """Columns whose output is not final yet; see ``drafting``."""
+        return len(self._drafted)
 
     @property
     def lengths(self) -> list[int]:
         """Columns computed at each loop step, from step 0 on; never increasing."""
         return [slot.end for slot in self.loop_slots]
+
+    @property
+    def counts(self) -> tuple[int, int, int, int]:
+        """``block_calls``, ``block_rows``, ``catch_up_calls`` and ``rolled_back_rows``."""
+        return self.block_calls, self.block_rows, self.catch_up_calls, self.rolled_back_rows
 
     @property
     def nbytes(self) -> int:
@@ -103,6 +116,7 @@ class Staircase:
 
     def feeding(self, ids: Int64, logit_rows: Int64) -> Work[Fed]:
         """The work of ``feed``."""
+        assert not self._drafted
         start = self.columns
         try:
             rows = yield from self._enter(ids)
@@ -114,9 +128,53 @@ class Staircase:
         yield from self._settle()
         return Fed(logits, rows.depth.copy())
 
+    def drafting(self, token_id: int, depth: int) -> Work[Fed]:
+        """Runs one more column through the first ``depth`` loop steps only, and through the coda as if that were all.
+
+        Unless it and every drafted column before it have halted, it counts as drafted, and only ``verifying`` and
+        ``keeping`` may follow the last. All columns of one draft have the same ``depth``.
+        """
+        start = self.columns
+        try:
+            rows = yield from self._enter(np.array([[token_id]]))
+            yield from self._loop(rows, range(depth))
+            logits = yield from self._coda(self._output_so_far(rows), _FIRST_ROW, start)
+        except BaseException:
+            self.rollback(start)
+            raise
+        halted = self.depth.policy is not Policy.FULL and rows.halt_mass[0, 0] >= self._threshold
+        if self._drafted or not halted:
+            self._drafted.append(_Rows(start, rows.out.copy(), rows.halt_mass.copy(), rows.depth.copy()))
+        else:
+            yield from self._settle()
+        return Fed(logits, rows.depth.copy())
+
+    def verifying(self) -> Work[Fed]:
+        """Takes the drafted columns through the other loop steps and again through the coda; logits of all of them.
+
+        When it fails, roll back to before the draft.
+        """
+        first, count = self._drafted[0].start, self.drafted
+        out, mass, depth = (np.concatenate(field, axis=1) for field in zip(*map(_moving, self._drafted), strict=True))
+        rows = _Rows(first, out, mass, depth)
+        taken = sum(length > first for length in self.lengths)
+        yield from self._loop(rows, range(taken, self.depth.max_depth))
+        for slot in self.coda_slots:
+            slot.truncate(first)
+        logits = yield from self._coda(out, np.arange(count), first)
+        self._drafted = []
+        return Fed(logits, depth)
+
+    def keeping(self, columns: int) -> Work[None]:
+        """Ends a verified draft: forgets it from column ``columns`` on."""
+        self.rollback(columns)
+        yield from self._settle()
+
     def rollback(self, columns: int) -> None:
         """Forgets everything from column ``columns`` on; nothing is copied."""
         self.columns = min(self.columns, columns)
+        self._drafted = [rows for rows in self._drafted if rows.start < columns]
+        self.rolled_back_rows += sum(max(0, length - columns) for length in self.lengths)
         for buffer in self._buffers().values():
             buffer.truncate(columns)
 
@@ -126,6 +184,7 @@ class Staircase:
 
     def flushing(self) -> Work[None]:
         """The work of ``flush``."""
+        assert not self._drafted
         self._check_whole()
         for index in range(self.depth.max_depth):
             yield from self._catch_up(index)
@@ -208,6 +267,13 @@ class Staircase:
         self.block_rows += chunk
         self.catch_up_calls += active == 0
 
+    def _output_so_far(self, rows: _Rows) -> Float32:
+        """The output as if the halting mass of running rows were whole: their states weigh as they would to the end."""
+        running = (rows.halt_mass > 0) & (rows.halt_mass < self._threshold)
+        whole: Float32 = np.where(running, rows.halt_mass, np.float32(1))
+        so_far: Float32 = rows.out / whole[..., None]
+        return so_far
+
     def _coda(self, out: Float32, logit_rows: Int64, start: int) -> Work[Float32]:
         logits = np.empty((1, len(logit_rows), self.config.vocab_size), np.float32)
         yield self._call("coda", start, self.coda_slots, {"out": out, "logit_rows": logit_rows}, {"logits": logits})
@@ -265,9 +331,10 @@ class Staircase:
 
     def state(self) -> Arrays:
         """Everything but the weights, as named arrays; ``restore`` takes them back."""
+        assert not self._drafted
         self._check_whole()
         saved: Arrays = {"columns": np.array(self.columns)}
-        saved["counts"] = np.array([self.block_calls, self.block_rows, self.catch_up_calls])
+        saved["counts"] = np.array(self.counts)
         for name, buffer in self._buffers().items():
             for part, array in buffer.state().items():
                 saved[f"{name}.{part}"] = array
@@ -279,7 +346,8 @@ class Staircase:
         Raises KeyError or ValueError for arrays that are no such state.
         """
         self.columns = int(saved["columns"])
-        self.block_calls, self.block_rows, self.catch_up_calls = (int(count) for count in saved["counts"])
+        counts = (int(count) for count in saved["counts"])
+        self.block_calls, self.block_rows, self.catch_up_calls, self.rolled_back_rows = counts
         for name, buffer in self._buffers().items():
             buffer.restore(saved[f"{name}.columns"], saved[f"{name}.data"])
         lengths = [self.columns, *self.lengths]
@@ -297,6 +365,10 @@ class Staircase:
         ):
             named |= {f"{kind}_{index}": slot for index, slot in enumerate(slots)}
         return named
+
+
+def _moving(rows: _Rows) -> tuple[Float32, Float32, Int64]:
+    return rows.out, rows.halt_mass, rows.depth
 
 
 def _leading(array: NDArray[Any], columns: int) -> NDArray[Any]:

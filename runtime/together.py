@@ -4,8 +4,9 @@ What a sequence has to do is a generator, its **work**: it yields the next stage
 been run, and returns its result. Not here: what is asked for, and how a stage runs.
 """
 
+import time
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias, TypeVar
 
@@ -33,14 +34,23 @@ T = TypeVar("T")
 Work: TypeAlias = Generator[StageCall, None, T]
 
 
-def run_alone(work: Work[T], backend: Backend) -> T:
-    """The result of ``work``; an error or interrupt in a stage closes it, so that it can tidy up."""
+def run_alone(work: Work[T], backend: Backend, note: Callable[[StageCall, float], None] | None = None) -> T:
+    """The result of ``work``; an error or interrupt in a stage closes it, so that it can tidy up.
+
+    ``note`` is told of every call the seconds until the next one was asked for.
+    """
+    call, started = None, 0.0
     try:
         while True:
             try:
-                call = next(work)
+                following = next(work)
             except StopIteration as end:
                 return end.value  # type: ignore[no-any-return]
+            finally:
+                now = time.perf_counter()
+                if note is not None and call is not None:
+                    note(call, now - started)
+            call, started = following, now
             backend.run(*call)
     finally:
         work.close()

@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--show-depth", action="store_true", help="print the depth of every token")
     options.add_depth(parser)
     options.add_sampling(parser)
+    options.add_drafts(parser)
     options.add_threads(parser)
 
 
@@ -34,6 +35,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         "stop_strings": tuple(args.stop),
         **options.depth_of(args),
         **options.sampling_of(args),
+        **options.drafts_of(args),
     }
     with Session.open(args.bundle, threads=args.threads) as session:
         stream = session.stream(prompt, **request)
@@ -46,8 +48,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if not console.as_json:
         mean_depth = sum(result.depths) / len(result.depths)
         speed = f", {result.decode_tokens_per_s:.1f} tokens/s" if result.decode_tokens_per_s else ""
+        drafts = f"{result.accepted} of {result.drafted} drafted tokens accepted, " if result.drafted else ""
         console.note(
-            f"{len(result.ids)} tokens, mean depth {mean_depth:.2f}, {result.block_calls} block calls, "
+            f"{len(result.ids)} tokens, mean depth {mean_depth:.2f}, {result.block_calls} block calls, {drafts}"
             f"first token after {result.ttft_ms:.0f} ms{speed}"
         )
     console.result(asdict(result))

@@ -8,8 +8,10 @@ from numpy.typing import NDArray
 
 from mythos_edge.model.errors import UsageError
 from mythos_edge.runtime.halting import Policy
+from mythos_edge.runtime.speculation import AUTO
 
 _DEPTH = ("policy", "min_depth", "max_depth", "threshold")
+_DRAFTS = ("draft_depth", "draft_tokens")
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
 
@@ -31,6 +33,12 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, metavar="N")
 
 
+def add_drafts(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("self-speculation")
+    group.add_argument("--draft-depth", type=_number_or_auto, metavar="N", help="loop steps of a draft, or auto")
+    group.add_argument("--draft-tokens", type=_number_or_auto, metavar="N", help="tokens of a draft, or auto (default)")
+
+
 def add_threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: all cores)")
 
@@ -39,8 +47,21 @@ def depth_of(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in _DEPTH}
 
 
+def drafts_of(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in _DRAFTS}
+
+
 def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in _SAMPLING}
+
+
+def _number_or_auto(text: str) -> int | str:
+    if text == AUTO:
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto") from None
 
 
 def ids_from_text(text: str) -> list[int]:

@@ -27,7 +27,7 @@ from mythos_edge.runtime.backend import TARGET, Backend, OrtBackend
 from mythos_edge.runtime.caches import CachePlan, plan_cache, require_memory
 from mythos_edge.runtime.decoding import Decoding, Generation, Options, TextSoFar, Token, TokenSequence
 from mythos_edge.runtime.draft_tuner import DraftTuner
-from mythos_edge.runtime.halting import ResolvedDepth
+from mythos_edge.runtime.halting import ResolvedDepth, depth_of_preset
 from mythos_edge.runtime.sampling import Sampler
 from mythos_edge.runtime.speculation import AUTO, check_draft
 from mythos_edge.runtime.staircase import Fed, Staircase
@@ -66,17 +66,32 @@ class Session:
         # What is known of drafts serves the next request, too.
         self._tuners: dict[tuple[object, ...], DraftTuner] = {}
         self.last_generation = Generation()
+        self._defaults: dict[str, Any] = {}
 
     @classmethod
-    def open(cls, path: Path | str, *, target: str = TARGET, threads: int = 0, hashes: bool = False) -> Self:
+    def open(
+        cls,
+        path: Path | str,
+        *,
+        target: str | None = None,
+        preset: str | None = None,
+        threads: int = 0,
+        hashes: bool = False,
+    ) -> Self:
         """The bundle at ``path`` on ONNX Runtime; ``hashes`` also checks the sha256 of every file.
 
-        ``target`` names what ``mythos-edge build`` made; by default the fp32 target that every bundle has.
-
-        Raises BundleError, BackendUnavailable.
+        ``target`` names what ``mythos-edge build`` made; by default the fp32 target that every bundle has. ``preset``
+        names what ``mythos-edge tune`` found: its target, and its depth for every request that sets none of its own.
+        Raises BundleError, BackendUnavailable, UsageError.
         """
         bundle = open_bundle(Path(path), hashes=hashes)
-        return cls(bundle, OrtBackend(bundle, target, threads))
+        defaults: dict[str, Any] = {}
+        if preset is not None:
+            defaults = depth_of_preset(bundle.manifest, preset)
+            target = target or bundle.manifest.presets[preset].target
+        session = cls(bundle, OrtBackend(bundle, target or TARGET, threads))
+        session._defaults = defaults
+        return session
 
     def close(self) -> None:
         """Gives back the caches and the graphs."""
@@ -88,6 +103,15 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _options(self, values: dict[str, Any]) -> Options:
+        """The request, with the preset's depth where it sets none of its own."""
+        known = {item.name for item in dataclasses.fields(Options)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise UsageError(f"unknown option {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+        given = {name: value for name, value in values.items() if value is not None or name not in self._defaults}
+        return Options(**{**self._defaults, **given})
 
     def plan(self, context: int | None = None, batch: int = 1, max_depth: int | None = None) -> CachePlan:
         """The cache memory of ``context`` tokens (by default the longest) before anything is allocated."""
@@ -109,7 +133,7 @@ class Session:
         """
         many = not isinstance(prompt, str) and any(isinstance(item, str | Sequence | np.ndarray) for item in prompt)
         results = [Generation() for _ in (prompt if many else [prompt])]
-        decodings = self._begin(list(prompt) if many else [prompt], results, resume, _options(options))
+        decodings = self._begin(list(prompt) if many else [prompt], results, resume, self._options(options))
         if not many:
             run_alone(decodings[0].whole(), self.backend, decodings[0].note)
             return results[0]
@@ -124,7 +148,7 @@ class Session:
         ``last_generation`` is what has come so far, with its figures.
         """
         self.last_generation = Generation()
-        (decoding,) = self._begin([prompt], [self.last_generation], resume, _options(options))
+        (decoding,) = self._begin([prompt], [self.last_generation], resume, self._options(options))
         while not decoding.finished:
             yield from run_alone(decoding.advance(), self.backend, decoding.note)
 
@@ -144,7 +168,7 @@ class Session:
         prefill = positions if prefill is None else prefill
         if not 0 <= prefill <= positions:
             raise UsageError(f"prefill is {prefill}, expected 0 .. {positions}, the positions given")
-        wanted = _options(options)
+        wanted = self._options(options)
         self._start(ids.tolist(), wanted.depth.resolve(self.config), wanted)
         spans = list(_spans(prefill, positions))
         first, *others = self._sequences
@@ -312,14 +336,6 @@ def _check_range(ids: list[int], config: MythosConfig) -> None:
     wrong = next((number for number in ids if not 0 <= number < config.vocab_size), None)
     if wrong is not None:
         raise UsageError(f"token id {wrong} is out of range: this model knows 0 .. {config.vocab_size - 1}")
-
-
-def _options(values: dict[str, Any]) -> Options:
-    known = {item.name for item in dataclasses.fields(Options)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise UsageError(f"unknown option {', '.join(unknown)}; known: {', '.join(sorted(known))}")
-    return Options(**values)
 
 
 def _spans(prefill: int, positions: int) -> Iterator[tuple[int, int]]:

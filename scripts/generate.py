@@ -4,7 +4,6 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import options
 from mythos_edge.scripts.console import Console
 
@@ -24,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_depth(parser)
     options.add_sampling(parser)
     options.add_drafts(parser)
+    options.add_target(parser)
     options.add_threads(parser)
 
 
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         **options.sampling_of(args),
         **options.drafts_of(args),
     }
-    with Session.open(args.bundle, threads=args.threads) as session:
+    with options.session_of(args) as session:
         stream = session.stream(prompt, **request)
         as_text = session.tokenizer is not None
         for number, token in enumerate(stream):

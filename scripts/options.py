@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from mythos_edge.model.errors import UsageError
 from mythos_edge.runtime.halting import Policy
+from mythos_edge.runtime.session import Session
 from mythos_edge.runtime.speculation import AUTO
 
 _DEPTH = ("policy", "min_depth", "max_depth", "threshold")
@@ -39,8 +40,18 @@ def add_drafts(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--draft-tokens", type=_number_or_auto, metavar="N", help="tokens of a draft, or auto (default)")
 
 
+def add_target(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--target", metavar="NAME", help="what mythos-edge build made (default: ort-cpu)")
+    parser.add_argument("--preset", metavar="NAME", help="target and depth that mythos-edge tune found")
+
+
 def add_threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: all cores)")
+
+
+def session_of(args: argparse.Namespace) -> Session:
+    """The bundle on the target and preset asked for."""
+    return Session.open(args.bundle, target=args.target, preset=args.preset, threads=args.threads)
 
 
 def depth_of(args: argparse.Namespace) -> dict[str, Any]:

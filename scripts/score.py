@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 
 from mythos_edge.model.errors import UsageError
-from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import options
 from mythos_edge.scripts.console import Console
 
@@ -21,12 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="NPZ")
     parser.add_argument("--prefill", type=int, metavar="N", help="positions fed as one chunk (default: all)")
     options.add_depth(parser)
+    options.add_target(parser)
     options.add_threads(parser)
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
     ids = options.ids_from_file(args.ids)
-    with Session.open(args.bundle, threads=args.threads) as session:
+    with options.session_of(args) as session:
         score = session.score(
             ids,
             prefill=args.prefill,

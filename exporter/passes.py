@@ -99,7 +99,8 @@ def _constant(graph: ir.Graph, name: str, numbers: list[int]) -> ir.Value:
 
 def _fold(model: ir.Model) -> None:
     ir.passes.Sequential(passes.RemoveUnusedNodesPass(), passes.CommonSubexpressionEliminationPass())(model)
-    fold_constants(model)
+    # A small weight that is stored narrow would become a constant without a name.
+    fold_constants(model, should_fold=lambda node: False if node.op_type == "Cast" else None)
     ir.passes.Sequential(
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         passes.DeduplicateInitializersPass(),

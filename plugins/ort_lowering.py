@@ -69,17 +69,19 @@ class _Lowering:
         made.name, made.type, made.shape = name, old.type, old.shape
         graph.remove(node, safe=True)
 
+    def _pack(self, matrix: ir.Value) -> Pack | None:
+        return self._packs.get(_stored_name(matrix))
+
     def _product(self, writer: GraphWriter, node: ir.Node) -> ir.Value | None:
         x, matrix = node.inputs[:2]
-        if matrix is None or str(matrix.name) not in self._packs:
+        if matrix is None or self._pack(matrix) is None:
             return None
         assert x is not None
         return self._multiplied(writer, x, matrix)
 
     def _multiplied(self, writer: GraphWriter, x: ir.Value, matrix: ir.Value) -> ir.Value:
         """``x @ matrix.T``, of the rounded matrix where there is one."""
-        name = str(matrix.name)
-        pack = self._packs.get(name)
+        name, pack = _stored_name(matrix), self._pack(matrix)
         if pack is None:
             return writer.add("Gemm", [x, matrix], transB=1)
         if pack.block:
@@ -95,17 +97,18 @@ class _Lowering:
 
     def _embedding(self, writer: GraphWriter, node: ir.Node) -> ir.Value | None:
         table, rows = node.inputs
-        if table is None or str(table.name) not in self._packs:
+        pack = None if table is None else self._pack(table)
+        if table is None or pack is None:
             return None
-        pack = self._packs[str(table.name)]
-        scales = writer.tensor(pack.scales, f"{table.name}.scale")
+        name = _stored_name(table)
+        scales = writer.tensor(pack.scales, f"{name}.scale")
         if not pack.block:
-            codes = writer.add("Gather", [writer.tensor(pack.values, f"{table.name}.q"), rows])
+            codes = writer.add("Gather", [writer.tensor(pack.values, f"{name}.q"), rows])
             own = writer.add("Unsqueeze", [writer.add("Gather", [scales, rows]), writer.integers([-1])])
             return writer.add("Mul", [writer.add("Cast", [codes], to=ir.DataType.FLOAT), own])
         # The head's rounded matrix, seen as rows of packed values.
         height = pack.scales.shape.numpy()[0]
-        flat = writer.tensor(pack.values, f"{table.name}.q")
+        flat = writer.tensor(pack.values, f"{name}.q")
         packed = writer.add("Reshape", [flat, writer.integers([height, -1])])
         return writer.add(
             "GatherBlockQuantized",
@@ -176,9 +179,9 @@ class _Lowering:
         chosen_by = logits
         if bias is not None and _bias_matters(bias):
             chosen_by = writer.add("Add", [logits, bias])
-        pack = self._packs.get(str(fc1.name))
+        pack = self._pack(fc1)
         if pack is not None and pack.block:
-            y = self._blocked_experts(writer, x, (logits, chosen_by), (str(fc1.name), str(fc2.name)), top_k)
+            y = self._blocked_experts(writer, x, (logits, chosen_by), (_stored_name(fc1), _stored_name(fc2)), top_k)
         else:
             y = self._dispatched_experts(writer, x, (logits, chosen_by), (fc1, fc2), top_k)
         if "shared_down" not in inputs:
@@ -266,7 +269,7 @@ class _Lowering:
         """The rows of ``x`` that chose this expert through it; no rows when there are none."""
         dim = sizes_of(x)[-1]
         some, none = writer.branch(f"expert_{expert}"), writer.branch(f"no_expert_{expert}")
-        if str(stacks[0].name) in self._packs:
+        if self._pack(stacks[0]) is not None:
             made = self._expert_in_integers(writer, some, x, rows, stacks, expert)
         else:
             gate_up, down = (writer.matrix_of(stack, expert) for stack in stacks)
@@ -288,15 +291,20 @@ class _Lowering:
     ) -> ir.Value:
         matrices = []
         for stack in stacks:
-            pack = self._packs[str(stack.name)]
+            pack = self._packs[_stored_name(stack)]
             parts = ((pack.values, "q"), (pack.scales, "scale"))
             matrices.append(
-                [writer.tensor(piece_of(part, expert), f"{stack.name}.{end}@{expert}") for part, end in parts]
+                [writer.tensor(piece_of(part, expert), f"{_stored_name(stack)}.{end}@{expert}") for part, end in parts]
             )
         whole = self._rounded_rows(writer, x)
         taken = Rounded(inside.add("Gather", [whole.codes, rows]), inside.add("Gather", [whole.scales, rows]))
         hidden = inside.swiglu(inside.integer_product(taken, *matrices[0]))
         return inside.integer_product(inside.rounded(hidden), *matrices[1])
+
+
+def _stored_name(matrix: ir.Value) -> str:
+    """The name of a weight in the bundle; one that is stored narrow is used as its float32 copy."""
+    return str(matrix.name).removesuffix(".fp32")
 
 
 def _bias_matters(bias: ir.Value) -> bool:

@@ -82,10 +82,11 @@ class OrtBackend:
         self._many[stage].run(*whole)
         unpack(stage, whole.outputs, calls)
 
-    @property
-    def graph_seconds(self) -> float:
-        """Time spent inside the graphs so far; the rest of a run's time is the host's."""
-        return sum(graph.seconds for graph in [*self._stages.values(), *self._many.values()])
+    def graph_seconds(self, stage: str | None = None) -> float:
+        """Time spent inside the graphs so far, or those of one stage; the rest of a run's time is the host's."""
+        stages = STAGES if stage is None else (stage,)
+        graphs = [opened[name] for opened in (self._stages, self._many) for name in stages if name in opened]
+        return sum(graph.seconds for graph in graphs)
 
     def close(self) -> None:
         self._stages, self._many = {}, {}

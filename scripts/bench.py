@@ -4,7 +4,6 @@ import argparse
 import csv
 import dataclasses
 import io
-import json
 import statistics
 import time
 from pathlib import Path
@@ -28,11 +27,14 @@ _UNITS = {
     "decode_tokens_per_s": "1/s",
     "ms_per_token": "ms",
     "ms_per_loop_step": "ms",
+    "graph_ms_per_loop_step": "ms",
     "host_us_per_loop_step": "us",
     "mean_depth": "loop steps",
     "block_calls_per_token": "",
     "weight_mb_per_token": "MB",
     "stream_percent": "%",
+    "loop_step_stream_percent": "%",
+    "drafted_tokens_accepted": "",
 }
 _DEPTH_ROUNDS, _DEPTH_PROMPT = 8, 64
 
@@ -45,18 +47,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-r", "--repetitions", type=int, default=5, metavar="N")
     parser.add_argument("--target", default=TARGET, metavar="NAMES", help="one or more, separated by commas; or all")
     parser.add_argument("--format", choices=("md", "csv"), default="md", help="the table's form (default: md)")
+    parser.add_argument("-b", "--batch", type=int, metavar="N", help="N prompts together, and one after another, too")
     parser.add_argument("--loop-graph", action="store_true", help="measure model.onnx over the prompt, too")
     options.add_depth(parser)
+    options.add_drafts(parser)
     options.add_threads(parser)
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    for name in ("prompt_tokens", "new_tokens", "repetitions"):
-        if getattr(args, name) < 1:
+    for name in ("prompt_tokens", "new_tokens", "repetitions", "batch"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
     threads = args.threads or cores()
     bandwidths = [measuring.stream_bandwidth(threads)]
-    targets = {name: _measure(args, name, bandwidths, console) for name in _targets(args)}
+    targets: dict[str, dict[str, Any]] = {}
+    for name in _targets(args):
+        targets |= _measure(args, name, bandwidths, console)
     report = {
         "bundle": str(args.bundle),
         "machine": f"{processor()}, {threads} threads",
@@ -73,9 +79,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     for name, target in targets.items():
         if target["noise"] is not None:
             console.note(f"{name}: {target['noise']}")
-    if not console.as_json:
-        console.say(json.dumps(report))
-    console.result(report)
+    console.result(report, always=True)
     return 0
 
 
@@ -86,8 +90,13 @@ def _targets(args: argparse.Namespace) -> list[str]:
         return list(session.bundle.manifest.targets)
 
 
-def _measure(args: argparse.Namespace, name: str, bandwidths: list[float], console: Console) -> dict[str, Any]:
-    """One target's figures; the memory bandwidth is measured again after it, in the same run."""
+def _measure(
+    args: argparse.Namespace, name: str, bandwidths: list[float], console: Console
+) -> dict[str, dict[str, Any]]:
+    """A target's figures, and with drafts those of drafting beside them, repetition by repetition.
+
+    The memory bandwidth is measured again after it, in the same run.
+    """
     started = time.perf_counter()
     with Session.open(args.bundle, target=name, threads=args.threads) as session:
         load_ms = (time.perf_counter() - started) * 1e3
@@ -97,25 +106,59 @@ def _measure(args: argparse.Namespace, name: str, bandwidths: list[float], conso
         if args.depth is not None:
             console.progress(f"{name}: looking for the threshold", 0.0)
             depth["threshold"] = threshold_of_mean_depth(session, prompt, args.new_tokens, args.depth)
-        runs = []
+        requests = {name: depth}
+        if args.draft_depth is not None:
+            requests[f"{name} drafting"] = depth | options.drafts_of(args)
+        runs: dict[str, list[dict[str, float]]] = {one: [] for one in requests}
         for index in range(args.repetitions + 1):
             console.progress(f"{name}: measuring", index / (args.repetitions + 1))
-            runs.append(_one(session, name, prompt, args.new_tokens, depth))
+            for one, request in requests.items():
+                runs[one].append(_one(session, name, prompt, args.new_tokens, request))
         resident = measuring.resident_bytes()
+        batch = _batch(args, session, depth, console) if args.batch else {}
         plan = session.plan(args.prompt_tokens + args.new_tokens, max_depth=args.max_depth)
     bandwidths.append(measuring.stream_bandwidth(args.threads or cores()))
-    for one in runs:
-        one["stream_percent"] = one["weight_mb_per_token"] * 1e8 / (one["ms_per_token"] / 1e3) / max(bandwidths)
-    # The first run warms caches and is left out.
-    figures = {figure: measuring.spread_of([one[figure] for one in runs[1:]]) for figure in runs[0]}
-    return {
+    common = {
         "load_ms": load_ms,
         "resident_mb": resident / 1e6,
         "cache_mb": plan.cache_bytes / 1e6,
         "threshold": depth["threshold"],
-        "noise": measuring.noise(bandwidths[-2:], figures["ms_per_token"]),
-        **{figure: dataclasses.asdict(spread) for figure, spread in figures.items()},
+        **batch,
     }
+    return {one: common | _figures(made[1:], bandwidths) for one, made in runs.items()}
+
+
+def _figures(runs: list[dict[str, float]], bandwidths: list[float]) -> dict[str, Any]:
+    """Spreads over the repetitions, without the first, which warmed caches; ``noise`` says when not to trust them."""
+    bandwidth = max(bandwidths)
+    for one in runs:
+        one["stream_percent"] = one["weight_mb_per_token"] * 1e8 / (one["ms_per_token"] / 1e3) / bandwidth
+        one["loop_step_stream_percent"] = 100 * one.pop("step_bytes_per_s") / bandwidth
+    figures = {figure: measuring.spread_of([one[figure] for one in runs]) for figure in _UNITS}
+    spreads = {figure: dataclasses.asdict(spread) for figure, spread in figures.items()}
+    return spreads | {"noise": measuring.noise(bandwidths[-2:], figures["ms_per_token"])}
+
+
+def _batch(args: argparse.Namespace, session: Session, depth: dict[str, Any], console: Console) -> dict[str, Any]:
+    """Tokens per second, prompts included, of several sequences together and one after another, taking turns."""
+    random = np.random.default_rng(1)
+    prompts = random.integers(0, session.config.vocab_size, (args.batch, args.prompt_tokens)).tolist()
+    request = {"max_new_tokens": args.new_tokens, "stop_ids": (), **depth}
+    seconds: dict[str, list[float]] = {"together": [], "one_by_one": []}
+    equal = True
+    for index in range(args.repetitions + 1):
+        console.progress("batch", index / (args.repetitions + 1))
+        started = time.perf_counter()
+        together = session.generate(prompts, **request)
+        between = time.perf_counter()
+        alone = [session.generate(prompt, **request) for prompt in prompts]
+        seconds["together"].append(between - started)
+        seconds["one_by_one"].append(time.perf_counter() - between)
+        equal = equal and [one.ids for one in together] == [one.ids for one in alone]
+    tokens = args.batch * args.new_tokens
+    rates = {f"batch_{how}_tokens_per_s": tokens / statistics.median(times[1:]) for how, times in seconds.items()}
+    ratio = rates["batch_together_tokens_per_s"] / rates["batch_one_by_one_tokens_per_s"]
+    return {**rates, "batch_ratio": ratio, "batch_equal_tokens": equal}
 
 
 def _check_length(args: argparse.Namespace, session: Session) -> None:
@@ -141,18 +184,19 @@ def threshold_of_mean_depth(session: Session, prompt: list[int], count: int, wan
     return high
 
 
-def _one(session: Session, target: str, prompt: list[int], count: int, depth: dict[str, Any]) -> dict[str, float]:
+def _one(session: Session, target: str, prompt: list[int], count: int, request: dict[str, Any]) -> dict[str, float]:
     """One generation: the prompt until the first token, then decoding alone."""
     assert isinstance(session.backend, OrtBackend)
-    stream = session.stream(prompt, max_new_tokens=count + 1, stop_ids=(), **depth)
+    stream = session.stream(prompt, max_new_tokens=count + 1, stop_ids=(), **request)
     next(stream)
-    first, inside, started = session.last_generation.block_calls, session.backend.graph_seconds, time.perf_counter()
+    backend, first = session.backend, session.last_generation.block_calls
+    inside, in_step, started = backend.graph_seconds(), backend.graph_seconds("step"), time.perf_counter()
     for _ in stream:
         pass
     seconds = time.perf_counter() - started
+    inside, in_step = backend.graph_seconds() - inside, backend.graph_seconds("step") - in_step
     result = session.last_generation
     tokens, calls = len(result.ids) - 1, result.block_calls - first
-    host_us = (seconds - (session.backend.graph_seconds - inside)) * 1e6
     spec = session.bundle.manifest.targets[target]
     return {
         "ttft_ms": result.ttft_ms,
@@ -160,11 +204,14 @@ def _one(session: Session, target: str, prompt: list[int], count: int, depth: di
         "decode_tokens_per_s": tokens / seconds,
         "ms_per_token": seconds * 1e3 / tokens,
         "ms_per_loop_step": seconds * 1e3 / calls,
-        "host_us_per_loop_step": host_us / calls,
+        "graph_ms_per_loop_step": in_step * 1e3 / calls,
+        "host_us_per_loop_step": (seconds - inside) * 1e6 / calls,
         "mean_depth": statistics.fmean(result.depths),
         "block_calls_per_token": calls / tokens,
         # The roofline: once a token what is outside the loop, and once a call of the block what is inside.
         "weight_mb_per_token": (spec.fixed_bytes + spec.step_bytes * calls / tokens) / 1e6,
+        "step_bytes_per_s": spec.step_bytes * calls / in_step,
+        "drafted_tokens_accepted": result.accepted / result.drafted if result.drafted else float("nan"),
     }
 
 
@@ -205,6 +252,9 @@ def _table(targets: dict[str, dict[str, Any]], form: str) -> str:
         label = figure.removesuffix("_ms").removesuffix("_mb").removesuffix("_percent").replace("_", " ")
         cells = [_cell(target[figure]) for target in targets.values()]
         rows.append([f"{label}, {unit}" if unit and not label.startswith("ms") else label, *cells])
+    for figure in ("batch_one_by_one_tokens_per_s", "batch_together_tokens_per_s", "batch_ratio"):
+        if any(figure in target for target in targets.values()):
+            rows.append([figure.replace("_", " "), *(_cell(target[figure]) for target in targets.values())])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [[rows[0][0].ljust(widths[0]), *_right(rows[0], widths)]]
     lines += [["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]]
@@ -215,6 +265,8 @@ def _table(targets: dict[str, dict[str, Any]], form: str) -> str:
 def _cell(figure: Any) -> str:
     if not isinstance(figure, dict):
         return f"{figure:.4g}"
+    if np.isnan(figure["median"]):
+        return ""
     return f"{figure['median']:.4g} ({figure['min']:.4g} to {figure['max']:.4g})"
 
 

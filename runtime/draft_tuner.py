@@ -1,8 +1,8 @@
 """Which draft is fastest, from what rounds took and gave so far: decisions only, no clock and no sequence.
 
 Expected tokens per second are computed for every candidate and for plain decoding from running estimates. Drafts
-nobody tried lately are thought to be good, so each is tried now and then. What keeps that cheap is an account: what was
-lost against plain decoding may never be more than a small share of all tokens.
+nobody tried lately are thought to be good, so each is tried now and then. What keeps that cheap is an allowance: every
+token adds a little time that may be lost against plain decoding, and a draft that could lose more is not made.
 """
 
 from collections import deque
@@ -17,8 +17,8 @@ _DEPTHS = (1, 2, 3, 4, 6, 8, 12)
 _TOKENS = (2, 3, 4, 6, 8)
 # Tokens decoded plainly before the first draft: a session's first calls are slow.
 _FIRST_TOKENS = 4
-# What trying may cost: a share of all tokens, and what may be lost before that is much; in times of a plain token.
-_LOSS_SHARE, _FIRST_LOSS, _MOST_LOSS = 0.035, 1.5, 16.0
+# Times of a plain token that may be lost: at first, more with each token, and at most.
+_FIRST_ALLOWANCE, _ALLOWANCE, _MOST_ALLOWANCE = 1.5, 0.025, 8.0
 # A draft must promise this much more than plain decoding.
 _MIN_GAIN = 1.03
 # An untried draft counts as if so many of its tokens had been tried, with that much success.
@@ -66,7 +66,7 @@ class DraftTuner:
         self._accepted, self._tried = np.zeros(bounds.max_depth), np.zeros(bounds.max_depth)
         # Share of tokens that take more than so many loop steps.
         self._deeper = np.ones(bounds.max_depth)
-        self._tokens, self._loss = 0, 0.0
+        self._tokens, self._allowance = 0, _FIRST_ALLOWANCE
         self._choice: Draft | None = None
         self._rounds_left = 0  # before the next choice
 
@@ -82,12 +82,12 @@ class DraftTuner:
     def note_round(self, draft: Draft, depths: Sequence[int], drafted: int, accepted: int) -> None:
         """A round gave tokens of these ``depths``; ``accepted`` of the ``drafted`` ones stood, up to the first bad."""
         self._note_depths(depths)
-        if not drafted:
+        if not drafted:  # the first had halted: a token decoded plainly
             return
         self._tried[draft.depth] += min(drafted, accepted + 1)
         self._accepted[draft.depth] += accepted
         lost = self._round_seconds(draft) / self._plain_seconds() - len(depths)
-        self._loss = max(0.0, self._loss + lost)
+        self._allowance = min(self._allowance - lost, _MOST_ALLOWANCE)
         if lost > 0:
             self._rounds_left = 0
 
@@ -102,6 +102,7 @@ class DraftTuner:
 
     def _note_depths(self, depths: Sequence[int]) -> None:
         self._tokens += len(depths)
+        self._allowance = min(self._allowance + _ALLOWANCE * len(depths), _MOST_ALLOWANCE)
         self._accepted *= _MEMORY ** len(depths)
         self._tried *= _MEMORY ** len(depths)
         if self._bounds.policy is not Policy.FULL:  # which runs every step for every token
@@ -110,11 +111,10 @@ class DraftTuner:
 
     def _best(self) -> Draft | None:
         plain = self._plain_seconds()
-        allowed = min(_FIRST_LOSS + _LOSS_SHARE * self._tokens, _MOST_LOSS) - self._loss
         best, best_rate = None, _MIN_GAIN / plain
         for draft in self._candidates:
             # The worst round gives one token, which plain decoding would give as well.
-            affordable = self._round_seconds(draft) <= (1 + allowed) * plain
+            affordable = self._round_seconds(draft) <= (1 + self._allowance) * plain
             if affordable and (rate := self._tokens_per_second(draft)) > best_rate:
                 best, best_rate = draft, rate
         return best

@@ -3,6 +3,7 @@
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.runtime.backend import Backend, ScriptedBackend
 from mythos_edge.runtime.halting import Policy, ResolvedDepth
+from mythos_edge.runtime.packing import Array, Arrays
 from mythos_edge.runtime.staircase import Staircase
 
 LOOPS = 5
@@ -50,3 +51,16 @@ def staircase(
 ) -> Staircase:
     depth = ResolvedDepth(Policy(policy), LOOPS, min_depth, 0.99)
     return Staircase(backend or ScriptedBackend(DEPTHS, VOCAB), ONE_WIDE, depth, 200, max_lag)
+
+
+class Leaning(ScriptedBackend):
+    """Logits that lean towards ``favourite``, by so much that drafts agree with the end often, or always."""
+
+    def __init__(self, favourite: int, lean: float) -> None:
+        super().__init__(DEPTHS, VOCAB)
+        self._favourite, self._lean = favourite, lean
+
+    def _coda(self, feeds: Arrays) -> dict[str, Array]:
+        made = super()._coda(feeds)
+        made["logits"][..., self._favourite] += self._lean
+        return made

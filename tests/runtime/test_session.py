@@ -68,6 +68,39 @@ def test_every_row_of_a_batch_generates_what_it_would_alone(session: Session) ->
         assert max(one.block_calls for one in alone) <= together[0].batch_runs < sum(one.block_calls for one in alone)
 
 
+@pytest.mark.parametrize("draft", [{"draft_depth": 2, "draft_tokens": 4}, {"draft_depth": 1, "draft_tokens": 2}])
+def test_speculation_changes_no_greedy_token(session: Session, draft: dict[str, Any], tmp_path: Path) -> None:
+    prompts = [[3], PROMPT, [7, 8, 9]]
+    for options in ({}, {"policy": "full"}, {"max_lag": 1}, {"threshold": 1e9}):
+        plain = [session.generate(prompt, max_new_tokens=12, **options) for prompt in prompts]
+        together = session.generate(prompts, max_new_tokens=12, **options, **draft)
+        assert [(one.ids, one.depths) for one in together] == [(one.ids, one.depths) for one in plain]
+        assert max(one.drafted for one in together) > 0
+        assert [token.id for token in session.stream(PROMPT, max_new_tokens=12, **options, **draft)] == plain[1].ids
+        session.generate(PROMPT, max_new_tokens=5, **options, **draft)
+        session.save(tmp_path / "saved.npz")
+        session.restore(tmp_path / "saved.npz")
+        assert session.generate([], resume=True, max_new_tokens=7, **options, **draft).ids == plain[1].ids[5:]
+
+
+def test_a_draft_left_to_the_session_changes_no_greedy_token(session: Session) -> None:
+    for options in ({}, {"threshold": 1e9}, {"policy": "full"}):
+        plain = session.generate(PROMPT, max_new_tokens=120, **options)
+        assert session.generate(PROMPT, max_new_tokens=120, draft_depth="auto", **options).ids == plain.ids
+        assert session.generate(PROMPT, max_new_tokens=60, draft_depth=2, **options).ids == plain.ids[:60]
+        assert (
+            session.generate(PROMPT, max_new_tokens=60, draft_depth="auto", draft_tokens=3, **options).ids
+            == (plain.ids[:60])
+        )
+
+
+def test_sampling_with_drafts_repeats_with_its_seed_alone_or_together(session: Session) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 10, "temperature": 1.0, "seed": 4, "draft_depth": 2, "draft_tokens": 3}
+    prompts = [[3], PROMPT]
+    alone = [session.generate(prompt, **options).ids for prompt in prompts]
+    assert [one.ids for one in session.generate(prompts, **options)] == alone
+
+
 def test_a_row_that_stops_early_leaves_the_others_alone(session: Session) -> None:
     prompts = [[3], PROMPT]
     free = [session.generate(prompt, max_new_tokens=8).ids for prompt in prompts]
@@ -170,6 +203,17 @@ REFUSALS: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
     ([1], {"policy": "fast"}, UsageError, "policy is 'fast', expected one of exact, full, last"),
     ([1], {"temperature": -1.0}, UsageError, "temperature is -1.0"),
     ([1], {"max_new_tokens": 0}, UsageError, "max_new_tokens is 0"),
+    ([1], {"draft_depth": 6}, UsageError, "draft_depth is 6, expected 1 .. 5: at least min_depth and less than max_de"),
+    ([1], {"draft_depth": 0}, UsageError, "draft_depth is 0, expected at least 1"),
+    ([1], {"draft_depth": 2, "draft_tokens": 0}, UsageError, "draft_tokens is 0, expected at least 1"),
+    ([1], {"draft_tokens": 2}, UsageError, "draft_tokens is 2 without draft_depth"),
+    ([1], {"draft_depth": "auto", "policy": "last"}, UsageError, "policy is last, which keeps no exact cache rows"),
+    (
+        [[1], [2]],
+        {"draft_depth": "auto"},
+        UsageError,
+        "a draft that is auto measures one sequence alone, got 2 prompts",
+    ),
     ([1], {"stop_strings": ("a",)}, UsageError, "stop strings need a tokenizer"),
     ([1], {"colour": "red"}, UsageError, "unknown option colour; known: "),
 ]

@@ -171,13 +171,13 @@ def _ours(session: Session, weights: str, prompt: list[int], count: int, thresho
 
 
 def _interleaved(runners: dict[str, Runner], repetitions: int) -> dict[str, list[Run]]:
-    """Every run in turn, and again, so that the machine's moods fall on all; a first round warms up."""
+    """Every run in turn, and again, so that the machine's moods fall on all; a first round only warms up."""
     runs: dict[str, list[Run]] = {name: [] for name in runners}
-    for repetition in range(repetitions):
+    for repetition in range(repetitions + 1):
         for name, runner in runners.items():
-            _tell(f"repetition {repetition + 1}: {name}")
+            _tell(f"{name}: repetition {repetition}" if repetition else f"{name}: warming up")
             runs[name].append(runner())
-    return runs
+    return {name: made[1:] for name, made in runs.items()}
 
 
 def _compiled(model: Any, prompt: torch.Tensor, args: argparse.Namespace) -> dict[str, list[Run]]:
@@ -186,7 +186,7 @@ def _compiled(model: Any, prompt: torch.Tensor, args: argparse.Namespace) -> dic
     model.forward = torch.compile(eager, dynamic=True)
     _tell("torch.compile")
     try:
-        return _interleaved({"torch.compile": lambda: _reference(model, prompt, args.new_tokens)}, args.repetitions + 1)
+        return _interleaved({"torch.compile": lambda: _reference(model, prompt, args.new_tokens)}, args.repetitions)
     except Exception as error:  # the compiler has no common base class for its errors
         _tell(f"torch.compile does not work: {str(error).splitlines()[0]}")
         return {}

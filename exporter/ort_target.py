@@ -107,7 +107,7 @@ def build_target(
     """The bundle at ``path`` with the target ``ort-cpu-<weights>`` added, or made again.
 
     ``block`` values share a scale (by default 64 for int4; for int8 0, a whole row, where the processor has integer dot
-    products, else 128); ``keep`` names parts or tensors
+    products, else 128; or what divides the model's rows); ``keep`` names parts or tensors
     that stay float32; ``method`` is ``rtn``, ``search`` or, with the ``importance`` of each channel, ``calibrated``.
     Nothing of the bundle changes before the target is whole. Raises BuildError, BundleError.
     """
@@ -120,7 +120,9 @@ def build_target(
         plan = None
         if weights != "fp32":
             chosen = "calibrated" if importance is not None else method or _DEFAULT_METHODS[weights]
-            rounding = Rounding(BITS[weights], _default_block(weights) if block is None else block, chosen)
+            rounding = Rounding(
+                BITS[weights], _default_block(weights, manifest.config.dim) if block is None else block, chosen
+            )
             plan = plan_rounded(_matrices(manifest.config, rounding, keep), rounding)
             require_free_space(path, plan.total_bytes)
             _round(bundle, plan, folder / _weights_file(name), importance, progress)
@@ -173,10 +175,12 @@ def _check(model: ir.Model) -> None:
     onnx.checker.check_model(ir.to_proto(copy))
 
 
-def _default_block(weights: str) -> int:
-    if weights == "int4":
-        return 64
-    return ROW if has_integer_dot_products() else 128
+def _default_block(weights: str, dim: int) -> int:
+    if weights == "int8" and has_integer_dot_products():
+        return ROW
+    wanted = 128 if weights == "int8" else 64
+    # Experts take only whole blocks.
+    return next((block for block in (wanted, wanted // 2, 32) if dim % block == 0), wanted)
 
 
 def _weights_file(name: str) -> str:

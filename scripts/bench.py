@@ -45,7 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-n", "--new-tokens", type=int, default=128, metavar="N")
     parser.add_argument("-d", "--depth", type=float, metavar="X", help="set the threshold for this mean depth")
     parser.add_argument("-r", "--repetitions", type=int, default=5, metavar="N")
-    parser.add_argument("--target", default=TARGET, metavar="NAMES", help="one or more, separated by commas; or all")
+    wanted = parser.add_mutually_exclusive_group()
+    wanted.add_argument("--target", default=TARGET, metavar="NAMES", help="one or more, separated by commas; or all")
+    wanted.add_argument("--weights", metavar="KINDS", help="fp32, int8, int4: the targets that build makes of them")
     parser.add_argument("--format", choices=("md", "csv"), default="md", help="the table's form (default: md)")
     parser.add_argument("-b", "--batch", type=int, metavar="N", help="N prompts together, and one after another, too")
     parser.add_argument("--loop-graph", action="store_true", help="measure model.onnx over the prompt, too")
@@ -84,6 +86,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 
 def _targets(args: argparse.Namespace) -> list[str]:
+    if args.weights is not None:
+        return [f"{TARGET}-{weights}" for weights in args.weights.split(",")]
     if args.target != "all":
         return [name for name in args.target.split(",") if name]
     with Session.open(args.bundle) as session:

@@ -134,6 +134,15 @@ def test_a_target_of_another_version_is_refused(bundle: Path) -> None:
         Session.open(bundle, target="ort-cpu-int2")
 
 
+@pytest.mark.parametrize(("dot_products", "blocks"), [(True, [0, 64]), (False, [64, 64])])
+def test_default_blocks_suit_processor_and_model(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, dot_products: bool, blocks: list[int]
+) -> None:
+    monkeypatch.setattr(ort_target, "has_integer_dot_products", lambda: dot_products)
+    made = [build_target(bundle, weights).manifest.targets[f"ort-cpu-{weights}"].block for weights in ("int8", "int4")]
+    assert made == blocks
+
+
 def test_a_processor_that_would_overflow_is_told_so(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build_target(bundle, "int8", block=0)
     monkeypatch.setattr("mythos_edge.runtime.backend.has_integer_dot_products", lambda: False)

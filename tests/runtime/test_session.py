@@ -1,12 +1,14 @@
 """Sessions on a real bundle: prompts, batches, resuming, rollback, saving, and every refusal."""
 
+import tracemalloc
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from mythos_edge.model.errors import CapacityError, UsageError
 from mythos_edge.runtime import caches
@@ -180,6 +182,24 @@ def test_the_planner_is_right_about_a_full_context(session: Session) -> None:
     staircase = session._sequences[0].staircase
     slots = [*staircase.prelude_slots, *staircase.loop_slots, *staircase.coda_slots]
     assert sum(slot.nbytes for slot in slots) == pytest.approx(plan.cache_bytes, rel=0.05)
+
+
+def test_a_thousand_tokens_take_the_memory_that_was_planned(exported: Callable[..., Path]) -> None:
+    """Within 5 %, and what a decoded token allocates is given back before the next."""
+    path = exported(ROOT / "scripts" / "assets" / "carry_adder.pt", max_context=1100)
+    with Session.open(path) as opened:
+        stream = opened.stream([0, 90, 81], policy="full", max_new_tokens=998, stop_ids=())
+        held = {}
+        for count, _ in enumerate(stream, 3):
+            if count == 600:
+                tracemalloc.start()
+            if count in (700, 1000):
+                held[count] = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        assert opened._sequences[0].staircase.columns == 1000
+        assert opened._sequences[0].staircase.nbytes == pytest.approx(opened.plan(context=1000).cache_bytes, rel=0.05)
+    # A token keeps its id, probability, depth and text: some hundred bytes.
+    assert (held[1000] - held[700]) / 300 < 1000
 
 
 def test_decoding_keeps_memory_flat(session: Session) -> None:

@@ -23,7 +23,7 @@ from mythos_edge.scripts import cli
 
 CHECKPOINT = FIXTURES / "mla-small"
 PROGRAM = [sys.executable, "-m", "mythos_edge.scripts.cli"]
-VERBS = ("doctor", "inspect", "export", "generate", "score", "validate", "tune", "bench", "demo")
+VERBS = ("doctor", "inspect", "export", "build", "generate", "score", "validate", "tune", "bench", "demo")
 
 
 @dataclass
@@ -219,13 +219,46 @@ def test_validate_notices_other_weights(mla_bundle: Path, tmp_path: Path, run: C
     assert "another config" in other.json["error"]
 
 
-def test_bench(mla_bundle: Path, run: Callable[..., Ran]) -> None:
-    argv = ("bench", mla_bundle, "-p", 8, "-n", 4, "-r", 2)
-    report = run(*argv, "--json").json
-    assert report["decode_tokens_per_s"]["median"] > 0
-    assert 1 <= report["mean_depth"]["median"] <= 8
-    table = run(*argv).out
-    assert "| decode_tokens_per_s " in table
+def test_build_and_what_uses_it(mla_bundle: Path, tmp_path: Path, run: Callable[..., Ran]) -> None:
+    bundle = Path(shutil.copytree(mla_bundle, tmp_path / "built.bundle"))
+    np.save(tmp_path / "ids.npy", np.arange(40).reshape(2, 20))
+    ran = run(
+        "build", bundle, "--weights", "int4", "--calibrate", tmp_path / "ids.npy", "--keep", "head,coda", "--json"
+    )
+    assert ran.code == 0, ran.err
+    assert (ran.json["target"], ran.json["method"], ran.json["block"]) == ("ort-cpu-int4", "calibrated", 32)
+    assert ran.json["kept"] == ["head", "coda"]
+    plain = run("generate", bundle, "--ids", "1,2,3", "--max-new-tokens", 4, "--json").json
+    rounded = run(
+        "generate", bundle, "--ids", "1,2,3", "--max-new-tokens", 4, "--target", "ort-cpu-int4", "--json"
+    ).json
+    assert len(plain["ids"]) == len(rounded["ids"]) == 4
+    assert plain["logprobs"] != rounded["logprobs"]
+    assert run("validate", bundle).code == 0
+
+
+def test_build_refuses_in_one_line(mla_bundle: Path, tmp_path: Path, run: Callable[..., Ran]) -> None:
+    before = sorted(file.name for file in mla_bundle.iterdir())
+    np.save(tmp_path / "foreign.npy", np.array([[1, 5000]]))
+    np.save(tmp_path / "long.npy", np.ones((1, 300), np.int64))
+    for words, message in [
+        (("--weights", "int8", "--target", "rtx-sm89"), "target is 'rtx-sm89', expected ort-cpu"),
+        (
+            ("--weights", "int4", "--block", 64),
+            "rows of 96 values do not divide into blocks of 64: choose",
+        ),
+        (("--weights", "int4", "--block", 7), "block is 7, expected one of 32, 64, 128"),
+        (("--weights", "int4", "--keep", "tail"), "--keep tail fits no matrix of this model"),
+        (("--weights", "int8", "--calibrate", tmp_path / "foreign.npy"), "token id 5000 is out of range"),
+        (("--weights", "int8", "--calibrate", tmp_path / "long.npy"), "the ids have 300 positions"),
+        (("--weights", "int8", "--calibrate", tmp_path / "absent.npy"), "can not read the ids"),
+        (("--weights", "fp32", "--calibrate", tmp_path / "long.npy"), "--calibrate is a method of its own"),
+    ]:
+        refused(run("build", mla_bundle, *words), message)
+    refused(run("build", tmp_path / "absent", "--weights", "int8"), "does not exist")
+    refused(run("generate", mla_bundle, "--ids", "1", "--target", "ort-cpu-int8"), "has no target 'ort-cpu-int8'")
+    refused(run("generate", mla_bundle, "--ids", "1", "--preset", "knee"), "has no preset 'knee'")
+    assert sorted(file.name for file in mla_bundle.iterdir()) == before
 
 
 def test_demo_add(demo_bundle: Path, run: Callable[..., Ran]) -> None:

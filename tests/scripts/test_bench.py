@@ -1,0 +1,100 @@
+"""The bench: its report, its tables, and when it says that its figures should not be trusted."""
+
+import csv
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mythos_edge.exporter.ort_target import build_target
+from mythos_edge.runtime.session import Session
+from mythos_edge.scripts import measuring
+from mythos_edge.scripts.bench import threshold_of_mean_depth
+from mythos_edge.scripts.measuring import noise, spread_of
+
+
+@pytest.fixture(scope="module")
+def bundle(demo_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = Path(shutil.copytree(demo_bundle, tmp_path_factory.mktemp("bench") / "demo.bundle"))
+    build_target(path, "int4", block=32)
+    return path
+
+
+def _bench(*arguments: str) -> str:
+    command = [sys.executable, "-m", "mythos_edge.scripts.cli", "bench", *arguments, "-p", "12", "-n", "6", "-r", "2"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_last_line_is_the_report(bundle: Path) -> None:
+    shown = _bench(str(bundle), "--target", "all", "-b", "3", "--draft-depth", "2", "--draft-tokens", "3")
+    report: dict[str, Any] = json.loads(shown.splitlines()[-1])
+    names = ["ort-cpu", "ort-cpu-int4"]
+    assert list(report["targets"]) == [f"{name}{suffix}" for name in names for suffix in ("", " drafting")]
+    assert report["stream_gb_per_s"] > 0
+    for target in report["targets"].values():
+        assert target["resident_mb"] > 10
+        assert target["load_ms"] > 0
+        assert target["batch_equal_tokens"]
+        assert target["batch_ratio"] > 0
+        for figure in ("ttft_ms", "ms_per_token", "graph_ms_per_loop_step", "stream_percent", "weight_mb_per_token"):
+            assert 0 < target[figure]["min"] <= target[figure]["median"] <= target[figure]["max"]
+    plain, drafting = report["targets"]["ort-cpu"], report["targets"]["ort-cpu drafting"]
+    assert plain["mean_depth"] == drafting["mean_depth"]
+    # Once a token what is outside the loop, once a call what is inside.
+    calls = plain["block_calls_per_token"]["median"]
+    with Session.open(bundle) as session:
+        spec = session.bundle.manifest.targets["ort-cpu"]
+    assert plain["weight_mb_per_token"]["median"] == pytest.approx((spec.fixed_bytes + calls * spec.step_bytes) / 1e6)
+
+
+def test_tables_to_paste(bundle: Path) -> None:
+    lines = _bench(str(bundle), "--target", "ort-cpu,ort-cpu-int4").splitlines()
+    assert lines[0].split("|")[2].strip() == "ort-cpu"
+    assert {line.count("|") for line in lines[:-1]} == {4}
+    text = "\n".join(_bench(str(bundle), "--format", "csv").splitlines()[:-1])
+    rows = list(csv.DictReader(io.StringIO(text)))
+    assert {row["target"] for row in rows} == {"ort-cpu"}
+    assert float(next(row for row in rows if row["figure"] == "ms_per_token")["median"]) > 0
+
+
+def test_the_loop_graph_can_be_measured_too(bundle: Path) -> None:
+    report = json.loads(_bench(str(bundle), "--loop-graph", "--json"))
+    assert report["loop_graph"]["halting_at_1_ms"]["median"] > 0
+
+
+def test_the_threshold_for_a_mean_depth_is_found(bundle: Path) -> None:
+    prompt = [0, 90, 81, 72, 63, 54, 45, 36]
+    with Session.open(bundle) as session:
+        shallow, deep = (threshold_of_mean_depth(session, prompt, 6, depth) for depth in (1.0, 8.0))
+        assert 0 < shallow <= deep <= session.config.act_threshold
+
+
+def test_when_not_to_trust_figures() -> None:
+    quiet = spread_of([1.0, 1.05, 1.1])
+    assert noise([30e9, 29e9], quiet) is None
+    assert "50% apart" in str(noise([30e9, 30e9], spread_of([1.0, 1.0, 1.5])))
+    assert "changed by 50%" in str(noise([30e9, 15e9], quiet))
+
+
+def test_measuring_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "_STREAM_BYTES", 1 << 22)
+    assert measuring.stream_bandwidth(2) > 0
+    assert measuring.resident_bytes() > 1 << 20
+    monkeypatch.setattr(measuring, "Path", lambda _: Path("/nowhere"))
+    assert measuring.resident_bytes() == 0
+
+
+@pytest.mark.slow
+def test_kernels_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    from mythos_edge.scripts import bench_kernels
+
+    sizes = ["--dim", "128", "--hidden", "128", "--experts", "4", "--top-k", "2", "--rows", "1,3", "-r", "2"]
+    assert bench_kernels.main(sizes) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(report["ms"]) == 3 + 5 + 2 + 5
+    assert all(len(times) == 2 and min(times) > 0 for times in report["ms"].values())

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mythos_edge.exporter.ort_target import TARGET, Progress
+from mythos_edge.exporter.ort_target import Progress
 from mythos_edge.exporter.probes import ROUTER, Probe, router_of, stored_weights
-from mythos_edge.model.bundle import Bundle
+from mythos_edge.model.bundle import TARGET, Bundle
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import CapacityError
 from mythos_edge.model.layout import recipes

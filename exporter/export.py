@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from mythos_edge.exporter import loop_graph, ort_target
 from mythos_edge.exporter.sample import golden_sample
-from mythos_edge.exporter.tracing import STAGES, TraceJob, start_tracing
+from mythos_edge.exporter.tracing import TraceJob, start_tracing
 from mythos_edge.exporter.weights import (
     STORAGE_TYPES,
     WEIGHTS_FILE,
@@ -25,6 +25,8 @@ from mythos_edge.exporter.weights import (
     write_weights,
 )
 from mythos_edge.model.bundle import (
+    STAGES,
+    TARGET,
     Bundle,
     BundleWriter,
     FileRecord,
@@ -92,7 +94,7 @@ def export_bundle(
             finish_tracing()
         graphs = _write_graphs(config, folder, progress)
         stages = {stage: ir.load(folder / f"{stage}.onnx") for stage in STAGES}
-        lowered = ort_target.write_graphs(stages, folder, ort_target.TARGET, config)
+        lowered = ort_target.write_graphs(stages, folder, TARGET, config)
         if tokenizer is not None:
             shutil.copyfile(tokenizer, folder / TOKENIZER_FILE)
         progress("self-test sample", 0.0)
@@ -107,7 +109,7 @@ def export_bundle(
                 dtype=dtype,
                 max_context=context,
                 graphs=graphs,
-                targets={ort_target.TARGET: _mapped_target(lowered, dtype, identity)},
+                targets={TARGET: _mapped_target(lowered, dtype, identity)},
                 files=dict(files),
                 versions={name: metadata.version(name) for name in _LIBRARIES},
                 source=source,

@@ -26,6 +26,9 @@ from mythos_edge.exporter.rounding import (
 )
 from mythos_edge.exporter.weights import WEIGHTS_FILE
 from mythos_edge.model.bundle import (
+    MAX_TOGETHER,
+    STAGES,
+    TARGET,
     Bundle,
     FileRecord,
     TargetSpec,
@@ -43,9 +46,6 @@ from mythos_edge.plugins.ort_lowering import Packs, lower_for_ort
 from mythos_edge.plugins.processor import has_integer_dot_products
 from mythos_edge.plugins.torch_ops import add_functions
 
-TARGET = "ort-cpu"
-STAGES = ("prelude", "step", "coda")
-MANY = 8
 BITS = {"fp32": 32, "int8": 8, "int4": 4}
 _DEFAULT_METHODS = {"int8": "rtn", "int4": "search"}
 # What --keep understands beside the names of tensors.
@@ -84,7 +84,7 @@ def write_graphs(
     graphs, sizes = {}, {}
     for stage in STAGES:
         one = for_one_sequence(stages[stage])
-        for key, model in ((stage, one), (f"{stage}.many", for_many_sequences(one, MANY))):
+        for key, model in ((stage, one), (f"{stage}.many", for_many_sequences(one, MAX_TOGETHER))):
             lowered = lower_for_ort(model, packs)
             add_functions(lowered)
             graphs[key] = f"{stage}.{name}{key.removeprefix(stage)}.onnx"
@@ -106,9 +106,9 @@ def build_target(
 ) -> Bundle:
     """The bundle at ``path`` with the target ``ort-cpu-<weights>`` added, or made again.
 
-    ``block`` values share a scale (by default 64 for int4; for int8 0, a whole row, where the processor has integer dot
-    products, else 128; or what divides the model's rows); ``keep`` names parts or tensors
-    that stay float32; ``method`` is ``rtn``, ``search`` or, with the ``importance`` of each channel, ``calibrated``.
+    ``block`` values share a scale: by default 64 for int4, and for int8 0 (a whole row) where the processor has integer
+    dot products, else 128; or less, where the model's rows want it. ``keep`` names parts or tensors that stay float32;
+    ``method`` is ``rtn``, ``search`` or, with the ``importance`` of each channel, ``calibrated``.
     Nothing of the bundle changes before the target is whole. Raises BuildError, BundleError.
     """
     bundle = open_bundle(path)
@@ -119,10 +119,10 @@ def build_target(
     with _files_beside(bundle, name) as folder:
         plan = None
         if weights != "fp32":
+            if block is None:
+                block = _default_block(weights, manifest.config.dim)
             chosen = "calibrated" if importance is not None else method or _DEFAULT_METHODS[weights]
-            rounding = Rounding(
-                BITS[weights], _default_block(weights, manifest.config.dim) if block is None else block, chosen
-            )
+            rounding = Rounding(BITS[weights], block, chosen)
             plan = plan_rounded(_matrices(manifest.config, rounding, keep), rounding)
             require_free_space(path, plan.total_bytes)
             _round(bundle, plan, folder / _weights_file(name), importance, progress)
@@ -143,9 +143,25 @@ def build_target(
             note="",
         )
         records = {file.name: FileRecord(file.stat().st_size, sha256_of(file)) for file in sorted(folder.iterdir())}
+        # An interrupt from here on leaves a bundle without the target, not one whose files are of two builds.
+        bundle = _without(bundle, name)
         for file in records:
             (folder / file).replace(path / file)
-    return update_manifest(bundle, targets={**manifest.targets, name: target}, files={**manifest.files, **records})
+    others = bundle.manifest
+    return update_manifest(bundle, targets={**others.targets, name: target}, files={**others.files, **records})
+
+
+def _without(bundle: Bundle, name: str) -> Bundle:
+    """The bundle without a target and the files that only it uses; they stay on disk."""
+    manifest = bundle.manifest
+    if name not in manifest.targets:
+        return bundle
+    own = {*manifest.targets[name].graphs.values(), _weights_file(name)}
+    return update_manifest(
+        bundle,
+        targets={other: spec for other, spec in manifest.targets.items() if other != name},
+        files={file: record for file, record in manifest.files.items() if file not in own},
+    )
 
 
 @contextmanager
@@ -189,7 +205,7 @@ def _weights_file(name: str) -> str:
 
 def _round(bundle: Bundle, plan: RoundedFile, path: Path, importance: Importance | None, progress: Progress) -> None:
     stored = read_tensor_file(bundle.file(WEIGHTS_FILE))
-    with Checkpoint(path, stored.kind, bundle.manifest.config, stored.entries) as reader:
+    with Checkpoint(bundle.path, stored.kind, bundle.manifest.config, stored.entries) as reader:
         write_rounded(plan, reader, path, importance, lambda done: progress("rounding", done))
 
 

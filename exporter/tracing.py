@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mythos_edge.exporter.weights import attach_weights, plan_weights
+from mythos_edge.model.bundle import STAGES
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.layers import Window
 from mythos_edge.model.loop import Halting, LoopState
@@ -27,7 +28,6 @@ from mythos_edge.model.network import Network
 from mythos_edge.plugins import ops
 from mythos_edge.plugins.torch_ops import TracedOps
 
-STAGES = ("prelude", "step", "coda")
 Axes = dict[int, Any]
 
 

@@ -23,6 +23,11 @@ from mythos_edge.model.errors import BundleError, ConfigError, ExportError
 
 SCHEMA_VERSION = 2
 MANIFEST_FILE = "manifest.json"
+# What every export has; built targets add what their weights are.
+TARGET = "ort-cpu"
+STAGES = ("prelude", "step", "coda")
+# Sequences that one run of a target's ``.many`` graphs can serve.
+MAX_TOGETHER = 8
 _HASH_CHUNK_BYTES = 4 << 20
 
 

@@ -13,15 +13,10 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
-from mythos_edge.model.bundle import Bundle
+from mythos_edge.model.bundle import MAX_TOGETHER, STAGES, TARGET, Bundle
 from mythos_edge.model.errors import BackendUnavailable, BundleError, MythosEdgeError, UsageError
 from mythos_edge.plugins.processor import has_integer_dot_products
 from mythos_edge.runtime.packing import ROWS, Array, Arrays, Call, packed, unpack
-
-TARGET = "ort-cpu"
-STAGES = ("prelude", "step", "coda")
-# Sequences that one run of a stage can serve.
-MAX_TOGETHER = 8
 
 
 class Backend(Protocol):

@@ -19,11 +19,11 @@ from typing import Any, Self, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from mythos_edge.model.bundle import Bundle, open_bundle
+from mythos_edge.model.bundle import TARGET, Bundle, open_bundle
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import CapacityError, UsageError
 from mythos_edge.runtime import saved_state
-from mythos_edge.runtime.backend import TARGET, Backend, OrtBackend
+from mythos_edge.runtime.backend import Backend, OrtBackend
 from mythos_edge.runtime.caches import CachePlan, plan_cache, require_memory
 from mythos_edge.runtime.decoding import Decoding, Generation, Options, TextSoFar, Token, TokenSequence
 from mythos_edge.runtime.draft_tuner import DraftTuner

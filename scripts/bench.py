@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from mythos_edge.model.bundle import TARGET
 from mythos_edge.model.errors import UsageError
-from mythos_edge.runtime.backend import TARGET, OrtBackend, cores, graph_runner
+from mythos_edge.runtime.backend import OrtBackend, cores, graph_runner
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import measuring, options
 from mythos_edge.scripts.console import Console
@@ -36,7 +37,7 @@ _UNITS = {
     "loop_step_stream_percent": "%",
     "drafted_tokens_accepted": "",
 }
-_DEPTH_ROUNDS, _DEPTH_PROMPT = 8, 64
+_DEPTH_ROUNDS = 6
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -177,15 +178,16 @@ def _check_length(args: argparse.Namespace, session: Session) -> None:
 def threshold_of_mean_depth(session: Session, prompt: list[int], count: int, wanted: float) -> float:
     """The halting threshold at which ``count`` generated tokens take about ``wanted`` loop steps on average.
 
-    Looked for after the end of the prompt only, which is quicker.
+    Tokens change with the threshold, so the nearest of a few is taken.
     """
     low, high = 0.0, session.config.act_threshold
+    found = []
     for _ in range(_DEPTH_ROUNDS):
         middle = (low + high) / 2
-        tail = prompt[-_DEPTH_PROMPT:]
-        depths = session.generate(tail, max_new_tokens=count, threshold=middle, stop_ids=()).depths
-        low, high = (middle, high) if statistics.fmean(depths) < wanted else (low, middle)
-    return high
+        depth = statistics.fmean(session.generate(prompt, max_new_tokens=count, threshold=middle, stop_ids=()).depths)
+        found.append((abs(depth - wanted), middle))
+        low, high = (middle, high) if depth < wanted else (low, middle)
+    return min(found)[1]
 
 
 def _one(session: Session, target: str, prompt: list[int], count: int, request: dict[str, Any]) -> dict[str, float]:

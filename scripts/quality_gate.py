@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mythos_edge.model.bundle import Bundle
+from mythos_edge.model.bundle import TARGET, Bundle
 from mythos_edge.model.errors import BackendUnavailable, UsageError
-from mythos_edge.runtime.backend import TARGET, Backend, OrtBackend
+from mythos_edge.runtime.backend import Backend, OrtBackend
 from mythos_edge.runtime.packing import Arrays, Call
 from mythos_edge.runtime.quality import Gate, QualityReport, Trace, difference, quality_report
 from mythos_edge.runtime.session import Session

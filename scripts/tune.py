@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mythos_edge.model.bundle import Bundle, Preset, open_bundle, update_manifest
+from mythos_edge.model.bundle import TARGET, Bundle, Preset, open_bundle, update_manifest
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import BackendUnavailable, UsageError
-from mythos_edge.runtime.backend import TARGET
 from mythos_edge.runtime.halting import Depth
 from mythos_edge.runtime.quality import kl_divergence
 from mythos_edge.runtime.session import Session, checked_ids

@@ -65,6 +65,30 @@ def test_a_target_that_fails_leaves_the_bundle_as_it_was(bundle: Path, monkeypat
     assert not list(bundle.glob(".*"))
 
 
+def test_a_build_over_another_that_is_interrupted_leaves_a_sound_bundle(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_target(bundle, "int4", block=32)
+    moves = []
+    replace = Path.replace
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if self.parent.name.startswith(".ort-cpu-int4"):
+            moves.append(target)
+            if len(moves) == 3:
+                raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build_target(bundle, "int4", block=64)
+    monkeypatch.undo()
+    left = open_bundle(bundle)
+    verify_hashes(left)
+    assert list(left.manifest.targets) == ["ort-cpu"]
+    assert build_target(bundle, "int4", block=64).manifest.targets["ort-cpu-int4"].block == 64
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mythos_edge.exporter.ort_target import build_target
-from mythos_edge.model.bundle import open_bundle
+from mythos_edge.model.bundle import MAX_TOGETHER, open_bundle
 from mythos_edge.model.config import MythosConfig
-from mythos_edge.runtime.backend import MAX_TOGETHER, OrtBackend
+from mythos_edge.runtime.backend import OrtBackend
 from mythos_edge.runtime.packing import Call, packed, unpack
 
 # Rows of another chunk change the blocking of float32 sums; what is rounded to 8 bits may then fall to the next code.

@@ -6,6 +6,7 @@ rounded matrices, and with the bundle all weights that stay in float32.
 
 import fnmatch
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,11 +31,11 @@ from mythos_edge.model.bundle import (
     STAGES,
     TARGET,
     Bundle,
-    FileRecord,
     TargetSpec,
     open_bundle,
+    record_of,
+    remove_partials,
     require_free_space,
-    sha256_of,
     update_manifest,
 )
 from mythos_edge.model.checkpoint import Checkpoint
@@ -109,11 +110,16 @@ def build_target(
     ``block`` values share a scale: by default 64 for int4, and for int8 0 (a whole row) where the processor has integer
     dot products, else 128; or less, where the model's rows want it. ``keep`` names parts or tensors that stay float32;
     ``method`` is ``rtn``, ``search`` or, with the ``importance`` of each channel, ``calibrated``.
-    Nothing of the bundle changes before the target is whole. Raises BuildError, BundleError.
+    Nothing of the bundle changes before the target is whole. Raises BuildError, BundleError, and ExportError without
+    room on the disk.
     """
     bundle = open_bundle(path)
     if weights not in BITS:
         raise BuildError(f"weights is {weights!r}, expected one of {', '.join(BITS)}")
+    if weights == "fp32" and (block is not None or keep or method is not None or importance is not None):
+        raise BuildError(
+            "block, keep, method and calibration are for rounding, and fp32 rounds nothing: leave them out"
+        )
     manifest, name = bundle.manifest, target_name(weights)
     stages = {stage: ir.load(bundle.file(f"{stage}.onnx")) for stage in STAGES}
     with _files_beside(bundle, name) as folder:
@@ -142,17 +148,25 @@ def build_target(
             bundle=manifest.identity,
             note="",
         )
-        records = {file.name: FileRecord(file.stat().st_size, sha256_of(file)) for file in sorted(folder.iterdir())}
+        records = {file.name: record_of(file) for file in sorted(folder.iterdir())}
         # An interrupt from here on leaves a bundle without the target, not one whose files are of two builds.
-        bundle = _without(bundle, name)
+        bundle = _without(_unchanged(bundle), name)
         for file in records:
             (folder / file).replace(path / file)
     others = bundle.manifest
     return update_manifest(bundle, targets={**others.targets, name: target}, files={**others.files, **records})
 
 
+def _unchanged(bundle: Bundle) -> Bundle:
+    """The bundle as it is now: rounding takes minutes, in which presets may have been added."""
+    now = open_bundle(bundle.path)
+    if now.manifest.identity != bundle.manifest.identity:
+        raise BuildError(f"{bundle.path}: was exported anew during the build: build again")
+    return now
+
+
 def _without(bundle: Bundle, name: str) -> Bundle:
-    """The bundle without a target and the files that only it uses; they stay on disk."""
+    """The bundle without a target, its presets, and the files that only it uses, which stay on disk."""
     manifest = bundle.manifest
     if name not in manifest.targets:
         return bundle
@@ -161,6 +175,8 @@ def _without(bundle: Bundle, name: str) -> Bundle:
         bundle,
         targets={other: spec for other, spec in manifest.targets.items() if other != name},
         files={file: record for file, record in manifest.files.items() if file not in own},
+        # They were measured with the weights that go.
+        presets={preset: found for preset, found in manifest.presets.items() if found.target != name},
     )
 
 
@@ -169,15 +185,13 @@ def _files_beside(bundle: Bundle, name: str) -> Iterator[Path]:
     """A folder inside the bundle for files that are not whole yet, removed at the end with what is left in it."""
     folder = bundle.path / f".{name}.partial-{os.getpid()}"
     try:
+        remove_partials(bundle.path, name)
         folder.mkdir()
         yield folder
     except OSError as error:
         raise BuildError(f"{bundle.path}: can not be written: {error.strerror or error}") from error
     finally:
-        for file in folder.glob("*"):
-            file.unlink()
-        if folder.is_dir():
-            folder.rmdir()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check(model: ir.Model) -> None:

@@ -342,7 +342,7 @@ class BundleWriter:
 
     def __enter__(self) -> Self:
         try:
-            self._remove_stale()
+            remove_partials(self._path.parent, self._path.name)
             self._made_parents = [parent for parent in self._path.parents if not parent.exists()]
             self.folder.mkdir(parents=True)
         except OSError as error:
@@ -362,8 +362,7 @@ class BundleWriter:
         """
         records = {}
         for file in sorted(self.folder.iterdir()):
-            _sync(file)
-            records[file.name] = FileRecord(file.stat().st_size, known.get(file.name) or sha256_of(file))
+            records[file.name] = record_of(file, known.get(file.name))
         _write_manifest(make_manifest(records), self.folder / MANIFEST_FILE)
         self._check_place()
         old = self._path.with_name(f"{self.folder.name}-old")
@@ -393,12 +392,19 @@ class BundleWriter:
                 f"{path} exists and is not a bundle, so --force does not replace it: choose another folder"
             )
 
-    def _remove_stale(self) -> None:
-        """Leftovers of writers that were killed before they could clean up."""
-        for folder in self._path.parent.glob(f".{glob.escape(self._path.name)}.partial-*"):
-            pid = folder.name.rpartition("-")[2]
-            if pid.isdigit() and (int(pid) == os.getpid() or not _is_alive(int(pid))):
-                shutil.rmtree(folder, ignore_errors=True)
+
+def remove_partials(folder: Path, name: str) -> None:
+    """Removes ``.<name>.partial-<pid>`` folders of writers that were killed before they could clean up."""
+    for partial in folder.glob(f".{glob.escape(name)}.partial-*"):
+        pid = partial.name.rpartition("-")[2]
+        if pid.isdigit() and (int(pid) == os.getpid() or not _is_alive(int(pid))):
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def record_of(file: Path, sha256: str | None = None) -> FileRecord:
+    """Size and hash of a file, which is on the disk after this; ``sha256`` if it is known already."""
+    _sync(file)
+    return FileRecord(file.stat().st_size, sha256 or sha256_of(file))
 
 
 def require_free_space(folder: Path, needed_bytes: int) -> None:

@@ -110,7 +110,7 @@ class _Lowering:
         height = pack.scales.shape.numpy()[0]
         flat = writer.tensor(pack.values, f"{name}.q")
         packed = writer.add("Reshape", [flat, writer.integers([height, -1])])
-        return writer.add(
+        whole = writer.add(
             "GatherBlockQuantized",
             [packed, rows, scales],
             MICROSOFT,
@@ -119,6 +119,9 @@ class _Lowering:
             block_size=pack.block,
             bits=pack.bits,
         )
+        if pack.columns % pack.block == 0:
+            return whole
+        return writer.add("Slice", [whole, *(writer.integers([number]) for number in (0, pack.columns, -1))])
 
     def _latent_attention(self, writer: GraphWriter, node: ir.Node) -> ir.Value:
         q, rows, past = node.inputs[:3]

@@ -9,11 +9,13 @@ def has_integer_dot_products() -> bool:
 
     Older x86 processors add pairs of products in 16 bits, which overflow. False where the system does not tell.
     """
-    if platform.machine().lower() in ("aarch64", "arm64"):
+    arm = platform.machine().lower() in ("aarch64", "arm64")
+    if arm and platform.system() == "Darwin":
         return True
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return False
-    flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), [])
-    return not {"avx512_vnni", "avx_vnni"}.isdisjoint(flags)
+    name, wanted = ("Features", {"asimddp"}) if arm else ("flags", {"avx512_vnni", "avx_vnni"})
+    flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith(name)), [])
+    return not wanted.isdisjoint(flags)

@@ -52,7 +52,8 @@ class OrtBackend:
             raise BundleError(f"{bundle.path}: target {target!r} has not all stages: export the bundle again")
         if spec.weights == "int8" and not spec.block and not has_integer_dot_products():
             raise BackendUnavailable(
-                f"target {target!r} multiplies 8-bit integers, which this processor does inexactly (it has no VNNI)",
+                f"target {target!r} multiplies 8-bit integers, which this processor is not known to do "
+                "exactly (no VNNI, no Arm dot products)",
                 f"mythos-edge build {bundle.path} --weights int8 --block 128",
             )
         self._open = partial(_BoundGraph, threads=threads, prepack=spec.prepacked)

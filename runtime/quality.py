@@ -76,14 +76,28 @@ class QualityReport:
 
 @dataclass(frozen=True)
 class Gate:
-    """The least quality that passes: at most ``max_kl`` nats on average, at least ``min_top1`` of the top tokens."""
+    """The least quality that passes: at most ``max_kl`` nats on average, at least ``min_top1`` of the top tokens and
+    ``min_depth`` of the depths, the state off by at most ``max_h_error`` on average at every loop step, and of exact
+    sums at most the share ``max_sums_lost``."""
 
     max_kl: float
     min_top1: float
+    max_h_error: float
+    min_depth: float
+    max_sums_lost: float
 
-    def passes(self, report: QualityReport) -> bool:
+    def failures(self, report: QualityReport, sums_lost: float = 0.0) -> list[str]:
+        """What does not pass, by name; ``sums_lost`` is the share of exact sums that were right in fp32 alone."""
+        worst = np.max([step.h_error_mean for step in report.loop_steps])
         # Written so that NaN fails.
-        return report.kl_mean <= self.max_kl and report.top1_agreement >= self.min_top1
+        good = {
+            "kl": report.kl_mean <= self.max_kl,
+            "top-1": report.top1_agreement >= self.min_top1,
+            "h error": worst <= self.max_h_error,
+            "depth": report.depth_agreement >= self.min_depth,
+            "sums": sums_lost <= self.max_sums_lost,
+        }
+        return [name for name, passed in good.items() if not passed]
 
 
 def difference(reference: Trace, run: Trace) -> Difference:

@@ -37,6 +37,8 @@ _UNITS = {
     "loop_step_stream_percent": "%",
     "drafted_tokens_accepted": "",
 }
+_ONCE = {"load_ms": "ms", "resident_mb": "MB"}
+_BATCH = ("batch_one_by_one_tokens_per_s", "batch_together_tokens_per_s", "batch_ratio", "batch_equal_tokens")
 _DEPTH_ROUNDS = 6
 
 
@@ -61,6 +63,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
     for name in ("prompt_tokens", "new_tokens", "repetitions", "batch"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
+    if args.draft_tokens is not None and args.draft_depth is None:
+        raise UsageError(f"--draft-tokens is {args.draft_tokens} without --draft-depth: give both")
+    if args.depth is not None and (args.threshold is not None or not args.depth >= 1):
+        raise UsageError(f"--depth {args.depth:g} looks for a threshold: expected 1 or more, and no --threshold")
     threads = args.threads or cores()
     bandwidths = [measuring.stream_bandwidth(threads)]
     targets: dict[str, dict[str, Any]] = {}
@@ -250,15 +256,18 @@ def _table(targets: dict[str, dict[str, Any]], form: str) -> str:
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["target", "figure", "unit", "median", "min", "max"])
         for name, target in targets.items():
+            for figure in (*_ONCE, *_BATCH):
+                if figure in target:
+                    writer.writerow([name, figure, _ONCE.get(figure, ""), target[figure], "", ""])
             for figure, unit in _UNITS.items():
                 writer.writerow([name, figure, unit, *(target[figure][part] for part in ("median", "min", "max"))])
         return text.getvalue().rstrip("\n")
     rows = [["", *targets]]
-    for figure, unit in (("load_ms", "ms"), ("resident_mb", "MB"), *_UNITS.items()):
+    for figure, unit in (_ONCE | _UNITS).items():
         label = figure.removesuffix("_ms").removesuffix("_mb").removesuffix("_percent").replace("_", " ")
         cells = [_cell(target[figure]) for target in targets.values()]
         rows.append([f"{label}, {unit}" if unit and not label.startswith("ms") else label, *cells])
-    for figure in ("batch_one_by_one_tokens_per_s", "batch_together_tokens_per_s", "batch_ratio"):
+    for figure in _BATCH:
         if any(figure in target for target in targets.values()):
             rows.append([figure.replace("_", " "), *(_cell(target[figure]) for target in targets.values())])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -269,6 +278,8 @@ def _table(targets: dict[str, dict[str, Any]], form: str) -> str:
 
 
 def _cell(figure: Any) -> str:
+    if isinstance(figure, bool):
+        return "yes" if figure else "no"
     if not isinstance(figure, dict):
         return f"{figure:.4g}"
     if np.isnan(figure["median"]):

@@ -1,4 +1,4 @@
-"""Memory and time of an export, against copying the checkpoint's file.
+"""Memory and time of an export, against copying the checkpoint's file, and of building targets.
 
     python -m mythos_edge.scripts.bench_export --shape 1b --folder /some/disk
 
@@ -36,7 +36,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32")
     parser.add_argument("--folder", type=Path, default=None, help="where to write (default: a temporary folder)")
     parser.add_argument("-r", "--repetitions", type=int, default=3)
+    parser.add_argument("--build", default="", metavar="WEIGHTS", help="targets to build too, such as int8,int4")
     args = parser.parse_args(argv)
+    builds: dict[str, list[tuple[float, int]]] = {weights: [] for weights in args.build.split(",") if weights}
     config = VARIANTS[args.shape]
     size = 4 * sum(int(np.prod(shape)) for shape in expected_shapes(config).values())
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
@@ -47,10 +49,16 @@ def main(argv: list[str] | None = None) -> int:
         copies, exports, peaks = [], [], []
         for _ in range(args.repetitions):
             copies.append(_timed_copy(checkpoint / "model.safetensors", folder / "copy"))
-            seconds, peak = _watched_export(checkpoint, folder / "bundle", args.dtype)
+            export = ["export", str(checkpoint), "-o", str(folder / "bundle"), "--dtype", args.dtype]
+            seconds, peak = _watched(export)
             exports.append(seconds)
             peaks.append(peak)
+            for weights in builds:
+                builds[weights].append(_watched(["build", str(folder / "bundle"), "--weights", weights]))
             shutil.rmtree(folder / "bundle")
+    for weights, made in builds.items():
+        seconds, peak = statistics.median(one[0] for one in made), max(one[1] for one in made)
+        print(f"build {weights}: {seconds:.1f} s, peak resident {peak / 1e9:.2f} GB")
     copied, exported = statistics.median(copies), statistics.median(exports)
     report = {
         "shape": args.shape,
@@ -60,6 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         "export_s": exports,
         "ratio": exported / copied,
         "peak_rss_gb": [peak / 1e9 for peak in peaks],
+        "builds": builds,
         "machine": f"{processor()}, {cores()} cores",
     }
     print("| shape | checkpoint | copy, s | export, s | ratio | peak resident, all processes |")
@@ -104,16 +113,15 @@ def _timed_copy(source: Path, target: Path) -> float:
     return seconds
 
 
-def _watched_export(checkpoint: Path, bundle: Path, dtype: str) -> tuple[float, int]:
-    """Seconds, and the largest resident memory of the process and its children together, bytes."""
+def _watched(verb: list[str]) -> tuple[float, int]:
+    """Seconds of a command line, and the largest resident memory of its process and children together, bytes."""
     started, peak = time.perf_counter(), 0
-    command = [sys.executable, "-m", "mythos_edge.scripts.cli", "export", str(checkpoint), "-o", str(bundle)]
-    with subprocess.Popen([*command, "--dtype", dtype]) as process:
+    with subprocess.Popen([sys.executable, "-m", "mythos_edge.scripts.cli", *verb]) as process:
         while process.poll() is None:
             peak = max(peak, sum(_resident_bytes(pid) for pid in _family(process.pid)))
             time.sleep(_POLL_S)
     if process.returncode != 0:
-        raise SystemExit(f"the export ended with status {process.returncode}")
+        raise SystemExit(f"{verb[0]} ended with status {process.returncode}")
     return time.perf_counter() - started, peak
 
 

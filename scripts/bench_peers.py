@@ -1,4 +1,4 @@
-"""Speed beside what people use today: the reference in PyTorch with its cache, and llama.cpp, interleaved in one run.
+"""Speed beside what people use today: the reference in PyTorch with its cache, interleaved, and llama.cpp after it.
 
     python -m mythos_edge.scripts.bench_peers --shape 1b -p 512 -n 24
     python -m mythos_edge.scripts.bench_peers --shape d1024 --compile --llama
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measure speed beside the reference and llama.cpp.")
     parser.add_argument("--shape", choices=SHAPES, default="d1024")
     parser.add_argument("--experts", type=int, help="experts of the recurrent block (default: the shape's)")
-    parser.add_argument("--weights", default="fp32,int8,int4", help="targets to build and run")
+    parser.add_argument("--weights", default="fp32,int8,int4", help="targets to build and run, fp32 among them")
     parser.add_argument("--block", type=int, help="values that share a scale in int8 and int4")
     parser.add_argument("-p", "--prompt-tokens", type=int, default=512)
     parser.add_argument("-n", "--new-tokens", type=int, default=24)
@@ -73,6 +73,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--llama", action="store_true", help="run llama.cpp, too")
     parser.add_argument("--folder", type=Path, help="where to write checkpoint and bundle (default: temporary)")
     args = parser.parse_args(argv)
+    if "fp32" not in args.weights.split(","):
+        parser.error("--weights needs fp32, whose tokens are held to the reference's")
     config = replace(SHAPES[args.shape], max_seq_len=_CONTEXT)
     config = replace(config, n_experts=args.experts or config.n_experts)
     bandwidths = [measuring.stream_bandwidth(torch.get_num_threads())]
@@ -93,9 +95,9 @@ def main(argv: list[str] | None = None) -> int:
         runs = _interleaved(runners, args.repetitions)
         if args.compile:
             runs |= _compiled(model, prompt, args)
-        bandwidths.append(measuring.stream_bandwidth(torch.get_num_threads()))
         llama = _llama(config, Path(folder), args) if args.llama else {}
-    report = _report(runs, max(bandwidths)) | {"llama.cpp": llama}
+        bandwidths.append(measuring.stream_bandwidth(torch.get_num_threads()))
+    report = _report(runs, bandwidths) | {"llama.cpp": llama}
     report |= {
         "machine": f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         "experts": config.n_experts,
@@ -208,7 +210,8 @@ def _llama(config: MythosConfig, folder: Path, args: argparse.Namespace) -> dict
     return found
 
 
-def _report(runs: dict[str, list[Run]], bandwidth: float) -> dict[str, Any]:
+def _report(runs: dict[str, list[Run]], bandwidths: list[float]) -> dict[str, Any]:
+    bandwidth = max(bandwidths)
     base = {field: _median(runs[_REFERENCE], field) for field in ("token_s", "prefill_s")}
     rows = {}
     for name, made in runs.items():
@@ -223,7 +226,7 @@ def _report(runs: dict[str, list[Run]], bandwidth: float) -> dict[str, Any]:
             "stream_percent": 100 * read / token_s / bandwidth if read == read else None,
             "decode_ratio": base["token_s"] / token_s,
             "prefill_ratio": base["prefill_s"] / prefill_s,
-            "noise": measuring.noise([bandwidth], spread),
+            "noise": measuring.noise(bandwidths, spread),
             "equal_tokens": made[0].ids == runs[_REFERENCE][0].ids,
         }
     return {"runs": rows}
@@ -246,6 +249,11 @@ def _show(report: dict[str, Any], bandwidth: float) -> None:
             f"| {name} | {row['ms_per_token']['median']:.1f} | {row['decode_ratio']:.1f}x | {row['prefill_s']:.2f} "
             f"| {row['prefill_ratio']:.1f}x | {row['mean_depth']:.2f} {tail}"
         )
+    for name, row in report["runs"].items():
+        if row["noise"] is not None:
+            _tell(f"{name}: {row['noise']}")
+        if name.startswith("fp32") and not row["equal_tokens"]:
+            _tell(f"{name}: other tokens than the reference's: look at validate before trusting its speed")
     for weights, row in report["llama.cpp"].items():
         share = row["weight_mb_per_token"] * 1e6 / (row["ms_per_token"] / 1e3) / bandwidth
         print(

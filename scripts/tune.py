@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", required=True, metavar="NPY", help="tokens of the kind the model is for (rows, positions)"
     )
     parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="FOLDER", help="for curve.png and curve.html"
+        "-o", "--output", type=Path, metavar="FOLDER", help="for curve.png and curve.html (default: BUNDLE-tune)"
     )
     parser.add_argument("--targets", default=TARGET, metavar="T,T", help=f"default: {TARGET}")
     parser.add_argument("--thresholds", metavar="X,X", help="default: some from 0.3 of the model's own on")
@@ -106,7 +106,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     settings = settings_of(args, bundle)
     points, full_ms = _measure(bundle, settings, ids, args, console)
     knee = knee_of(points, args.max_kl)
-    files = report.write(args.output, points, knee, full_ms, args.max_kl, f"{args.bundle}, {args.data}")
+    folder = args.output or args.bundle.with_name(f"{args.bundle.name}-tune")
+    files = report.write(folder, points, knee, full_ms, args.max_kl, f"{args.bundle}, {args.data}")
     _tell(points, knee, full_ms, args, bundle.manifest.config, console)
     if knee is not None:
         # Read again: measuring takes minutes, in which a build may have added a target.

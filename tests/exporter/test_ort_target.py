@@ -181,6 +181,11 @@ def test_processors_are_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         monkeypatch.setattr(processor, "Path", lambda _: tmp_path / "cpuinfo")
         assert processor.has_integer_dot_products() is wanted
     monkeypatch.setattr(processor.platform, "machine", lambda: "aarch64")
+    assert not processor.has_integer_dot_products()
+    (tmp_path / "cpuinfo").write_text("Features\t: fp asimd asimddp\n")
+    assert processor.has_integer_dot_products()
+    monkeypatch.setattr(processor.platform, "system", lambda: "Darwin")
+    (tmp_path / "cpuinfo").unlink()
     assert processor.has_integer_dot_products()
 
 

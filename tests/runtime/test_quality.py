@@ -1,6 +1,7 @@
 """Quality figures by hand: KL, top-1, trajectories, routers, depths, and what never passes the gate."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def test_a_run_does_not_differ_from_itself(trace: Trace) -> None:
     report = quality_report([difference(trace, trace)])
     same = LoopStepQuality(0.0, 0.0, 1.0, 1.0)
     assert report == QualityReport(3, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, (same, same))
-    assert Gate(0.0, 1.0).passes(report)
+    assert Gate(0.0, 1.0, 0.0, 1.0, 0.0).failures(report) == []
 
 
 def test_kl_by_hand() -> None:
@@ -95,21 +96,24 @@ def test_logits_that_are_not_finite_never_pass(trace: Trace, bad: float) -> None
     for reference, run in ((trace, _with(trace, logits=logits)), (_with(trace, logits=logits), trace)):
         report = quality_report([difference(reference, run)])
         assert np.isnan(report.kl_mean)
-        assert not Gate(np.inf, 0.0).passes(report)
+        assert "kl" in Gate(np.inf, 0.0, np.inf, 0.0, 1.0).failures(report)
 
 
 @pytest.mark.parametrize(
-    ("gate", "good"),
+    ("changes", "failures"),
     [
-        (Gate(0.1, 0.9), True),
-        (Gate(0.09, 0.9), False),
-        (Gate(0.1, 0.91), False),
-        (Gate(np.nan, 0.9), False),
-        (Gate(0.1, np.nan), False),
+        ({}, []),
+        ({"max_kl": 0.09}, ["kl"]),
+        ({"min_top1": 0.91}, ["top-1"]),
+        ({"max_h_error": 0.19}, ["h error"]),
+        ({"min_depth": 0.81, "max_sums_lost": 0.01}, ["depth", "sums"]),
+        ({"max_kl": np.nan, "min_top1": np.nan, "max_h_error": np.nan}, ["kl", "top-1", "h error"]),
     ],
 )
-def test_the_gate_lets_its_own_bounds_pass(gate: Gate, good: bool) -> None:
-    assert gate.passes(QualityReport(1, 0.1, 1.0, 1.0, 0.9, 0.0, 9.0, ())) is good
+def test_the_gate_lets_its_own_bounds_pass(changes: dict[str, float], failures: list[str]) -> None:
+    gate = replace(Gate(0.1, 0.9, 0.2, 0.8, 0.02), **changes)
+    steps = (LoopStepQuality(0.2, 9.0, 0.0, 0.0), LoopStepQuality(0.1, 9.0, 0.0, 0.0))
+    assert gate.failures(QualityReport(1, 0.1, 1.0, 1.0, 0.9, 0.8, 9.0, steps), sums_lost=0.02) == failures
 
 
 def test_a_report_is_fit_for_json(trace: Trace) -> None:

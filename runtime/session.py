@@ -137,7 +137,7 @@ class Session:
         if not many:
             run_alone(decodings[0].whole(), self.backend, decodings[0].note)
             return results[0]
-        _, runs = run_together([decoding.whole() for decoding in decodings], self.backend, self._max_context)
+        _, runs = run_together([decoding.whole() for decoding in decodings], self.backend)
         for result in results:
             result.batch_runs = runs["step"]
         return results
@@ -173,7 +173,7 @@ class Session:
         spans = list(_spans(prefill, positions))
         first, *others = self._sequences
         works = [_scored(first, spans, progress), *(_scored(other, spans, lambda fraction: None) for other in others)]
-        scored, runs = run_together(works, self.backend, self._max_context)
+        scored, runs = run_together(works, self.backend)
         stairs = [sequence.staircase for sequence in self._sequences]
         return Score(
             np.concatenate([fed.logits for fed in scored]),

@@ -270,8 +270,8 @@ class Staircase:
     def _output_so_far(self, rows: _Rows) -> Float32:
         """The output as if the halting mass of running rows were whole: their states weigh as they would to the end."""
         running = (rows.halt_mass > 0) & (rows.halt_mass < self._threshold)
-        whole: Float32 = np.where(running, rows.halt_mass, np.float32(1))
-        so_far: Float32 = rows.out / whole[..., None]
+        so_far = self._take("out_so_far", rows.out.shape)
+        np.divide(rows.out, np.where(running, rows.halt_mass, np.float32(1))[..., None], out=so_far)
         return so_far
 
     def _coda(self, out: Float32, logit_rows: Int64, start: int) -> Work[Float32]:

@@ -65,13 +65,11 @@ class _Waiting:
     call: StageCall
 
 
-def run_together(works: Sequence[Work[T]], backend: Backend, max_context: int) -> tuple[list[T], Counter[str]]:
+def run_together(works: Sequence[Work[T]], backend: Backend) -> tuple[list[T], Counter[str]]:
     """The results of ``works`` of different sequences, and the runs of every stage, a shared one counted once.
 
     In every round the stage that most of them wait for is run for all of those, as far as one run takes them.
     """
-    # The graphs have positions for ``max_context`` rows, whichever sequences they are of.
-    max_rows = min(MAX_ROWS, max_context)
     results: dict[int, T] = {}
     runs: Counter[str] = Counter()
 
@@ -85,7 +83,7 @@ def run_together(works: Sequence[Work[T]], backend: Backend, max_context: int) -
     try:
         waiting = [item for number in range(len(works)) for item in resumed(number)]
         while waiting:
-            chosen = _chosen(waiting, max_rows)
+            chosen = _chosen(waiting)
             _run([item.call for item in chosen], backend)
             runs[chosen[0].call.stage] += 1
             # Who was served goes to the end of the queue.
@@ -97,14 +95,14 @@ def run_together(works: Sequence[Work[T]], backend: Backend, max_context: int) -
     return [results[number] for number in range(len(works))], runs
 
 
-def _chosen(waiting: list[_Waiting], max_rows: int) -> list[_Waiting]:
+def _chosen(waiting: list[_Waiting]) -> list[_Waiting]:
     """Those who share the next run: of the stage that most wait for, the longest waiting first."""
     votes = Counter(item.call.stage for item in waiting)
     stage = max(votes, key=lambda name: (votes[name], name == "step"))
     chosen: list[_Waiting] = []
     rows = 0
     for item in waiting:
-        fits = not chosen or rows + item.call.rows <= max_rows
+        fits = not chosen or rows + item.call.rows <= MAX_ROWS
         if item.call.stage == stage and fits and len(chosen) < MAX_TOGETHER:
             chosen.append(item)
             rows += item.call.rows

@@ -43,6 +43,8 @@ _TOKENS = 512  # a step, in one row or more: short rows teach soon, and only lon
 _LENGTHS = (64, 128, 64, 512)
 _HELD_OUT_EVERY = 16
 _MIN_BYTES = 100_000
+# With more equal shares than this, the last but one would reach the halting threshold.
+_MOST_LOOPS = 99
 _MARGIN = 0.2  # nats per token below the unigram entropy
 Ids = NDArray[np.int64]
 
@@ -224,8 +226,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="folder to write into")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--loops", type=int, default=LOOPS, metavar="N", help="loop steps of the model, at least 2")
+    parser.add_argument("--loops", type=int, default=LOOPS, metavar="N", help="loop steps of the model")
     args = parser.parse_args(argv)
+    if not 2 <= args.loops <= _MOST_LOOPS:
+        parser.error(f"--loops is {args.loops}, expected 2 .. {_MOST_LOOPS}")
     train_text_model(args.output, steps=args.steps, seed=args.seed, loops=args.loops)
 
 

@@ -37,7 +37,7 @@ def continued(sequences: list[TokenSequence], backend: Backend, options: list[Op
     if len(works) == 1:
         run_alone(works[0], backend)
     else:
-        run_together(works, backend, CONTEXT)
+        run_together(works, backend)
     return results
 
 

@@ -14,7 +14,6 @@ from mythos_edge.runtime.backend import ScriptedBackend
 from mythos_edge.runtime.staircase import Fed, Staircase
 from mythos_edge.runtime.together import Work, run_alone, run_together
 
-CONTEXT = 200
 prompts = st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=8), min_size=1, max_size=11)
 
 
@@ -32,9 +31,7 @@ def fed_in_turn(stairs: Staircase, ids: list[int], chunk: int) -> Work[list[Fed]
 def test_every_sequence_gets_what_it_gets_alone(prompts: list[list[int]], chunk: int, policy: str, lag: bool) -> None:
     backend = ScriptedBackend(DEPTHS, VOCAB)
     stairs = [staircase(policy, max_lag=2 if lag else None, backend=backend) for _ in prompts]
-    made, runs = run_together(
-        [fed_in_turn(*both, chunk) for both in zip(stairs, prompts, strict=True)], backend, CONTEXT
-    )
+    made, runs = run_together([fed_in_turn(*both, chunk) for both in zip(stairs, prompts, strict=True)], backend)
     for ids, one, fed in zip(prompts, stairs, made, strict=True):
         alone = staircase(policy, max_lag=2 if lag else None)
         expected = run_alone(fed_in_turn(alone, ids, chunk), alone._backend)
@@ -49,7 +46,7 @@ def test_every_sequence_gets_what_it_gets_alone(prompts: list[list[int]], chunk:
 def decoded_together(count: int, token: int, tokens: int) -> tuple[ScriptedBackend, dict[str, int]]:
     backend = ScriptedBackend(DEPTHS, VOCAB)
     works = [fed_in_turn(staircase(backend=backend), [token] * tokens, 1) for _ in range(count)]
-    return backend, dict(run_together(works, backend, CONTEXT)[1])
+    return backend, dict(run_together(works, backend)[1])
 
 
 @pytest.mark.parametrize(("count", "groups"), [(1, 1), (2, 1), (MAX_TOGETHER, 1), (MAX_TOGETHER + 1, 2), (17, 3)])
@@ -65,16 +62,16 @@ def test_a_deep_sequence_is_joined_by_those_that_went_ahead() -> None:
     """Two shallow ones fetch their next tokens before they go on with the deep one: the majority decides."""
     backend = ScriptedBackend(DEPTHS, VOCAB)
     works = [fed_in_turn(staircase(backend=backend), ids, 1) for ids in ([5, 5], [0, 4, 4], [0, 4, 4])]
-    _, runs = run_together(works, backend, CONTEXT)
+    _, runs = run_together(works, backend)
     assert runs["step"] < 2 * LOOPS + 4
 
 
 def test_prompts_share_a_run_as_far_as_its_rows_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    for limit, context, shared in ((512, CONTEXT, 1), (10, CONTEXT, 2), (512, 10, 2), (1, CONTEXT, 4)):
+    for limit, shared in ((512, 1), (10, 2), (14, 2), (1, 4)):
         monkeypatch.setattr(together, "MAX_ROWS", limit)
         backend = ScriptedBackend(DEPTHS, VOCAB)
         works = [fed_in_turn(staircase(backend=backend), [1, 2, 3, 4, 5], 5) for _ in range(4)]
-        _, runs = run_together(works, backend, context)
+        _, runs = run_together(works, backend)
         assert runs["prelude"] == shared
 
 
@@ -94,7 +91,7 @@ def test_an_interrupt_leaves_every_sequence_as_after_its_last_token(count: int) 
     backend = Failing(DEPTHS, VOCAB)
     stairs = [staircase(backend=backend) for _ in range(count)]
     with pytest.raises(KeyboardInterrupt):
-        run_together([fed_in_turn(one, [3, 1, 2, 5], 1) for one in stairs], backend, CONTEXT)
+        run_together([fed_in_turn(one, [3, 1, 2, 5], 1) for one in stairs], backend)
     backend.failing = False
     for one in stairs:
         known = [3, 1, 2, 5][: one.columns]

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,33 @@ def test_a_batch_of_texts_is_each_text_alone(session: Session) -> None:
     prompts = ["Return", "The class ", "a"]
     batch = session.generate(prompts, max_new_tokens=12)
     assert [one.text for one in batch] == [session.generate(prompt, max_new_tokens=12).text for prompt in prompts]
+
+
+@pytest.mark.parametrize("draft", [{"draft_depth": 2, "draft_tokens": 4}, {"draft_depth": "auto"}])
+def test_drafts_change_no_text(session: Session, draft: dict[str, Any]) -> None:
+    plain = session.generate(PROMPT, max_new_tokens=60)
+    assert plain.text is not None
+    stop = plain.text[20:24]
+    for stop_strings in ((), (stop,)):
+        wanted = session.generate(PROMPT, max_new_tokens=60, stop_strings=stop_strings)
+        found = session.generate(PROMPT, max_new_tokens=60, stop_strings=stop_strings, **draft)
+        assert (found.ids, found.text, found.finish_reason) == (wanted.ids, wanted.text, wanted.finish_reason)
+        pieces = [token.text for token in session.stream(PROMPT, max_new_tokens=60, stop_strings=stop_strings, **draft)]
+        assert "".join(pieces) == wanted.text
+
+
+def test_the_command_line_drafts(text_bundle: Path, session: Session) -> None:
+    program = [sys.executable, "-m", "mythos_edge.scripts.cli", "generate", str(text_bundle), "-p", PROMPT]
+    run = partial(subprocess.run, capture_output=True, text=True)
+    drafted = run([*program, "--max-new-tokens", "20", "--draft-depth", "2", "--draft-tokens", "4", "--json"])
+    found = json.loads(drafted.stdout)
+    assert found["text"] == session.generate(PROMPT, max_new_tokens=20).text
+    assert 0 < found["accepted"] <= found["drafted"]
+    for bad, code in ((["--draft-depth", "few"], 2), (["--draft-depth", "4"], 1), (["--draft-tokens", "3"], 1)):
+        refused = run([*program, *bad])
+        assert refused.returncode == code
+        assert refused.stderr.splitlines()[-1].count("draft") >= 1
+        assert "Traceback" not in refused.stderr
 
 
 def test_every_token_takes_all_loop_steps(session: Session) -> None:

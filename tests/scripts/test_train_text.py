@@ -113,6 +113,25 @@ def test_checkpoint_opens(text_model: tuple[Path, Path]) -> None:
         assert opened.config.max_seq_len == 512
 
 
+@pytest.mark.parametrize("loops", [2, 16, 99])
+def test_an_untrained_model_takes_as_many_loop_steps_as_asked_for(loops: int) -> None:
+    model = train_text._new_model(train_text.open_mythos(), loops)
+    masses: list[torch.Tensor] = []
+    model.recurrent.act.register_forward_hook(lambda module, inputs, output: masses.append(output))
+    with torch.no_grad():
+        model(torch.zeros(1, 1, dtype=torch.long))
+    mass = torch.stack(masses).cumsum(0)
+    assert len(mass) == loops
+    assert mass[-2].max() < model.cfg.act_threshold <= mass[-1].min()
+
+
+@pytest.mark.parametrize("loops", ["1", "100"])
+def test_other_numbers_of_loops_are_refused(loops: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train_text.main(["-o", str(tmp_path), "--loops", loops])
+    assert f"--loops is {loops}, expected 2 .. 99" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_every_token_takes_all_loop_steps(text_model: tuple[Path, Path]) -> None:
     model = loaded(text_model[0])

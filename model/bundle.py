@@ -257,6 +257,13 @@ class Bundle:
             )
         return targets[name]
 
+    def weights_identity(self, target: str) -> str:
+        """Equal for targets whose caches mean the same: the same weights, rounded alike."""
+        if self.manifest.targets[target].weights == "fp32":
+            return self.manifest.identity
+        rounded = self.manifest.files[f"weights.{target}.safetensors"].sha256
+        return hashlib.sha256(f"{self.manifest.identity} {rounded}".encode()).hexdigest()
+
     def file(self, name: str) -> Path:
         """The path of a listed file; BundleError when it is not listed or a link leads out of the folder."""
         if name not in self.manifest.files:

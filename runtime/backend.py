@@ -76,6 +76,8 @@ class OrtBackend:
             self._many[stage] = self._open(self._bundle.file(self._spec.graphs[f"{stage}.many"]))
         whole = packed(stage, calls, MAX_TOGETHER)
         self._many[stage].run(*whole)
+        # Not one of these arrays comes again, and bound they would stay in memory.
+        self._many[stage].forget()
         unpack(stage, whole.outputs, calls)
 
     def graph_seconds(self, stage: str | None = None) -> float:
@@ -120,6 +122,12 @@ class _BoundGraph:
             self.seconds += time.perf_counter() - started
         except Exception as error:  # onnxruntime's exceptions have no common base but this
             raise MythosEdgeError(f"{self._name}: ONNX Runtime failed: {_one_line(error)}") from error
+
+    def forget(self) -> None:
+        """Lets go of every array that is bound."""
+        self._bound.clear()
+        self._binding.clear_binding_inputs()
+        self._binding.clear_binding_outputs()
 
 
 def ort_session(path: Path, threads: int = 0, prepack: bool = False) -> Any:

@@ -79,6 +79,8 @@ class ColumnBuffer:
         self._width, self._limit = width, limit
         self._data: Float32 = np.empty((1, 0, width), np.float32)
         self._origin = 0  # the column that stands first in _data
+        # Columns to make room for at once, so that memory is what was planned and nothing moves.
+        self.expected = 0
         self.start = 0
         self.end = 0
         self._last_key = (0, 0)
@@ -138,9 +140,12 @@ class ColumnBuffer:
             return
         kept = self._data[:, self.start - self._origin : self.end - self._origin]
         needed = end - self.start
-        capacity = max(_FIRST_CAPACITY, capacity)
-        while capacity < needed:
-            capacity *= 2
+        if needed <= self.expected:
+            capacity = self.expected
+        else:
+            capacity = max(_FIRST_CAPACITY, capacity)
+            while capacity < needed:
+                capacity *= 2
         data = np.empty((1, min(capacity, max(self._limit, needed)), self._width), np.float32)
         data[:, : kept.shape[1]] = kept
         self._data, self._origin = data, self.start

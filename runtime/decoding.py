@@ -4,6 +4,7 @@ Not here: which sequences there are, and who runs the stages they ask for.
 """
 
 import dataclasses
+import operator
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -57,10 +58,15 @@ class Options:
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "chunk", "max_lag", "draft_depth", "draft_tokens"):
             value = getattr(self, name)
-            if value == AUTO and name.startswith("draft"):
+            if value is None or (value == AUTO and name.startswith("draft")):
                 continue
-            if value is not None and value < 1:
-                raise UsageError(f"{name} is {value}, expected at least 1")
+            try:
+                number = operator.index(value)
+            except TypeError:
+                raise UsageError(f"{name} is {value!r}, expected a whole number") from None
+            if number < 1:
+                raise UsageError(f"{name} is {number}, expected at least 1")
+            object.__setattr__(self, name, number)
         if self.draft_tokens is not None and self.draft_depth is None:
             raise UsageError(f"draft_tokens is {self.draft_tokens} without draft_depth: give both, or neither")
         if self.draft_tokens is None and self.draft_depth is not None:
@@ -169,6 +175,7 @@ class Decoding:
             if self.finished:
                 # Drafted positions after the last token would be caught up for nothing.
                 self._sequence.staircase.rollback(len(self._sequence.ids) - 1)
+                self._count()
                 break
         return tokens
 

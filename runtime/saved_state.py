@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.errors import UsageError
 from mythos_edge.runtime.halting import Policy, ResolvedDepth
 from mythos_edge.runtime.sampling import Sampler, SamplingParams
@@ -30,11 +29,11 @@ class Saved:
     arrays: dict[str, NDArray[Any]]
 
 
-def write(path: Path, bundle: Bundle, ids: list[int], sampler: Sampler, staircase: Staircase) -> None:
-    """Writes beside ``path`` and renames, so that the file appears whole or not at all."""
+def write(path: Path, weights: str, ids: list[int], sampler: Sampler, staircase: Staircase) -> None:
+    """Writes beside ``path`` and renames, so that the file appears whole or not; ``weights`` is their identity."""
     header = {
         "format": _FORMAT,
-        "bundle": bundle.manifest.identity,
+        "weights": weights,
         "ids": ids,
         "depth": asdict(staircase.depth),
         "sampling": asdict(sampler.params),
@@ -52,8 +51,8 @@ def write(path: Path, bundle: Bundle, ids: list[int], sampler: Sampler, staircas
         partial.unlink(missing_ok=True)
 
 
-def read(path: Path, bundle: Bundle) -> Saved:
-    """Raises UsageError when the file is missing, damaged, or of another bundle."""
+def read(path: Path, weights: str) -> Saved:
+    """Raises UsageError when the file is missing, damaged, or of other weights."""
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
@@ -70,6 +69,6 @@ def read(path: Path, bundle: Bundle) -> Saved:
         raise UsageError(f"{path}: can not read the session: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise UsageError(f"{path}: not a saved session, or damaged: save it again") from error
-    if header.get("bundle") != bundle.manifest.identity:
-        raise UsageError(f"{path}: was saved with another bundle: open it with the one it was made with")
+    if header.get("weights") != weights:
+        raise UsageError(f"{path}: was saved with another bundle or target: open it with the one it was made with")
     return saved

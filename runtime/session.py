@@ -67,6 +67,7 @@ class Session:
         self._tuners: dict[tuple[object, ...], DraftTuner] = {}
         self.last_generation = Generation()
         self._defaults: dict[str, Any] = {}
+        self._target = TARGET
 
     @classmethod
     def open(
@@ -88,9 +89,13 @@ class Session:
         defaults: dict[str, Any] = {}
         if preset is not None:
             defaults = depth_of_preset(bundle.manifest, preset)
-            target = target or bundle.manifest.presets[preset].target
+            found_for = bundle.manifest.presets[preset].target
+            if target not in (None, found_for):
+                raise UsageError(f"preset {preset!r} was found for target {found_for!r}, not {target!r}: leave one out")
+            target = found_for
         session = cls(bundle, OrtBackend(bundle, target or TARGET, threads))
         session._defaults = defaults
+        session._target = target or TARGET
         return session
 
     def close(self) -> None:
@@ -134,9 +139,9 @@ class Session:
         many = not isinstance(prompt, str) and any(isinstance(item, str | Sequence | np.ndarray) for item in prompt)
         results = [Generation() for _ in (prompt if many else [prompt])]
         decodings = self._begin(list(prompt) if many else [prompt], results, resume, self._options(options))
-        if not many:
+        if len(decodings) == 1:
             run_alone(decodings[0].whole(), self.backend, decodings[0].note)
-            return results[0]
+            return results if many else results[0]
         _, runs = run_together([decoding.whole() for decoding in decodings], self.backend)
         for result in results:
             result.batch_runs = runs["step"]
@@ -204,14 +209,18 @@ class Session:
     def save(self, path: Path | str) -> None:
         """Writes the present sequence (tokens, caches, random state) to ``path``; the file appears whole or not."""
         sequence = self._only_sequence()
-        saved_state.write(Path(path), self.bundle, sequence.ids, sequence.sampler, sequence.staircase)
+        # An interrupt may have fallen between the caches and the list of tokens.
+        sequence.staircase.rollback(len(sequence.ids))
+        saved_state.write(
+            Path(path), self.bundle.weights_identity(self._target), sequence.ids, sequence.sampler, sequence.staircase
+        )
 
     def restore(self, path: Path | str) -> None:
-        """Takes up a sequence written by ``save`` with the same bundle; go on with ``resume=True``.
+        """Takes up a sequence written by ``save`` with the same bundle and target; go on with ``resume=True``.
 
         Raises UsageError when the file is damaged or belongs to other weights.
         """
-        saved = saved_state.read(Path(path), self.bundle)
+        saved = saved_state.read(Path(path), self.bundle.weights_identity(self._target))
         sequence = TokenSequence(saved.ids, self._new_staircase(saved.depth, None), Sampler(saved.sampling))
         try:
             sequence.staircase.restore(saved.arrays)
@@ -271,6 +280,9 @@ class Session:
             raise UsageError("the prompt is empty: give at least one token")
         self._check_length(len(ids))
         self._check_memory(len(ids) + options.max_new_tokens, 1, depth, sequence.staircase.nbytes)
+        # An interrupt may have left more cached columns than tokens; they are of other tokens than those to come.
+        sequence.staircase.rollback(len(sequence.ids))
+        sequence.staircase.expect(len(ids) + options.max_new_tokens)
         sequence.ids, sequence.staircase.max_lag = ids, options.max_lag
         if options.sampling != sequence.sampler.params:
             sequence.sampler = Sampler(options.sampling)
@@ -285,6 +297,8 @@ class Session:
             TokenSequence(list(ids), self._new_staircase(depth, options.max_lag), Sampler(options.sampling))
             for ids in encoded
         ]
+        for sequence in self._sequences:
+            sequence.staircase.expect(len(sequence.ids) + new_tokens)
 
     def _new_staircase(self, depth: ResolvedDepth, max_lag: int | None) -> Staircase:
         return Staircase(self.backend, self.config, depth, self._max_context, max_lag)

@@ -107,6 +107,11 @@ class Staircase:
         """Bytes held in caches and pending states."""
         return sum(buffer.nbytes for buffer in self._buffers().values())
 
+    def expect(self, columns: int) -> None:
+        """Makes every slot that grows make room for so many columns at once, as far as the longest context."""
+        for slot in [*self.prelude_slots, *self.loop_slots, *self.coda_slots]:
+            slot.expected = min(columns, self.max_context)
+
     def feed(self, ids: Int64, logit_rows: Int64) -> Fed:
         """Runs the next S columns ``ids (1, S)`` through all stages; logits of the rows ``logit_rows (L,)``.
 
@@ -299,11 +304,10 @@ class Staircase:
             self._repeat_last_rows()
         elif self.max_lag is not None:
             # At most one call a token, so that catching up never shows as a pause; where it brings most.
-            lengths = [self.columns, *self.lengths]
-            gaps = [before - length for before, length in pairwise(lengths)]
-            index = int(np.argmax(gaps))
-            if self.columns - lengths[index + 1] > self.max_lag:
-                yield from self._catch_up(index)
+            pairs = enumerate(pairwise([self.columns, *self.lengths]))
+            gaps = {index: before - now for index, (before, now) in pairs if self.columns - now > self.max_lag}
+            if gaps:
+                yield from self._catch_up(max(gaps, key=gaps.__getitem__))
         self._forget_finished()
 
     def _catch_up(self, index: int) -> Work[None]:

@@ -31,11 +31,11 @@ class StageCall(NamedTuple):
         return int(self.feeds[ROWS[self.stage]].shape[1])
 
 
-T = TypeVar("T")
-Work: TypeAlias = Generator[StageCall, None, T]
+Result = TypeVar("Result")
+Work: TypeAlias = Generator[StageCall, None, Result]
 
 
-def run_alone(work: Work[T], backend: Backend, note: Callable[[StageCall, float], None] | None = None) -> T:
+def run_alone(work: Work[Result], backend: Backend, note: Callable[[StageCall, float], None] | None = None) -> Result:
     """The result of ``work``; an error or interrupt in a stage closes it, so that it can tidy up.
 
     ``note`` is told of every call the seconds until the next one was asked for.
@@ -65,12 +65,12 @@ class _Waiting:
     call: StageCall
 
 
-def run_together(works: Sequence[Work[T]], backend: Backend) -> tuple[list[T], Counter[str]]:
+def run_together(works: Sequence[Work[Result]], backend: Backend) -> tuple[list[Result], Counter[str]]:
     """The results of ``works`` of different sequences, and the runs of every stage, a shared one counted once.
 
     In every round the stage that most of them wait for is run for all of those, as far as one run takes them.
     """
-    results: dict[int, T] = {}
+    results: dict[int, Result] = {}
     runs: Counter[str] = Counter()
 
     def resumed(number: int) -> list[_Waiting]:

@@ -14,7 +14,7 @@ from conftest import ROOT
 
 from mythos_edge.exporter import ort_target, rounding
 from mythos_edge.exporter.ort_target import build_target
-from mythos_edge.model.bundle import open_bundle, verify_hashes
+from mythos_edge.model.bundle import Preset, open_bundle, update_manifest, verify_hashes
 from mythos_edge.model.errors import BackendUnavailable, BuildError, BundleError
 from mythos_edge.model.shapes import expected_shapes
 from mythos_edge.plugins import processor
@@ -97,12 +97,13 @@ def test_a_build_over_another_that_is_interrupted_leaves_a_sound_bundle(
         ({"weights": "int4", "block": 0}, "block is 0, expected one of 32, 64, 128"),
         ({"weights": "int4", "block": 128}, "rows of 64 values do not divide into blocks of 128"),
         ({"weights": "int8", "keep": ["tail"]}, "--keep tail fits no matrix"),
+        ({"weights": "fp32", "keep": ["head"]}, "fp32 rounds nothing: leave them out"),
         ({"weights": "int8", "method": "best"}, "method is 'best', expected one of rtn, search, calibrated"),
     ],
 )
 def test_bad_wishes_are_refused_in_one_line(bundle: Path, options: dict[str, Any], message: str) -> None:
     before = _files(bundle)
-    with pytest.raises(BuildError, match=r"expected|divide|fits") as caught:
+    with pytest.raises(BuildError, match=r"expected|divide|fits|leave") as caught:
         build_target(bundle, **options)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -193,8 +194,39 @@ def test_processors_are_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def demo_targets(demo_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Session]:
     path = Path(shutil.copytree(demo_bundle, tmp_path_factory.mktemp("targets") / "demo.bundle"))
     build_target(path, "int8")
-    build_target(path, "int4", block=32)
+    build_target(path, "int4")
     return lambda name: Session.open(path, target=name)
+
+
+@pytest.mark.parametrize(("weights", "block"), [("int8", 32), ("int8", 0), ("int4", 32), ("int4", 64), ("int4", 128)])
+def test_every_kind_of_rounding_runs(bundle: Path, weights: str, block: int) -> None:
+    """Rows of 64 values in blocks of 128 are padded, of the embedding too; its experts then stay float32."""
+    build_target(bundle, weights, block=block, keep=["experts"] if block == 128 else [])
+    ids = addition.random_columns(np.random.default_rng(2), 1, 30)
+    with Session.open(bundle) as exact, Session.open(bundle, target=f"ort-cpu-{weights}") as rounded:
+        wanted, found = (one.score(ids, policy="full").logits for one in (exact, rounded))
+    assert (found.argmax(-1) == wanted.argmax(-1)).mean() > 0.95
+    assert np.abs(found - wanted).max() > 0
+
+
+def test_presets_added_during_a_build_stay(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    preset = Preset("ort-cpu", 3, 0.9, 0.0, 1.0, 2.0, 1.5)
+    write = ort_target.write_rounded
+
+    def slow(*arguments: Any) -> None:
+        write(*arguments)
+        update_manifest(open_bundle(bundle), presets={"quick": preset})
+
+    monkeypatch.setattr(ort_target, "write_rounded", slow)
+    assert build_target(bundle, "int8").manifest.presets == {"quick": preset}
+
+
+def test_leftovers_of_a_killed_build_are_removed(bundle: Path) -> None:
+    leftover = bundle / ".ort-cpu-int8.partial-999999999"
+    leftover.mkdir()
+    (leftover / "weights").write_bytes(b"x")
+    build_target(bundle, "int8")
+    assert not leftover.exists()
 
 
 @pytest.mark.parametrize(("target", "points"), [("ort-cpu-int8", 0.2), ("ort-cpu-int4", 1.0)])

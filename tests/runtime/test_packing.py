@@ -17,7 +17,7 @@ from mythos_edge.runtime.backend import OrtBackend
 from mythos_edge.runtime.packing import Call, packed, unpack
 
 # Rows of another chunk change the blocking of float32 sums; what is rounded to 8 bits may then fall to the next code.
-TOLERANCES = {"ort-cpu": 3e-5, "ort-cpu-int8": 2e-2, "ort-cpu-int4": 2e-2}
+TOLERANCES = {"ort-cpu": 3e-5, "ort-cpu-fp32": 3e-5, "ort-cpu-int8": 2e-2, "ort-cpu-int4": 2e-2}
 
 
 @pytest.fixture(scope="module", params=TOLERANCES)
@@ -26,8 +26,8 @@ def backend(
 ) -> Iterator[OrtBackend]:
     made = exported(Path(__file__).parents[1] / "fixtures" / "mla-small")
     path = Path(shutil.copytree(made, tmp_path_factory.mktemp("packing") / "mla.bundle"))
-    if request.param == "ort-cpu-int8":
-        build_target(path, "int8")
+    if request.param in ("ort-cpu-int8", "ort-cpu-fp32"):
+        build_target(path, request.param.removeprefix("ort-cpu-"))
     elif request.param == "ort-cpu-int4":
         build_target(path, "int4", block=32)
     bundle = open_bundle(path)

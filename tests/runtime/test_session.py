@@ -1,5 +1,6 @@
 """Sessions on a real bundle: prompts, batches, resuming, rollback, saving, and every refusal."""
 
+import shutil
 import tracemalloc
 import warnings
 from collections.abc import Callable, Iterator
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+from mythos_edge.exporter.ort_target import build_target
+from mythos_edge.model.bundle import Preset, open_bundle, update_manifest
 from mythos_edge.model.errors import CapacityError, UsageError
 from mythos_edge.runtime import caches
 from mythos_edge.runtime.session import Session
@@ -200,6 +203,66 @@ def test_a_thousand_tokens_take_the_memory_that_was_planned(exported: Callable[.
         assert opened._sequences[0].staircase.nbytes == pytest.approx(opened.plan(context=1000).cache_bytes, rel=0.05)
     # A token keeps its id, probability, depth and text: some hundred bytes.
     assert (held[1000] - held[700]) / 300 < 1000
+
+
+@pytest.mark.parametrize(("prompt", "new"), [(5, 100), (70, 30), (3, 250)])
+def test_any_request_takes_the_memory_that_was_planned(session: Session, prompt: int, new: int) -> None:
+    session.generate([7] * prompt, policy="full", max_new_tokens=new, stop_ids=())
+    staircase = session._sequences[0].staircase
+    slots = [*staircase.prelude_slots, *staircase.loop_slots, *staircase.coda_slots]
+    assert sum(slot.nbytes for slot in slots) == pytest.approx(session.plan(prompt + new).cache_bytes, rel=0.05)
+
+
+def test_a_list_of_one_prompt_may_draft_automatically(session: Session) -> None:
+    (one,) = session.generate([PROMPT], max_new_tokens=40, draft_depth="auto")
+    assert one.ids == session.generate(PROMPT, max_new_tokens=40).ids
+
+
+def test_columns_left_by_an_interrupt_are_not_taken_for_those_of_new_tokens(session: Session) -> None:
+    session.generate(PROMPT, max_new_tokens=3)
+    kept = session.ids
+    # As when an interrupt falls after a draft was verified and before its tokens were taken in.
+    session._sequences[0].staircase.feed(np.array([[kept[-1], 11, 12]]), np.array([0]))
+    resumed = session.generate([21, 22, 23, 24], resume=True, max_new_tokens=5)
+    assert resumed.ids == session.generate([*kept, 21, 22, 23, 24], max_new_tokens=5).ids
+
+
+@pytest.mark.parametrize("value", ["soon", 2.5])
+def test_drafts_are_whole_numbers_or_auto(session: Session, value: Any) -> None:
+    with pytest.raises(UsageError, match=r"draft_depth is .*, expected a whole number"):
+        session.generate(PROMPT, draft_depth=value, max_new_tokens=2)
+    assert session.generate(PROMPT, draft_depth=np.int64(2), draft_tokens=3, max_new_tokens=9).drafted > 0
+
+
+def test_a_session_saved_on_another_target_is_refused(mla_bundle: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(mla_bundle, tmp_path / "copy.bundle"))
+    build_target(path, "int4", block=32)
+    build_target(path, "fp32")
+    with Session.open(path, target="ort-cpu-int4") as rounded:
+        rounded.generate(PROMPT, max_new_tokens=2)
+        rounded.save(tmp_path / "rounded.npz")
+        rounded.restore(tmp_path / "rounded.npz")
+    with Session.open(path) as exact:
+        with pytest.raises(UsageError, match="saved with another bundle or target"):
+            exact.restore(tmp_path / "rounded.npz")
+        exact.generate(PROMPT, max_new_tokens=2)
+        exact.save(tmp_path / "exact.npz")
+    with Session.open(path, target="ort-cpu-fp32") as prepacked:  # the same weights in another place
+        prepacked.restore(tmp_path / "exact.npz")
+
+
+def test_a_preset_is_for_the_target_it_was_found_for(mla_bundle: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(mla_bundle, tmp_path / "copy.bundle"))
+    build_target(path, "fp32")
+    preset = Preset("ort-cpu-fp32", 3, 0.9, 0.0, 1.0, 2.0, 1.5)
+    update_manifest(open_bundle(path), presets={"quick": preset})
+    with Session.open(path, preset="quick") as quick, Session.open(path) as plain:
+        wanted = plain.generate(PROMPT, max_new_tokens=6, max_depth=3, threshold=0.9)
+        assert quick.generate(PROMPT, max_new_tokens=6).depths == wanted.depths
+        assert max(quick.generate(PROMPT, max_new_tokens=6, max_depth=5, threshold=1e9).depths) == 5
+    with pytest.raises(UsageError, match="found for target 'ort-cpu-fp32', not 'ort-cpu'"):
+        Session.open(path, preset="quick", target="ort-cpu")
+    assert build_target(path, "fp32").manifest.presets == {}
 
 
 def test_decoding_keeps_memory_flat(session: Session) -> None:

@@ -6,6 +6,7 @@ import shutil
 from importlib import metadata, util
 from pathlib import Path
 
+from mythos_edge.plugins.processor import has_integer_dot_products
 from mythos_edge.runtime.backend import cores
 from mythos_edge.runtime.caches import free_memory_bytes
 from mythos_edge.scripts.console import Console
@@ -36,11 +37,21 @@ def run(args: argparse.Namespace, console: Console) -> int:
         "machine": f"{platform.system()} {platform.machine()}",
         "processor": processor(),
         "cores": cores(),
+        "int8_units": has_integer_dot_products(),
         "free_memory_gb": None if memory is None else round(memory / 1e9, 1),
         "free_disk_gb": round(shutil.disk_usage(Path.cwd()).free / 1e9, 1),
         "can": {purpose: _purpose(purpose, packages) for purpose, packages in (("run", _RUN), ("export", _EXPORT))},
     }
-    for name in ("mythos_edge", "python", "machine", "processor", "cores", "free_memory_gb", "free_disk_gb"):
+    for name in (
+        "mythos_edge",
+        "python",
+        "machine",
+        "processor",
+        "cores",
+        "int8_units",
+        "free_memory_gb",
+        "free_disk_gb",
+    ):
         console.say(f"{name:15} {report[name]}")
     can = report["can"]
     assert isinstance(can, dict)

@@ -120,7 +120,7 @@ def test_inspect_reads_a_checkpoint_a_graph_and_a_bundle(mla_bundle: Path, run: 
     assert graph["nodes"]["Loop"] == 1
     bundle = run("inspect", mla_bundle, "--json").json
     assert bundle["kind"] == "bundle"
-    assert bundle["manifest"]["schema_version"] == 1
+    assert bundle["manifest"]["schema_version"] == 2
     with Session.open(mla_bundle) as session:
         assert bundle["cache"]["bytes_at_max_context"] == session.plan().cache_bytes
     assert "kind: bundle" in run("inspect", mla_bundle).out
@@ -430,7 +430,7 @@ DAMAGES: dict[Callable[[Path], None], str] = {
     _cut: "weights.safetensors: has 1000 bytes, the manifest says",
     _lose: "step.onnx: is missing: export the bundle again",
     _climb: "'../secret' leaves the bundle's folder: do not trust this bundle",
-    _newer: "made by a newer mythos-edge (schema 999, this one reads 1): upgrade it",
+    _newer: "made by a newer mythos-edge (schema 999, this one reads 2): upgrade it",
     _no_json: "manifest.json: can not be read",
 }
 
@@ -454,10 +454,10 @@ def test_what_is_no_bundle_is_refused_by_every_verb(tmp_path: Path, run: Callabl
 
 
 def test_a_graph_that_is_none_is_refused(damaged: Path, run: Callable[..., Ran]) -> None:
-    size = (damaged / "coda.onnx").stat().st_size
-    (damaged / "coda.onnx").write_bytes(b"\xff" * size)
-    refused(run("generate", damaged, "--ids", "1"), "coda.onnx: ONNX Runtime can not load it")
-    refused(run("inspect", damaged / "coda.onnx"), "not an ONNX file, or damaged")
+    size = (damaged / "coda.ort-cpu.onnx").stat().st_size
+    (damaged / "coda.ort-cpu.onnx").write_bytes(b"\xff" * size)
+    refused(run("generate", damaged, "--ids", "1"), "coda.ort-cpu.onnx: ONNX Runtime can not load it")
+    refused(run("inspect", damaged / "coda.ort-cpu.onnx"), "not an ONNX file, or damaged")
 
 
 # --- mistakes in an export ----------------------------------------------------------------------------------------

@@ -45,7 +45,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
     quality_gate.check_arguments(args)
     bundle = open_bundle(args.bundle)
     ids = _tokens(args, bundle)
-    verify_hashes(bundle, lambda name: console.progress(f"sha256 of {name}", 0.0))
+    if args.target is not None:
+        bundle.target(args.target)  # before minutes of hashing
+    verify_hashes(bundle, lambda name: console.progress("hashing the files", 0.0))
     console.progress("self-test", 0.0)
     with Session.open(args.bundle) as session:
         sample = bundle.manifest.sample

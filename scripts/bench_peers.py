@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,7 @@ def _ours(session: Session, weights: str, prompt: list[int], count: int, thresho
         read = spec.fixed_bytes + calls_per_token * spec.step_bytes
         return Run(made.ids, first - started, seconds / (count - 1), statistics.fmean(made.depths), read)
 
-    return {f"{weights} {policy}": (lambda policy=policy: run(policy)) for policy in ("exact", "full")}  # type: ignore[misc]
+    return {f"{weights} {policy}": partial(run, policy) for policy in ("exact", "full")}
 
 
 def _interleaved(runners: dict[str, Runner], repetitions: int) -> dict[str, list[Run]]:

@@ -147,6 +147,7 @@ def build_target(
             step_bytes=lowered.step_bytes,
             bundle=manifest.identity,
             note="",
+            engine=None,
         )
         records = {file.name: record_of(file) for file in sorted(folder.iterdir())}
         # An interrupt from here on leaves a bundle without the target, not one whose files are of two builds.

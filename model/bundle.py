@@ -21,7 +21,7 @@ from typing import Any, Self
 from mythos_edge.model.config import MythosConfig, config_from_dict
 from mythos_edge.model.errors import BundleError, ConfigError, ExportError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST_FILE = "manifest.json"
 # What every export has; built targets add what their weights are.
 TARGET = "ort-cpu"
@@ -50,6 +50,36 @@ class GraphSpec:
 
 
 @dataclass(frozen=True)
+class Profile:
+    """Rows of a chunk that an engine was tuned for: ``max_rows`` at most, ``opt_rows`` best."""
+
+    opt_rows: int
+    max_rows: int
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What must be so for the TensorRT engines of a target to be loaded.
+
+    ``flavour`` is ``rtx`` (TensorRT for RTX) or ``trt``, ``version`` the one that built them, ``compute_capabilities``
+    the GPUs they were built for (89 for SM 8.9). ``layout`` is ``step`` (an engine a stage) or ``loop`` (one with the
+    loop inside). Caches have room for ``max_context`` columns and ``max_rows`` beyond, which the padding of a chunk
+    may touch. ``plugin_layers`` counts the plugins of each engine, ``kernels`` is the sha256 of the manifest of the
+    kernels they carry.
+    """
+
+    flavour: str
+    version: str
+    compute_capabilities: tuple[int, ...]
+    layout: str
+    max_context: int
+    max_rows: int
+    profiles: tuple[Profile, ...]
+    plugin_layers: dict[str, int]
+    kernels: str
+
+
+@dataclass(frozen=True)
 class TargetSpec:
     """The stages lowered for one backend: stage name -> file.
 
@@ -59,7 +89,7 @@ class TargetSpec:
     they were rounded, and ``kept`` names the parts that stay fp32. ``prepacked`` weights are copied into the kernels'
     own layout when loaded, others are read from the mapped file. ``fixed_bytes`` of weights are read once a token,
     ``step_bytes`` at each loop step (of the experts, the chosen ones). ``bundle`` is the identity of the bundle it was
-    built from.
+    built from. ``engine`` is there for TensorRT targets, whose graphs are engines: one a stage, or ``model`` alone.
     """
 
     graphs: dict[str, str]
@@ -73,6 +103,7 @@ class TargetSpec:
     step_bytes: int
     bundle: str
     note: str
+    engine: EngineSpec | None
 
 
 @dataclass(frozen=True)
@@ -205,6 +236,9 @@ def _parsed(kind: Any, value: Any, where: str) -> Any:
         return tuple(_parsed(arguments[0], item, where) for item in _expect(value, list, where))
     if origin is types.UnionType:
         kinds = tuple(arguments)
+        nested = next(filter(dataclasses.is_dataclass, kinds), None)
+        if nested is not None and isinstance(value, dict):
+            return _parsed(nested, value, where)
         if isinstance(value, bool) or not isinstance(value, kinds):
             raise BundleError(f"{where} is {value!r}, expected {kind}")
         return value
@@ -259,7 +293,11 @@ class Bundle:
 
     def weights_identity(self, target: str) -> str:
         """Equal for targets whose caches mean the same: the same weights, rounded alike."""
-        if self.manifest.targets[target].weights == "fp32":
+        spec = self.manifest.targets[target]
+        if spec.engine is not None:
+            parts = [self.manifest.identity, spec.compute_dtype, spec.weights, spec.method, str(spec.block)]
+            return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+        if spec.weights == "fp32":
             return self.manifest.identity
         rounded = self.manifest.files[f"weights.{target}.safetensors"].sha256
         return hashlib.sha256(f"{self.manifest.identity} {rounded}".encode()).hexdigest()

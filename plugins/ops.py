@@ -17,7 +17,8 @@ class OpSpec:
     """One op: its formal inputs in order, attribute names, output and body.
 
     ``optional`` inputs come last and are given all together or not at all; ``body`` maps whether they are given to
-    the text of the function.
+    the text of the function. Inputs are of the element type of the first one but for ``integers`` (int64) and
+    ``codes``, rounded weights of any type that can be cast to a float.
     """
 
     name: str
@@ -26,13 +27,23 @@ class OpSpec:
     attributes: tuple[str, ...]
     output: str
     body: dict[bool, str]
+    integers: tuple[str, ...] = ()
+    codes: tuple[str, ...] = ()
 
-    def function_text(self, *, with_optional: bool) -> str:
-        """The model-local function in ONNX text syntax."""
+    def function_text(self, *, with_optional: bool, wide: bool = True) -> str:
+        """The model-local function in ONNX text syntax; unless ``wide``, of a 16-bit element type.
+
+        The body computes in float32 as every face of the op does; 16-bit values are cast on their way in and out.
+        """
         inputs = self.inputs + (self.optional if with_optional else ())
+        narrow = [] if wide else [name for name in inputs if name not in self.integers + self.codes]
+        formal = [f"{name}_narrow" if name in narrow else name for name in inputs]
+        output = self.output if wide else f"{self.output}_narrow"
         header = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>'
-        signature = f"{self.name} <{', '.join(self.attributes)}> ({', '.join(inputs)}) => ({self.output})"
-        return f"{header}\n{signature}\n{{{self.body[with_optional]}}}"
+        signature = f"{self.name} <{', '.join(self.attributes)}> ({', '.join(formal)}) => ({output})"
+        widened = "".join(f"{name} = Cast <to = 1> ({name}_narrow)\n" for name in narrow)
+        narrowed = "" if wide else f"{output} = CastLike ({self.output}, {formal[0]})\n"
+        return f"{header}\n{signature}\n{{{widened}{self.body[with_optional]}{narrowed}}}"
 
 
 # Which columns (past, then new) each new row may look at, for both attentions: needs past_count, new_count (1,).
@@ -218,6 +229,21 @@ _ROUTED_EXPERTS = """
     }>
 """
 
+
+def _dequantized(stack: str) -> str:
+    return f"""
+    {stack}_numbers = Cast <to = 1> ({stack}_codes)
+    {stack}_shape = Shape ({stack}_codes)
+    {stack}_blocks = Shape ({stack}_scale)
+    {stack}_rest = Constant <value_ints = [-1]> ()
+    {stack}_split = Concat <axis = 0> ({stack}_blocks, {stack}_rest)
+    {stack}_grouped = Reshape ({stack}_numbers, {stack}_split)
+    {stack}_each = Unsqueeze ({stack}_scale, {stack}_rest)
+    {stack}_scaled = Mul ({stack}_grouped, {stack}_each)
+    {stack} = Reshape ({stack}_scaled, {stack}_shape)
+"""
+
+
 LATENT_ATTENTION = OpSpec(
     name="LatentAttention",
     # q (B, S, H, W) absorbed query; rows (B, S, W) new cache rows; past (B, C, W); length () filled columns of past;
@@ -228,6 +254,7 @@ LATENT_ATTENTION = OpSpec(
     attributes=("scale", "value_dim"),
     output="mixed",
     body={False: _LATENT_ATTENTION},
+    integers=("length", "first"),
 )
 
 GROUPED_QUERY_ATTENTION = OpSpec(
@@ -239,6 +266,7 @@ GROUPED_QUERY_ATTENTION = OpSpec(
     attributes=("scale", "kv_heads"),
     output="mixed",
     body={False: _GROUPED_QUERY_ATTENTION},
+    integers=("length", "first"),
 )
 
 SPARSE_MOE = OpSpec(
@@ -252,4 +280,18 @@ SPARSE_MOE = OpSpec(
     body={False: _NO_SHARED_EXPERTS + _ROUTED_EXPERTS, True: _SHARED_EXPERTS + _ROUTED_EXPERTS},
 )
 
-OPS: dict[str, OpSpec] = {spec.name: spec for spec in (LATENT_ATTENTION, GROUPED_QUERY_ATTENTION, SPARSE_MOE)}
+QUANTIZED_SPARSE_MOE = OpSpec(
+    name="QuantizedSparseMoE",
+    # As SparseMoE without shared experts; fc1 and fc2 are int8, int4 or float8 codes of the same shapes, and
+    # fc1_scale (E, 2F, blocks), fc2_scale (E, D, blocks) say what one of a code is worth in each block of a row.
+    inputs=("x", "router", "router_bias", "fc1_codes", "fc1_scale", "fc2_codes", "fc2_scale"),
+    optional=(),
+    attributes=("top_k",),
+    output="y",
+    body={False: _dequantized("fc1") + _dequantized("fc2") + _NO_SHARED_EXPERTS + _ROUTED_EXPERTS},
+    codes=("fc1_codes", "fc2_codes"),
+)
+
+OPS: dict[str, OpSpec] = {
+    spec.name: spec for spec in (LATENT_ATTENTION, GROUPED_QUERY_ATTENTION, SPARSE_MOE, QUANTIZED_SPARSE_MOE)
+}

@@ -67,6 +67,28 @@ def sparse_moe(
     return y
 
 
+def quantized_sparse_moe(
+    x: Array,
+    router: Array,
+    router_bias: Array,
+    fc1_codes: Array,
+    fc1_scale: Array,
+    fc2_codes: Array,
+    fc2_scale: Array,
+    *,
+    top_k: int,
+) -> Float64:
+    """The expert mixture (N, D) of ``mythos::QuantizedSparseMoE``; shapes as in ``ops.QUANTIZED_SPARSE_MOE``."""
+    fc1, fc2 = _dequantized(fc1_codes, fc1_scale), _dequantized(fc2_codes, fc2_scale)
+    return sparse_moe(x, router, router_bias, fc1, fc2, top_k=top_k)
+
+
+def _dequantized(codes: Array, scale: Array) -> Float64:
+    block = codes.shape[-1] // scale.shape[-1]
+    scales: Float64 = np.repeat(scale.astype(np.float64), block, axis=-1)
+    return codes.astype(np.float64) * scales
+
+
 def _softmax(values: Float64) -> Float64:
     exponents: Float64 = np.exp(values - values.max())
     return exponents / float(exponents.sum())

@@ -61,6 +61,11 @@ def add_functions(model: ir.Model) -> None:
         if node.domain != ops.DOMAIN:
             continue
         spec = ops.OPS[node.op_type]
-        text = spec.function_text(with_optional=len(node.inputs) > len(spec.inputs))
+        first = node.inputs[0]
+        assert first is not None
+        text = spec.function_text(
+            with_optional=len(node.inputs) > len(spec.inputs),
+            wide=first.dtype not in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16),
+        )
         function = ir.serde.deserialize_function(onnx.parser.parse_function(text))
         model.functions[function.identifier()] = function

@@ -17,11 +17,13 @@ from mythos_edge.model.bundle import (
     MANIFEST_FILE,
     SCHEMA_VERSION,
     BundleWriter,
+    EngineSpec,
     FileRecord,
     GoldenSample,
     GraphSpec,
     Manifest,
     Preset,
+    Profile,
     Source,
     TargetSpec,
     TensorSpec,
@@ -46,6 +48,7 @@ RECORDS = {name: FileRecord(len(data), hashlib.sha256(data).hexdigest()) for nam
 
 
 def _manifest(files: dict[str, FileRecord] = RECORDS, **changes: Any) -> Manifest:
+    engine = EngineSpec("rtx", "1.7.1", (86, 89), "step", 64, 16, (Profile(1, 1),), {"step": 2}, "ef" * 32)
     values: dict[str, Any] = {
         "config": VARIANTS["1b"],
         "dtype": "float16",
@@ -59,8 +62,11 @@ def _manifest(files: dict[str, FileRecord] = RECORDS, **changes: Any) -> Manifes
         },
         "targets": {
             "ort-cpu": TargetSpec(
-                {"step": "step.ort.onnx"}, "fp32", "int4", 32, "rtn", ("head",), True, 10, 20, "cd" * 32, "a note"
-            )
+                {"step": "step.ort.onnx"}, "fp32", "int4", 32, "rtn", ("head",), True, 10, 20, "cd" * 32, "a note", None
+            ),
+            "rtx-sm89-fp16": TargetSpec(
+                {"step": "step.ort.onnx"}, "fp16", "none", 0, "none", (), False, 10, 20, "cd" * 32, "", engine
+            ),
         },
         "files": files,
         "versions": {"torch": "2.13.0"},

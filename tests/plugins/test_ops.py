@@ -160,6 +160,36 @@ def test_sparse_moe(shape: tuple[int, ...], random: np.random.Generator, tmp_pat
     assert np.abs(eager.numpy() - wanted).max() < TOLERANCE
 
 
+@pytest.mark.parametrize("shape", [shape for shape in MOE_SHAPES if not shape[5]])
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("codes", [ir.DataType.INT8, ir.DataType.INT4, ir.DataType.FLOAT8E4M3FN])
+def test_quantized_sparse_moe(
+    shape: tuple[int, ...], blocks: int, codes: ir.DataType, random: np.random.Generator, tmp_path: Path
+) -> None:
+    feeds = _moe_feeds(random, shape)
+    for name in ("fc1", "fc2"):
+        stack = feeds.pop(name)
+        feeds[f"{name}_codes"] = random.integers(-7, 8, stack.shape).astype(codes.numpy())
+        feeds[f"{name}_scale"] = random.uniform(0.05, 0.15, (*stack.shape[:2], blocks)).astype(np.float32)
+    feeds = {name: feeds[name] for name in ops.QUANTIZED_SPARSE_MOE.inputs}
+    wanted = reference.quantized_sparse_moe(**feeds, top_k=shape[3])
+    weights = tuple(name for name in feeds if name != "x")
+    model = _model(ops.QUANTIZED_SPARSE_MOE, feeds, {"top_k": shape[3]}, constants=weights)
+    add_functions(model)
+    assert np.abs(_run_file(model, feeds, tmp_path) - wanted).max() < TOLERANCE * max(1.0, np.abs(wanted).max())
+
+
+def test_a_body_of_16_bit_values_computes_in_float32(random: np.random.Generator) -> None:
+    attributes = {"scale": 0.3, "value_dim": 13}
+    feeds, _ = _attention_feeds(random, (2, 3, 9, 7, 4, (0, 2)), 20, 20)
+    narrow = {name: array.astype(np.float16) if array.dtype == np.float32 else array for name, array in feeds.items()}
+    wanted = reference.latent_attention(**narrow, **attributes)
+    model = _model(ops.LATENT_ATTENTION, narrow, attributes)
+    model.graph.outputs[0].type = ir.TensorType(ir.DataType.FLOAT16)
+    # Half a unit in the last place of values below 4, and nothing more.
+    assert np.abs(_run(model, narrow) - wanted).max() < 2**-9 / 2 + TOLERANCE
+
+
 def test_sparse_moe_with_all_rows_at_one_expert(random: np.random.Generator, tmp_path: Path) -> None:
     feeds = _moe_feeds(random, (12, 16, 6, 1, 8, 0, False))
     feeds["router_bias"][2] = 1e3

@@ -16,16 +16,21 @@ import numpy as np
 from mythos_edge.model.bundle import MAX_TOGETHER, STAGES, TARGET, Bundle
 from mythos_edge.model.errors import BackendUnavailable, BundleError, MythosEdgeError, UsageError
 from mythos_edge.plugins.processor import has_integer_dot_products
+from mythos_edge.runtime.memory import HostMemory, Memory
 from mythos_edge.runtime.packing import ROWS, Array, Arrays, Call, packed, unpack
 
 
 class Backend(Protocol):
     """Runs the stages ``prelude``, ``step`` and ``coda`` of one bundle, for one sequence or for several at once.
 
-    The caller owns every buffer: ``feeds`` are read and ``outputs`` are written in place, all C-contiguous, while
+    All arrays are of ``memory``, but for ``length`` and ``first``, which are numpy's. The caller owns every buffer:
+    ``feeds`` are read and ``outputs`` are written in place, all C-contiguous, while
     ``run`` is under way. A backend may keep references to them until the next run of the same stage, so that
     arrays passed again (the same objects, perhaps with other contents) cost nothing to bind.
     """
+
+    @property
+    def memory(self) -> Memory: ...
 
     def run(self, stage: str, feeds: Arrays, outputs: Arrays) -> None: ...
 
@@ -47,6 +52,7 @@ class OrtBackend:
     """
 
     def __init__(self, bundle: Bundle, target: str = TARGET, threads: int = 0) -> None:
+        self.memory = HostMemory()
         spec = bundle.target(target)
         if not set(STAGES) <= set(spec.graphs):
             raise BundleError(f"{bundle.path}: target {target!r} has not all stages: export the bundle again")
@@ -202,6 +208,7 @@ class ScriptedBackend:
     """
 
     def __init__(self, depths: Mapping[int, int], vocab_size: int) -> None:
+        self.memory = HostMemory()
         self.calls: list[tuple[str, int]] = []
         self._depths, self._vocab_size = dict(depths), vocab_size
 

@@ -121,7 +121,8 @@ class Session:
     def plan(self, context: int | None = None, batch: int = 1, max_depth: int | None = None) -> CachePlan:
         """The cache memory of ``context`` tokens (by default the longest) before anything is allocated."""
         depth = max_depth or self.config.max_loop_iters
-        return plan_cache(self.config, depth, context or self._max_context, batch)
+        value_bytes = self.backend.memory.dtype.itemsize
+        return plan_cache(self.config, depth, context or self._max_context, batch, value_bytes)
 
     @overload
     def generate(self, prompt: Prompt, *, resume: bool = False, **options: Any) -> Generation: ...
@@ -313,7 +314,7 @@ class Session:
 
     def _check_memory(self, columns: int, batch: int, depth: ResolvedDepth, held: int) -> None:
         context = min(columns, self._max_context)
-        require_memory(plan_cache(self.config, depth.max_depth, context, batch), held)
+        require_memory(self.plan(context, batch, depth.max_depth), held, self.backend.memory.free_bytes())
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):

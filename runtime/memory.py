@@ -1,0 +1,101 @@
+"""Where the arrays of a sequence live, and what is done with them besides running stages.
+
+The staircase works on arrays that it gets here and slices like numpy's: on the host they are numpy's, on a GPU they
+are ``device.DeviceArray``. Nothing but what a caller asks for with ``to_host`` leaves the memory.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+# A numpy array or a DeviceArray: shape, nbytes, slices of leading axes as views, assignment to slices.
+Rows: TypeAlias = Any
+# Which columns of a chunk go on: halting mass (1, S) -> 1 + the last column still running, or 0.
+Watch: TypeAlias = Callable[[Rows], int]
+
+
+class Memory(Protocol):
+    """One place for arrays; ``dtype`` is what states and cached rows are kept in there (bfloat16 as uint16)."""
+
+    dtype: np.dtype[Any]
+
+    def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Rows: ...
+
+    def columns(self, count: int, width: int) -> Rows:
+        """Room for ``count`` columns of states or cached rows: (1, count, width)."""
+        ...
+
+    def from_host(self, array: NDArray[Any]) -> Rows: ...
+
+    def to_host(self, rows: Rows) -> NDArray[Any]:
+        """The values as they are when all that was asked for before has run; may share memory with ``rows``."""
+        ...
+
+    def join(self, parts: Sequence[Rows]) -> Rows:
+        """The parts one after the other along their second axis."""
+        ...
+
+    def watch(self, threshold: Rows) -> Watch:
+        """What follows the halting mass of one chunk through its loop steps.
+
+        It may tell what was so one call before, so as not to wait: columns never start to run again, so that is
+        the same or more.
+        """
+        ...
+
+    def output_so_far(self, out: Rows, halt_mass: Rows, threshold: Rows, made: Rows) -> None:
+        """Writes to ``made`` the output with the halting mass of running rows taken as whole."""
+        ...
+
+    def free_bytes(self) -> int | None:
+        """What can be allocated now; None where that is not known."""
+        ...
+
+
+class HostMemory:
+    """Numpy arrays."""
+
+    dtype: np.dtype[Any] = np.dtype(np.float32)
+
+    def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Rows:
+        return np.empty(shape, dtype)
+
+    def columns(self, count: int, width: int) -> Rows:
+        return np.empty((1, count, width), self.dtype)
+
+    def from_host(self, array: NDArray[Any]) -> Rows:
+        return array
+
+    def to_host(self, rows: Rows) -> NDArray[Any]:
+        host: NDArray[Any] = rows
+        return host
+
+    def join(self, parts: Sequence[Rows]) -> Rows:
+        return np.concatenate(parts, axis=1)
+
+    def watch(self, threshold: Rows) -> Watch:
+        def running(halt_mass: Rows) -> int:
+            row = halt_mass[0] < threshold
+            return len(row) - int(row[::-1].argmax()) if row.any() else 0
+
+        return running
+
+    def output_so_far(self, out: Rows, halt_mass: Rows, threshold: Rows, made: Rows) -> None:
+        running = (halt_mass > 0) & (halt_mass < threshold)
+        np.divide(out, np.where(running, halt_mass, np.float32(1))[..., None], out=made)
+
+    def free_bytes(self) -> int | None:
+        return free_memory_bytes()
+
+
+def free_memory_bytes() -> int | None:
+    """Memory of the host that can be allocated without swapping; None where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    sizes = dict(line.split(":") for line in lines)
+    return int(sizes["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in sizes else None

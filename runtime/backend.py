@@ -23,7 +23,8 @@ from mythos_edge.runtime.packing import ROWS, Array, Arrays, Call, packed, unpac
 class Backend(Protocol):
     """Runs the stages ``prelude``, ``step`` and ``coda`` of one bundle, for one sequence or for several at once.
 
-    All arrays are of ``memory``, but for ``length`` and ``first``, which are numpy's. The caller owns every buffer:
+    States, cached rows, halting mass, depth and logits are arrays of ``memory``; what the host decides (``input_ids``,
+    ``step_index``, ``logit_rows`` and the scalars) are numpy's. The caller owns every buffer:
     ``feeds`` are read and ``outputs`` are written in place, all C-contiguous, while
     ``run`` is under way. A backend may keep references to them until the next run of the same stage, so that
     arrays passed again (the same objects, perhaps with other contents) cost nothing to bind.

@@ -4,7 +4,7 @@ The staircase works on arrays that it gets here and slices like numpy's: on the 
 are ``device.DeviceArray``. Nothing but what a caller asks for with ``to_host`` leaves the memory.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -13,14 +13,29 @@ from numpy.typing import DTypeLike, NDArray
 
 # A numpy array or a DeviceArray: shape, nbytes, slices of leading axes as views, assignment to slices.
 Rows: TypeAlias = Any
-# Which columns of a chunk go on: halting mass (1, S) -> 1 + the last column still running, or 0.
-Watch: TypeAlias = Callable[[Rows], int]
+
+
+class Watch(Protocol):
+    """Sees which columns of a chunk still run."""
+
+    def __call__(self, halt_mass: Rows, *, begins: bool) -> int:
+        """1 + the last column of ``halt_mass (1, S)`` still running, or 0; ``begins`` for a chunk's first loop step.
+
+        It may tell what was so one call before, so as not to wait, and at first that all run: columns never start to
+        run again, so that is the same or more.
+        """
+        ...
 
 
 class Memory(Protocol):
-    """One place for arrays; ``dtype`` is what states and cached rows are kept in there (bfloat16 as uint16)."""
+    """One place for arrays; ``dtype`` is what states and cached rows are kept in there (bfloat16 as uint16).
+
+    ``updates_in_place``: backends of this memory have read all feeds before they write, so that a state may be fed
+    and be overwritten by what comes after it.
+    """
 
     dtype: np.dtype[Any]
+    updates_in_place: bool
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Rows: ...
 
@@ -38,15 +53,9 @@ class Memory(Protocol):
         """The parts one after the other along their second axis."""
         ...
 
-    def watch(self, threshold: Rows) -> Watch:
-        """What follows the halting mass of one chunk through its loop steps.
+    def watch(self, threshold: float) -> Watch: ...
 
-        It may tell what was so one call before, so as not to wait: columns never start to run again, so that is
-        the same or more.
-        """
-        ...
-
-    def output_so_far(self, out: Rows, halt_mass: Rows, threshold: Rows, made: Rows) -> None:
+    def output_so_far(self, out: Rows, halt_mass: Rows, threshold: float, made: Rows) -> None:
         """Writes to ``made`` the output with the halting mass of running rows taken as whole."""
         ...
 
@@ -59,6 +68,7 @@ class HostMemory:
     """Numpy arrays."""
 
     dtype: np.dtype[Any] = np.dtype(np.float32)
+    updates_in_place = False
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Rows:
         return np.empty(shape, dtype)
@@ -76,15 +86,16 @@ class HostMemory:
     def join(self, parts: Sequence[Rows]) -> Rows:
         return np.concatenate(parts, axis=1)
 
-    def watch(self, threshold: Rows) -> Watch:
-        def running(halt_mass: Rows) -> int:
-            row = halt_mass[0] < threshold
+    def watch(self, threshold: float) -> Watch:
+        def running(halt_mass: Rows, *, begins: bool) -> int:
+            del begins
+            row = halt_mass[0] < np.float32(threshold)
             return len(row) - int(row[::-1].argmax()) if row.any() else 0
 
         return running
 
-    def output_so_far(self, out: Rows, halt_mass: Rows, threshold: Rows, made: Rows) -> None:
-        running = (halt_mass > 0) & (halt_mass < threshold)
+    def output_so_far(self, out: Rows, halt_mass: Rows, threshold: float, made: Rows) -> None:
+        running = (halt_mass > 0) & (halt_mass < np.float32(threshold))
         np.divide(out, np.where(running, halt_mass, np.float32(1))[..., None], out=made)
 
     def free_bytes(self) -> int | None:

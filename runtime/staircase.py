@@ -77,11 +77,13 @@ class Staircase:
         # States of the columns that are not at full depth: h as of their deepest computed step.
         self._h = ColumnBuffer(config.dim, max_context, memory)
         self._e = ColumnBuffer(config.dim, max_context, memory)
-        # Scalars are bound once; the length is the host's to know, wherever the arrays are.
+        # Scalars are bound once and changed in place.
         self._length = np.zeros((), np.int64)
         self._first = np.zeros(1, np.int64)
-        self._threshold = memory.from_host(np.array(depth.threshold, np.float32))
-        self._min_depth = memory.from_host(np.array(depth.min_depth, np.int64))
+        self._threshold = np.array(depth.threshold, np.float32)
+        self._min_depth = np.array(depth.min_depth, np.int64)
+        self._step_index = np.zeros((1, 0), np.int64)
+        self._running = memory.watch(depth.threshold)
         self._scratch: dict[str, Rows] = {}
         # What a call that only catches up moves on.
         nothing = memory.empty((1, 0, config.dim), memory.dtype)
@@ -151,7 +153,7 @@ class Staircase:
             self.rollback(start)
             raise
         mass = self._memory.to_host(rows.halt_mass)[0, 0]
-        halted = self.depth.policy is not Policy.FULL and mass >= np.float32(self.depth.threshold)
+        halted = self.depth.policy is not Policy.FULL and mass >= self._threshold
         if self._drafted or not halted:
             self._drafted.append(_Rows(start, rows.out.copy(), rows.halt_mass.copy(), rows.depth.copy()))
         else:
@@ -217,8 +219,7 @@ class Staircase:
             )
         self.columns += chunk
         e = self._take("e", (1, chunk, self.config.dim))
-        feeds = {"input_ids": self._memory.from_host(np.ascontiguousarray(ids))}
-        yield self._call("prelude", start, self.prelude_slots, feeds, {"e": e})
+        yield self._call("prelude", start, self.prelude_slots, {"input_ids": np.ascontiguousarray(ids)}, {"e": e})
         _grow(self.prelude_slots, chunk)
         self._e.append(e)
         self._h.append(e)
@@ -229,12 +230,11 @@ class Staircase:
 
     def _loop(self, rows: _Rows, steps: Sequence[int]) -> Work[None]:
         """Takes ``rows``, the newest columns, through loop steps: all, or as the policy says those still running."""
-        running = self._memory.watch(self._threshold)
         for index in steps:
             upto = self.columns
             if self.depth.policy is not Policy.FULL:
                 # Columns after the last running one need this step only later, if ever.
-                upto = rows.start + running(rows.halt_mass)
+                upto = rows.start + self._running(rows.halt_mass, begins=index == steps[0])
                 if upto == rows.start:
                     break
             yield from self._advance(index, upto, rows)
@@ -246,33 +246,38 @@ class Staircase:
         """
         slot = self.loop_slots[index]
         begin, active = slot.end, max(0, upto - rows.start)
-        chunk, dim = upto - begin, self.config.dim
-        made = {
-            "h_next": self._take("h_next", (1, chunk, dim)),
-            "out_next": self._take("out_next", (1, active, dim)),
-            "halt_mass_next": self._take("halt_mass_next", (1, active), np.float32),
-            "depth_next": self._take("depth_next", (1, active), np.int64),
-        }
-        step_index = self._take("step_index", (1, chunk), np.int64)
-        step_index[...] = index
-        feeds = {
+        chunk = upto - begin
+        state = {
             "h": self._h.view(begin, upto),
             "out": _leading(rows.out, active),
             "halt_mass": _leading(rows.halt_mass, active),
             "depth": _leading(rows.depth, active),
+        }
+        in_place = self._memory.updates_in_place
+        made = {
+            f"{name}_next": rows_now if in_place else self._take(f"{name}_next", rows_now.shape, rows_now.dtype)
+            for name, rows_now in state.items()
+        }
+        if self._step_index.shape[1] != chunk:
+            self._step_index = np.empty((1, chunk), np.int64)
+        self._step_index[...] = index
+        others = {
             "e": self._e.view(begin, upto),
-            "step_index": step_index,
+            "step_index": self._step_index,
             "threshold": self._threshold,
             "min_depth": self._min_depth,
         }
-        yield self._call("step", begin, [slot], feeds, made)
         # Slot and pending state move on together; an interrupt in between leaves neither usable.
+        self._torn = in_place
+        yield self._call("step", begin, [slot], state | others, dict(made))
         self._torn = True
         slot.grow(chunk)
-        self._h.write(begin, made["h_next"])
+        if not in_place:
+            self._h.write(begin, made["h_next"])
         self._torn = False
-        rows.out[:, :active], rows.halt_mass[:, :active] = made["out_next"], made["halt_mass_next"]
-        rows.depth[:, :active] = made["depth_next"]
+        if not in_place:
+            rows.out[:, :active], rows.halt_mass[:, :active] = made["out_next"], made["halt_mass_next"]
+            rows.depth[:, :active] = made["depth_next"]
         self.block_calls += 1
         self.block_rows += chunk
         self.catch_up_calls += active == 0
@@ -280,13 +285,12 @@ class Staircase:
     def _output_so_far(self, rows: _Rows) -> Rows:
         """The output as if the halting mass of running rows were whole: their states weigh as they would to the end."""
         so_far = self._take("out_so_far", rows.out.shape)
-        self._memory.output_so_far(rows.out, rows.halt_mass, self._threshold, so_far)
+        self._memory.output_so_far(rows.out, rows.halt_mass, self.depth.threshold, so_far)
         return so_far
 
     def _coda(self, out: Rows, logit_rows: Int64, start: int) -> Work[Float32]:
         logits = self._memory.empty((1, len(logit_rows), self.config.vocab_size), np.float32)
-        feeds = {"out": out, "logit_rows": self._memory.from_host(logit_rows)}
-        yield self._call("coda", start, self.coda_slots, feeds, {"logits": logits})
+        yield self._call("coda", start, self.coda_slots, {"out": out, "logit_rows": logit_rows}, {"logits": logits})
         _grow(self.coda_slots, out.shape[1])
         return self._memory.to_host(logits)
 

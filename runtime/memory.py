@@ -21,8 +21,8 @@ class Watch(Protocol):
     def __call__(self, halt_mass: Rows, *, begins: bool) -> int:
         """1 + the last column of ``halt_mass (1, S)`` still running, or 0; ``begins`` for a chunk's first loop step.
 
-        It may tell what was so one call before, so as not to wait, and at first that all run: columns never start to
-        run again, so that is the same or more.
+        One that may lag tells what was so one call before, so as not to wait, and at first that all run: columns
+        never start to run again, so that is the same or more.
         """
         ...
 
@@ -53,7 +53,7 @@ class Memory(Protocol):
         """The parts one after the other along their second axis."""
         ...
 
-    def watch(self, threshold: float) -> Watch: ...
+    def watch(self, threshold: float, *, may_lag: bool) -> Watch: ...
 
     def output_so_far(self, out: Rows, halt_mass: Rows, threshold: float, made: Rows) -> None:
         """Writes to ``made`` the output with the halting mass of running rows taken as whole."""
@@ -86,7 +86,7 @@ class HostMemory:
     def join(self, parts: Sequence[Rows]) -> Rows:
         return np.concatenate(parts, axis=1)
 
-    def watch(self, threshold: float) -> Watch:
+    def watch(self, threshold: float, *, may_lag: bool) -> Watch:
         def running(halt_mass: Rows, *, begins: bool) -> int:
             del begins
             row = halt_mass[0] < np.float32(threshold)

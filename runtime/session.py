@@ -59,7 +59,8 @@ class Session:
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self.bundle, self.backend = bundle, backend
-        self.config, self._max_context = bundle.manifest.config, bundle.manifest.max_context
+        self.config = bundle.manifest.config
+        self._max_context = min(bundle.manifest.max_context, backend.max_context or bundle.manifest.max_context)
         name = bundle.manifest.tokenizer
         self.tokenizer = None if name is None else Tokenizer(bundle.file(name))
         self._sequences: list[TokenSequence] = []
@@ -78,14 +79,15 @@ class Session:
         preset: str | None = None,
         threads: int = 0,
         hashes: bool = False,
+        trust: bool = False,
     ) -> Self:
-        """The bundle at ``path`` on ONNX Runtime; ``hashes`` also checks the sha256 of every file.
+        """The bundle at ``path`` on one of its targets; ``hashes`` also checks the sha256 of every file.
 
-        ``target`` names what ``mythos-edge build`` made; by default the fp32 target that every bundle has. ``preset``
+        ``trust`` takes TensorRT engines that are not the files the manifest lists: native code. ``target`` names what ``mythos-edge build`` made; by default the fp32 target that every bundle has. ``preset``
         names what ``mythos-edge tune`` found: its target, and its depth for every request that sets none of its own.
         Raises BundleError, BackendUnavailable, UsageError.
         """
-        bundle = open_bundle(Path(path), hashes=hashes)
+        bundle = open_bundle(Path(path), hashes=hashes, trust_engines=trust)
         defaults: dict[str, Any] = {}
         if preset is not None:
             defaults = depth_of_preset(bundle.manifest, preset)
@@ -93,7 +95,7 @@ class Session:
             if target not in (None, found_for):
                 raise UsageError(f"preset {preset!r} was found for target {found_for!r}, not {target!r}: leave one out")
             target = found_for
-        session = cls(bundle, OrtBackend(bundle, target or TARGET, threads))
+        session = cls(bundle, _backend(bundle, target or TARGET, threads, trust))
         session._defaults = defaults
         session._target = target or TARGET
         return session
@@ -336,6 +338,14 @@ class Session:
             what = f"{len(self._sequences)} sequences" if self._sequences else "no sequence yet"
             raise UsageError(f"this needs a session with one sequence, but it has {what}: generate from one prompt")
         return self._sequences[0]
+
+
+def _backend(bundle: Bundle, target: str, threads: int, trust: bool) -> Backend:
+    if bundle.target(target).engine is None:
+        return OrtBackend(bundle, target, threads)
+    from mythos_edge.runtime.trt_backend import TrtBackend
+
+    return TrtBackend(bundle, target, trust=trust)
 
 
 def checked_ids(ids: Any, config: MythosConfig) -> Int64:

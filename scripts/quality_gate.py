@@ -190,7 +190,7 @@ class _Recorder:
 
     def __init__(self, backend: Backend, probe: "Probe", router: "Router", matrix: str) -> None:
         self._backend, self._probe, self._router, self._matrix = backend, probe, router, matrix
-        self.memory = backend.memory
+        self.memory, self.max_context = backend.memory, backend.max_context
 
     def run(self, stage: str, feeds: Arrays, outputs: Arrays) -> None:
         self._backend.run(stage, feeds, outputs)

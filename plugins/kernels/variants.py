@@ -6,7 +6,7 @@ The grid is text, evaluated with the sizes of a call from left to right, where `
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 FLOATS = ("fp16", "bf16", "fp32")
 CODES = ("int8", "int4", "fp8")
@@ -30,6 +30,8 @@ class Variant:
 
     ``source`` is ``module:function`` in this folder; ``arguments`` are (name, type), pointers as ``*fp16``;
     ``multiples`` says which integers are multiples of how much, and, when not empty, that pointers are of 16 bytes.
+    ``stages`` above 1 says that there are products of tiles to overlap with loads. ``oldest`` is the first compute
+    capability that has what the kernel needs.
     """
 
     name: str
@@ -38,12 +40,19 @@ class Variant:
     grid: tuple[str, str, str]
     constants: Mapping[str, int | str]
     warps: int = 4
-    stages: int = 2
+    stages: int = 1
     multiples: Mapping[str, int] = field(default_factory=dict)
+    oldest: int = 75
 
-    @property
-    def is_bf16(self) -> bool:
-        return any(kind == "*bf16" for _, kind in self.arguments)
+    def tuned(self, compute_capability: int) -> "Variant":
+        """This kernel as it is compiled for one GPU: what may differ is not seen by a launch but for the threads.
+
+        Triton does not use the tensor cores of Turing: products take more registers, so more threads share them.
+        """
+        if compute_capability >= 80 or self.stages == 1:
+            return self
+        depth = {"DEPTH": 32} if "DEPTH" in self.constants else {}
+        return replace(self, constants={**self.constants, **depth}, warps=8, stages=1)
 
 
 def grid_size(rule: str, sizes: Mapping[str, int]) -> int:
@@ -163,9 +172,11 @@ def _attention(dtype: str) -> Iterator[Variant]:
             "latent_attention:latent_attention",
             _arguments(f"{arguments} scale:fp32 chunk heads columns values ropes splits", dtype),
             ("queries/16", "splits", "batch"),
-            {"QUERIES": QUERIES, "COLUMNS": 16 if rank >= 512 else 32, "VALUES": rank, "ROPES": ropes},
-            warps=8 if rank >= 1024 or (dtype, rank) == ("fp32", 512) else 4,
-            stages=1 if dtype == "fp32" or suffix else 2,
+            {"QUERIES": QUERIES, "COLUMNS": 16, "VALUES": rank, "ROPES": ropes},
+            warps=8 if rank >= 1024 or (dtype == "fp32" and rank >= 256) else 4,
+            stages=2,
+            # Turing has 64 KiB of shared memory for a program.
+            oldest=80 if rank >= 512 else 75,
             multiples=multiples,
         )
     yield Variant(
@@ -198,6 +209,7 @@ def _all() -> Iterator[Variant]:
             _arguments("made:*fp32 weights:*fp32 y:* top_k dim", dtype),
             ("rows", "dim/512", "1"),
             {"CHANNELS": 512},
+            multiples={"dim": ALIGNED},
         )
         for codes in CODES:
             yield from _decode_codes(dtype, codes)
@@ -222,4 +234,10 @@ def _all() -> Iterator[Variant]:
     )
 
 
-VARIANTS: dict[str, Variant] = {variant.name: variant for variant in _all()}
+def _typed(variant: Variant) -> Variant:
+    """``variant`` from the first GPU on that has its types."""
+    has_bf16 = any(kind == "*bf16" for _, kind in variant.arguments)
+    return replace(variant, oldest=max(variant.oldest, 80 if has_bf16 else 75))
+
+
+VARIANTS: dict[str, Variant] = {variant.name: _typed(variant) for variant in _all()}

@@ -16,14 +16,16 @@ from numpy.typing import DTypeLike, NDArray
 
 from mythos_edge.model.errors import CapacityError, MythosEdgeError
 from mythos_edge.plugins.cuda_driver import Driver
+from mythos_edge.plugins.kernel_launch import PreparedProgram
 from mythos_edge.plugins.launches import Program, program
 from mythos_edge.runtime.memory import Rows, Watch
 
 # numpy has no bfloat16; nothing here computes with it.
 STATE_DTYPES = {"fp16": np.dtype(np.float16), "bf16": np.dtype(np.uint16), "fp32": np.dtype(np.float32)}
 _SMALLEST_BYTES = 512
-# Queues one of the programs of ``launches`` that answer the runtime: with pointers by name, in a stream.
-QueueProgram = Callable[[Program, Mapping[str, int], int], None]
+_MOST_PREPARED = 1024
+# Loads the kernels of one of the programs of ``launches`` that answer the runtime.
+Prepare = Callable[[Program], PreparedProgram]
 
 
 class DeviceArray:
@@ -80,16 +82,24 @@ class DeviceArray:
 class DeviceMemory:
     """The memory of one GPU and the stream all its work is queued in; ``Memory`` says what it is for.
 
-    ``padding`` columns follow those of ``columns``, which the padded rows of a chunk may write to. Raises CapacityError
-    when the GPU has no room left.
+    ``padding`` columns follow those of ``columns``, which the padded rows of a chunk may write to; with ``fixed_room``
+    there are always so many in all. Raises CapacityError when the GPU has no room left.
     """
 
     updates_in_place = True
 
-    def __init__(self, driver: Driver, dtype: str, padding: int, queue_program: QueueProgram) -> None:
+    def __init__(
+        self,
+        driver: Driver,
+        dtype: str,
+        padding: int,
+        prepare: Prepare,
+        fixed_room: int | None = None,
+    ) -> None:
         self.dtype, self._dtype_name = STATE_DTYPES[dtype], dtype
         self.driver, self.stream = driver, driver.stream()
-        self._padding, self._queue_program = padding, queue_program
+        self._padding, self._fixed_room = padding, fixed_room
+        self._prepare, self._prepared = prepare, dict[tuple[Any, ...], PreparedProgram]()
         self._spare: dict[int, list[int]] = defaultdict(list)
         self._held: set[int] = set()
         self._thresholds: dict[float, DeviceArray] = {}
@@ -102,11 +112,13 @@ class DeviceMemory:
         return self._array(shape, np.dtype(dtype), columns)
 
     def columns(self, count: int, width: int) -> DeviceArray:
-        room = count + self._padding if count else 0
+        if not count:
+            return self._array((1, 0, width), self.dtype, 0)
+        room = self._fixed_room or count + self._padding
         array = self._array((1, room, width), self.dtype, room)
         # What an engine reads beyond the filled columns is multiplied with zero, and must not be infinite.
         array[...] = 0
-        array.shape = (1, count, width)
+        array.shape = (1, room - self._padding, width)
         return array
 
     def from_host(self, array: NDArray[Any]) -> DeviceArray:
@@ -151,10 +163,15 @@ class DeviceMemory:
     def answer(self, question: str, arrays: Mapping[str, "DeviceArray"]) -> None:
         """Queues one of the runtime's own programs on arrays by the names of its arguments."""
         shapes = {name: array.shape for name, array in arrays.items()}
-        wide = ("halt_mass", "threshold")
-        dtypes = {name: "fp32" if name in wide else self._dtype_name for name in arrays}
+        key = (question, *shapes.values())
+        if key not in self._prepared:
+            wide = ("halt_mass", "threshold")
+            dtypes = {name: "fp32" if name in wide else self._dtype_name for name in arrays}
+            if len(self._prepared) >= _MOST_PREPARED:
+                self._prepared.clear()
+            self._prepared[key] = self._prepare(program(question, shapes, dtypes, {}))
         pointers = {name: array.pointer for name, array in arrays.items()}
-        self._queue_program(program(question, shapes, dtypes, {}), pointers, self.stream)
+        self._prepared[key].run(pointers, 0, self.stream)
 
     def upload(self, pointer: int, source: NDArray[Any]) -> None:
         """Queues a copy from the host; the driver has taken the values when this returns."""

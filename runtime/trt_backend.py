@@ -15,7 +15,6 @@ from mythos_edge.model.errors import BundleError, MythosEdgeError
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.runtime.device import DeviceArray, DeviceMemory
 from mythos_edge.runtime.packing import ROWS, Array, Arrays, Call
-from mythos_edge.runtime.runtime_kernels import RuntimeKernels
 from mythos_edge.runtime.trt_engine import Engine, Runtime
 
 # Rows of a chunk are padded up to one of these and run as a CUDA graph; more rows are worth their launches.
@@ -52,18 +51,15 @@ class TrtBackend:
                 "it, or build --layout step"
             )
         self._runtime = Runtime(bundle, target, driver, device)
-        kernels = RuntimeKernels(self._runtime.driver, self._runtime.compute_capability)
-        self.memory = DeviceMemory(self._runtime.driver, spec.compute_dtype, spec.engine.max_rows, kernels.queue)
         self.max_context: int | None = spec.engine.max_context
-        self._stages: dict[str, _Stage] = {}
+        engines = {stage: self._runtime.load(stage, trust) for stage in STAGES}
+        # Caches that an engine writes to itself have the size it was built for.
+        rows = spec.engine.max_rows
+        fixed = spec.engine.max_context + rows if any(engine.in_place for engine in engines.values()) else None
+        self.memory = DeviceMemory(self._runtime.driver, spec.compute_dtype, rows, self._runtime.prepare, fixed)
+        self._stages = {stage: _Stage(stage, engine, self.memory, rows) for stage, engine in engines.items()}
         self._graphs: OrderedDict[_Key, int | None] = OrderedDict()
         self._capturing = True
-        try:
-            for stage in STAGES:
-                self._stages[stage] = _Stage(stage, self._runtime.load(stage, trust), self.memory, spec.engine.max_rows)
-        except BaseException:
-            self.close()
-            raise
 
     def run(self, stage: str, feeds: Arrays, outputs: Arrays) -> None:
         count = feeds[ROWS[stage]].shape[1]
@@ -165,8 +161,6 @@ class _Stage:
         self._memory = memory
         caches = [tensor for tensor in engine.tensors.values() if tensor.name.startswith("past")]
         self._caches = tuple(sorted(tensor.name for tensor in caches if tensor.is_input))
-        # The engine writes new rows into the cache itself, at the same address.
-        self._in_place = any(not tensor.is_input for tensor in caches)
         self._places: dict[str, DeviceArray] = {}
         self._scalars: dict[str, Any] = {}
         for tensor in engine.tensors.values():
@@ -208,7 +202,7 @@ class _Stage:
         """Copies what the engine made of the rows ``start .. stop`` to where the caller wants it."""
         count, chunk = stop - start, feeds[ROWS[self.name]].shape[1]
         for name, wanted in outputs.items():
-            if name.startswith("rows") and self._in_place:
+            if name.startswith("rows") and self.engine.in_place:
                 continue
             place = self._places[name]
             if name == "logits":
@@ -231,9 +225,11 @@ class _Stage:
         addresses = {name: place.pointer for name, place in self._places.items()}
         shapes = {}
         for name, (pointer, room) in zip(self._caches, key.caches, strict=True):
-            shapes[name] = (1, room, self.engine.tensors[name].shape[2])
+            shape = self.engine.tensors[name].shape
+            if -1 in shape:
+                shapes[name] = tuple(room if size == -1 else size for size in shape)
             addresses[name] = pointer
-            if self._in_place:
+            if self.engine.in_place:
                 addresses[f"{name}_next"] = pointer
         for tensor in self.engine.tensors.values():
             if tensor.is_input and -1 in tensor.shape and tensor.name not in shapes:

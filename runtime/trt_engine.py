@@ -14,6 +14,8 @@ from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.errors import BackendUnavailable, BundleError, MythosEdgeError
 from mythos_edge.plugins import kernel_store, trt_bindings, trt_plugins
 from mythos_edge.plugins.cuda_driver import Driver
+from mythos_edge.plugins.kernel_launch import LoadedKernels, PreparedProgram
+from mythos_edge.plugins.launches import Program
 
 CACHE_FOLDER = "cache"
 
@@ -40,11 +42,14 @@ class Runtime:
         self.trt: Any = trt_bindings.load(spec.flavour)
         self.driver = driver or Driver.load()
         if not 0 <= device < self.driver.device_count():
-            raise BackendUnavailable(f"device {device} is not among the {self.driver.device_count()} GPUs", "nvidia-smi")
+            raise BackendUnavailable(
+                f"device {device} is not among the {self.driver.device_count()} GPUs", "nvidia-smi"
+            )
         self.driver.retain_primary_context(device)
         self.compute_capability = self.driver.compute_capability(device)
         self._bundle, self._target, self.spec = bundle, target, spec
         self._check(device)
+        self._kernels = LoadedKernels(self.driver)
         trt_plugins.register(self.trt)
         self._runtime = self.trt.Runtime(trt_bindings.logger(self.trt))
         # The default, said aloud: an engine may come from elsewhere.
@@ -59,9 +64,16 @@ class Runtime:
         if self.compute_capability not in spec.compute_capabilities:
             known = ", ".join(f"sm{number}" for number in spec.compute_capabilities)
             name = self.driver.device_name(device)
-            raise BundleError(f"{where} was built for {known}, this GPU ({name}) is sm{self.compute_capability}: {again}")
+            raise BundleError(
+                f"{where} was built for {known}, this GPU ({name}) is sm{self.compute_capability}: {again}"
+            )
         if any(spec.plugin_layers.values()) and spec.kernels != kernel_store.manifest_sha256():
             raise BundleError(f"{where} carries kernels of another mythos-edge: {again}")
+
+    def prepare(self, program: Program) -> PreparedProgram:
+        """A program of the package's own kernels, loaded. Raises BuildError for a GPU none were compiled for."""
+        built = [kernel_store.kernel(launch.kernel, self.compute_capability) for launch in program.launches]
+        return PreparedProgram(self.driver, program, self._kernels.load(built))
 
     def load(self, key: str, trust: bool = False) -> "Engine":
         """The engine of one graph of the target; with ``trust`` also one that is not the file the manifest lists."""
@@ -93,7 +105,8 @@ def said(trt: Any) -> str:
 class Engine:
     """One engine with an execution context for each of its profiles.
 
-    ``run`` queues it; what TensorRT for RTX compiles for this GPU is kept in ``cache`` for the next time.
+    ``run`` queues it; what TensorRT for RTX compiles for this GPU is kept in ``cache`` for the next time. An engine that
+    is ``in_place`` writes new rows into the cache itself: its output ``past_next`` is at the address of ``past``.
     """
 
     def __init__(self, runtime: Runtime, engine: Any, name: str, cache: Path) -> None:
@@ -109,15 +122,14 @@ class Engine:
             )
             for name in names
         }
+        self.in_place = any(tensor.name.startswith("past") for tensor in self.tensors.values() if not tensor.is_input)
         self._compiled: Any = None
         self._compiled_before = b""
         self._config = self._runtime_config()
         # Of each profile: the context, and the shapes and addresses it was given last.
         self._contexts: dict[int, tuple[Any, dict[str, tuple[int, ...]], dict[str, int]]] = {}
 
-    def run(
-        self, shapes: Mapping[str, tuple[int, ...]], addresses: Mapping[str, int], rows: int, stream: int
-    ) -> None:
+    def run(self, shapes: Mapping[str, tuple[int, ...]], addresses: Mapping[str, int], rows: int, stream: int) -> None:
         """Queues one run with ``rows`` rows; ``shapes`` of the inputs with free axes, ``addresses`` of all tensors.
 
         Raises MythosEdgeError with what TensorRT says.

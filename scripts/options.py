@@ -54,9 +54,7 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
 
 def session_of(args: argparse.Namespace) -> Session:
     """The bundle on the target and preset asked for."""
-    return Session.open(
-        args.bundle, target=args.target, preset=args.preset, threads=args.threads, trust=args.trust
-    )
+    return Session.open(args.bundle, target=args.target, preset=args.preset, threads=args.threads, trust=args.trust)
 
 
 def depth_of(args: argparse.Namespace) -> dict[str, Any]:

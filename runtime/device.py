@@ -60,10 +60,8 @@ class DeviceArray:
         assert stride == 1
         column_bytes = int(np.prod(self.shape[2:], dtype=np.int64)) * self.dtype.itemsize
         shape = (1, max(0, stop - start), *self.shape[2:])
-        made = type(self)(
-            self._memory, self.pointer + start * column_bytes, shape, self.dtype, self.room - start, self.base or self
-        )
-        return made
+        pointer = self.pointer + start * column_bytes
+        return type(self)(self._memory, pointer, shape, self.dtype, self.room - start, self.base or self)
 
     def __setitem__(self, key: Any, value: "DeviceArray | float") -> None:
         place = self if key in (..., ()) else self[key]
@@ -246,7 +244,7 @@ class DeviceMemory:
 
 
 class _DeviceWatch:
-    """Has the device say which columns run; one that may lag reads what it said one call before: by then it is known."""
+    """Has the device say which columns run; one that may lag reads what it said one call before, which is known."""
 
     def __init__(self, memory: DeviceMemory, threshold: DeviceArray, may_lag: bool) -> None:
         driver, self._may_lag = memory.driver, may_lag

@@ -83,8 +83,9 @@ class Session:
     ) -> Self:
         """The bundle at ``path`` on one of its targets; ``hashes`` also checks the sha256 of every file.
 
-        ``trust`` takes TensorRT engines that are not the files the manifest lists: native code. ``target`` names what ``mythos-edge build`` made; by default the fp32 target that every bundle has. ``preset``
+        ``target`` names what ``mythos-edge build`` made; by default the fp32 target that every bundle has. ``preset``
         names what ``mythos-edge tune`` found: its target, and its depth for every request that sets none of its own.
+        ``trust`` takes TensorRT engines that are not the files the manifest lists, which are native code.
         Raises BundleError, BackendUnavailable, UsageError.
         """
         bundle = open_bundle(Path(path), hashes=hashes, trust_engines=trust)

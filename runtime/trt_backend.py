@@ -47,8 +47,8 @@ class TrtBackend:
         assert spec.engine is not None
         if not set(STAGES) <= set(spec.graphs):
             raise BundleError(
-                f"{bundle.path}: target {target!r} is one engine with the loop inside, which keeps no cache: score with "
-                "it, or build --layout step"
+                f"{bundle.path}: target {target!r} is one engine with the loop inside, which keeps no cache: "
+                "score with it, or build --layout step"
             )
         self._runtime = Runtime(bundle, target, driver, device)
         self.max_context: int | None = spec.engine.max_context

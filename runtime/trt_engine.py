@@ -41,10 +41,9 @@ class Runtime:
         assert spec is not None
         self.trt: Any = trt_bindings.load(spec.flavour)
         self.driver = driver or Driver.load()
-        if not 0 <= device < self.driver.device_count():
-            raise BackendUnavailable(
-                f"device {device} is not among the {self.driver.device_count()} GPUs", "nvidia-smi"
-            )
+        count = self.driver.device_count()
+        if not 0 <= device < count:
+            raise BackendUnavailable(f"device is {device}, expected less than {count}, the GPUs here", "nvidia-smi")
         self.driver.retain_primary_context(device)
         self.compute_capability = self.driver.compute_capability(device)
         self._bundle, self._target, self.spec = bundle, target, spec
@@ -63,10 +62,8 @@ class Runtime:
             raise BundleError(f"{where} was built by TensorRT {spec.version}, here is {installed}: {again}")
         if self.compute_capability not in spec.compute_capabilities:
             known = ", ".join(f"sm{number}" for number in spec.compute_capabilities)
-            name = self.driver.device_name(device)
-            raise BundleError(
-                f"{where} was built for {known}, this GPU ({name}) is sm{self.compute_capability}: {again}"
-            )
+            here = f"this GPU ({self.driver.device_name(device)}) is sm{self.compute_capability}"
+            raise BundleError(f"{where} was built for {known}, {here}: {again}")
         if any(spec.plugin_layers.values()) and spec.kernels != kernel_store.manifest_sha256():
             raise BundleError(f"{where} carries kernels of another mythos-edge: {again}")
 
@@ -97,16 +94,16 @@ class Runtime:
 
 
 def said(trt: Any) -> str:
-    """The last error of TensorRT's log."""
-    errors = trt_bindings.messages(trt).errors()
-    return errors[-1] if errors else "its log says nothing"
+    """Why TensorRT failed: what a plugin raised, else the last error of its log."""
+    causes = trt_plugins.take_failures() or trt_bindings.messages(trt).errors()[-1:]
+    return causes[0] if causes else "its log says nothing"
 
 
 class Engine:
     """One engine with an execution context for each of its profiles.
 
-    ``run`` queues it; what TensorRT for RTX compiles for this GPU is kept in ``cache`` for the next time. An engine that
-    is ``in_place`` writes new rows into the cache itself: its output ``past_next`` is at the address of ``past``.
+    ``run`` queues it; what TensorRT for RTX compiles for this GPU is kept in ``cache`` for the next time. An engine
+    that is ``in_place`` writes new rows into the cache itself: its output ``past_next`` is at the address of ``past``.
     """
 
     def __init__(self, runtime: Runtime, engine: Any, name: str, cache: Path) -> None:

@@ -21,7 +21,11 @@ from mythos_edge.plugins.launches import Program, program
 from mythos_edge.runtime.memory import Rows, Watch
 
 # numpy has no bfloat16; nothing here computes with it.
-STATE_DTYPES = {"fp16": np.dtype(np.float16), "bf16": np.dtype(np.uint16), "fp32": np.dtype(np.float32)}
+STATE_DTYPES: dict[str, np.dtype[Any]] = {
+    "fp16": np.dtype(np.float16),
+    "bf16": np.dtype(np.uint16),
+    "fp32": np.dtype(np.float32),
+}
 _SMALLEST_BYTES = 512
 _MOST_PREPARED = 1024
 # Loads the kernels of one of the programs of ``launches`` that answer the runtime.
@@ -137,6 +141,13 @@ class DeviceMemory:
             self.driver.synchronize(self.stream)
             ctypes.memmove(host.ctypes.data, self._pinned, host.nbytes)
         return host
+
+    def to_floats(self, rows: Rows) -> NDArray[np.float32]:
+        host = self.to_host(rows)
+        if host.dtype == STATE_DTYPES["bf16"]:
+            # bfloat16 is the upper half of a float32.
+            return (host.astype(np.uint32) << 16).view(np.float32)
+        return host.astype(np.float32)
 
     def join(self, parts: Sequence[Rows]) -> DeviceArray:
         columns = sum(part.shape[1] for part in parts)

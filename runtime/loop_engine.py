@@ -61,7 +61,7 @@ class LoopEngine:
         self, ids: NDArray[np.int64], max_depth: int, threshold: float
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         memory, rows = self._memory, ids.shape[1]
-        feeds = {
+        feeds: dict[str, NDArray[Any]] = {
             "input_ids": ids,
             "max_depth": np.array(max_depth, np.int64),
             "threshold": np.array(threshold, np.float32),

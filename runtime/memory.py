@@ -49,6 +49,10 @@ class Memory(Protocol):
         """The values as they are when all that was asked for before has run; may share memory with ``rows``."""
         ...
 
+    def to_floats(self, rows: Rows) -> NDArray[np.float32]:
+        """States or cached rows as float32 on the host."""
+        ...
+
     def join(self, parts: Sequence[Rows]) -> Rows:
         """The parts one after the other along their second axis."""
         ...
@@ -82,6 +86,9 @@ class HostMemory:
     def to_host(self, rows: Rows) -> NDArray[Any]:
         host: NDArray[Any] = rows
         return host
+
+    def to_floats(self, rows: Rows) -> NDArray[np.float32]:
+        return self.to_host(rows)
 
     def join(self, parts: Sequence[Rows]) -> Rows:
         return np.concatenate(parts, axis=1)

@@ -33,6 +33,7 @@ from mythos_edge.runtime.speculation import AUTO, check_draft
 from mythos_edge.runtime.staircase import Fed, Staircase
 from mythos_edge.runtime.text import Tokenizer
 from mythos_edge.runtime.together import Work, run_alone, run_together
+from mythos_edge.runtime.trt_backend import TrtBackend
 
 Int64 = NDArray[np.int64]
 Prompt = str | Sequence[int]
@@ -96,7 +97,7 @@ class Session:
             if target not in (None, found_for):
                 raise UsageError(f"preset {preset!r} was found for target {found_for!r}, not {target!r}: leave one out")
             target = found_for
-        session = cls(bundle, _backend(bundle, target or TARGET, threads, trust))
+        session = cls(bundle, open_backend(bundle, target or TARGET, threads, trust))
         session._defaults = defaults
         session._target = target or TARGET
         return session
@@ -341,11 +342,10 @@ class Session:
         return self._sequences[0]
 
 
-def _backend(bundle: Bundle, target: str, threads: int, trust: bool) -> Backend:
+def open_backend(bundle: Bundle, target: str, threads: int = 0, trust: bool = False) -> OrtBackend | TrtBackend:
+    """What runs a target; parameters and errors as in ``Session.open``."""
     if bundle.target(target).engine is None:
         return OrtBackend(bundle, target, threads)
-    from mythos_edge.runtime.trt_backend import TrtBackend
-
     return TrtBackend(bundle, target, trust=trust)
 
 

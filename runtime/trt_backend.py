@@ -253,5 +253,6 @@ def _dtype_of(name: str, memory: DeviceMemory) -> np.dtype[Any]:
     integers = ("input_ids", "length", "step_index", "min_depth", "depth", "depth_next", "logit_rows")
     if name in integers:
         return np.dtype(np.int64)
-    wide = ("halt_mass", "halt_mass_next", "threshold", "logits")
-    return np.dtype(np.float32) if name in wide else memory.dtype
+    if name in ("halt_mass", "halt_mass_next", "threshold", "logits"):
+        return np.dtype(np.float32)
+    return memory.dtype

@@ -5,7 +5,7 @@ import triton.language as tl
 
 
 @triton.jit
-def router_logits(x, router, logits, experts, dim, EXPERTS: tl.constexpr, DEPTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def router_logits(x, router, logits, experts, dim, EXPERTS: tl.constexpr, DEPTH: tl.constexpr):
     """``logits (N, E)`` in float32 from ``x (N, D)`` and ``router (E, D)``; one program per row and EXPERTS experts."""
     row = tl.program_id(0).to(tl.int64)
     expert = tl.program_id(1) * EXPERTS + tl.arange(0, EXPERTS)
@@ -21,7 +21,7 @@ def router_logits(x, router, logits, experts, dim, EXPERTS: tl.constexpr, DEPTH:
 
 
 @triton.jit
-def router_top_k(logits, router_bias, chosen, weights, experts, top_k, EXPERTS: tl.constexpr):  # type: ignore[no-untyped-def]
+def router_top_k(logits, router_bias, chosen, weights, experts, top_k, EXPERTS: tl.constexpr):
     """``chosen (N, K)`` int32 and ``weights (N, K)`` float32 from ``logits (N, E)``; one program per row.
 
     Chosen by logit + bias, the lowest index where that is equal; weighed by the softmax of the logits alone.
@@ -34,7 +34,7 @@ def router_top_k(logits, router_bias, chosen, weights, experts, top_k, EXPERTS: 
     # A NaN would choose no expert, and memory beyond the last one would be read.
     biased = tl.where(biased == biased, biased, float("-inf"))
     place = tl.full((EXPERTS,), -1, tl.int32)
-    for turn in range(0, top_k):
+    for turn in range(top_k):
         open_ = exists & (place < 0)
         best = tl.max(tl.where(open_, biased, float("-inf")), axis=0)
         winner = tl.min(tl.where(open_ & (biased == best), expert, EXPERTS), axis=0)

@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from fake_driver import FakeDriver
 from fake_tensorrt import VERSION, FakeTensorRT, plan_of
 
 from mythos_edge.exporter.trt_lowering import EngineOptions, lower_for_tensorrt
 from mythos_edge.model.bundle import STAGES, EngineSpec, Profile, TargetSpec, open_bundle, record_of, update_manifest
+from mythos_edge.model.checkpoint import open_checkpoint
 from mythos_edge.model.errors import BackendUnavailable, BundleError, CapacityError, MythosEdgeError, UsageError
+from mythos_edge.model.layout import load_network
 from mythos_edge.plugins import kernel_store, trt_bindings, trt_plugins
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.runtime import parity
@@ -172,6 +175,14 @@ def _prompt(session: Session, count: int) -> list[int]:
     return np.random.default_rng(3).integers(0, session.config.vocab_size, count).tolist()
 
 
+def _in_float16(checkpoint: Path, golden: dict[str, np.ndarray]) -> np.ndarray:
+    """The logits of the eager network in float16: weights of 1e-9 that some positions live on are lost to both."""
+    with open_checkpoint(checkpoint) as opened, torch.no_grad():
+        network = load_network(opened, dtype=torch.float16)
+        logits = network(torch.from_numpy(golden["ids"]), max_depth=int(golden["n_loops"])).logits
+    return logits.float().numpy()
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_scores_are_those_of_the_reference(
     dtype: str,
@@ -192,8 +203,9 @@ def test_scores_are_those_of_the_reference(
                 assert np.abs(score.logits - golden["logits"]).max() <= allowed
                 assert (score.depth == golden["depth"]).all()
             else:
-                error = np.linalg.norm(score.logits - golden["logits"], axis=-1)
-                assert np.median(error / np.linalg.norm(golden["logits"], axis=-1)) < FP16_ERROR
+                wanted = _in_float16(FIXTURES / golden_name, golden)
+                error = np.linalg.norm(score.logits - wanted, axis=-1) / np.linalg.norm(golden["logits"], axis=-1)
+                assert np.median(error) < FP16_ERROR
     assert driver.live_bytes == 0
 
 

@@ -149,7 +149,7 @@ def builds(
     return wanted, json.loads(done.stdout), folder
 
 
-def test_every_op_builds_in_every_dtype_for_every_gpu(builds: Any) -> None:
+def test_rtx_builds_every_op_in_every_dtype_for_every_gpu(builds: Any) -> None:
     wanted, results, folder = builds
     for number, (case, result) in enumerate(zip(wanted, results, strict=True)):
         if number >= 3 * len(CASES) + 1:
@@ -185,7 +185,7 @@ def _blob_in(plan: bytes) -> bytes:
     return plan[start : end + sum(size for _, size in json.loads(plan[header:end])["cubins"])]
 
 
-def test_what_can_not_be_built_is_one_clear_error(builds: Any) -> None:
+def test_what_rtx_can_not_build_is_one_clear_error(builds: Any) -> None:
     _, results, _ = builds
     not_built, no_attribute, too_many = results[-3:]
     assert not not_built["has_plan"]
@@ -200,7 +200,7 @@ def test_what_can_not_be_built_is_one_clear_error(builds: Any) -> None:
     assert any("Could not create the plugin" in line for line in no_attribute["errors"])
 
 
-def test_a_plan_needs_a_gpu_to_be_loaded(builds: Any, rtx: ModuleType) -> None:
+def test_rtx_needs_a_gpu_to_load_a_plan(builds: Any, rtx: ModuleType) -> None:
     """How far a machine without one gets: TensorRT asks for the driver before it looks at the plan."""
     _, _, folder = builds
     if find_library("cuda"):
@@ -219,7 +219,7 @@ def test_registering_twice_is_registering_once(trt: ModuleType) -> None:
         trt_plugins.register(trt, never)
 
 
-def test_the_registry_knows_the_plugins(rtx: ModuleType) -> None:
+def test_the_registry_of_rtx_knows_the_plugins(rtx: ModuleType) -> None:
     trt_plugins.register(rtx)
     registry = rtx.get_plugin_registry()
     for spec in trt_plugins.PLUGINS:

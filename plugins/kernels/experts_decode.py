@@ -52,11 +52,7 @@ def decode_down(hidden, chosen, weights, fc2, y, top_k, dim, units, CHANNELS: tl
 @triton.jit
 def group_sums(
     codes, values, index, length, start, inside, WEIGHTS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr
-<<<<<<< HEAD
-):  # type: ignore[no-untyped-def]
-=======
 ):
->>>>>>> kernels
     """Sums (ROWS, DEPTH / 32) of code times value in groups of 32 columns from ``start`` on; ``length`` codes a row."""
     column = start + tl.arange(0, DEPTH)
     value = tl.load(values + column, mask=column < length, other=0.0).to(tl.float32)

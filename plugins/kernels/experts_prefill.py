@@ -62,11 +62,7 @@ def scaled_tile(
     WEIGHTS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
-<<<<<<< HEAD
-):  # type: ignore[no-untyped-def]  # noqa: E501
-=======
 ):
->>>>>>> kernels
     """Weights (DEPTH, COLUMNS) of ``dtype`` from ``start`` on, rows ``index`` of the codes transposed."""
     column = start + tl.arange(0, DEPTH)
     if WEIGHTS == "int4":

@@ -16,16 +16,27 @@ import numpy as np
 from mythos_edge.model.bundle import MAX_TOGETHER, STAGES, TARGET, Bundle
 from mythos_edge.model.errors import BackendUnavailable, BundleError, MythosEdgeError, UsageError
 from mythos_edge.plugins.processor import has_integer_dot_products
+from mythos_edge.runtime.memory import HostMemory, Memory
 from mythos_edge.runtime.packing import ROWS, Array, Arrays, Call, packed, unpack
 
 
 class Backend(Protocol):
     """Runs the stages ``prelude``, ``step`` and ``coda`` of one bundle, for one sequence or for several at once.
 
-    The caller owns every buffer: ``feeds`` are read and ``outputs`` are written in place, all C-contiguous, while
+    States, cached rows, halting mass, depth and logits are arrays of ``memory``; what the host decides (``input_ids``,
+    ``step_index``, ``logit_rows`` and the scalars) are numpy's. The caller owns every buffer:
+    ``feeds`` are read and ``outputs`` are written in place, all C-contiguous, while
     ``run`` is under way. A backend may keep references to them until the next run of the same stage, so that
     arrays passed again (the same objects, perhaps with other contents) cost nothing to bind.
     """
+
+    @property
+    def memory(self) -> Memory: ...
+
+    @property
+    def max_context(self) -> int | None:
+        """The longest context it can serve; None leaves it to the bundle."""
+        ...
 
     def run(self, stage: str, feeds: Arrays, outputs: Arrays) -> None: ...
 
@@ -46,8 +57,13 @@ class OrtBackend:
     Raises BackendUnavailable without onnxruntime, BundleError when a graph can not be loaded.
     """
 
+    max_context: int | None = None
+
     def __init__(self, bundle: Bundle, target: str = TARGET, threads: int = 0) -> None:
+        self.memory = HostMemory()
         spec = bundle.target(target)
+        if spec.engine is not None:
+            raise UsageError(f"target {target!r} is TensorRT's, and an ort-cpu one is needed here: choose another")
         if not set(STAGES) <= set(spec.graphs):
             raise BundleError(f"{bundle.path}: target {target!r} has not all stages: export the bundle again")
         if spec.weights == "int8" and not spec.block and not has_integer_dot_products():
@@ -201,7 +217,10 @@ class ScriptedBackend:
     depend on, so that a wrong slot, row or order changes the logits. Cache rows are one value wide.
     """
 
+    max_context: int | None = None
+
     def __init__(self, depths: Mapping[int, int], vocab_size: int) -> None:
+        self.memory = HostMemory()
         self.calls: list[tuple[str, int]] = []
         self._depths, self._vocab_size = dict(depths), vocab_size
 

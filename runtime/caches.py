@@ -1,11 +1,10 @@
-"""The memory of one sequence: a growing buffer per slot, and one for the pending states of lagging positions.
+"""What one sequence keeps: a growing buffer per slot, and one for the pending states of lagging positions.
 
 Columns are positions. A range of them is one piece of memory, so cached rows are passed on by pointer, and new ones
 are written in their place.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,8 @@ from numpy.typing import NDArray
 
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import CapacityError
+from mythos_edge.runtime.memory import HostMemory, Memory, Rows
 
-Float32 = NDArray[np.float32]
 _FIRST_CAPACITY = 64
 
 
@@ -42,15 +41,14 @@ class CachePlan:
         return self.cache_bytes + self.pending_bytes_per_token * self.context * self.batch
 
 
-def plan_cache(config: MythosConfig, max_depth: int, context: int, batch: int = 1) -> CachePlan:
+def plan_cache(config: MythosConfig, max_depth: int, context: int, batch: int = 1, value_bytes: int = 4) -> CachePlan:
     """The memory that ``context`` tokens in each of ``batch`` sequences take at ``max_depth`` loop steps."""
     slots = config.prelude_layers + max_depth + config.coda_layers
-    return CachePlan(slots, slots * config.cache_width * 4, 2 * config.dim * 4, context, batch)
+    return CachePlan(slots, slots * config.cache_width * value_bytes, 2 * config.dim * value_bytes, context, batch)
 
 
-def require_memory(plan: CachePlan, already_held: int) -> None:
-    """Raises CapacityError when the planned caches do not fit the memory that is free now (where that is known)."""
-    free = free_memory_bytes()
+def require_memory(plan: CachePlan, already_held: int, free: int | None) -> None:
+    """Raises CapacityError when the planned caches do not fit the memory that is ``free`` now (where that is known)."""
     needed = plan.worst_bytes - already_held
     if free is not None and needed > free:
         raise CapacityError(
@@ -59,38 +57,29 @@ def require_memory(plan: CachePlan, already_held: int) -> None:
         )
 
 
-def free_memory_bytes() -> int | None:
-    """Memory that can be allocated without swapping; None where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    sizes = dict(line.split(":") for line in lines)
-    return int(sizes["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in sizes else None
-
-
 class ColumnBuffer:
     """Columns ``start .. end`` of a (1, columns, width) array that grows by doubling up to ``limit`` columns.
 
     Columns below ``start`` are given up. Nothing is allocated before the first column is written.
     """
 
-    def __init__(self, width: int, limit: int) -> None:
+    def __init__(self, width: int, limit: int, memory: Memory | None = None) -> None:
         self._width, self._limit = width, limit
-        self._data: Float32 = np.empty((1, 0, width), np.float32)
+        self._memory = memory or HostMemory()
+        self._data = self._memory.columns(0, width)
         self._origin = 0  # the column that stands first in _data
         # Columns to make room for at once, so that memory is what was planned and nothing moves.
         self.expected = 0
         self.start = 0
         self.end = 0
         self._last_key = (0, 0)
-        self._last_view: Float32 | None = None
+        self._last_view: Rows = None
 
     @property
     def nbytes(self) -> int:
         return int(self._data.nbytes)
 
-    def view(self, start: int, end: int) -> Float32:
+    def view(self, start: int, end: int) -> Rows:
         """Columns ``start .. end``: C-contiguous memory of the buffer.
 
         The same columns are the same object until the memory moves, so that what is bound to a graph stays bound.
@@ -101,7 +90,7 @@ class ColumnBuffer:
             self._last_key, self._last_view = key, self._data[:, key[0] : key[1]]
         return self._last_view
 
-    def tail(self, count: int) -> Float32:
+    def tail(self, count: int) -> Rows:
         """The ``count`` columns after ``end`` to write into directly; see ``grow``."""
         self._reserve(self.end + count)
         at = self.end - self._origin
@@ -111,12 +100,12 @@ class ColumnBuffer:
         """Takes in the columns written through ``tail``."""
         self.end += count
 
-    def append(self, rows: Float32) -> None:
+    def append(self, rows: Rows) -> None:
         """Writes ``rows (1, S, width)`` after the last column."""
         self.tail(rows.shape[1])[...] = rows
         self.grow(rows.shape[1])
 
-    def write(self, column: int, rows: Float32) -> None:
+    def write(self, column: int, rows: Rows) -> None:
         at = column - self._origin
         self._data[:, at : at + rows.shape[1]] = rows
 
@@ -132,7 +121,7 @@ class ColumnBuffer:
         if self.start >= self.end:
             self._origin = self.start
             if self._data.shape[1] > _FIRST_CAPACITY:
-                self._data = np.empty((1, 0, self._width), np.float32)
+                self._data = self._memory.columns(0, self._width)
 
     def _reserve(self, end: int) -> None:
         needed, capacity = end - self._origin, self._data.shape[1]
@@ -146,19 +135,21 @@ class ColumnBuffer:
             capacity = max(_FIRST_CAPACITY, capacity)
             while capacity < needed:
                 capacity *= 2
-        data = np.empty((1, min(capacity, max(self._limit, needed)), self._width), np.float32)
+        data = self._memory.columns(min(capacity, max(self._limit, needed)), self._width)
         data[:, : kept.shape[1]] = kept
         self._data, self._origin = data, self.start
 
     def state(self) -> dict[str, Any]:
         """What ``restore`` needs, as arrays."""
-        return {"columns": np.array([self.start, self.end]), "data": self.view(self.start, self.end)}
+        data = self._memory.to_host(self.view(self.start, self.end))
+        return {"columns": np.array([self.start, self.end]), "data": data}
 
-    def restore(self, columns: NDArray[np.int64], data: Float32) -> None:
+    def restore(self, columns: NDArray[np.int64], data: NDArray[Any]) -> None:
         """Takes over what ``state`` gave. Raises ValueError when it does not fit this buffer."""
         start, end = (int(column) for column in columns)
-        if not 0 <= start <= end <= self._limit or data.shape != (1, end - start, self._width):
-            raise ValueError(f"columns {start} .. {end} of shape {data.shape} do not fit")
+        fits = 0 <= start <= end <= self._limit and data.shape == (1, end - start, self._width)
+        if not fits or data.dtype != self._memory.dtype:
+            raise ValueError(f"columns {start} .. {end} of {data.dtype} and shape {data.shape} do not fit")
         self.start = self.end = self._origin = int(columns[0])
-        self._data = np.empty((1, 0, self._width), np.float32)
-        self.append(np.asarray(data, np.float32))
+        self._data = self._memory.columns(0, self._width)
+        self.append(self._memory.from_host(data))

@@ -15,13 +15,14 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import CapacityError, UsageError
 from mythos_edge.runtime.backend import Backend
 from mythos_edge.runtime.caches import ColumnBuffer
 from mythos_edge.runtime.halting import Policy, ResolvedDepth
+from mythos_edge.runtime.memory import Rows
 from mythos_edge.runtime.packing import ROWS
 from mythos_edge.runtime.together import StageCall, Work, run_alone
 
@@ -44,9 +45,9 @@ class _Rows:
     """The columns from ``start`` on as the loop moves them: ``out (1, S, D)``, ``halt_mass`` and ``depth (1, S)``."""
 
     start: int
-    out: Float32
-    halt_mass: Float32
-    depth: Int64
+    out: Rows
+    halt_mass: Rows
+    depth: Rows
 
 
 class Staircase:
@@ -69,21 +70,26 @@ class Staircase:
         self.columns = 0
         self.block_calls = self.block_rows = self.catch_up_calls = self.rolled_back_rows = 0
         self._backend, self.max_lag = backend, max_lag
+        self._memory = memory = backend.memory
         self.prelude_slots = [self._slot() for _ in range(config.prelude_layers)]
         self.coda_slots = [self._slot() for _ in range(config.coda_layers)]
         self.loop_slots = [self._slot() for _ in range(depth.max_depth)]
         # States of the columns that are not at full depth: h as of their deepest computed step.
-        self._h = ColumnBuffer(config.dim, max_context)
-        self._e = ColumnBuffer(config.dim, max_context)
+        self._h = ColumnBuffer(config.dim, max_context, memory)
+        self._e = ColumnBuffer(config.dim, max_context, memory)
         # Scalars are bound once and changed in place.
         self._length = np.zeros((), np.int64)
         self._first = np.zeros(1, np.int64)
         self._threshold = np.array(depth.threshold, np.float32)
         self._min_depth = np.array(depth.min_depth, np.int64)
-        self._scratch: Arrays = {}
+        self._step_index = np.zeros((1, 0), np.int64)
+        # A step that nobody needed any more is exact all the same, unless it takes the place of a repeated row.
+        self._running = memory.watch(depth.threshold, may_lag=depth.policy is not Policy.LAST)
+        self._scratch: dict[str, Rows] = {}
         # What a call that only catches up moves on.
-        none = np.zeros((1, 0, config.dim), np.float32)
-        self._no_rows = _Rows(max_context, none, none[:, :, 0], np.zeros((1, 0), np.int64))
+        nothing = memory.empty((1, 0, config.dim), memory.dtype)
+        no_mass, no_depth = memory.empty((1, 0), np.float32), memory.empty((1, 0), np.int64)
+        self._no_rows = _Rows(max_context, nothing, no_mass, no_depth)
         self._torn = False
         self._drafted: list[_Rows] = []
 
@@ -131,7 +137,7 @@ class Staircase:
             self.rollback(start)
             raise
         yield from self._settle()
-        return Fed(logits, rows.depth.copy())
+        return Fed(logits, self._memory.to_host(rows.depth).copy())
 
     def drafting(self, token_id: int, depth: int) -> Work[Fed]:
         """Runs one more column through the first ``depth`` loop steps only, and through the coda as if that were all.
@@ -147,12 +153,13 @@ class Staircase:
         except BaseException:
             self.rollback(start)
             raise
-        halted = self.depth.policy is not Policy.FULL and rows.halt_mass[0, 0] >= self._threshold
+        mass = self._memory.to_host(rows.halt_mass)[0, 0]
+        halted = self.depth.policy is not Policy.FULL and mass >= self._threshold
         if self._drafted or not halted:
             self._drafted.append(_Rows(start, rows.out.copy(), rows.halt_mass.copy(), rows.depth.copy()))
         else:
             yield from self._settle()
-        return Fed(logits, rows.depth.copy())
+        return Fed(logits, self._memory.to_host(rows.depth).copy())
 
     def verifying(self) -> Work[Fed]:
         """Takes the drafted columns through the other loop steps and again through the coda; logits of all of them.
@@ -160,7 +167,7 @@ class Staircase:
         When it fails, roll back to before the draft.
         """
         first, count = self._drafted[0].start, self.drafted
-        out, mass, depth = (np.concatenate(field, axis=1) for field in zip(*map(_moving, self._drafted), strict=True))
+        out, mass, depth = map(self._memory.join, zip(*map(_moving, self._drafted), strict=True))
         rows = _Rows(first, out, mass, depth)
         taken = sum(length > first for length in self.lengths)
         yield from self._loop(rows, range(taken, self.depth.max_depth))
@@ -168,7 +175,7 @@ class Staircase:
             slot.truncate(first)
         logits = yield from self._coda(out, np.arange(count), first)
         self._drafted = []
-        return Fed(logits, depth)
+        return Fed(logits, self._memory.to_host(depth))
 
     def keeping(self, columns: int) -> Work[None]:
         """Ends a verified draft: forgets it from column ``columns`` on."""
@@ -200,7 +207,7 @@ class Staircase:
             raise UsageError("this sequence was interrupted inside a loop step: start a new session")
 
     def _slot(self) -> ColumnBuffer:
-        return ColumnBuffer(self.config.cache_width, self.max_context)
+        return ColumnBuffer(self.config.cache_width, self.max_context, self._memory)
 
     def _enter(self, ids: Int64) -> Work[_Rows]:
         """Runs new columns through the prelude: their rows, ready for the loop."""
@@ -218,7 +225,7 @@ class Staircase:
         self._e.append(e)
         self._h.append(e)
         out = self._take("out", (1, chunk, self.config.dim))
-        mass, depth = self._take("halt_mass", (1, chunk)), self._take("depth", (1, chunk), np.int64)
+        mass, depth = self._take("halt_mass", (1, chunk), np.float32), self._take("depth", (1, chunk), np.int64)
         out[...], mass[...], depth[...] = 0.0, 0.0, 0
         return _Rows(start, out, mass, depth)
 
@@ -227,11 +234,10 @@ class Staircase:
         for index in steps:
             upto = self.columns
             if self.depth.policy is not Policy.FULL:
-                running = rows.halt_mass[0] < self._threshold
-                if not running.any():
-                    break
                 # Columns after the last running one need this step only later, if ever.
-                upto -= int(running[::-1].argmax())
+                upto = rows.start + self._running(rows.halt_mass, begins=index == steps[0])
+                if upto == rows.start:
+                    break
             yield from self._advance(index, upto, rows)
 
     def _advance(self, index: int, upto: int, rows: _Rows) -> Work[None]:
@@ -241,51 +247,57 @@ class Staircase:
         """
         slot = self.loop_slots[index]
         begin, active = slot.end, max(0, upto - rows.start)
-        chunk, dim = upto - begin, self.config.dim
-        made = {
-            "h_next": self._take("h_next", (1, chunk, dim)),
-            "out_next": self._take("out_next", (1, active, dim)),
-            "halt_mass_next": self._take("halt_mass_next", (1, active)),
-            "depth_next": self._take("depth_next", (1, active), np.int64),
-        }
-        step_index = self._take("step_index", (1, chunk), np.int64)
-        step_index[...] = index
-        feeds = {
+        chunk = upto - begin
+        state = {
             "h": self._h.view(begin, upto),
             "out": _leading(rows.out, active),
             "halt_mass": _leading(rows.halt_mass, active),
             "depth": _leading(rows.depth, active),
+        }
+        in_place = self._memory.updates_in_place
+        made = {
+            f"{name}_next": rows_now if in_place else self._take(f"{name}_next", rows_now.shape, rows_now.dtype)
+            for name, rows_now in state.items()
+        }
+        if self._step_index.shape[1] != chunk:
+            self._step_index = np.empty((1, chunk), np.int64)
+        self._step_index[...] = index
+        others = {
             "e": self._e.view(begin, upto),
-            "step_index": step_index,
+            "step_index": self._step_index,
             "threshold": self._threshold,
             "min_depth": self._min_depth,
         }
-        yield self._call("step", begin, [slot], feeds, made)
         # Slot and pending state move on together; an interrupt in between leaves neither usable.
+        self._torn = in_place
+        yield self._call("step", begin, [slot], state | others, dict(made))
         self._torn = True
         slot.grow(chunk)
-        self._h.write(begin, made["h_next"])
+        if not in_place:
+            self._h.write(begin, made["h_next"])
         self._torn = False
-        rows.out[:, :active], rows.halt_mass[:, :active] = made["out_next"], made["halt_mass_next"]
-        rows.depth[:, :active] = made["depth_next"]
+        if not in_place:
+            rows.out[:, :active], rows.halt_mass[:, :active] = made["out_next"], made["halt_mass_next"]
+            rows.depth[:, :active] = made["depth_next"]
         self.block_calls += 1
         self.block_rows += chunk
         self.catch_up_calls += active == 0
 
-    def _output_so_far(self, rows: _Rows) -> Float32:
+    def _output_so_far(self, rows: _Rows) -> Rows:
         """The output as if the halting mass of running rows were whole: their states weigh as they would to the end."""
-        running = (rows.halt_mass > 0) & (rows.halt_mass < self._threshold)
         so_far = self._take("out_so_far", rows.out.shape)
-        np.divide(rows.out, np.where(running, rows.halt_mass, np.float32(1))[..., None], out=so_far)
+        self._memory.output_so_far(rows.out, rows.halt_mass, self.depth.threshold, so_far)
         return so_far
 
-    def _coda(self, out: Float32, logit_rows: Int64, start: int) -> Work[Float32]:
-        logits = np.empty((1, len(logit_rows), self.config.vocab_size), np.float32)
+    def _coda(self, out: Rows, logit_rows: Int64, start: int) -> Work[Float32]:
+        logits = self._memory.empty((1, len(logit_rows), self.config.vocab_size), np.float32)
         yield self._call("coda", start, self.coda_slots, {"out": out, "logit_rows": logit_rows}, {"logits": logits})
         _grow(self.coda_slots, out.shape[1])
-        return logits
+        return self._memory.to_host(logits)
 
-    def _call(self, stage: str, begin: int, slots: list[ColumnBuffer], feeds: Arrays, made: Arrays) -> StageCall:
+    def _call(
+        self, stage: str, begin: int, slots: list[ColumnBuffer], feeds: dict[str, Rows], made: dict[str, Rows]
+    ) -> StageCall:
         """A run of ``stage`` for the columns from ``begin`` on, with the cached rows before; see ``_grow``."""
         self._length[()] = begin
         feeds |= {"length": self._length, "first": self._first}
@@ -326,11 +338,12 @@ class Staircase:
         self._h.drop_before(finished)
         self._e.drop_before(finished)
 
-    def _take(self, name: str, shape: tuple[int, ...], dtype: type = np.float32) -> NDArray[Any]:
-        """A work array of this shape: the same object as last time if the shape is, so that it stays bound."""
+    def _take(self, name: str, shape: tuple[int, ...], dtype: DTypeLike | None = None) -> Rows:
+        """A work array of this shape, by default of states: the same object as last time if the shape is, so that it
+        stays bound."""
         array = self._scratch.get(name)
         if array is None or array.shape != shape:
-            array = self._scratch[name] = np.empty(shape, dtype)
+            array = self._scratch[name] = self._memory.empty(shape, dtype or self._memory.dtype)
         return array
 
     def state(self) -> Arrays:
@@ -371,11 +384,11 @@ class Staircase:
         return named
 
 
-def _moving(rows: _Rows) -> tuple[Float32, Float32, Int64]:
+def _moving(rows: _Rows) -> tuple[Rows, Rows, Rows]:
     return rows.out, rows.halt_mass, rows.depth
 
 
-def _leading(array: NDArray[Any], columns: int) -> NDArray[Any]:
+def _leading(array: Rows, columns: int) -> Rows:
     """The first columns; all of them is the same object, which stays bound."""
     return array if array.shape[1] == columns else array[:, :columns]
 

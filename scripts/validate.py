@@ -11,7 +11,7 @@ from mythos_edge.model.bundle import Bundle, GoldenSample, open_bundle, verify_h
 from mythos_edge.model.errors import BackendUnavailable, CapacityError, UsageError
 from mythos_edge.runtime import parity
 from mythos_edge.runtime.backend import graph_runner
-from mythos_edge.runtime.caches import free_memory_bytes
+from mythos_edge.runtime.memory import free_memory_bytes
 from mythos_edge.runtime.session import Session, checked_ids
 from mythos_edge.scripts import options, quality_gate
 from mythos_edge.scripts.console import Console

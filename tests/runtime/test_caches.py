@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from mythos_edge.model.config import VARIANTS, config_from_dict
 from mythos_edge.model.errors import CapacityError
-from mythos_edge.runtime import caches
-from mythos_edge.runtime.caches import CachePlan, ColumnBuffer, free_memory_bytes, plan_cache, require_memory
+from mythos_edge.runtime.caches import CachePlan, ColumnBuffer, plan_cache, require_memory
+from mythos_edge.runtime.memory import free_memory_bytes
 
 LIMIT = 400
 Float32 = NDArray[np.float32]
@@ -207,18 +207,16 @@ def test_a_plan_is_what_buffers_take() -> None:
     assert sum(buffer.nbytes for buffer in buffers) == plan.cache_bytes
 
 
-def test_memory_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_is_not_there_is_one_line() -> None:
     plan = CachePlan(2, 600_000, 400_000, 3000, 2)  # 6 GB with every position pending
-    monkeypatch.setattr(caches, "free_memory_bytes", lambda: 4_000_000_000)
     with pytest.raises(CapacityError) as caught:
-        require_memory(plan, already_held=0)
+        require_memory(plan, already_held=0, free=4_000_000_000)
     expected = "the caches of 2 x 3000 tokens need 6.0 GB; 4.0 GB are free: shorten the context or lower max_depth"
     assert str(caught.value) == expected
     with pytest.raises(CapacityError, match=r"5\.0 GB"):
-        require_memory(plan, already_held=1_000_000_000)
-    require_memory(plan, already_held=2_000_000_000)
-    monkeypatch.setattr(caches, "free_memory_bytes", lambda: None)
-    require_memory(plan, already_held=0)
+        require_memory(plan, already_held=1_000_000_000, free=4_000_000_000)
+    require_memory(plan, already_held=2_000_000_000, free=4_000_000_000)
+    require_memory(plan, already_held=0, free=None)
 
 
 def test_free_memory_is_read_where_the_system_tells(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from conftest import ROOT
 from mythos_edge.exporter.ort_target import build_target
 from mythos_edge.model.bundle import Preset, open_bundle, update_manifest
 from mythos_edge.model.errors import CapacityError, UsageError
-from mythos_edge.runtime import caches
+from mythos_edge.runtime import memory
 from mythos_edge.runtime.session import Session
 
 PROMPT = [5, 17, 300, 2, 9]
@@ -331,7 +331,7 @@ def test_generation_ends_at_the_end_of_the_context(session: Session) -> None:
 def test_caches_that_do_not_fit_are_refused_before_anything_is_allocated(
     session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(caches, "free_memory_bytes", lambda: 10_000)
+    monkeypatch.setattr(memory, "free_memory_bytes", lambda: 10_000)
     with pytest.raises(CapacityError, match=r"the caches of 1 x 133 tokens need .* GB"):
         session.generate(PROMPT)
 
@@ -375,7 +375,7 @@ def test_a_refused_resume_changes_nothing(session: Session, monkeypatch: pytest.
     made = session.generate(PROMPT, max_new_tokens=3)
     before = session.ids
     with monkeypatch.context() as patch:
-        patch.setattr(caches, "free_memory_bytes", lambda: 0)
+        patch.setattr(memory, "free_memory_bytes", lambda: 0)
         with pytest.raises(CapacityError):
             session.generate([1, 2], resume=True, max_new_tokens=200)
     with pytest.raises(UsageError, match="stop strings need a tokenizer"):

@@ -97,7 +97,9 @@ def graph(op: str, dtype: str, codes: str, attributes: dict[str, int | float] | 
         op, spec.inputs, [spec.output], "the_node", domain=DOMAIN, plugin_namespace=trt_plugins.NAMESPACE, **given
     )
     after = helper.make_node("Relu", [spec.output], ["after"])
-    output = helper.make_tensor_value_info("after", kinds[dtype], ["rows", *["other"] * (len(inputs[0].type.tensor_type.shape.dim) - 1)])
+    output = helper.make_tensor_value_info(
+        "after", kinds[dtype], ["rows", *["other"] * (len(inputs[0].type.tensor_type.shape.dim) - 1)]
+    )
     body = helper.make_graph([node, after], op, inputs, [output], constants)
     imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
     model: onnx.ModelProto = helper.make_model(body, opset_imports=imports, ir_version=10)

@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from conftest import FIXTURES
+from conftest import FIXTURES, GOLDENS, ROOT
 
 from mythos_edge.exporter import trt_lowering, trt_passes
 from mythos_edge.exporter.trt_lowering import EngineOptions, LoweredForTensorRT, lower_for_tensorrt
@@ -28,6 +28,7 @@ from mythos_edge.runtime.backend import ort_session
 
 Arrays = dict[str, np.ndarray]
 Lower = Callable[..., LoweredForTensorRT]
+CHECKPOINTS = {name: FIXTURES / name for name in GOLDENS} | {"demo": ROOT / "scripts" / "assets" / "carry_adder.pt"}
 IDS = np.arange(3, 16)[None]
 # Largest difference of a logit, over the largest logit. These random networks are sensitive on purpose: they magnify
 # the 2^-24 of float32, and the 2^-11 of fp16, a hundredfold in six loop steps. A row in a wrong place makes it 1.
@@ -54,7 +55,7 @@ def lower(exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactor
         if key not in made:
             folder = tmp_path_factory.mktemp("-".join(key))
             options = EngineOptions(dtype, layout, weights, CONTEXT, ROWS)
-            made[key] = lower_for_tensorrt(open_bundle(exported(FIXTURES / name)), folder, options)
+            made[key] = lower_for_tensorrt(open_bundle(exported(CHECKPOINTS[name])), folder, options)
         return made[key]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -65,7 +66,7 @@ def lower(exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="module")
 def networks() -> Callable[[str], Network]:
     def load(name: str) -> Network:
-        with open_checkpoint(FIXTURES / name) as checkpoint:
+        with open_checkpoint(CHECKPOINTS[name]) as checkpoint:
             return load_network(checkpoint, dtype=torch.float64)
 
     return load
@@ -232,6 +233,22 @@ def test_rounded_weights_in_fp16(lower: Lower, networks: Any, weights: str) -> N
     for name, parameter in network.named_parameters():
         parameter.data = rounded.get(name, parameter.data)
     assert_near(Driver(lowered, network, 3).run([7, 1, 5]), eager(network, head), "fp16")
+
+
+def test_int4_experts_are_padded(lower: Lower, networks: Any) -> None:
+    """The demo's hidden size of 48 becomes 64."""
+    lowered, network = lower("demo", "fp32", "step", "int4"), networks("demo")
+    rounded = dequantised(lowered)
+    assert rounded["step.block.ffn.fc1"].shape == (8, 128, 64)
+    assert rounded["step.block.ffn.fc2"].shape == (8, 64, 64)
+    head = torch.from_numpy(rounded.pop("embed")).double()
+    for name, parameter in network.named_parameters():
+        if name in rounded:
+            whole = torch.from_numpy(rounded[name]).double()
+            kept = tuple(slice(size) for size in parameter.shape)
+            parameter.data = whole[kept]
+            assert whole.abs().sum() == parameter.abs().sum()
+    assert_near(Driver(lowered, network, 3).run([7, 1, 5]), eager(network, head), "fp32")
 
 
 def _is_rounded(name: str) -> bool:
@@ -466,11 +483,11 @@ def test_int4_is_packed_as_onnx_packs_it() -> None:
     assert packed(codes, ir.DataType.INT4) == tensor.tobytes()
 
 
-def test_int4_of_experts_whose_rows_do_not_divide(lower: Lower) -> None:
+def test_int4_of_experts_whose_input_does_not_divide(lower: Lower) -> None:
     model = ir.load(lower("mla-small", "fp32").graphs["step"])
-    value = model.graph.initializers["step.block.ffn.fc2"]
-    value.shape = ir.Shape([8, 96, 36])
-    with pytest.raises(BuildError, match=r"step\.block\.ffn\.fc2: rows of 36 values do not divide .* --weights int8"):
+    for name, shape in (("fc1", [8, 64, 100]), ("fc2", [8, 100, 32])):
+        model.graph.initializers[f"step.block.ffn.{name}"].shape = ir.Shape(shape)
+    with pytest.raises(BuildError, match=r"step\.block\.ffn\.fc1: rows of 100 values do not divide .* --weights int8"):
         trt_passes.round_weights(model, "int4", set())
 
 

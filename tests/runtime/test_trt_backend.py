@@ -126,7 +126,13 @@ def _kernel(name: str, compute_capability: int) -> SimpleNamespace:
     """A compiled kernel in which the fake driver finds one of those above."""
     assert compute_capability == 89
     return SimpleNamespace(
-        name=name, entry=name, cubin=name.encode(), threads=128, shared_bytes=0, sha256=f"sha256 of {name}"
+        name=name,
+        entry=name,
+        cubin=name.encode(),
+        threads=128,
+        shared_bytes=0,
+        hidden_pointers=2,
+        sha256=f"sha256 of {name}",
     )
 
 

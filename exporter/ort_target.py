@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import onnx
@@ -43,7 +44,7 @@ from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import BuildError
 from mythos_edge.model.layout import recipes
 from mythos_edge.model.tensor_files import read_tensor_file
-from mythos_edge.plugins.ort_lowering import Packs, lower_for_ort
+from mythos_edge.plugins.ort_lowering import lower_for_ort
 from mythos_edge.plugins.processor import has_integer_dot_products
 from mythos_edge.plugins.torch_ops import add_functions
 
@@ -79,14 +80,18 @@ def target_name(weights: str) -> str:
 
 
 def write_graphs(
-    stages: Mapping[str, ir.Model], folder: Path, name: str, config: MythosConfig, packs: Packs | None = None
+    stages: Mapping[str, ir.Model],
+    folder: Path,
+    name: str,
+    config: MythosConfig,
+    lower: Callable[[ir.Model], ir.Model] = lower_for_ort,
 ) -> Lowered:
     """Lowers the traced stages and writes them to ``folder`` as ``<stage>.<name>.onnx`` and ``.many.onnx``."""
     graphs, sizes = {}, {}
     for stage in STAGES:
         one = for_one_sequence(stages[stage])
         for key, model in ((stage, one), (f"{stage}.many", for_many_sequences(one, MAX_TOGETHER))):
-            lowered = lower_for_ort(model, packs)
+            lowered = lower(model)
             add_functions(lowered)
             graphs[key] = f"{stage}.{name}{key.removeprefix(stage)}.onnx"
             ir.save(lowered, folder / graphs[key])
@@ -122,19 +127,19 @@ def build_target(
         )
     manifest, name = bundle.manifest, target_name(weights)
     stages = {stage: ir.load(bundle.file(f"{stage}.onnx")) for stage in STAGES}
-    with _files_beside(bundle, name) as folder:
+    with files_beside(bundle, name) as folder:
         plan = None
         if weights != "fp32":
             if block is None:
                 block = _default_block(weights, manifest.config.dim)
             chosen = "calibrated" if importance is not None else method or _DEFAULT_METHODS[weights]
             rounding = Rounding(BITS[weights], block, chosen)
-            plan = plan_rounded(_matrices(manifest.config, rounding, keep), rounding)
+            plan = plan_rounded(matrices_of(manifest.config, rounding, keep), rounding)
             require_free_space(path, plan.total_bytes)
-            _round(bundle, plan, folder / _weights_file(name), importance, progress)
+            round_weights(bundle, plan, folder / weights_file(name), importance, progress)
         progress("graphs", 0.0)
-        packs = None if plan is None else plan.packs(_weights_file(name), folder)
-        lowered = write_graphs(stages, folder, name, manifest.config, packs)
+        packs = None if plan is None else plan.packs(weights_file(name), folder)
+        lowered = write_graphs(stages, folder, name, manifest.config, partial(lower_for_ort, packs=packs))
         target = TargetSpec(
             graphs=lowered.graphs,
             compute_dtype="fp32",
@@ -149,11 +154,16 @@ def build_target(
             note="",
             engine=None,
         )
-        records = {file.name: record_of(file) for file in sorted(folder.iterdir())}
-        # An interrupt from here on leaves a bundle without the target, not one whose files are of two builds.
-        bundle = _without(_unchanged(bundle), name)
-        for file in records:
-            (folder / file).replace(path / file)
+        return install(bundle, folder, name, target)
+
+
+def install(bundle: Bundle, folder: Path, name: str, target: TargetSpec) -> Bundle:
+    """The bundle with the files of ``folder`` moved into it and the target that they make up."""
+    records = {file.name: record_of(file) for file in sorted(folder.iterdir())}
+    # An interrupt from here on leaves a bundle without the target, not one whose files are of two builds.
+    bundle = _without(_unchanged(bundle), name)
+    for file in records:
+        (folder / file).replace(bundle.path / file)
     others = bundle.manifest
     return update_manifest(bundle, targets={**others.targets, name: target}, files={**others.files, **records})
 
@@ -171,7 +181,7 @@ def _without(bundle: Bundle, name: str) -> Bundle:
     manifest = bundle.manifest
     if name not in manifest.targets:
         return bundle
-    own = {*manifest.targets[name].graphs.values(), _weights_file(name)}
+    own = {*manifest.targets[name].graphs.values(), *bundle.own_weights(name)}
     return update_manifest(
         bundle,
         targets={other: spec for other, spec in manifest.targets.items() if other != name},
@@ -182,7 +192,7 @@ def _without(bundle: Bundle, name: str) -> Bundle:
 
 
 @contextmanager
-def _files_beside(bundle: Bundle, name: str) -> Iterator[Path]:
+def files_beside(bundle: Bundle, name: str) -> Iterator[Path]:
     """A folder inside the bundle for files that are not whole yet, removed at the end with what is left in it."""
     folder = bundle.path / f".{name}.partial-{os.getpid()}"
     try:
@@ -214,17 +224,21 @@ def _default_block(weights: str, dim: int) -> int:
     return next((block for block in (wanted, wanted // 2, 32) if dim % block == 0), wanted)
 
 
-def _weights_file(name: str) -> str:
-    return f"weights.{name}.safetensors"
+def weights_file(name: str, part: str = "") -> str:
+    """A file of weights that only the target ``name`` has; ``part`` tells several apart."""
+    return f"weights.{name}.{part + '.' if part else ''}safetensors"
 
 
-def _round(bundle: Bundle, plan: RoundedFile, path: Path, importance: Importance | None, progress: Progress) -> None:
+def round_weights(
+    bundle: Bundle, plan: RoundedFile, path: Path, importance: Importance | None, progress: Progress
+) -> None:
+    """Rounds the matrices of ``plan``, read from the bundle's own weights, into the file ``path``."""
     stored = read_tensor_file(bundle.file(WEIGHTS_FILE))
     with Checkpoint(bundle.path, stored.kind, bundle.manifest.config, stored.entries) as reader:
         write_rounded(plan, reader, path, importance, lambda done: progress("rounding", done))
 
 
-def _matrices(config: MythosConfig, rounding: Rounding, keep: Sequence[str]) -> list[Matrix]:
+def matrices_of(config: MythosConfig, rounding: Rounding, keep: Sequence[str]) -> list[Matrix]:
     """The matrices a target rounds, without those it keeps."""
     matrices = [
         _matrix(recipe.name, recipe.shape, rounding.block)

@@ -4,8 +4,8 @@ All else stays float32: norms, rotation, attention, the residual stream, the rou
 computed and are small, and the caches are float32. Every op here has a kernel of the CUDA provider and one of the CPU
 provider, so that a test can run the graph without a GPU.
 
-    mythos::LatentAttention            as on the CPU: products over the cached rows as they lie
-    mythos::GroupedQueryAttention      stays: ONNX Runtime inlines its body
+    mythos::LatentAttention            products, see ``ort_cuda_attention``
+    mythos::GroupedQueryAttention      likewise
     mythos::SparseMoE                  com.microsoft::MoE
     mythos::SparseMoE in blocks        com.microsoft::QMoE (float16 only)
     a product with a large matrix      Gemm or MatMul in float16 between two Casts
@@ -17,10 +17,10 @@ Not here: whether the installed ONNX Runtime has those kernels (``runtime.ort_cu
 
 from collections.abc import Mapping
 
-import numpy as np
 import onnx_ir as ir
 
 from mythos_edge.plugins import ops
+from mythos_edge.plugins.ort_cuda_attention import grouped_query_attention, latent_attention
 from mythos_edge.plugins.ort_lowering import Lowering, Packs, Rule, bias_matters, lowered_by, stored_name
 from mythos_edge.plugins.ort_writer import MICROSOFT, GraphWriter
 
@@ -60,7 +60,11 @@ class _CudaLowering(Lowering):
         self._casts: dict[str, ir.Value] = {}
 
     def rules(self) -> dict[tuple[str, str], Rule]:
-        return super().rules() | {("", "MatMul"): self._product_by_head}
+        return super().rules() | {
+            (ops.DOMAIN, ops.LATENT_ATTENTION.name): latent_attention,
+            (ops.DOMAIN, ops.GROUPED_QUERY_ATTENTION.name): grouped_query_attention,
+            ("", "MatMul"): self._product_by_head,
+        }
 
     def _narrow(self, writer: GraphWriter, x: ir.Value) -> ir.Value:
         if self._narrowed is None:
@@ -182,8 +186,3 @@ class _CudaLowering(Lowering):
         # 0: the weights are as the quantiser leaves them, and the kernel brings them into its own order when loaded.
         rounded = {"expert_weight_bits": pack.bits, "block_size": pack.block, "weights_prepacked": 0}
         return writer.add("QMoE", [rows, routing, *weights], MICROSOFT, **common, **rounded)
-
-
-def element_types(op_type: str) -> tuple[np.dtype[np.generic], ...]:
-    """The numpy types of the CUDA kernels of an op of ``CUDA_KERNELS``."""
-    return tuple(ir.DataType[name].numpy() for name in CUDA_KERNELS[op_type])

@@ -23,11 +23,12 @@ from mythos_edge.model.bundle import TARGET, Bundle, open_bundle
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import CapacityError, UsageError
 from mythos_edge.runtime import saved_state
-from mythos_edge.runtime.backend import Backend, OrtBackend
+from mythos_edge.runtime.backend import Backend
 from mythos_edge.runtime.caches import CachePlan, plan_cache, require_memory
 from mythos_edge.runtime.decoding import Decoding, Generation, Options, TextSoFar, Token, TokenSequence
 from mythos_edge.runtime.draft_tuner import DraftTuner
 from mythos_edge.runtime.halting import ResolvedDepth, depth_of_preset
+from mythos_edge.runtime.ort_cuda_backend import open_ort_backend
 from mythos_edge.runtime.sampling import Sampler
 from mythos_edge.runtime.speculation import AUTO, check_draft
 from mythos_edge.runtime.staircase import Fed, Staircase
@@ -93,7 +94,7 @@ class Session:
             if target not in (None, found_for):
                 raise UsageError(f"preset {preset!r} was found for target {found_for!r}, not {target!r}: leave one out")
             target = found_for
-        session = cls(bundle, OrtBackend(bundle, target or TARGET, threads))
+        session = cls(bundle, open_ort_backend(bundle, target or TARGET, threads))
         session._defaults = defaults
         session._target = target or TARGET
         return session

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from mythos_edge.model.bundle import CUDA_TARGET, TARGET, Bundle
+from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.errors import BackendUnavailable, BundleError
 from mythos_edge.runtime.backend import OrtBackend, import_onnxruntime, one_line, session_options
 
@@ -36,13 +36,6 @@ class OrtCudaBackend(OrtBackend):
 
     def __init__(self, bundle: Bundle, target: str, threads: int = 0) -> None:
         super().__init__(bundle, target, threads, ort_cuda_session)
-
-
-def open_ort_backend(bundle: Bundle, target: str = TARGET, threads: int = 0) -> OrtBackend:
-    """The ONNX Runtime backend of a target, by its name."""
-    if target.startswith(CUDA_TARGET):
-        return OrtCudaBackend(bundle, target, threads)
-    return OrtBackend(bundle, target, threads)
 
 
 def ort_cuda_session(path: Path, threads: int = 0, prepack: bool = True) -> Any:

@@ -1,6 +1,7 @@
-"""Graphs of one plugin node each, as the lowering writes them for TensorRT, and building them in a process of their own.
+"""Graphs of one plugin node each, as the lowering writes them for TensorRT, and how to build them.
 
-Run as a script it builds every graph named on the command line and prints what became of it as JSON.
+Run as a script, in a process of its own, it builds every graph named on the command line and prints what
+became of it as JSON.
 """
 
 import json

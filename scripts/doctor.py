@@ -41,7 +41,7 @@ _INSTALL = {
     "tensorrt": "pip install 'mythos-edge[tensorrt]'",
 }
 # GPUs that TensorRT for RTX builds for; the kernels of onnxruntime-gpu begin with Turing.
-_RTX_GPUS = (75, 80, 86, 89, 120, 121)
+RTX_GPUS = (75, 80, 86, 89, 120, 121)
 _OLDEST_CUDA_GPU = 75
 _FACTS = (
     "mythos_edge",
@@ -132,7 +132,7 @@ def _gpu(driver: Driver, device: int) -> dict[str, Any]:
 
 def _targets_of(capability: int) -> list[str]:
     """Targets worth building for a GPU, the fastest first."""
-    rtx = [f"rtx-sm{capability}"] if capability in _RTX_GPUS else []
+    rtx = [f"rtx-sm{capability}"] if capability in RTX_GPUS else []
     return [*rtx, *(["trt-this-gpu", "ort-cuda"] if capability >= _OLDEST_CUDA_GPU else [])]
 
 
@@ -140,7 +140,7 @@ def _targets(can: dict[str, dict[str, Any]], capabilities: list[int]) -> dict[st
     """For each kind of target whether it can be built and run here: ``yes``, or what is missing."""
     export = {"export": can["export"]["ok"]}
     gpu = {"a GPU of sm75 or newer": any(capability >= _OLDEST_CUDA_GPU for capability in capabilities)}
-    rtx_gpu = {"a GPU of TensorRT for RTX": any(capability in _RTX_GPUS for capability in capabilities)}
+    rtx_gpu = {"a GPU of TensorRT for RTX": any(capability in RTX_GPUS for capability in capabilities)}
     rtx, trt = ({purpose: can[purpose]["ok"]} for purpose in ("tensorrt-rtx", "tensorrt"))
     needs = {
         "ort-cpu": (export, {"run": can["run"]["ok"]}),

@@ -131,10 +131,15 @@ def measure(gpu: Gpu, case: Case, copy_bytes_per_s: float) -> dict[str, Any]:
     turns = max(1, min(count, _MAX_RUNS))
     with gpu.prepared(case) as prepared:
         others = [gpu.copy_of(as_stored(turned(case, turn), case.dtypes[name])) for turn in range(turns)]
-        pointers = []
+        pointers: list[int] = []
         try:
             pointers = [other.__enter__() for other in others]
-            seconds = _seconds_of_graph(gpu, lambda: [prepared.run(**{name: pointer}) for pointer in pointers]) / turns
+
+            def in_turn() -> None:
+                for pointer in pointers:
+                    prepared.run(**{name: pointer})
+
+            seconds = _seconds_of_graph(gpu, in_turn) / turns
         finally:
             for other, _ in zip(others, pointers, strict=False):
                 other.__exit__(None, None, None)

@@ -27,7 +27,7 @@ def runner(case: Case, device: str) -> Callable[[], Tensor] | None:
 def seconds(run: Callable[[], Tensor]) -> float:
     """Median time of a run on the GPU, as a CUDA graph."""
     stream = torch.cuda.Stream()
-    with torch.no_grad(), torch.cuda.stream(stream):  # type: ignore[no-untyped-call]
+    with torch.no_grad(), torch.cuda.stream(stream):
         for _ in range(3):
             run()
     torch.cuda.synchronize()

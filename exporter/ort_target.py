@@ -5,10 +5,7 @@ rounded matrices, and with the bundle all weights that stay in float32.
 """
 
 import fnmatch
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +22,7 @@ from mythos_edge.exporter.rounding import (
     plan_rounded,
     write_rounded,
 )
+from mythos_edge.exporter.target_files import add_target, files_beside, weights_file
 from mythos_edge.exporter.weights import WEIGHTS_FILE
 from mythos_edge.model.bundle import (
     MAX_TOGETHER,
@@ -33,10 +31,7 @@ from mythos_edge.model.bundle import (
     Bundle,
     TargetSpec,
     open_bundle,
-    record_of,
-    remove_partials,
     require_free_space,
-    update_manifest,
 )
 from mythos_edge.model.checkpoint import Checkpoint
 from mythos_edge.model.config import MythosConfig
@@ -122,7 +117,7 @@ def build_target(
         )
     manifest, name = bundle.manifest, target_name(weights)
     stages = {stage: ir.load(bundle.file(f"{stage}.onnx")) for stage in STAGES}
-    with _files_beside(bundle, name) as folder:
+    with files_beside(bundle, name) as folder:
         plan = None
         if weights != "fp32":
             if block is None:
@@ -131,9 +126,9 @@ def build_target(
             rounding = Rounding(BITS[weights], block, chosen)
             plan = plan_rounded(_matrices(manifest.config, rounding, keep), rounding)
             require_free_space(path, plan.total_bytes)
-            _round(bundle, plan, folder / _weights_file(name), importance, progress)
+            _round(bundle, plan, folder / weights_file(name), importance, progress)
         progress("graphs", 0.0)
-        packs = None if plan is None else plan.packs(_weights_file(name), folder)
+        packs = None if plan is None else plan.packs(weights_file(name), folder)
         lowered = write_graphs(stages, folder, name, manifest.config, packs)
         target = TargetSpec(
             graphs=lowered.graphs,
@@ -149,50 +144,7 @@ def build_target(
             note="",
             engine=None,
         )
-        records = {file.name: record_of(file) for file in sorted(folder.iterdir())}
-        # An interrupt from here on leaves a bundle without the target, not one whose files are of two builds.
-        bundle = _without(_unchanged(bundle), name)
-        for file in records:
-            (folder / file).replace(path / file)
-    others = bundle.manifest
-    return update_manifest(bundle, targets={**others.targets, name: target}, files={**others.files, **records})
-
-
-def _unchanged(bundle: Bundle) -> Bundle:
-    """The bundle as it is now: rounding takes minutes, in which presets may have been added."""
-    now = open_bundle(bundle.path)
-    if now.manifest.identity != bundle.manifest.identity:
-        raise BuildError(f"{bundle.path}: was exported anew during the build: build again")
-    return now
-
-
-def _without(bundle: Bundle, name: str) -> Bundle:
-    """The bundle without a target, its presets, and the files that only it uses, which stay on disk."""
-    manifest = bundle.manifest
-    if name not in manifest.targets:
-        return bundle
-    own = {*manifest.targets[name].graphs.values(), _weights_file(name)}
-    return update_manifest(
-        bundle,
-        targets={other: spec for other, spec in manifest.targets.items() if other != name},
-        files={file: record for file, record in manifest.files.items() if file not in own},
-        # They were measured with the weights that go.
-        presets={preset: found for preset, found in manifest.presets.items() if found.target != name},
-    )
-
-
-@contextmanager
-def _files_beside(bundle: Bundle, name: str) -> Iterator[Path]:
-    """A folder inside the bundle for files that are not whole yet, removed at the end with what is left in it."""
-    folder = bundle.path / f".{name}.partial-{os.getpid()}"
-    try:
-        remove_partials(bundle.path, name)
-        folder.mkdir()
-        yield folder
-    except OSError as error:
-        raise BuildError(f"{bundle.path}: can not be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        return add_target(bundle, name, target, folder)
 
 
 def _check(model: ir.Model) -> None:
@@ -212,10 +164,6 @@ def _default_block(weights: str, dim: int) -> int:
     wanted = 128 if weights == "int8" else 64
     # Experts take only whole blocks.
     return next((block for block in (wanted, wanted // 2, 32) if dim % block == 0), wanted)
-
-
-def _weights_file(name: str) -> str:
-    return f"weights.{name}.safetensors"
 
 
 def _round(bundle: Bundle, plan: RoundedFile, path: Path, importance: Importance | None, progress: Progress) -> None:

@@ -6,9 +6,9 @@ import shutil
 from importlib import metadata, util
 from pathlib import Path
 
+from mythos_edge.model.machine import free_memory_bytes
 from mythos_edge.plugins.processor import has_integer_dot_products
 from mythos_edge.runtime.backend import cores
-from mythos_edge.runtime.memory import free_memory_bytes
 from mythos_edge.scripts.console import Console
 
 HELP = "show what this machine can export and run"

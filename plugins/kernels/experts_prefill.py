@@ -1,0 +1,188 @@
+"""Routed experts for many rows: the (row, choice) pairs sorted by expert, then tiles of rows of one expert.
+
+A pair is ``row * K + choice``. Sorted by expert, the pairs fill ``order (N*K)``; ``starts (E + 1)`` says where an
+expert's begin. The tiles of expert e are numbers ``starts[e] // ROWS + e`` and on, which always leaves room for the
+expert before it, so each program of ``group_pairs`` knows its tiles from its own count; unused tiles carry -1.
+"""
+
+import triton
+import triton.language as tl
+
+from mythos_edge.plugins.kernels.codes import number_pairs, numbers, silu, unit
+
+
+@triton.jit
+def group_pairs(  # type: ignore[no-untyped-def]
+    chosen, order, starts, tile_expert, pairs, experts, tiles, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """``order``, ``starts`` and ``tile_expert (tiles)`` from ``chosen (N*K)``; one program per expert."""
+    expert = tl.program_id(0)
+    below, own = 0, 0
+    for start in range(0, pairs, BLOCK):
+        pair = start + tl.arange(0, BLOCK)
+        owner = tl.load(chosen + pair, mask=pair < pairs, other=experts)
+        below += tl.sum((owner < expert).to(tl.int32), axis=0)
+        own += tl.sum((owner == expert).to(tl.int32), axis=0)
+    tl.store(starts + expert, below)
+    place = below
+    for start in range(0, pairs, BLOCK):
+        pair = start + tl.arange(0, BLOCK)
+        mine = (tl.load(chosen + pair, mask=pair < pairs, other=experts) == expert).to(tl.int32)
+        tl.store(order + place + tl.cumsum(mine, axis=0) - 1, pair, mask=mine > 0)
+        place += tl.sum(mine, axis=0)
+    first = below // ROWS + expert
+    after = place // ROWS + expert + 1
+    if expert == experts - 1:
+        tl.store(starts + experts, place)
+        after = tiles
+    for start in range(first, after, BLOCK):
+        tile = start + tl.arange(0, BLOCK)
+        used = (tile - first) * ROWS < own
+        tl.store(tile_expert + tile, tl.where(used, expert, -1), mask=tile < after)
+
+
+@triton.jit
+def tile_pairs(order, starts, expert, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of the tile of this program: places in ``order``, pairs, and which of them are the expert's own."""
+    begin = tl.load(starts + expert)
+    tile = tl.program_id(0) - (begin // ROWS + expert)
+    place = begin + tile * ROWS + tl.arange(0, ROWS)
+    mine = place < tl.load(starts + expert + 1)
+    return place.to(tl.int64), tl.load(order + place, mask=mine, other=0).to(tl.int64), mine
+
+
+@triton.jit
+def scaled_tile(codes, scale, index, inside, length, blocks, start, dtype: tl.constexpr, WEIGHTS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: E501
+    """Weights (DEPTH, COLUMNS) of ``dtype`` from ``start`` on, rows ``index`` of the codes transposed."""
+    column = start + tl.arange(0, DEPTH)
+    if WEIGHTS == "int4":
+        byte = start // 2 + tl.arange(0, DEPTH // 2)
+        mask = inside[:, None] & (byte < length // 2)[None, :]
+        even, odd = number_pairs(tl.load(codes + index[:, None] * (length // 2) + byte[None, :], mask=mask, other=0))
+        number = tl.reshape(tl.join(even, odd), (COLUMNS, DEPTH))
+    else:
+        mask = inside[:, None] & (column < length)[None, :]
+        number = numbers(tl.load(codes + index[:, None] * length + column[None, :], mask=mask, other=0), WEIGHTS)
+    group = start + 32 * tl.arange(0, DEPTH // 32)
+    mask = inside[:, None] & (group < length)[None, :]
+    block = group // (length // blocks)
+    each = tl.load(scale + index[:, None] * blocks + block[None, :], mask=mask, other=0.0).to(tl.float32)
+    each = tl.reshape(tl.broadcast_to((each * unit(WEIGHTS))[:, :, None], (COLUMNS, DEPTH // 32, 32)), (COLUMNS, DEPTH))
+    return tl.trans((number * each).to(dtype))
+
+
+@triton.jit
+def prefill_gate_up(  # type: ignore[no-untyped-def]
+    x, order, starts, tile_expert, fc1, hidden, top_k, dim, units,
+    ROWS: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """``hidden (N*K, F)`` in the order of ``order``: SwiGLU of UNITS hidden units for a tile of pairs."""
+    expert = tl.load(tile_expert + tl.program_id(0))
+    if expert < 0:
+        return
+    place, pair, mine = tile_pairs(order, starts, expert, ROWS)
+    first = tl.program_id(1) * UNITS
+    both = 2 * first + tl.arange(0, 2 * UNITS)
+    index = expert.to(tl.int64) * 2 * units + both
+    sums = tl.zeros((ROWS, 2 * UNITS), tl.float32)
+    for start in range(0, dim, DEPTH):
+        column = start + tl.arange(0, DEPTH)
+        deep = column < dim
+        value = tl.load(x + pair[:, None] // top_k * dim + column[None, :], mask=mine[:, None] & deep[None, :], other=0.0)
+        inside = (both < 2 * units)[None, :] & deep[:, None]
+        weight = tl.load(fc1 + index[None, :] * dim + column[:, None], mask=inside, other=0.0)
+        sums = tl.dot(value, weight, sums, input_precision="ieee")
+    gate, up = tl.split(tl.reshape(sums, (ROWS, UNITS, 2)))
+    own = first + tl.arange(0, UNITS)
+    inside = mine[:, None] & (own < units)[None, :]
+    made = (silu(gate) * up).to(hidden.dtype.element_ty)
+    tl.store(hidden + place[:, None] * units + own[None, :], made, mask=inside)
+
+
+@triton.jit
+def prefill_gate_up_codes(  # type: ignore[no-untyped-def]
+    x, order, starts, tile_expert, fc1_codes, fc1_scale, hidden, top_k, dim, units, blocks,
+    WEIGHTS: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """As ``prefill_gate_up``; the weights are rounded to the type of ``x``."""
+    expert = tl.load(tile_expert + tl.program_id(0))
+    if expert < 0:
+        return
+    place, pair, mine = tile_pairs(order, starts, expert, ROWS)
+    first = tl.program_id(1) * UNITS
+    both = 2 * first + tl.arange(0, 2 * UNITS)
+    index = expert.to(tl.int64) * 2 * units + both
+    sums = tl.zeros((ROWS, 2 * UNITS), tl.float32)
+    for start in range(0, dim, DEPTH):
+        column = start + tl.arange(0, DEPTH)
+        inside = mine[:, None] & (column < dim)[None, :]
+        value = tl.load(x + pair[:, None] // top_k * dim + column[None, :], mask=inside, other=0.0)
+        weight = scaled_tile(
+            fc1_codes, fc1_scale, index, both < 2 * units, dim, blocks, start, value.dtype, WEIGHTS, 2 * UNITS, DEPTH
+        )
+        sums = tl.dot(value, weight, sums, input_precision="ieee")
+    gate, up = tl.split(tl.reshape(sums, (ROWS, UNITS, 2)))
+    own = first + tl.arange(0, UNITS)
+    inside = mine[:, None] & (own < units)[None, :]
+    made = (silu(gate) * up).to(hidden.dtype.element_ty)
+    tl.store(hidden + place[:, None] * units + own[None, :], made, mask=inside)
+
+
+@triton.jit
+def prefill_down(  # type: ignore[no-untyped-def]
+    hidden, order, starts, tile_expert, fc2, made, dim, units,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """``made (N*K, D)`` float32, pairs in their own order: CHANNELS channels for a tile of pairs."""
+    expert = tl.load(tile_expert + tl.program_id(0))
+    if expert < 0:
+        return
+    place, pair, mine = tile_pairs(order, starts, expert, ROWS)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    index = expert.to(tl.int64) * dim + channel
+    sums = tl.zeros((ROWS, CHANNELS), tl.float32)
+    for start in range(0, units, DEPTH):
+        column = start + tl.arange(0, DEPTH)
+        deep = column < units
+        value = tl.load(hidden + place[:, None] * units + column[None, :], mask=mine[:, None] & deep[None, :], other=0.0)
+        inside = (channel < dim)[None, :] & deep[:, None]
+        weight = tl.load(fc2 + index[None, :] * units + column[:, None], mask=inside, other=0.0)
+        sums = tl.dot(value, weight, sums, input_precision="ieee")
+    tl.store(made + pair[:, None] * dim + channel[None, :], sums, mask=mine[:, None] & (channel < dim)[None, :])
+
+
+@triton.jit
+def prefill_down_codes(  # type: ignore[no-untyped-def]
+    hidden, order, starts, tile_expert, fc2_codes, fc2_scale, made, dim, units, blocks,
+    WEIGHTS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """As ``prefill_down``; the weights are rounded to the type of ``hidden``."""
+    expert = tl.load(tile_expert + tl.program_id(0))
+    if expert < 0:
+        return
+    place, pair, mine = tile_pairs(order, starts, expert, ROWS)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    index = expert.to(tl.int64) * dim + channel
+    sums = tl.zeros((ROWS, CHANNELS), tl.float32)
+    for start in range(0, units, DEPTH):
+        column = start + tl.arange(0, DEPTH)
+        inside = mine[:, None] & (column < units)[None, :]
+        value = tl.load(hidden + place[:, None] * units + column[None, :], mask=inside, other=0.0)
+        weight = scaled_tile(
+            fc2_codes, fc2_scale, index, channel < dim, units, blocks, start, value.dtype, WEIGHTS, CHANNELS, DEPTH
+        )
+        sums = tl.dot(value, weight, sums, input_precision="ieee")
+    tl.store(made + pair[:, None] * dim + channel[None, :], sums, mask=mine[:, None] & (channel < dim)[None, :])
+
+
+@triton.jit
+def combine_choices(made, weights, y, top_k, dim, CHANNELS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """``y (N, D)``: the weighted sum of ``made (N*K, D)`` over the choices of a row."""
+    row = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    inside = channel < dim
+    sums = tl.zeros((CHANNELS,), tl.float32)
+    for choice in range(0, top_k):
+        pair = row * top_k + choice
+        sums += tl.load(weights + pair) * tl.load(made + pair * dim + channel, mask=inside, other=0.0)
+    tl.store(y + row * dim + channel, sums.to(y.dtype.element_ty), mask=inside)

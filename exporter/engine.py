@@ -90,9 +90,7 @@ class _Build:
         self._job, self._trt, self._report = job, trt, report
         self._logger = _logger(trt)
         self._builder = trt.Builder(self._logger)
-        # By the flag's own number: it is 1 in TensorRT 10 and 0 in later ones.
-        flag = int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-        self._network = self._builder.create_network(1 << flag)
+        self._network = self._builder.create_network(trt_bindings.strongly_typed(trt))
 
     def run(self) -> None:
         job = self._job
@@ -144,10 +142,10 @@ class _Build:
     def _config(self, inputs: Mapping[str, _Port]) -> Any:
         job, trt = self._job, self._trt
         config = self._builder.create_builder_config()
-        if job.flavour == "rtx":
+        if trt_bindings.names_gpus(trt):
             config.num_compute_capabilities = len(job.compute_capabilities)
             for index, number in enumerate(job.compute_capabilities):
-                config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{number}"), index)
+                config.set_compute_capability(trt_bindings.compute_capability_member(trt, number), index)
         if job.workspace_bytes is not None:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.workspace_bytes)
         # The engine's layers can be read back by name, on a machine that can load it.

@@ -22,7 +22,7 @@ from mythos_edge.exporter.rounding import (
     plan_rounded,
     write_rounded,
 )
-from mythos_edge.exporter.target_files import add_target, files_beside, weights_file
+from mythos_edge.exporter.target_files import files_beside, install, weights_file
 from mythos_edge.exporter.weights import WEIGHTS_FILE
 from mythos_edge.model.bundle import (
     MAX_TOGETHER,
@@ -144,7 +144,7 @@ def build_target(
             note="",
             engine=None,
         )
-        return add_target(bundle, name, target, folder)
+        return install(bundle, folder, name, target)
 
 
 def _check(model: ir.Model) -> None:

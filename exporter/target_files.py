@@ -37,7 +37,7 @@ def files_beside(bundle: Bundle, name: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def add_target(bundle: Bundle, name: str, target: TargetSpec, folder: Path) -> Bundle:
+def install(bundle: Bundle, folder: Path, name: str, target: TargetSpec) -> Bundle:
     """The bundle with all files of ``folder`` moved into it and ``target`` recorded in place of one of that name.
 
     Raises BuildError when the bundle was exported anew meanwhile.

@@ -1,0 +1,179 @@
+"""Either TensorRT behind one door: TensorRT for RTX (``rtx``) and full TensorRT (``trt``), loaded when asked for.
+
+What a release can do is found by looking, never by comparing versions. The bindings are passed around as ``trt``, a
+module. Building and running engines is not done here.
+"""
+
+import hashlib
+import importlib
+import os
+import re
+import sys
+from collections import deque
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from mythos_edge.model.errors import BackendUnavailable, BuildError
+
+FLAVOURS = {
+    "rtx": ("tensorrt_rtx", "pip install 'mythos-edge[tensorrt-rtx]'"),
+    "trt": ("tensorrt", "pip install 'mythos-edge[tensorrt]'"),
+}
+_KEPT_MESSAGES = 1000
+# What the ONNX parser of the RTX wheel opens by this very name; the wheel has it with the suffix .1 only.
+_PARSER_WANTS = "libtensorrt_rtx.so"
+
+
+def load(flavour: str) -> ModuleType:
+    """The bindings of ``rtx`` or ``trt``. Raises BackendUnavailable with the install line."""
+    assert flavour in FLAVOURS, flavour
+    name, install = FLAVOURS[flavour]
+    try:
+        return importlib.import_module(name)
+    except (ImportError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise BackendUnavailable(f"{name} can not be imported ({reason})", install) from error
+
+
+def version(trt: ModuleType) -> str:
+    """Of the bindings, for example ``1.7.1.116``."""
+    return str(trt.__version__)
+
+
+def names_gpus(trt: ModuleType) -> bool:
+    """Whether an engine is built for GPUs it is told, on a machine without one; if not, for the GPU at hand."""
+    return hasattr(trt, "ComputeCapability") and hasattr(trt.IBuilderConfig, "set_compute_capability")
+
+
+def known_compute_capabilities(trt: ModuleType) -> tuple[int, ...]:
+    """What engines can be built for, 89 for SM 8.9; empty where that is the GPU at hand (see ``names_gpus``)."""
+    if not names_gpus(trt):
+        return ()
+    numbers = (re.fullmatch(r"SM(\d+)", name) for name in trt.ComputeCapability.__members__)
+    return tuple(sorted(int(number[1]) for number in numbers if number))
+
+
+def compute_capability_member(trt: ModuleType, compute_capability: int) -> Any:
+    """The enum member for ``IBuilderConfig.set_compute_capability``. Raises BuildError for one that is not known."""
+    known = known_compute_capabilities(trt)
+    if compute_capability not in known:
+        names = ", ".join(map(str, known)) or "none: it builds for the GPU of this machine"
+        raise BuildError(f"{trt.__name__} {version(trt)} can not build for SM {compute_capability}, expected {names}")
+    return trt.ComputeCapability.__members__[f"SM{compute_capability}"]
+
+
+def hardware_compatibility_levels(trt: ModuleType) -> tuple[str, ...]:
+    """Names of what an engine may be made to run on beside the GPU that built it, without ``NONE``."""
+    levels = getattr(trt, "HardwareCompatibilityLevel", None)
+    return () if levels is None else tuple(name for name in levels.__members__ if name != "NONE")
+
+
+def strongly_typed(trt: ModuleType) -> int:
+    """The flags of a network that computes in the types its graph says; the bit has moved between releases."""
+    return 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+
+
+class Messages:
+    """What TensorRT said last, oldest first."""
+
+    def __init__(self) -> None:
+        self._lines: deque[tuple[str, str]] = deque(maxlen=_KEPT_MESSAGES)
+
+    def add(self, severity: str, text: str) -> None:
+        """``severity`` as TensorRT names it; ``text`` is kept as one line."""
+        self._lines.append((severity, " ".join(text.split())))
+
+    def errors(self) -> tuple[str, ...]:
+        """The errors among them."""
+        return tuple(text for severity, text in self._lines if severity in ("ERROR", "INTERNAL_ERROR"))
+
+    def text(self) -> str:
+        """All of them, one a line: what errors attach."""
+        return "\n".join(f"{severity}: {text}" for severity, text in self._lines)
+
+    def clear(self) -> None:
+        """Forgets them."""
+        self._lines.clear()
+
+
+# TensorRT keeps the first logger of a process for good, so there is one for each bindings.
+_LOGGERS: dict[str, tuple[Any, Messages]] = {}
+
+
+def logger(trt: ModuleType) -> Any:
+    """The ``ILogger`` to give to builder, parser and runtime; it prints nothing, ``messages`` has what it heard."""
+    return _logger_and_messages(trt)[0]
+
+
+def messages(trt: ModuleType) -> Messages:
+    """What ``logger`` heard: warnings and errors."""
+    return _logger_and_messages(trt)[1]
+
+
+def _logger_and_messages(trt: ModuleType) -> tuple[Any, Messages]:
+    if trt.__name__ not in _LOGGERS:
+        kept = Messages()
+
+        class KeepingLogger(trt.ILogger):  # type: ignore[name-defined, misc]
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(self, severity: Any, message: str) -> None:
+                # Progress and tactics come by the thousand.
+                if severity in (
+                    trt.ILogger.Severity.WARNING,
+                    trt.ILogger.Severity.ERROR,
+                    trt.ILogger.Severity.INTERNAL_ERROR,
+                ):
+                    kept.add(severity.name, message)
+
+        _LOGGERS[trt.__name__] = (KeepingLogger(), kept)
+    return _LOGGERS[trt.__name__]
+
+
+def library_path_for_plugins(trt: ModuleType) -> dict[str, str]:
+    """What the environment of a process must have before it starts, for its ONNX parser to meet plugins.
+
+    The parser of TensorRT for RTX opens ``libtensorrt_rtx.so``, which its wheel lacks, and aborts the process at the
+    first plugin. So a folder in the user's cache gets a link of that name to the library these bindings use: another
+    copy of it would crash as well. The dynamic loader reads the path at the start alone. Empty where nothing is
+    needed. Raises BuildError when the cache can not be written.
+    """
+    library = _rtx_library(trt)
+    if library is None or sys.platform == "win32" or (library.parent / _PARSER_WANTS).exists():
+        return {}
+    # Not the temporary folder: who owns this folder decides what the process loads.
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "mythos-edge" / hashlib.sha256(str(library).encode()).hexdigest()[:16]
+    _link(folder / _PARSER_WANTS, library)
+    before = os.environ.get("LD_LIBRARY_PATH")
+    return {"LD_LIBRARY_PATH": f"{folder}{os.pathsep}{before}" if before else str(folder)}
+
+
+def _rtx_library(trt: ModuleType) -> Path | None:
+    """The library of the RTX wheel, where the bindings come from that wheel."""
+    if trt.__name__ != FLAVOURS["rtx"][0]:
+        return None
+    try:
+        libraries = importlib.import_module("tensorrt_rtx_libs")
+    except ImportError:
+        return None
+    found = [path for folder in libraries.__path__ for path in sorted(Path(folder).glob(f"{_PARSER_WANTS}.*"))]
+    return found[0].resolve() if found else None
+
+
+def _link(link: Path, target: Path) -> None:
+    """Makes ``link`` point to ``target``; builds at the same time do not meet a missing one."""
+    try:
+        if link.is_symlink() and link.readlink() == target:
+            return
+        link.parent.mkdir(parents=True, exist_ok=True)
+        beside = link.with_name(f"{link.name}.{os.getpid()}")
+        beside.unlink(missing_ok=True)
+        beside.symlink_to(target)
+        beside.replace(link)
+    except OSError as error:
+        raise BuildError(
+            f"{link.parent}: can not be written: {error.strerror or error}: set XDG_CACHE_HOME to a folder that can"
+        ) from error

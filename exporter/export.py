@@ -4,7 +4,6 @@ The bundle appears whole or not at all. Memory does not grow with the model: no 
 """
 
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -16,7 +15,7 @@ import onnx_ir as ir
 
 from mythos_edge.exporter import loop_graph, ort_target
 from mythos_edge.exporter.sample import golden_sample
-from mythos_edge.exporter.tracing import TraceJob, start_tracing
+from mythos_edge.exporter.tracing import tracing
 from mythos_edge.exporter.weights import (
     STORAGE_TYPES,
     WEIGHTS_FILE,
@@ -45,8 +44,6 @@ from mythos_edge.model.errors import ConfigError, ExportError
 from mythos_edge.plugins.torch_ops import add_functions
 
 TOKENIZER_FILE = "tokenizer.json"
-# Two processes trace, so that tracing takes about as long as streaming a small model's weights.
-_TRACE_GROUPS = (("step",), ("prelude", "coda"))
 _GRAPHS_BYTES = 16 << 20
 _LIBRARIES = ("mythos-edge", "torch", "onnx", "onnx-ir", "onnxscript")
 
@@ -83,7 +80,7 @@ def export_bundle(
     require_free_space(output.parent, plan.total_bytes + _GRAPHS_BYTES)
     with BundleWriter(output, force=force) as writer, _disk_errors(output):
         folder = writer.folder
-        with _tracing(config, context, dtype, folder) as finish_tracing:
+        with tracing(config, context, dtype, folder) as finish_tracing:
             hashes = write_weights(
                 plan,
                 checkpoint,
@@ -129,31 +126,6 @@ def _disk_errors(output: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ExportError(f"{output}: can not be written: {error.strerror or error}") from error
-
-
-@contextmanager
-def _tracing(config: MythosConfig, context: int, dtype: str, folder: Path) -> Iterator[Callable[[], None]]:
-    """Tracing under way in processes of their own; calling what is yielded waits for them."""
-    logs = [folder / f"trace-{index}.log" for index in range(len(_TRACE_GROUPS))]
-    processes: list[subprocess.Popen[bytes]] = []
-    try:
-        for stages, log in zip(_TRACE_GROUPS, logs, strict=True):
-            with log.open("wb") as file:
-                processes.append(start_tracing(TraceJob(config.to_dict(), context, dtype, stages, str(folder)), file))
-
-        def finish() -> None:
-            for process, log in zip(processes, logs, strict=True):
-                if process.wait() != 0:
-                    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"]
-                    raise ExportError(f"tracing the model failed with status {process.returncode}: {lines[-1]}")
-
-        yield finish
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-        for log in logs:
-            log.unlink(missing_ok=True)
 
 
 def _write_graphs(config: MythosConfig, folder: Path, progress: Progress) -> dict[str, GraphSpec]:

@@ -6,6 +6,7 @@ one trip too many changes nothing; a loop that may exit early has no scan output
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from mythos_edge.model.config import MythosConfig
@@ -19,15 +20,15 @@ _CARRIED = LoopState._fields
 def loop_model(stages: Stages, config: MythosConfig) -> ir.Model:
     """``input_ids (B, S), max_depth (), threshold () -> logits (B, S, V), depth (B, S)``; no cache.
 
-    The loop ends after ``max_depth`` steps, or as soon as every position has halted.
+    The loop ends after ``max_depth`` steps, or as soon as every position has halted. It computes in the dtype of the
+    stages, for a batch of one if they do.
     """
     outer = _Outer("model", stages)
-    input_ids = outer.input("input_ids", ir.DataType.INT64, ["batch", "chunk"])
+    input_ids = outer.input("input_ids", ir.DataType.INT64, [outer.batch, "chunk"])
     max_depth = outer.input("max_depth", ir.DataType.INT64, [])
     threshold = outer.input("threshold", ir.DataType.FLOAT, [])
     window = _window(outer, input_ids, length=outer.integer(0))
-    shape = outer.op("Concat", [outer.sizes(input_ids, 0), outer.integers([0, config.cache_width])], axis=0)
-    nothing = outer.op("ConstantOfShape", [shape])
+    nothing = _no_past(outer, input_ids, config)
 
     prelude = outer.inline("prelude", {"input_ids": input_ids, **window, **_slots([nothing] * config.prelude_layers)})
     body = _Body(outer, stages["step"])
@@ -38,8 +39,8 @@ def loop_model(stages: Stages, config: MythosConfig) -> ir.Model:
     final = body.loop(max_depth, goes_on, _initial_state(outer, prelude["e"]), scanned=[])
 
     coda = _coda(outer, final[1], input_ids, window, _slots([nothing] * config.coda_layers))
-    outer.output("logits", coda["logits"], ir.DataType.FLOAT, ["batch", "chunk", config.vocab_size])
-    outer.output("depth", final[3], ir.DataType.INT64, ["batch", "chunk"])
+    outer.output("logits", coda["logits"], ir.DataType.FLOAT, [outer.batch, "chunk", config.vocab_size])
+    outer.output("depth", final[3], ir.DataType.INT64, [outer.batch, "chunk"])
     return outer.model()
 
 
@@ -82,6 +83,14 @@ def loop_model_with_past(stages: Stages, config: MythosConfig) -> ir.Model:
     return outer.model()
 
 
+def _no_past(outer: "_Outer", input_ids: ir.Value, config: MythosConfig) -> ir.Value:
+    """A cache of no columns; for a batch of one, of one column that nothing looks at: engines want no empty tensor."""
+    if isinstance(outer.batch, int):
+        return outer.zeros([outer.batch, 1, config.cache_width])
+    shape = outer.op("Concat", [outer.sizes(input_ids, 0), outer.integers([0, config.cache_width])], axis=0)
+    return outer.op("ConstantOfShape", [shape], value=outer.zero())
+
+
 def _window(outer: "_Outer", input_ids: ir.Value, length: ir.Value) -> dict[str, ir.Value]:
     # No padding columns here: every sequence starts at column 0.
     zero = ir.tensor([0], dtype=ir.DataType.INT64)
@@ -97,7 +106,7 @@ def _initial_state(outer: "_Outer", e: ir.Value) -> list[ir.Value]:
     no_depth = ir.tensor([0], dtype=ir.DataType.INT64)
     return [
         e,
-        outer.op("ConstantOfShape", [outer.op("Shape", [e])]),
+        outer.op("ConstantOfShape", [outer.op("Shape", [e])], value=outer.zero()),
         outer.op("ConstantOfShape", [rows]),
         outer.op("ConstantOfShape", [rows], value=no_depth),
     ]
@@ -163,6 +172,11 @@ class _Outer(_Scope):
         super().__init__(name)
         self._stages = stages
         self._constants: dict[str, ir.Value] = {}
+        e = stages["prelude"].graph.outputs[0]
+        assert e.shape is not None
+        assert e.dtype is not None
+        self.dtype = e.dtype
+        self.batch: int | str = e.shape[0] if isinstance(e.shape[0], int) else "batch"
         self.true = self._constant("true", ir.tensor(True, dtype=ir.DataType.BOOL))
 
     def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
@@ -180,6 +194,13 @@ class _Outer(_Scope):
     def integers(self, numbers: list[int]) -> ir.Value:
         name = "ints_" + "_".join(str(number) for number in numbers)
         return self._constant(name, ir.tensor(numbers, dtype=ir.DataType.INT64))
+
+    def zero(self) -> ir.TensorProtocol:
+        """What ``ConstantOfShape`` repeats, in the dtype the graph computes in."""
+        return ir.tensor(np.zeros(1, self.dtype.numpy()))
+
+    def zeros(self, shape: list[int]) -> ir.Value:
+        return self._constant("zeros", ir.tensor(np.zeros(shape, self.dtype.numpy())))
 
     def sizes(self, value: ir.Value, start: int, end: int | None = None) -> ir.Value:
         """Sizes of the axes ``start .. end`` (one axis without ``end``) as a vector."""
@@ -216,9 +237,10 @@ class _Body(_Scope):
     def step(self, captured: Mapping[str, ir.Value]) -> dict[str, ir.Value]:
         """One loop step on the carried state; the body's inputs are made here."""
         sources = {str(value.name): value for value in self._step.inputs}
+        outer_batch = self._outer.batch
         for name in _CARRIED:
             # A loop without early exit carries whole chunks: active rows are all rows.
-            shape = ["batch", "chunk", *list(sources[name].shape or ())[2:]]
+            shape = [outer_batch, "chunk", *list(sources[name].shape or ())[2:]]
             self._carried.append(ir.Value(name=name, type=sources[name].type, shape=ir.Shape(shape)))
         condition = ir.Value(name="cond_in", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([]))
         self.graph.inputs.extend([self.step_index, condition, *self._carried])

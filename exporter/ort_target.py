@@ -23,7 +23,7 @@ from mythos_edge.exporter.rounding import (
     write_rounded,
 )
 from mythos_edge.exporter.target_files import files_beside, install, weights_file
-from mythos_edge.exporter.weights import WEIGHTS_FILE
+from mythos_edge.exporter.weights import WEIGHTS_FILE, bytes_read
 from mythos_edge.model.bundle import (
     MAX_TOGETHER,
     STAGES,
@@ -55,7 +55,6 @@ PARTS = {
 }
 # Multiplied head by head, which no kernel for rounded weights does; about a hundredth of a step's weights.
 _NEVER_ROUNDED = ("*.key_up", "*.value_up")
-_LOOKUPS = ("Gather", "GatherBlockQuantized", "RotaryEmbedding", "Reshape")
 Progress = Callable[[str, float], None]
 
 
@@ -86,7 +85,7 @@ def write_graphs(
             graphs[key] = f"{stage}.{name}{key.removeprefix(stage)}.onnx"
             ir.save(lowered, folder / graphs[key])
             _check(lowered)
-            sizes[key] = _bytes_read(lowered.graph, config)
+            sizes[key] = bytes_read(lowered.graph, config)
     return Lowered(graphs, sizes["prelude"] + sizes["coda"], sizes["step"])
 
 
@@ -211,17 +210,3 @@ def _matrix(name: str, shape: tuple[int, ...], block: int) -> Matrix:
     elif name.endswith(".fc2"):
         columns += -columns % block
     return Matrix(name, shape, rows, columns)
-
-
-def _bytes_read(graph: ir.Graph, config: MythosConfig) -> int:
-    """Bytes of weights that one row reads: all, but of the experts the chosen, and of tables next to nothing."""
-    share = config.n_experts_per_tok / config.n_experts
-    total = 0.0
-    for value in graph.initializers.values():
-        tensor = value.const_value
-        looked_up = all(node.op_type in _LOOKUPS for node, _ in value.uses())
-        if not isinstance(tensor, ir.ExternalTensor) or looked_up:
-            continue
-        routed = ".fc1" in str(value.name) or ".fc2" in str(value.name)
-        total += tensor.nbytes * (share if routed else 1.0)
-    return round(total)

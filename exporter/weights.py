@@ -25,6 +25,8 @@ WEIGHTS_FILE = "weights.safetensors"
 # Vector loads of the CPU kernels want no more; the safetensors format allows no holes between tensors.
 ALIGNMENT = 64
 _MAX_PIECES_IN_FLIGHT = 4
+_NOWHERE = "unwritten"
+_LOOKUPS = ("Gather", "GatherBlockQuantized", "RotaryEmbedding", "Reshape")
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,38 @@ def attach_weights(graph: ir.Graph, plan: WeightsPlan, folder: Path) -> None:
         )
         if tensor.type.onnx != ir.DataType.FLOAT:
             _widen(graph, value, tensor.type.onnx)
+
+
+def unwritten(name: str, dtype: ir.DataType, shape: Sequence[int]) -> ir.ExternalTensor:
+    """A stand-in for the value of a weight that is not on disk yet: graphs can be changed, saved and loaded with it."""
+    return ir.ExternalTensor(_NOWHERE, 0, 0, dtype, shape=ir.Shape(shape), name=name, base_dir="")
+
+
+def is_unwritten(value: ir.Value) -> bool:
+    return isinstance(value.const_value, ir.ExternalTensor) and value.const_value.location == _NOWHERE
+
+
+def name_weights(graph: ir.Graph) -> None:
+    """Gives all weights of a traced graph stand-ins for values."""
+    for name, value in graph.initializers.items():
+        if value.const_value is None:
+            assert value.dtype is not None
+            assert value.shape is not None
+            value.const_value = unwritten(name, value.dtype, value.shape.numpy())
+
+
+def bytes_read(graph: ir.Graph, config: MythosConfig) -> int:
+    """Bytes of weights that one row reads: all, but of the experts the chosen, and of tables next to nothing."""
+    share = config.n_experts_per_tok / config.n_experts
+    total = 0.0
+    for value in graph.initializers.values():
+        tensor = value.const_value
+        looked_up = all(node.op_type in _LOOKUPS for node, _ in value.uses())
+        if not isinstance(tensor, ir.ExternalTensor) or looked_up:
+            continue
+        routed = ".fc1" in str(value.name) or ".fc2" in str(value.name)
+        total += tensor.nbytes * (share if routed else 1.0)
+    return round(total)
 
 
 def _widen(graph: ir.Graph, value: ir.Value, stored: ir.DataType) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.layers import rope_table
 from mythos_edge.model.loop import loop_frequencies
-from mythos_edge.model.network import Network
+from mythos_edge.model.network import Network, in_dtype
 
 PIECE_BYTES = 16 << 20
 
@@ -70,7 +70,7 @@ def load_network(
     Memory: the whole model.
     """
     config = reader.config
-    network = Network(config, max_context).to(dtype).requires_grad_(False).eval()
+    network = in_dtype(Network(config, max_context), dtype).requires_grad_(False).eval()
     parameters = dict(network.named_parameters())
     for recipe in recipes(config, max_context or config.max_seq_len):
         flat, filled = parameters.pop(recipe.name).data.view(-1), 0

@@ -135,7 +135,7 @@ class LoopStep(nn.Module):
         weight = torch.where(running, weight, 0.0)
         return LoopState(
             h=h,
-            out=state.out + weight[..., None].to(state.out.dtype) * wide.to(state.out.dtype),
+            out=state.out + weight[..., None].to(state.out.dtype) * active,
             halt_mass=torch.where(running, mass, state.halt_mass),
             depth=state.depth + running.to(state.depth.dtype),
         )

@@ -54,7 +54,7 @@ class Network(nn.Module):
         window = Window(torch.tensor(0), torch.zeros(batch, dtype=torch.int64))
         threshold = config.act_threshold if threshold is None else threshold
         e, _ = self.prelude(input_ids, window, *[self._no_past(batch)] * config.prelude_layers)
-        mass = torch.zeros(batch, chunk, dtype=e.dtype)
+        mass = torch.zeros(batch, chunk, dtype=torch.promote_types(e.dtype, torch.float32))
         state = LoopState(e, torch.zeros_like(e), mass, torch.zeros(batch, chunk, dtype=torch.int64))
         halting, margins = Halting(torch.tensor(threshold), torch.tensor(1)), []
         for index in range(config.max_loop_iters if max_depth is None else max_depth):
@@ -117,3 +117,15 @@ class Network(nn.Module):
         that has ended at the longest context while others of its batch go on) get the nearest there is."""
         columns = window.length + torch.arange(chunk)
         return (columns[None, :] - window.first[:, None]).clamp(min=0, max=self.rope.cos.shape[0] - 1)
+
+
+# What a position's depth is decided with, and tables of angles, which need their digits.
+_ALWAYS_WIDE = ("rope.cos", "rope.sin", "sin_frequency", "cos_frequency", "halt_weight", "halt_bias")
+
+
+def in_dtype(network: Network, dtype: torch.dtype) -> Network:
+    """The network itself, with its weights in ``dtype``, but for those that are float32 at least in every dtype."""
+    wide = torch.promote_types(dtype, torch.float32)
+    for name, parameter in network.named_parameters():
+        parameter.data = parameter.data.to(wide if name.endswith(_ALWAYS_WIDE) else dtype)
+    return network

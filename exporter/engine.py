@@ -9,8 +9,8 @@ import json
 import os
 import resource
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -60,8 +60,12 @@ class EngineJob:
 
     def run(self, report: Report) -> None:
         """Builds, and reports phases and at the end an ``EngineReport``. Raises BuildError, BackendUnavailable."""
-        trt = trt_bindings.load(self.flavour)
-        _Build(self, trt, report).run()
+        build = _Build(self, trt_bindings.load(self.flavour), report)
+        if not self.plugin_layers:
+            build.run()
+            return
+        with _plugins(self, build.trt):
+            build.run()
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class _Build:
     """The steps of one build and what they share."""
 
     def __init__(self, job: EngineJob, trt: Any, report: Report) -> None:
-        self._job, self._trt, self._report = job, trt, report
+        self.trt, self._job, self._report = trt, job, report
         self._logger = _logger(trt)
         self._builder = trt.Builder(self._logger)
         self._network = self._builder.create_network(trt_bindings.strongly_typed(trt))
@@ -104,7 +108,7 @@ class _Build:
         self._tell("building")
         size = self._write_plan(config)
         report = EngineReport(
-            trt_bindings.version(self._trt), self._network.num_layers, job.plugin_layers, size, _peak_bytes()
+            trt_bindings.version(self.trt), self._network.num_layers, job.plugin_layers, size, _peak_bytes()
         )
         self._report({"done": asdict(report)})
 
@@ -112,11 +116,7 @@ class _Build:
         self._report({"phase": phase, "fraction": fraction})
 
     def _parse(self) -> None:
-        if self._job.plugin_layers:
-            from mythos_edge.plugins import trt_plugins
-
-            trt_plugins.register(self._trt)
-        parser = self._trt.OnnxParser(self._network, self._logger)
+        parser = self.trt.OnnxParser(self._network, self._logger)
         if not parser.parse_from_file(self._job.graph):
             raise BuildError(_first_error(parser))
 
@@ -132,7 +132,7 @@ class _Build:
 
     def _check_plugins(self) -> None:
         kinds = [self._network.get_layer(index).type for index in range(self._network.num_layers)]
-        found = kinds.count(self._trt.LayerType.PLUGIN_V3)
+        found = kinds.count(self.trt.LayerType.PLUGIN_V3)
         if found != self._job.plugin_layers:
             raise BuildError(
                 f"TensorRT made {found} plugin layers of {self._job.plugin_layers} plugin nodes and would run the rest "
@@ -140,7 +140,7 @@ class _Build:
             )
 
     def _config(self, inputs: Mapping[str, _Port]) -> Any:
-        job, trt = self._job, self._trt
+        job, trt = self._job, self.trt
         config = self._builder.create_builder_config()
         if trt_bindings.names_gpus(trt):
             config.num_compute_capabilities = len(job.compute_capabilities)
@@ -182,7 +182,7 @@ class _Build:
             with partial.open("wb") as file:
                 # Where there are streams the plan is never whole in memory.
                 if hasattr(self._builder, "build_serialized_network_to_stream"):
-                    writer = _writer(self._trt, self._logger, file, self._tell)
+                    writer = _writer(self.trt, self._logger, file, self._tell)
                     built = self._builder.build_serialized_network_to_stream(self._network, config, writer)
                 else:
                     serialized = self._builder.build_serialized_network(self._network, config)
@@ -226,6 +226,21 @@ def _first_error(parser: Any) -> str:
     what = " ".join(str(error.desc()).split())
     name, operator = error.node_name(), error.node_operator()
     return f"TensorRT can not parse node {name!r} ({operator}): {what}" if operator else f"TensorRT: {what}"
+
+
+@contextmanager
+def _plugins(job: EngineJob, trt: Any) -> Iterator[None]:
+    """Around the build: our plugins take part, and what fails in one of them is the error."""
+    from mythos_edge.plugins import trt_plugins
+
+    trt_plugins.register(trt)
+    try:
+        with trt_plugins.carrying(job.compute_capabilities, job.max_rows):
+            yield
+    except BuildError as error:
+        # TensorRT tells only that a callback failed.
+        failures = trt_plugins.take_failures()
+        raise BuildError(failures[0] if failures else str(error)) from error
 
 
 # The classes below derive from TensorRT's own, which are there only once it has been loaded.

@@ -172,7 +172,9 @@ def _latent_attention(shapes: Shapes, dtypes: Dtypes, attributes: Attributes) ->
 
 def _attention_kernel(dtype: str, values: int, ropes: int) -> str:
     aligned = values % table.ALIGNED == 0 and ropes % table.ALIGNED == 0 and ropes <= table.ROPES
-    ranks, suffix, most = (table.RANKS[dtype], "", table.ROPES) if aligned else (table.ANY_RANKS, "_any", table.ANY_ROPES)
+    ranks, suffix, most = (
+        (table.RANKS[dtype], "", table.ROPES) if aligned else (table.ANY_RANKS, "_any", table.ANY_ROPES)
+    )
     fitting = [rank for rank in ranks if values <= rank]
     if not fitting or not 0 <= ropes <= most or values < 1:
         raise BuildError(

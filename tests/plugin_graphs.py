@@ -1,6 +1,7 @@
-"""Graphs of one plugin node each, as the lowering writes them for TensorRT, and building them in a process of their own.
+"""Graphs of one plugin node each, as the lowering writes them for TensorRT, and how to build them.
 
-Run as a script it builds every graph named on the command line and prints what became of it as JSON.
+Run as a script, in a process of its own, it builds every graph named on the command line and prints what
+became of it as JSON.
 """
 
 import json
@@ -97,7 +98,9 @@ def graph(op: str, dtype: str, codes: str, attributes: dict[str, int | float] | 
         op, spec.inputs, [spec.output], "the_node", domain=DOMAIN, plugin_namespace=trt_plugins.NAMESPACE, **given
     )
     after = helper.make_node("Relu", [spec.output], ["after"])
-    output = helper.make_tensor_value_info("after", kinds[dtype], ["rows", *["other"] * (len(inputs[0].type.tensor_type.shape.dim) - 1)])
+    output = helper.make_tensor_value_info(
+        "after", kinds[dtype], ["rows", *["other"] * (len(inputs[0].type.tensor_type.shape.dim) - 1)]
+    )
     body = helper.make_graph([node, after], op, inputs, [output], constants)
     imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
     model: onnx.ModelProto = helper.make_model(body, opset_imports=imports, ir_version=10)

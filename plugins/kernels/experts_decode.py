@@ -54,7 +54,9 @@ def decode_down(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def group_sums(codes, values, index, length, start, inside, WEIGHTS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def group_sums(
+    codes, values, index, length, start, inside, WEIGHTS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr
+):  # type: ignore[no-untyped-def]
     """Sums (ROWS, DEPTH / 32) of code times value in groups of 32 columns from ``start`` on; ``length`` codes a row."""
     column = start + tl.arange(0, DEPTH)
     value = tl.load(values + column, mask=column < length, other=0.0).to(tl.float32)

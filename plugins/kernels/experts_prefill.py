@@ -52,7 +52,19 @@ def tile_pairs(order, starts, expert, ROWS: tl.constexpr):  # type: ignore[no-un
 
 
 @triton.jit
-def scaled_tile(codes, scale, index, inside, length, blocks, start, dtype: tl.constexpr, WEIGHTS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: E501
+def scaled_tile(
+    codes,
+    scale,
+    index,
+    inside,
+    length,
+    blocks,
+    start,
+    dtype: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):  # type: ignore[no-untyped-def]  # noqa: E501
     """Weights (DEPTH, COLUMNS) of ``dtype`` from ``start`` on, rows ``index`` of the codes transposed."""
     column = start + tl.arange(0, DEPTH)
     if WEIGHTS == "int4":
@@ -88,7 +100,9 @@ def prefill_gate_up(  # type: ignore[no-untyped-def]
     for start in range(0, dim, DEPTH):
         column = start + tl.arange(0, DEPTH)
         deep = column < dim
-        value = tl.load(x + pair[:, None] // top_k * dim + column[None, :], mask=mine[:, None] & deep[None, :], other=0.0)
+        value = tl.load(
+            x + pair[:, None] // top_k * dim + column[None, :], mask=mine[:, None] & deep[None, :], other=0.0
+        )
         inside = (both < 2 * units)[None, :] & deep[:, None]
         weight = tl.load(fc1 + index[None, :] * dim + column[:, None], mask=inside, other=0.0)
         sums = tl.dot(value, weight, sums, input_precision="ieee")
@@ -144,7 +158,9 @@ def prefill_down(  # type: ignore[no-untyped-def]
     for start in range(0, units, DEPTH):
         column = start + tl.arange(0, DEPTH)
         deep = column < units
-        value = tl.load(hidden + place[:, None] * units + column[None, :], mask=mine[:, None] & deep[None, :], other=0.0)
+        value = tl.load(
+            hidden + place[:, None] * units + column[None, :], mask=mine[:, None] & deep[None, :], other=0.0
+        )
         inside = (channel < dim)[None, :] & deep[:, None]
         weight = tl.load(fc2 + index[None, :] * units + column[:, None], mask=inside, other=0.0)
         sums = tl.dot(value, weight, sums, input_precision="ieee")

@@ -33,6 +33,11 @@ class Backend(Protocol):
     @property
     def memory(self) -> Memory: ...
 
+    @property
+    def max_context(self) -> int | None:
+        """The longest context it can serve; None leaves it to the bundle."""
+        ...
+
     def run(self, stage: str, feeds: Arrays, outputs: Arrays) -> None: ...
 
     def run_together(self, stage: str, calls: Sequence[Call]) -> None:
@@ -52,9 +57,13 @@ class OrtBackend:
     Raises BackendUnavailable without onnxruntime, BundleError when a graph can not be loaded.
     """
 
+    max_context: int | None = None
+
     def __init__(self, bundle: Bundle, target: str = TARGET, threads: int = 0) -> None:
         self.memory = HostMemory()
         spec = bundle.target(target)
+        if spec.engine is not None:
+            raise UsageError(f"target {target!r} is TensorRT's, and an ort-cpu one is needed here: choose another")
         if not set(STAGES) <= set(spec.graphs):
             raise BundleError(f"{bundle.path}: target {target!r} has not all stages: export the bundle again")
         if spec.weights == "int8" and not spec.block and not has_integer_dot_products():
@@ -207,6 +216,8 @@ class ScriptedBackend:
     Token ``v`` halts at depth ``depths[v]``. Every other value depends on all visible rows of every slot it should
     depend on, so that a wrong slot, row or order changes the logits. Cache rows are one value wide.
     """
+
+    max_context: int | None = None
 
     def __init__(self, depths: Mapping[int, int], vocab_size: int) -> None:
         self.memory = HostMemory()

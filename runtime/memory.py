@@ -22,8 +22,8 @@ class Watch(Protocol):
     def __call__(self, halt_mass: Rows, *, begins: bool) -> int:
         """1 + the last column of ``halt_mass (1, S)`` still running, or 0; ``begins`` for a chunk's first loop step.
 
-        It may tell what was so one call before, so as not to wait, and at first that all run: columns never start to
-        run again, so that is the same or more.
+        One that may lag tells what was so one call before, so as not to wait, and at first that all run: columns
+        never start to run again, so that is the same or more.
         """
         ...
 
@@ -41,7 +41,7 @@ class Memory(Protocol):
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Rows: ...
 
     def columns(self, count: int, width: int) -> Rows:
-        """Room for ``count`` columns of states or cached rows: (1, count, width)."""
+        """Room for ``count`` columns of states or cached rows, or more: (1, count, width)."""
         ...
 
     def from_host(self, array: NDArray[Any]) -> Rows: ...
@@ -50,11 +50,15 @@ class Memory(Protocol):
         """The values as they are when all that was asked for before has run; may share memory with ``rows``."""
         ...
 
+    def to_floats(self, rows: Rows) -> NDArray[np.float32]:
+        """States or cached rows as float32 on the host."""
+        ...
+
     def join(self, parts: Sequence[Rows]) -> Rows:
         """The parts one after the other along their second axis."""
         ...
 
-    def watch(self, threshold: float) -> Watch: ...
+    def watch(self, threshold: float, *, may_lag: bool) -> Watch: ...
 
     def output_so_far(self, out: Rows, halt_mass: Rows, threshold: float, made: Rows) -> None:
         """Writes to ``made`` the output with the halting mass of running rows taken as whole."""
@@ -84,10 +88,13 @@ class HostMemory:
         host: NDArray[Any] = rows
         return host
 
+    def to_floats(self, rows: Rows) -> NDArray[np.float32]:
+        return self.to_host(rows)
+
     def join(self, parts: Sequence[Rows]) -> Rows:
         return np.concatenate(parts, axis=1)
 
-    def watch(self, threshold: float) -> Watch:
+    def watch(self, threshold: float, *, may_lag: bool) -> Watch:
         def running(halt_mass: Rows, *, begins: bool) -> int:
             del begins
             row = halt_mass[0] < np.float32(threshold)

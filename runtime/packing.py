@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mythos_edge.runtime.memory import Rows
+
 Array = NDArray[Any]
-Arrays = Mapping[str, Array]
+Arrays = Mapping[str, Rows]
 # The input that has every new row, and what else is given row by row.
 ROWS = {"prelude": "input_ids", "step": "h", "coda": "out"}
 _BY_ROW = ("input_ids", "h", "e", "step_index", "out")

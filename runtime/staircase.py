@@ -83,7 +83,8 @@ class Staircase:
         self._threshold = np.array(depth.threshold, np.float32)
         self._min_depth = np.array(depth.min_depth, np.int64)
         self._step_index = np.zeros((1, 0), np.int64)
-        self._running = memory.watch(depth.threshold)
+        # A step that nobody needed any more is exact all the same, unless it takes the place of a repeated row.
+        self._running = memory.watch(depth.threshold, may_lag=depth.policy is not Policy.LAST)
         self._scratch: dict[str, Rows] = {}
         # What a call that only catches up moves on.
         nothing = memory.empty((1, 0, config.dim), memory.dtype)

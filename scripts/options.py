@@ -43,6 +43,9 @@ def add_drafts(parser: argparse.ArgumentParser) -> None:
 def add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", metavar="NAME", help="what mythos-edge build made (default: ort-cpu)")
     parser.add_argument("--preset", metavar="NAME", help="target and depth that mythos-edge tune found")
+    parser.add_argument(
+        "--trust", action="store_true", help="load TensorRT engines even if they are not the files the manifest lists"
+    )
 
 
 def add_threads(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +54,7 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
 
 def session_of(args: argparse.Namespace) -> Session:
     """The bundle on the target and preset asked for."""
-    return Session.open(args.bundle, target=args.target, preset=args.preset, threads=args.threads)
+    return Session.open(args.bundle, target=args.target, preset=args.preset, threads=args.threads, trust=args.trust)
 
 
 def depth_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from mythos_edge.model.errors import BackendUnavailable, UsageError
 from mythos_edge.runtime.backend import Backend, OrtBackend
 from mythos_edge.runtime.packing import Arrays, Call
 from mythos_edge.runtime.quality import Gate, QualityReport, Trace, difference, quality_report
-from mythos_edge.runtime.session import Session
+from mythos_edge.runtime.session import Session, open_backend
 from mythos_edge.scripts import addition
 from mythos_edge.scripts.console import Console
 
@@ -37,6 +37,8 @@ _STREAMS = 256
 _DIGITS = 12
 _DEMO_DEPTH = 16
 _OPTIONS = ("target", "demo_streams", "max_kl", "min_top1")
+# What a step is fed that lies in the backend's memory.
+_STATES = ("h", "e", "out", "halt_mass", "depth", "past")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,7 +91,7 @@ def compare(args: argparse.Namespace, bundle: Bundle, ids: NDArray[np.int64], co
     """The report of ``args.target`` against fp32 on ``ids (B, S)``, told on ``console`` too."""
     spec = bundle.target(args.target)
     gate = _gate(args, spec.weights)
-    with OrtBackend(bundle) as fp32, OrtBackend(bundle, args.target) as rounded:
+    with OrtBackend(bundle) as fp32, open_backend(bundle, args.target) as rounded:
         traced = (_Traced(bundle, TARGET, fp32), _Traced(bundle, args.target, rounded))
         differences = []
         for row in range(len(ids)):
@@ -119,7 +121,8 @@ def compare(args: argparse.Namespace, bundle: Bundle, ids: NDArray[np.int64], co
 
 
 def _gate(args: argparse.Namespace, weights: str) -> Gate:
-    usual = GATES.get(weights, GATES["int4"])
+    # 16-bit floats are held to what 8-bit weights may cost, which is more than they should.
+    usual = GATES.get("int8" if weights == "none" else weights, GATES["int4"])
     given = {name: getattr(args, name) for name in ("max_kl", "min_top1") if getattr(args, name) is not None}
     return replace(usual, **given)
 
@@ -168,6 +171,9 @@ class _Traced:
             raise BackendUnavailable(message, "pip install 'mythos-edge[export]'") from error
 
         spec = bundle.target(target)
+        if spec.engine is not None:
+            # An engine shows its states alone; what the router makes of them is asked in float32.
+            spec = bundle.target(TARGET)
         probe = Probe(bundle.file(spec.graphs["step"]), [ROUTER], prepack=spec.prepacked)
         self._recorder = _Recorder(backend, probe, router_of(bundle), ROUTER)
         self._session = Session(bundle, self._recorder)
@@ -190,17 +196,21 @@ class _Recorder:
 
     def __init__(self, backend: Backend, probe: "Probe", router: "Router", matrix: str) -> None:
         self._backend, self._probe, self._router, self._matrix = backend, probe, router, matrix
-        self.memory = backend.memory
+        self.memory, self.max_context = backend.memory, backend.max_context
 
     def run(self, stage: str, feeds: Arrays, outputs: Arrays) -> None:
+        if stage != "step":
+            self._backend.run(stage, feeds, outputs)
+            return
+        # Before the run, which may write over them.
+        seen_by_host = {name: self.memory.to_floats(array) for name, array in feeds.items() if name in _STATES}
         self._backend.run(stage, feeds, outputs)
-        if stage == "step":
-            index = feeds["step_index"][0]
-            positions = int(feeds["length"]) + np.arange(len(index))
-            self.h[index, positions] = outputs["h_next"][0]
-            # Portable graphs know positions by length and first, lowered ones by themselves.
-            seen = self._probe.run({**feeds, "positions": positions[None]})
-            self.chosen[index, positions] = self._router.chosen(seen[self._matrix])
+        index = feeds["step_index"][0]
+        positions = int(feeds["length"]) + np.arange(len(index))
+        self.h[index, positions] = self.memory.to_floats(outputs["h_next"])[0]
+        # Portable graphs know positions by length and first, lowered ones by themselves.
+        seen = self._probe.run({**feeds, **seen_by_host, "positions": positions[None]})
+        self.chosen[index, positions] = self._router.chosen(seen[self._matrix])
 
     def run_together(self, stage: str, calls: Sequence[Call]) -> None:
         for call in calls:

@@ -3,10 +3,15 @@
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.errors import UsageError
+from mythos_edge.runtime.loop_engine import LAYOUT, LoopEngine
+from mythos_edge.runtime.session import Score
 from mythos_edge.scripts import options
 from mythos_edge.scripts.console import Console
 
@@ -26,13 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     ids = options.ids_from_file(args.ids)
-    with options.session_of(args) as session:
-        score = session.score(
-            ids,
-            prefill=args.prefill,
-            progress=lambda fraction: console.progress("scoring", fraction),
-            **options.depth_of(args),
-        )
+    score = _score(args, ids, console)
     partial = args.output.with_name(f".{args.output.name}.partial-{os.getpid()}")
     try:
         with partial.open("wb") as file:
@@ -62,3 +61,19 @@ def run(args: argparse.Namespace, console: Console) -> int:
         }
     )
     return 0
+
+
+def _score(args: argparse.Namespace, ids: NDArray[Any], console: Console) -> Score:
+    spec = None if args.target is None else open_bundle(args.bundle, trust_engines=args.trust).target(args.target)
+    if spec is not None and spec.engine is not None and spec.engine.layout == LAYOUT:
+        if args.prefill is not None:
+            raise UsageError("--prefill is for a cache, and this target has none: leave it out")
+        with LoopEngine.open(args.bundle, args.target, trust=args.trust) as engine:
+            return engine.score(ids, **options.depth_of(args))
+    with options.session_of(args) as session:
+        return session.score(
+            ids,
+            prefill=args.prefill,
+            progress=lambda fraction: console.progress("scoring", fraction),
+            **options.depth_of(args),
+        )

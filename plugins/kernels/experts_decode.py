@@ -40,7 +40,7 @@ def decode_down(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     sums = tl.zeros((CHANNELS, DEPTH), tl.float32)
-    for choice in range(0, top_k):
+    for choice in range(top_k):
         pair = row * top_k + choice
         expert, share = tl.load(chosen + pair).to(tl.int64), tl.load(weights + pair)
         rows = fc2 + (expert * dim + channel[:, None]) * units
@@ -114,7 +114,7 @@ def decode_down_codes(  # type: ignore[no-untyped-def]
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < dim
     sums = tl.zeros((CHANNELS, DEPTH // 32), tl.float32)
-    for choice in range(0, top_k):
+    for choice in range(top_k):
         pair = row * top_k + choice
         index = tl.load(chosen + pair).to(tl.int64) * dim + channel
         share = tl.load(weights + pair) * unit(WEIGHTS)

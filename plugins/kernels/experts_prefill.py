@@ -198,7 +198,7 @@ def combine_choices(made, weights, y, top_k, dim, CHANNELS: tl.constexpr):  # ty
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < dim
     sums = tl.zeros((CHANNELS,), tl.float32)
-    for choice in range(0, top_k):
+    for choice in range(top_k):
         pair = row * top_k + choice
         sums += tl.load(weights + pair) * tl.load(made + pair * dim + channel, mask=inside, other=0.0)
     tl.store(y + row * dim + channel, sums.to(y.dtype.element_ty), mask=inside)

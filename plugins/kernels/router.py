@@ -34,7 +34,7 @@ def router_top_k(logits, router_bias, chosen, weights, experts, top_k, EXPERTS: 
     # A NaN would choose no expert, and memory beyond the last one would be read.
     biased = tl.where(biased == biased, biased, float("-inf"))
     place = tl.full((EXPERTS,), -1, tl.int32)
-    for turn in range(0, top_k):
+    for turn in range(top_k):
         open_ = exists & (place < 0)
         best = tl.max(tl.where(open_, biased, float("-inf")), axis=0)
         winner = tl.min(tl.where(open_ & (biased == best), expert, EXPERTS), axis=0)

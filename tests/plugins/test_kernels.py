@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from plugins.interpreter import Interpreter, narrowed, widened
 
 from mythos_edge.plugins import reference
 from mythos_edge.plugins.launches import program
-from plugins.interpreter import Interpreter, narrowed, widened
 
 # Rounding of the inputs is in the oracle too; what is left is rounding of the result, and in the kernels with
 # products of tiles of what lies between two of them.

@@ -1,0 +1,300 @@
+"""Arrays in the memory of a GPU that slice and assign like numpy's, all work on them in one stream.
+
+Work is queued, not done: nothing waits but ``to_host``, and a watch that reads what was so one call before. Memory
+that is let go of is kept for the next array of its size; one stream makes that safe, and asking the driver would
+stop the GPU.
+"""
+
+import ctypes
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from mythos_edge.model.errors import CapacityError, MythosEdgeError
+from mythos_edge.plugins.cuda_driver import Driver
+from mythos_edge.plugins.kernel_launch import PreparedProgram
+from mythos_edge.plugins.launches import Program, program
+from mythos_edge.runtime.memory import Rows, Watch
+
+# numpy has no bfloat16; nothing here computes with it.
+STATE_DTYPES: dict[str, np.dtype[Any]] = {
+    "fp16": np.dtype(np.float16),
+    "bf16": np.dtype(np.uint16),
+    "fp32": np.dtype(np.float32),
+}
+_SMALLEST_BYTES = 512
+_MOST_PREPARED = 1024
+# Loads the kernels of one of the programs of ``launches`` that answer the runtime.
+Prepare = Callable[[Program], PreparedProgram]
+
+
+class DeviceArray:
+    """Contiguous values on the device. Only slices that are contiguous as well can be taken or assigned to.
+
+    ``room`` is how many columns fit between the start and the end of the memory, for (1, columns, width).
+    """
+
+    def __init__(
+        self,
+        memory: "DeviceMemory",
+        pointer: int,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        room: int,
+        base: "DeviceArray | None" = None,
+    ) -> None:
+        self.pointer, self.shape, self.dtype, self.room = pointer, shape, dtype, room
+        self._memory = memory
+        # Keeps the memory alive as long as a view of it is.
+        self.base = base
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    def __getitem__(self, key: tuple[slice, slice]) -> Self:
+        whole, columns = key
+        assert whole == slice(None)
+        assert self.shape[0] == 1
+        start, stop, stride = columns.indices(self.shape[1])
+        assert stride == 1
+        column_bytes = int(np.prod(self.shape[2:], dtype=np.int64)) * self.dtype.itemsize
+        shape = (1, max(0, stop - start), *self.shape[2:])
+        pointer = self.pointer + start * column_bytes
+        return type(self)(self._memory, pointer, shape, self.dtype, self.room - start, self.base or self)
+
+    def __setitem__(self, key: Any, value: "DeviceArray | float") -> None:
+        place = self if key in (..., ()) else self[key]
+        if isinstance(value, DeviceArray):
+            assert (value.shape, value.dtype) == (place.shape, place.dtype), (value.shape, place.shape)
+            self._memory.copy(place.pointer, value.pointer, place.nbytes)
+        else:
+            self._memory.fill(place, value)
+
+    def copy(self) -> "DeviceArray":
+        made: DeviceArray = self._memory.empty(self.shape, self.dtype)
+        made[...] = self
+        return made
+
+
+class DeviceMemory:
+    """The memory of one GPU and the stream all its work is queued in; ``Memory`` says what it is for.
+
+    ``padding`` columns follow those of ``columns``, which the padded rows of a chunk may write to; with ``fixed_room``
+    there are always so many in all. Raises CapacityError when the GPU has no room left.
+    """
+
+    updates_in_place = True
+
+    def __init__(
+        self,
+        driver: Driver,
+        dtype: str,
+        padding: int,
+        prepare: Prepare,
+        fixed_room: int | None = None,
+    ) -> None:
+        self.dtype, self._dtype_name = STATE_DTYPES[dtype], dtype
+        self.driver, self.stream = driver, driver.stream()
+        self._padding, self._fixed_room = padding, fixed_room
+        self._prepare, self._prepared = prepare, dict[tuple[Any, ...], PreparedProgram]()
+        self._spare: dict[int, list[int]] = defaultdict(list)
+        self._held: set[int] = set()
+        self._thresholds: dict[float, DeviceArray] = {}
+        # Logits come every token; copies to memory that is not pinned are slow.
+        self._pinned, self._pinned_bytes = 0, 0
+        self._closed = False
+
+    def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> DeviceArray:
+        columns = shape[1] if len(shape) > 1 else 0
+        return self._array(shape, np.dtype(dtype), columns)
+
+    def columns(self, count: int, width: int) -> DeviceArray:
+        if not count:
+            return self._array((1, 0, width), self.dtype, 0)
+        room = self._fixed_room or count + self._padding
+        array = self._array((1, room, width), self.dtype, room)
+        # What an engine reads beyond the filled columns is multiplied with zero, and must not be infinite.
+        array[...] = 0
+        array.shape = (1, room - self._padding, width)
+        return array
+
+    def from_host(self, array: NDArray[Any]) -> DeviceArray:
+        source = np.ascontiguousarray(array)
+        made = self._array(array.shape, array.dtype, array.shape[1] if array.ndim > 1 else 0)
+        self.upload(made.pointer, source)
+        return made
+
+    def to_host(self, rows: Rows) -> NDArray[Any]:
+        host = np.empty(rows.shape, rows.dtype)
+        if host.nbytes > self._pinned_bytes:
+            if self._pinned_bytes:
+                self.driver.free_pinned(self._pinned)
+            self._pinned_bytes = _rounded(host.nbytes)
+            self._pinned = self.driver.allocate_pinned(self._pinned_bytes)
+        if host.nbytes:
+            self.driver.copy_to_host(self._pinned, rows.pointer, host.nbytes, self.stream)
+            self.driver.synchronize(self.stream)
+            ctypes.memmove(host.ctypes.data, self._pinned, host.nbytes)
+        return host
+
+    def to_floats(self, rows: Rows) -> NDArray[np.float32]:
+        host = self.to_host(rows)
+        if host.dtype == STATE_DTYPES["bf16"]:
+            # bfloat16 is the upper half of a float32.
+            return (host.astype(np.uint32) << 16).view(np.float32)
+        return host.astype(np.float32)
+
+    def join(self, parts: Sequence[Rows]) -> DeviceArray:
+        columns = sum(part.shape[1] for part in parts)
+        made = self.empty((1, columns, *parts[0].shape[2:]), parts[0].dtype)
+        end = 0
+        for part in parts:
+            made[:, end : end + part.shape[1]] = part
+            end += part.shape[1]
+        return made
+
+    def watch(self, threshold: float, *, may_lag: bool) -> Watch:
+        return _DeviceWatch(self, self._threshold(threshold), may_lag)
+
+    def output_so_far(self, out: Rows, halt_mass: Rows, threshold: float, made: Rows) -> None:
+        arrays = {"out": out, "halt_mass": halt_mass, "threshold": self._threshold(threshold), "so_far": made}
+        self.answer("OutputSoFar", arrays)
+
+    def free_bytes(self) -> int | None:
+        spare = sum(size * len(pointers) for size, pointers in self._spare.items())
+        return self.driver.memory_info()[0] + spare
+
+    def answer(self, question: str, arrays: Mapping[str, "DeviceArray"]) -> None:
+        """Queues one of the runtime's own programs on arrays by the names of its arguments."""
+        shapes = {name: array.shape for name, array in arrays.items()}
+        key = (question, *shapes.values())
+        if key not in self._prepared:
+            wide = ("halt_mass", "threshold")
+            dtypes = {name: "fp32" if name in wide else self._dtype_name for name in arrays}
+            if len(self._prepared) >= _MOST_PREPARED:
+                self._prepared.clear()
+            self._prepared[key] = self._prepare(program(question, shapes, dtypes, {}))
+        pointers = {name: array.pointer for name, array in arrays.items()}
+        self._prepared[key].run(pointers, 0, self.stream)
+
+    def upload(self, pointer: int, source: NDArray[Any]) -> None:
+        """Queues a copy from the host; the driver has taken the values when this returns."""
+        if source.nbytes:
+            self.driver.copy_to_device(pointer, source.ctypes.data, source.nbytes, self.stream)
+
+    def copy(self, to: int, source: int, nbytes: int) -> None:
+        """Queues a copy on the device."""
+        if nbytes:
+            self.driver.copy_on_device(to, source, nbytes, self.stream)
+
+    def fill(self, array: DeviceArray, value: float) -> None:
+        """Queues writing ``value`` everywhere."""
+        if value == 0:
+            if array.nbytes:
+                self.driver.fill(array.pointer, 0, array.nbytes, self.stream)
+        else:
+            self.upload(array.pointer, np.full(array.shape, value, array.dtype))
+
+    def close(self) -> None:
+        """Gives everything back; arrays that are still held must not be used again."""
+        if self._closed:
+            return
+        self._closed = True
+        self._thresholds.clear()
+        self.driver.synchronize(self.stream)
+        for pointer in [*self._held, *(pointer for spare in self._spare.values() for pointer in spare)]:
+            self.driver.free(pointer)
+        self._held.clear()
+        self._spare.clear()
+        if self._pinned_bytes:
+            self.driver.free_pinned(self._pinned)
+        self.driver.destroy_stream(self.stream)
+
+    def _array(self, shape: tuple[int, ...], dtype: np.dtype[Any], room: int) -> DeviceArray:
+        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        if not size:
+            return DeviceArray(self, 0, shape, dtype, room)
+        size = _rounded(size)
+        pointer = self._spare[size].pop() if self._spare[size] else self._allocate(size)
+        self._held.add(pointer)
+        array = DeviceArray(self, pointer, shape, dtype, room)
+        weakref.finalize(array, _give_back, weakref.ref(self), pointer, size)
+        return array
+
+    def _allocate(self, size: int) -> int:
+        try:
+            return self.driver.allocate(size)
+        except MythosEdgeError as error:
+            # What is spare in other sizes may be enough.
+            for spare in self._spare.values():
+                while spare:
+                    self.driver.free(spare.pop())
+            try:
+                return self.driver.allocate(size)
+            except MythosEdgeError:
+                free = self.driver.memory_info()[0]
+                raise CapacityError(
+                    f"{size / 1e6:.1f} MB of GPU memory are needed, {free / 1e6:.1f} MB are free: "
+                    "shorten the context or lower max_depth"
+                ) from error
+
+    def _release(self, pointer: int, size: int) -> None:
+        if not self._closed:
+            self._held.discard(pointer)
+            self._spare[size].append(pointer)
+
+    def _threshold(self, threshold: float) -> DeviceArray:
+        if threshold not in self._thresholds:
+            self._thresholds[threshold] = self.from_host(np.array(threshold, np.float32))
+        return self._thresholds[threshold]
+
+
+class _DeviceWatch:
+    """Has the device say which columns run; one that may lag reads what it said one call before, which is known."""
+
+    def __init__(self, memory: DeviceMemory, threshold: DeviceArray, may_lag: bool) -> None:
+        driver, self._may_lag = memory.driver, may_lag
+        self._memory, self._threshold = memory, threshold
+        self._flags = [memory.empty((1,), np.int32) for _ in range(2)]
+        self._pinned = driver.allocate_pinned(2 * 4)
+        self._events = [driver.event() for _ in range(2)]
+        self._turn = 0
+        weakref.finalize(self, _end_watch, driver, self._pinned, self._events)
+
+    def __call__(self, halt_mass: Rows, *, begins: bool) -> int:
+        driver, stream, turn = self._memory.driver, self._memory.stream, self._turn
+        arrays = {"halt_mass": halt_mass, "threshold": self._threshold, "count": self._flags[turn]}
+        self._memory.answer("RunningColumns", arrays)
+        driver.copy_to_host(self._pinned + 4 * turn, self._flags[turn].pointer, 4, stream)
+        driver.record(self._events[turn], stream)
+        self._turn = 1 - turn
+        if self._may_lag and begins:
+            return int(halt_mass.shape[1])
+        read = self._turn if self._may_lag else turn
+        driver.wait(self._events[read])
+        return ctypes.c_int32.from_address(self._pinned + 4 * read).value
+
+
+def _rounded(size: int) -> int:
+    """A size that few others differ from, at most a quarter more: so that memory is taken up again."""
+    if size <= _SMALLEST_BYTES:
+        return _SMALLEST_BYTES
+    quarter = 1 << max(0, (size - 1).bit_length() - 3)
+    return -(-size // quarter) * quarter
+
+
+def _give_back(memory: "weakref.ref[DeviceMemory]", pointer: int, size: int) -> None:
+    alive = memory()
+    if alive is not None:
+        alive._release(pointer, size)
+
+
+def _end_watch(driver: Driver, pinned: int, events: Sequence[int]) -> None:
+    driver.free_pinned(pinned)
+    for event in events:
+        driver.destroy_event(event)

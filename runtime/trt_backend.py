@@ -1,0 +1,258 @@
+"""The stages on TensorRT engines: everything stays on the device, the host only says what runs next.
+
+A call's rows are copied to fixed places, the engine runs from there, and what it made is copied to where the caller
+wants it: so that a run of few rows is the same CUDA graph every time, but for the cache it works on.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from mythos_edge.model.bundle import STAGES, Bundle
+from mythos_edge.model.errors import BundleError, MythosEdgeError
+from mythos_edge.plugins.cuda_driver import Driver
+from mythos_edge.runtime.device import DeviceArray, DeviceMemory
+from mythos_edge.runtime.packing import ROWS, Array, Arrays, Call
+from mythos_edge.runtime.trt_engine import Engine, Runtime
+
+# Rows of a chunk are padded up to one of these and run as a CUDA graph; more rows are worth their launches.
+GRAPH_ROWS = (1, 2, 4, 8, 16)
+_MOST_GRAPHS = 512
+# Given for the last rows of a chunk only, those that may still run.
+_ACTIVE = ("out", "halt_mass", "depth")
+
+
+class _Key(NamedTuple):
+    """What a CUDA graph is for: fixed places but for the caches, by address and room."""
+
+    stage: str
+    rows: int
+    logits: int
+    caches: tuple[tuple[int, int], ...]
+
+
+class TrtBackend:
+    """One of the bundle's TensorRT targets laid out in steps, on one GPU.
+
+    ``trust`` loads engines that are not the files the manifest lists. Raises BackendUnavailable without TensorRT,
+    driver or GPU, BundleError for engines that are not for here.
+    """
+
+    def __init__(
+        self, bundle: Bundle, target: str, *, device: int = 0, trust: bool = False, driver: Driver | None = None
+    ) -> None:
+        spec = bundle.target(target)
+        assert spec.engine is not None
+        if not set(STAGES) <= set(spec.graphs):
+            raise BundleError(
+                f"{bundle.path}: target {target!r} is one engine with the loop inside, which keeps no cache: "
+                "score with it, or build --layout step"
+            )
+        self._runtime = Runtime(bundle, target, driver, device)
+        self.max_context: int | None = spec.engine.max_context
+        engines = {stage: self._runtime.load(stage, trust) for stage in STAGES}
+        # Caches that an engine writes to itself have the size it was built for.
+        rows = spec.engine.max_rows
+        fixed = spec.engine.max_context + rows if any(engine.in_place for engine in engines.values()) else None
+        self.memory = DeviceMemory(self._runtime.driver, spec.compute_dtype, rows, self._runtime.prepare, fixed)
+        self._stages = {stage: _Stage(stage, engine, self.memory, rows) for stage, engine in engines.items()}
+        self._graphs: OrderedDict[_Key, int | None] = OrderedDict()
+        self._capturing = True
+
+    def run(self, stage: str, feeds: Arrays, outputs: Arrays) -> None:
+        count = feeds[ROWS[stage]].shape[1]
+        most = self._stages[stage].max_rows
+        # A causal chunk is the same as its parts one after the other: each finds the rows of those before it.
+        for start in range(0, count, most):
+            self._run_part(stage, feeds, outputs, start, min(count, start + most))
+
+    def run_together(self, stage: str, calls: Sequence[Call]) -> None:
+        """One after the other: the engines are for one sequence."""
+        for call in calls:
+            self.run(stage, *call)
+
+    def close(self) -> None:
+        for graph in self._graphs.values():
+            if graph is not None:
+                self._runtime.driver.destroy_graph(graph)
+        self._graphs.clear()
+        self.memory.driver.synchronize(self.memory.stream)
+        for stage in self._stages.values():
+            stage.close()
+        self._stages = {}
+        self.memory.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _run_part(self, name: str, feeds: Arrays, outputs: Arrays, start: int, stop: int) -> None:
+        stage, count = self._stages[name], stop - start
+        rows = next((bucket for bucket in GRAPH_ROWS if count <= bucket <= stage.max_rows), count)
+        logits = stage.place(feeds, start, stop)
+        key = _Key(name, rows, logits, stage.caches_of(feeds))
+        self._execute(stage, key, count)
+        stage.hand_out(feeds, outputs, start, stop)
+
+    def _execute(self, stage: "_Stage", key: _Key, count: int) -> None:
+        """Queues the engine, from the second run of its like on as a graph."""
+        stream, driver = self.memory.stream, self._runtime.driver
+        if not self._capturing or key.rows not in GRAPH_ROWS:
+            stage.queue(key._replace(rows=count), stream)
+            return
+        if key not in self._graphs:
+            # The first run sets up what a capture may not.
+            self._graphs[key] = None
+            stage.queue(key, stream)
+            if len(self._graphs) > _MOST_GRAPHS:
+                _, oldest = self._graphs.popitem(last=False)
+                if oldest is not None:
+                    driver.destroy_graph(oldest)
+            return
+        graph = self._graphs[key]
+        if graph is None:
+            graph = self._capture(stage, key)
+            if graph is None:
+                return
+        self._graphs[key] = graph
+        self._graphs.move_to_end(key)
+        driver.launch_graph(graph, stream)
+
+    def _capture(self, stage: "_Stage", key: _Key) -> int | None:
+        """The graph of a run; or the run itself, and None, where TensorRT does not allow a capture."""
+        stream, driver = self.memory.stream, self._runtime.driver
+        if not stage.engine.capturable(key.rows, stream):
+            # It may after more runs, when all kernels of these shapes are there.
+            stage.queue(key, stream)
+            return None
+        driver.begin_capture(stream)
+        try:
+            stage.queue(key, stream)
+        except MythosEdgeError:
+            captured = False
+        else:
+            captured = True
+        try:
+            graph = driver.end_capture(stream)
+        except MythosEdgeError:
+            captured = False
+        if captured:
+            return graph
+        # Not an error: the same work, launched piece by piece.
+        self._capturing = False
+        stage.queue(key, stream)
+        return None
+
+    @property
+    def uses_graphs(self) -> bool:
+        """Whether runs of few rows are CUDA graphs; TensorRT may have refused them."""
+        return self._capturing
+
+
+class _Stage:
+    """An engine and the fixed places its rows are copied to and from."""
+
+    def __init__(self, name: str, engine: Engine, memory: DeviceMemory, max_rows: int) -> None:
+        self.name, self.engine, self.max_rows = name, engine, max_rows
+        self._memory = memory
+        caches = [tensor for tensor in engine.tensors.values() if tensor.name.startswith("past")]
+        self._caches = tuple(sorted(tensor.name for tensor in caches if tensor.is_input))
+        self._places: dict[str, DeviceArray] = {}
+        self._scalars: dict[str, Any] = {}
+        for tensor in engine.tensors.values():
+            if tensor.name.startswith("past"):
+                continue
+            # Free axes are rows; what a graph may read before it was written must be numbers.
+            shape = tuple(max_rows if size == -1 else size for size in tensor.shape)
+            place = memory.empty(shape, _dtype_of(tensor.name, memory))
+            place[...] = 0
+            self._places[tensor.name] = place
+
+    def place(self, feeds: Arrays, start: int, stop: int) -> int:
+        """Copies the rows ``start .. stop`` of a call to the places; returns how many logits are asked of them."""
+        count, chunk = stop - start, feeds[ROWS[self.name]].shape[1]
+        logits = 0
+        for name, place in self._places.items():
+            if name == "length":
+                self._put_scalar(name, feeds[name] + start)
+            elif name in ("threshold", "min_depth"):
+                self._put_scalar(name, feeds[name])
+            elif name == "logit_rows":
+                wanted = feeds[name]
+                # The engine makes one row of logits at least; nobody looks at it.
+                inside = wanted[(wanted >= start) & (wanted < stop)] - start
+                logits = max(1, len(inside))
+                self._memory.upload(place.pointer, inside if len(inside) else np.zeros(1, np.int64))
+            elif name in ("input_ids", "step_index"):
+                self._memory.upload(place.pointer, np.ascontiguousarray(feeds[name][:, start:stop]))
+            elif name in feeds:
+                given = feeds[name]
+                # Rows before the active ones are as they were left: nothing that comes of them is looked at.
+                missing = chunk - given.shape[1] if name in _ACTIVE and self.name == "step" else 0
+                first = max(0, missing - start)
+                if first < count:
+                    place[:, first:count] = given[:, start + first - missing : stop - missing]
+        return logits
+
+    def hand_out(self, feeds: Arrays, outputs: Arrays, start: int, stop: int) -> None:
+        """Copies what the engine made of the rows ``start .. stop`` to where the caller wants it."""
+        count, chunk = stop - start, feeds[ROWS[self.name]].shape[1]
+        for name, wanted in outputs.items():
+            if name.startswith("rows") and self.engine.in_place:
+                continue
+            place = self._places[name]
+            if name == "logits":
+                rows = feeds["logit_rows"]
+                inside = np.flatnonzero((rows >= start) & (rows < stop))
+                for number, row in enumerate(inside):
+                    wanted[:, row : row + 1] = place[:, number : number + 1]
+                continue
+            missing = chunk - wanted.shape[1]
+            first = max(0, missing - start)
+            if first < count:
+                wanted[:, start + first - missing : stop - missing] = place[:, first:count]
+
+    def caches_of(self, feeds: Arrays) -> tuple[tuple[int, int], ...]:
+        """Address and room of every cache of a call."""
+        return tuple((feeds[name].pointer, feeds[name].room) for name in self._caches)
+
+    def queue(self, key: _Key, stream: int) -> None:
+        """Queues the engine for ``key``."""
+        addresses = {name: place.pointer for name, place in self._places.items()}
+        shapes = {}
+        for name, (pointer, room) in zip(self._caches, key.caches, strict=True):
+            shape = self.engine.tensors[name].shape
+            if -1 in shape:
+                shapes[name] = tuple(room if size == -1 else size for size in shape)
+            addresses[name] = pointer
+            if self.engine.in_place:
+                addresses[f"{name}_next"] = pointer
+        for tensor in self.engine.tensors.values():
+            if tensor.is_input and -1 in tensor.shape and tensor.name not in shapes:
+                free = key.logits if tensor.name == "logit_rows" else key.rows
+                shapes[tensor.name] = tuple(free if size == -1 else size for size in tensor.shape)
+        self.engine.run(shapes, addresses, key.rows, stream)
+
+    def close(self) -> None:
+        self._places.clear()
+        self.engine.close()
+
+    def _put_scalar(self, name: str, value: Array) -> None:
+        """Sets a scalar that is not what it was."""
+        if self._scalars.get(name) != value:
+            self._memory.upload(self._places[name].pointer, np.ascontiguousarray(value))
+            self._scalars[name] = np.array(value)
+
+
+def _dtype_of(name: str, memory: DeviceMemory) -> np.dtype[Any]:
+    """What the engines of every target have under a name."""
+    integers = ("input_ids", "length", "step_index", "min_depth", "depth", "depth_next", "logit_rows")
+    if name in integers:
+        return np.dtype(np.int64)
+    if name in ("halt_mass", "halt_mass_next", "threshold", "logits"):
+        return np.dtype(np.float32)
+    return memory.dtype

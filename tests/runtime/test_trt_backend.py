@@ -1,0 +1,132 @@
+"""A session on TensorRT engines, with a fake driver and engines that ONNX Runtime runs: the same tokens and depths."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_driver import FakeDriver
+from fake_tensorrt import VERSION, FakeTensorRT, plan_of
+
+from mythos_edge.exporter.trt_lowering import EngineOptions, lower_for_tensorrt
+from mythos_edge.model.bundle import STAGES, EngineSpec, Profile, TargetSpec, open_bundle, record_of, update_manifest
+from mythos_edge.plugins import kernel_store, trt_bindings, trt_plugins
+from mythos_edge.runtime.session import Session
+from mythos_edge.runtime.trt_backend import TrtBackend
+
+MAX_ROWS = 6
+MAX_CONTEXT = 48
+
+
+@pytest.fixture(scope="session")
+def engine_bundle(exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``engine_bundle(checkpoint, dtype)``: a bundle with the target ``rtx-sm89-<dtype>`` whose engines are fakes."""
+    made: dict[tuple[Path, str], Path] = {}
+
+    def build(checkpoint: Path, dtype: str) -> Path:
+        if (checkpoint, dtype) not in made:
+            path = tmp_path_factory.mktemp("engines") / "with.bundle"
+            shutil.copytree(exported(checkpoint), path)
+            _add_target(path, dtype)
+            made[checkpoint, dtype] = path
+        return made[checkpoint, dtype]
+
+    return build
+
+
+def _add_target(path: Path, dtype: str) -> None:
+    bundle, name = open_bundle(path), f"rtx-sm89-{dtype}"
+    graphs = path.with_suffix(".graphs")
+    graphs.mkdir()
+    lowered = lower_for_tensorrt(bundle, graphs, EngineOptions(dtype, "step", "none", MAX_CONTEXT, MAX_ROWS))
+    records = {}
+    for stage, graph in lowered.graphs.items():
+        plan = path / f"{stage}.{name}.engine"
+        plan.write_bytes(plan_of(graph, MAX_ROWS, MAX_CONTEXT))
+        records[plan.name] = record_of(plan)
+    spec = TargetSpec(
+        graphs={stage: f"{stage}.{name}.engine" for stage in STAGES},
+        compute_dtype=dtype,
+        weights="none",
+        block=0,
+        method="none",
+        kept=(),
+        prepacked=False,
+        fixed_bytes=lowered.fixed_bytes,
+        step_bytes=lowered.step_bytes,
+        bundle=bundle.manifest.identity,
+        note="",
+        engine=EngineSpec(
+            flavour="rtx",
+            version=VERSION,
+            compute_capabilities=(89,),
+            layout="step",
+            max_context=MAX_CONTEXT,
+            max_rows=MAX_ROWS,
+            profiles=(Profile(1, 1), Profile(MAX_ROWS, MAX_ROWS)),
+            plugin_layers=lowered.plugins,
+            kernels=kernel_store.manifest_sha256(),
+        ),
+    )
+    files = {**bundle.manifest.files, **records}
+    update_manifest(bundle, targets={**bundle.manifest.targets, name: spec}, files=files)
+
+
+def _running_columns(
+    driver: FakeDriver, grid: Any, halt_mass: int, threshold: int, count: int, columns: int, *_: Any
+) -> None:
+    mass, limit = driver.array(halt_mass, np.float32, (columns,)), driver.array(threshold, np.float32, ())
+    below = np.flatnonzero(mass < limit)
+    driver.array(count, np.int32, ())[...] = below[-1] + 1 if len(below) else 0
+
+
+def _output_so_far(dtype: type) -> Callable[..., None]:
+    def kernel(
+        driver: FakeDriver,
+        grid: tuple[int, ...],
+        out: int,
+        halt_mass: int,
+        threshold: int,
+        so_far: int,
+        dim: int,
+        *_: Any,
+    ) -> None:
+        rows = grid[0]
+        mass, limit = driver.array(halt_mass, np.float32, (rows,)), driver.array(threshold, np.float32, ())
+        share = np.where((mass > 0) & (mass < limit), mass, np.float32(1))[:, None]
+        made = driver.array(out, dtype, (rows, dim)).astype(np.float32) / share
+        driver.array(so_far, dtype, (rows, dim))[...] = made
+
+    return kernel
+
+
+@pytest.fixture(params=[False, True], ids=["at once", "delayed"])
+def driver(request: pytest.FixtureRequest) -> FakeDriver:
+    made = FakeDriver(delayed=request.param)
+    entry = {name: kernel_store.kernel(name, 89).entry for name in _KERNELS}
+    made.kernels = {entry[name]: kernel for name, kernel in _KERNELS.items()}
+    return made
+
+
+_KERNELS = {
+    "running_columns": _running_columns,
+    "output_so_far_fp32": _output_so_far(np.float32),
+    "output_so_far_fp16": _output_so_far(np.float16),
+}
+
+
+@pytest.fixture
+def trt(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> FakeTensorRT:
+    fake = FakeTensorRT(driver)
+    monkeypatch.setattr(trt_bindings, "load", lambda flavour: fake)
+    monkeypatch.setattr(trt_bindings, "logger", lambda trt: None)
+    monkeypatch.setattr(trt_bindings, "messages", lambda trt: fake.messages)
+    monkeypatch.setattr(trt_plugins, "register", lambda trt: None)
+    return fake
+
+
+def _session(path: Path, dtype: str, driver: FakeDriver, **options: Any) -> Session:
+    bundle = open_bundle(path)
+    return Session(bundle, TrtBackend(bundle, f"rtx-sm89-{dtype}", driver=driver, **options))

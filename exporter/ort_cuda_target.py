@@ -15,17 +15,9 @@ from pathlib import Path
 import onnx_ir as ir
 
 from mythos_edge.exporter.narrowing import plan_narrow, write_narrow
-from mythos_edge.exporter.ort_target import (
-    BITS,
-    Progress,
-    files_beside,
-    install,
-    matrices_of,
-    round_weights,
-    weights_file,
-    write_graphs,
-)
+from mythos_edge.exporter.ort_target import BITS, Progress, matrices_of, round_weights, write_graphs
 from mythos_edge.exporter.rounding import RoundedFile, Rounding, plan_rounded
+from mythos_edge.exporter.target_files import files_beside, install, weights_file
 from mythos_edge.model.bundle import CUDA_TARGET, STAGES, Bundle, TargetSpec, open_bundle, require_free_space
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import BuildError

@@ -5,10 +5,7 @@ rounded matrices, and with the bundle all weights that stay in float32.
 """
 
 import fnmatch
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +23,7 @@ from mythos_edge.exporter.rounding import (
     plan_rounded,
     write_rounded,
 )
+from mythos_edge.exporter.target_files import files_beside, install, weights_file
 from mythos_edge.exporter.weights import WEIGHTS_FILE, bytes_read
 from mythos_edge.model.bundle import (
     MAX_TOGETHER,
@@ -34,10 +32,7 @@ from mythos_edge.model.bundle import (
     Bundle,
     TargetSpec,
     open_bundle,
-    record_of,
-    remove_partials,
     require_free_space,
-    update_manifest,
 )
 from mythos_edge.model.checkpoint import Checkpoint
 from mythos_edge.model.config import MythosConfig
@@ -156,54 +151,6 @@ def build_target(
         return install(bundle, folder, name, target)
 
 
-def install(bundle: Bundle, folder: Path, name: str, target: TargetSpec) -> Bundle:
-    """The bundle with the files of ``folder`` moved into it and the target that they make up."""
-    records = {file.name: record_of(file) for file in sorted(folder.iterdir())}
-    # An interrupt from here on leaves a bundle without the target, not one whose files are of two builds.
-    bundle = _without(_unchanged(bundle), name)
-    for file in records:
-        (folder / file).replace(bundle.path / file)
-    others = bundle.manifest
-    return update_manifest(bundle, targets={**others.targets, name: target}, files={**others.files, **records})
-
-
-def _unchanged(bundle: Bundle) -> Bundle:
-    """The bundle as it is now: rounding takes minutes, in which presets may have been added."""
-    now = open_bundle(bundle.path)
-    if now.manifest.identity != bundle.manifest.identity:
-        raise BuildError(f"{bundle.path}: was exported anew during the build: build again")
-    return now
-
-
-def _without(bundle: Bundle, name: str) -> Bundle:
-    """The bundle without a target, its presets, and the files that only it uses, which stay on disk."""
-    manifest = bundle.manifest
-    if name not in manifest.targets:
-        return bundle
-    own = {*manifest.targets[name].graphs.values(), *bundle.own_weights(name)}
-    return update_manifest(
-        bundle,
-        targets={other: spec for other, spec in manifest.targets.items() if other != name},
-        files={file: record for file, record in manifest.files.items() if file not in own},
-        # They were measured with the weights that go.
-        presets={preset: found for preset, found in manifest.presets.items() if found.target != name},
-    )
-
-
-@contextmanager
-def files_beside(bundle: Bundle, name: str) -> Iterator[Path]:
-    """A folder inside the bundle for files that are not whole yet, removed at the end with what is left in it."""
-    folder = bundle.path / f".{name}.partial-{os.getpid()}"
-    try:
-        remove_partials(bundle.path, name)
-        folder.mkdir()
-        yield folder
-    except OSError as error:
-        raise BuildError(f"{bundle.path}: can not be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _check(model: ir.Model) -> None:
     """Has onnx check the graph; its weights, which may not be in place yet, count as inputs."""
     copy = model.clone()
@@ -221,11 +168,6 @@ def _default_block(weights: str, dim: int) -> int:
     wanted = 128 if weights == "int8" else 64
     # Experts take only whole blocks.
     return next((block for block in (wanted, wanted // 2, 32) if dim % block == 0), wanted)
-
-
-def weights_file(name: str, part: str = "") -> str:
-    """A file of weights that only the target ``name`` has; ``part`` tells several apart."""
-    return f"weights.{name}.{part + '.' if part else ''}safetensors"
 
 
 def round_weights(

@@ -6,6 +6,7 @@
 ``round_weights``        ensures codes and scales in place of the large matrices: QuantizedSparseMoE, and
                          DequantizeLinear before a product
 ``attend_natively``      requires ``for_engine``; ensures TensorScatter into a cache of fixed capacity and Attention
+``rotate_by_hand``       ensures products and sums in place of RotaryEmbedding
 ``use_body``             ensures that TensorRT computes an op by its function body
 
 All change the model they are given. A rounded weight ``x`` becomes the initializers ``x.codes`` and ``x.scale``.
@@ -108,6 +109,27 @@ def attend_natively(model: ir.Model, capacity: int) -> None:
     tidy(model)
 
 
+def rotate_by_hand(model: ir.Model) -> None:
+    """See above: a graph with a Loop and a RotaryEmbedding anywhere in it fails to build."""
+    for node in [node for node in model.graph if node.op_type == "RotaryEmbedding"]:
+        x, cos, sin, positions = node.inputs
+        assert x is not None
+        heads, size = node.attributes["num_heads"].as_int(), _shape(x)[-1]
+        assert node.attributes["interleaved"].as_int() == 1
+        writer = _Writer(model.graph, node, str(node.outputs[0].name))
+        over = writer.constant("over_heads_and_pair", [2, 4])
+        c, s = (writer.op("Unsqueeze", [writer.op("Gather", [table, positions]), over]) for table in (cos, sin))
+        pairs = writer.constant(f"pairs_{size}", [0, 0, heads, size // heads // 2, 2])
+        even, odd = writer.many("Split", [writer.op("Reshape", [x, pairs])], 2, axis=-1, num_outputs=2)
+        turned = [
+            writer.op("Sub", [writer.op("Mul", [even, c]), writer.op("Mul", [odd, s])]),
+            writer.op("Add", [writer.op("Mul", [even, s]), writer.op("Mul", [odd, c])]),
+        ]
+        joined = writer.op("Concat", turned, axis=-1)
+        _replace(model.graph, node, writer.op("Reshape", [joined, writer.constant(f"rows_{size}", [0, 0, size])]))
+    tidy(model)
+
+
 def use_body(model: ir.Model, op: str) -> None:
     """See above: TensorRT looks a plugin up by this attribute."""
     for node in model.graph.all_nodes():
@@ -125,16 +147,43 @@ def tidy(model: ir.Model) -> None:
 
 
 def _fix_shape(graph: ir.Graph, node: ir.Node) -> None:
-    """Gives a Reshape a constant shape where at most one size is free."""
-    output, data = node.outputs[0], node.inputs[0]
+    """Writes a Reshape so that no size has to be worked out: the rows of a chunk keep their axis, 0 copies its size.
+
+    In a Loop's body TensorRT gives up after a few sizes of -1 that depend on one another. A batch of one before the
+    rows comes and goes by Squeeze and Unsqueeze.
+    """
+    data, output = node.inputs[0], node.outputs[0]
     assert data is not None
     output.type = data.type
-    if output.shape is None:
+    had, wanted = _sizes(data), _sizes(output)
+    if not had:
         return
-    sizes = [size if isinstance(size, int) else -1 for size in output.shape]
-    if sizes.count(-1) <= 1:
-        name = "shape_" + "_".join(map(str, sizes)).replace("-1", "rest")
-        node.replace_input_with(1, _Writer(graph).constant(name, sizes))
+    if not wanted:
+        assert len(had) == 1, output.name
+        _replace(graph, node, data)
+        return
+    writer, front = _Writer(graph, node, str(output.name)), _Writer(graph).constant("front", [0])
+    if _rows_axis(had) < _rows_axis(wanted):
+        data, had = writer.op("Unsqueeze", [data, front]), [1, *had]
+    rest = wanted[_rows_axis(wanted) + 1 :]
+    if had[_rows_axis(had) + 1 :] != rest:
+        shape = [0] * (_rows_axis(had) + 1) + [int(size) for size in rest]
+        data = writer.op("Reshape", [data, writer.constant("shape_" + "_".join(map(str, shape)), shape)])
+    if _rows_axis(had) > _rows_axis(wanted):
+        data = writer.op("Squeeze", [data, front])
+    _replace(graph, node, data)
+
+
+def _sizes(value: ir.Value) -> list[int | str]:
+    """Sizes of a value with rows, free ones as strings; none of other values."""
+    if value.shape is None:
+        return []
+    sizes = [size if isinstance(size, int) else str(size) for size in value.shape]
+    return sizes if any(isinstance(size, str) for size in sizes) else []
+
+
+def _rows_axis(sizes: list[int | str]) -> int:
+    return next(axis for axis, size in enumerate(sizes) if isinstance(size, str))
 
 
 def _changes_nothing(node: ir.Node) -> bool:
@@ -311,6 +360,11 @@ class _Writer:
 
     def _columns(self, length: ir.Value) -> ir.Value:
         """The column of each new row (chunk)."""
-        like = next(value for value in self._graph.inputs if value.name in ("input_ids", "h", "out"))
+        like = self._rows_given()
         count = self.op("Squeeze", [self.op("Shape", [like], start=1, end=2)])
         return self.op("Add", [self.op("Range", [self.constant("zero", 0), count, self.constant("one", 1)]), length])
+
+    def _rows_given(self) -> ir.Value:
+        """An input with a value for each new row; of a step not the state, which a Loop's body carries."""
+        inputs = {str(value.name): value for value in self._graph.inputs}
+        return next(inputs[name] for name in ("input_ids", "e", "out") if name in inputs)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from mythos_edge.model.errors import MythosEdgeError
+from mythos_edge.model.machine import free_memory_bytes
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.plugins.processor import has_integer_dot_products
 from mythos_edge.runtime import ort_cuda_backend
 from mythos_edge.runtime.backend import cores
-from mythos_edge.runtime.memory import free_memory_bytes
 from mythos_edge.scripts.console import Console
 
 HELP = "show what this machine can export and run"

@@ -4,155 +4,30 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from fake_driver import FakeDriver
-from fake_tensorrt import VERSION, FakeTensorRT, plan_of
+from fake_tensorrt import VERSION, FakeTensorRT
 
-from mythos_edge.exporter.trt_lowering import EngineOptions, lower_for_tensorrt
-from mythos_edge.model.bundle import STAGES, EngineSpec, Profile, TargetSpec, open_bundle, record_of, update_manifest
+from mythos_edge.model.bundle import STAGES, open_bundle
 from mythos_edge.model.checkpoint import open_checkpoint
 from mythos_edge.model.errors import BackendUnavailable, BundleError, CapacityError, MythosEdgeError, UsageError
 from mythos_edge.model.layout import load_network
-from mythos_edge.plugins import kernel_store, trt_bindings, trt_plugins
+from mythos_edge.plugins import kernel_store
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.runtime import parity
 from mythos_edge.runtime.backend import OrtBackend
 from mythos_edge.runtime.session import Session
 from mythos_edge.runtime.trt_backend import TrtBackend
+from mythos_edge.scripts import cli
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
-MAX_ROWS = 6
 MAX_CONTEXT = 48
-KERNELS = "ef" * 32
 # float16 keeps 11 bits, and a few dozen operations lie between a token and its logits.
 FP16_ERROR = 0.01
-
-
-@pytest.fixture(scope="session")
-def engine_bundle(exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """``engine_bundle(checkpoint, dtype)``: a bundle with the target ``rtx-sm89-<dtype>`` whose engines are fakes."""
-    made: dict[tuple[Path, str], Path] = {}
-
-    def build(checkpoint: Path, dtype: str) -> Path:
-        if (checkpoint, dtype) not in made:
-            path = tmp_path_factory.mktemp("engines") / "with.bundle"
-            shutil.copytree(exported(checkpoint), path)
-            _add_target(path, dtype)
-            made[checkpoint, dtype] = path
-        return made[checkpoint, dtype]
-
-    return build
-
-
-def _add_target(path: Path, dtype: str) -> None:
-    bundle, name = open_bundle(path), f"rtx-sm89-{dtype}"
-    graphs = path.with_suffix(".graphs")
-    graphs.mkdir()
-    lowered = lower_for_tensorrt(bundle, graphs, EngineOptions(dtype, "step", "none", MAX_CONTEXT, MAX_ROWS))
-    records = {}
-    for stage, graph in lowered.graphs.items():
-        plan = path / f"{stage}.{name}.engine"
-        plan.write_bytes(plan_of(graph, MAX_ROWS, MAX_CONTEXT))
-        records[plan.name] = record_of(plan)
-    spec = TargetSpec(
-        graphs={stage: f"{stage}.{name}.engine" for stage in STAGES},
-        compute_dtype=dtype,
-        weights="none",
-        block=0,
-        method="none",
-        kept=(),
-        prepacked=False,
-        fixed_bytes=lowered.fixed_bytes,
-        step_bytes=lowered.step_bytes,
-        bundle=bundle.manifest.identity,
-        note="",
-        engine=EngineSpec(
-            flavour="rtx",
-            version=VERSION,
-            compute_capabilities=(89,),
-            layout="step",
-            max_context=MAX_CONTEXT,
-            max_rows=MAX_ROWS,
-            profiles=(Profile(1, 1), Profile(MAX_ROWS, MAX_ROWS)),
-            plugin_layers=lowered.plugins,
-            kernels=KERNELS,
-        ),
-    )
-    files = {**bundle.manifest.files, **records}
-    update_manifest(bundle, targets={**bundle.manifest.targets, name: spec}, files=files)
-
-
-def _running_columns(
-    driver: FakeDriver, grid: Any, halt_mass: int, threshold: int, count: int, columns: int, *_: Any
-) -> None:
-    mass, limit = driver.array(halt_mass, np.float32, (columns,)), driver.array(threshold, np.float32, ())
-    below = np.flatnonzero(mass < limit)
-    driver.array(count, np.int32, ())[...] = below[-1] + 1 if len(below) else 0
-
-
-def _output_so_far(dtype: type) -> Callable[..., None]:
-    def kernel(
-        driver: FakeDriver,
-        grid: tuple[int, ...],
-        out: int,
-        halt_mass: int,
-        threshold: int,
-        so_far: int,
-        dim: int,
-        *_: Any,
-    ) -> None:
-        rows = grid[0]
-        mass, limit = driver.array(halt_mass, np.float32, (rows,)), driver.array(threshold, np.float32, ())
-        share = np.where((mass > 0) & (mass < limit), mass, np.float32(1))[:, None]
-        made = driver.array(out, dtype, (rows, dim)).astype(np.float32) / share
-        driver.array(so_far, dtype, (rows, dim))[...] = made
-
-    return kernel
-
-
-_KERNELS = {
-    "running_columns": _running_columns,
-    "output_so_far_fp32": _output_so_far(np.float32),
-    "output_so_far_fp16": _output_so_far(np.float16),
-}
-
-
-def _kernel(name: str, compute_capability: int) -> SimpleNamespace:
-    """A compiled kernel in which the fake driver finds one of those above."""
-    assert compute_capability == 89
-    return SimpleNamespace(
-        name=name,
-        entry=name,
-        cubin=name.encode(),
-        threads=128,
-        shared_bytes=0,
-        hidden_pointers=2,
-        sha256=f"sha256 of {name}",
-    )
-
-
-@pytest.fixture(params=[False, True], ids=["at once", "delayed"])
-def driver(request: pytest.FixtureRequest) -> FakeDriver:
-    made = FakeDriver(delayed=request.param)
-    made.kernels = _KERNELS
-    return made
-
-
-@pytest.fixture
-def trt(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> FakeTensorRT:
-    fake = FakeTensorRT(driver)
-    monkeypatch.setattr(trt_bindings, "load", lambda flavour: fake)
-    monkeypatch.setattr(trt_bindings, "logger", lambda trt: None)
-    monkeypatch.setattr(trt_bindings, "messages", lambda trt: fake.messages)
-    monkeypatch.setattr(trt_plugins, "register", lambda trt: None)
-    monkeypatch.setattr(kernel_store, "kernel", _kernel)
-    monkeypatch.setattr(kernel_store, "manifest_sha256", lambda: KERNELS)
-    return fake
 
 
 def _session(path: Path, dtype: str, driver: FakeDriver, **options: Any) -> Session:
@@ -377,9 +252,9 @@ def test_a_context_the_engines_were_not_built_for_is_refused(
 
 
 def test_a_gpu_without_room_is_one_line(engines: Path, trt: FakeTensorRT) -> None:
-    driver = FakeDriver(total_bytes=120_000)
-    driver.kernels = _KERNELS
-    trt.driver = driver
+    kernels = trt.driver.kernels
+    driver = trt.driver = FakeDriver(total_bytes=120_000)
+    driver.kernels = kernels
     with (
         pytest.raises(CapacityError, match=r"GPU memory are needed|the caches of"),
         _session(engines, "fp32", driver) as session,
@@ -399,3 +274,19 @@ def test_without_a_driver_it_says_so(engines: Path, trt: FakeTensorRT, monkeypat
     monkeypatch.setattr(Driver, "load", none)
     with pytest.raises(BackendUnavailable, match="no NVIDIA driver"):
         Session.open(engines, target="rtx-sm89-fp32")
+
+
+def test_the_verbs_take_it(
+    engines: Path, trt: FakeTensorRT, golden: dict[str, np.ndarray], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "ids.npy", golden["ids"])
+    target = ["--target", "rtx-sm89-fp32"]
+    assert cli.main(["generate", str(engines), "--ids", "1,2,3", "--max-new-tokens", "4", "--json", *target]) == 0
+    made = json.loads(capsys.readouterr().out)["ids"]
+    assert cli.main(["generate", str(engines), "--ids", "1,2,3", "--max-new-tokens", "4", "--json"]) == 0
+    assert made == json.loads(capsys.readouterr().out)["ids"]
+    against = ["--against", "fp32", "--ids", str(tmp_path / "ids.npy"), "--json"]
+    assert cli.main(["validate", str(engines), *target, *against]) == 0
+    quality = json.loads(capsys.readouterr().out)["quality"]
+    assert quality["kl_mean"] < 1e-6
+    assert quality["depth_agreement"] == 1

@@ -38,7 +38,7 @@ _DIGITS = 12
 _DEMO_DEPTH = 16
 _OPTIONS = ("target", "demo_streams", "max_kl", "min_top1")
 # What a step is fed that lies in the backend's memory.
-_STATES = ("h", "e", "out", "halt_mass", "depth", "past")
+_STATES, _COUNTS = ("h", "e", "out", "past"), ("halt_mass", "depth")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -203,7 +203,8 @@ class _Recorder:
             self._backend.run(stage, feeds, outputs)
             return
         # Before the run, which may write over them.
-        seen_by_host = {name: self.memory.to_floats(array) for name, array in feeds.items() if name in _STATES}
+        seen_by_host = {name: self.memory.to_floats(feeds[name]) for name in _STATES}
+        seen_by_host |= {name: self.memory.to_host(feeds[name]) for name in _COUNTS}
         self._backend.run(stage, feeds, outputs)
         index = feeds["step_index"][0]
         positions = int(feeds["length"]) + np.arange(len(index))

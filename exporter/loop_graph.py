@@ -246,7 +246,7 @@ class _Body(_Scope):
         self.graph.inputs.extend([self.step_index, condition, *self._carried])
         state = dict(zip(_CARRIED, self._carried, strict=True))
         # Here all rows are at the same loop step.
-        rows = self.op("Shape", [self._carried[0]], start=0, end=2)
+        rows = self._outer.sizes(captured["e"], 0, 2)
         inputs = {
             "step_index": self.op("Expand", [self.step_index, rows]),
             "min_depth": self._outer.integer(1),

@@ -5,11 +5,9 @@ rounded matrices, and with the bundle all weights that stay in float32.
 """
 
 import fnmatch
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import onnx
@@ -25,6 +23,7 @@ from mythos_edge.exporter.rounding import (
     plan_rounded,
     write_rounded,
 )
+from mythos_edge.exporter.target_files import files_beside, install, weights_file
 from mythos_edge.exporter.weights import WEIGHTS_FILE, bytes_read
 from mythos_edge.model.bundle import (
     MAX_TOGETHER,
@@ -33,17 +32,14 @@ from mythos_edge.model.bundle import (
     Bundle,
     TargetSpec,
     open_bundle,
-    record_of,
-    remove_partials,
     require_free_space,
-    update_manifest,
 )
 from mythos_edge.model.checkpoint import Checkpoint
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import BuildError
 from mythos_edge.model.layout import recipes
 from mythos_edge.model.tensor_files import read_tensor_file
-from mythos_edge.plugins.ort_lowering import Packs, lower_for_ort
+from mythos_edge.plugins.ort_lowering import lower_for_ort
 from mythos_edge.plugins.processor import has_integer_dot_products
 from mythos_edge.plugins.torch_ops import add_functions
 
@@ -78,14 +74,18 @@ def target_name(weights: str) -> str:
 
 
 def write_graphs(
-    stages: Mapping[str, ir.Model], folder: Path, name: str, config: MythosConfig, packs: Packs | None = None
+    stages: Mapping[str, ir.Model],
+    folder: Path,
+    name: str,
+    config: MythosConfig,
+    lower: Callable[[ir.Model], ir.Model] = lower_for_ort,
 ) -> Lowered:
     """Lowers the traced stages and writes them to ``folder`` as ``<stage>.<name>.onnx`` and ``.many.onnx``."""
     graphs, sizes = {}, {}
     for stage in STAGES:
         one = for_one_sequence(stages[stage])
         for key, model in ((stage, one), (f"{stage}.many", for_many_sequences(one, MAX_TOGETHER))):
-            lowered = lower_for_ort(model, packs)
+            lowered = lower(model)
             add_functions(lowered)
             graphs[key] = f"{stage}.{name}{key.removeprefix(stage)}.onnx"
             ir.save(lowered, folder / graphs[key])
@@ -121,19 +121,19 @@ def build_target(
         )
     manifest, name = bundle.manifest, target_name(weights)
     stages = {stage: ir.load(bundle.file(f"{stage}.onnx")) for stage in STAGES}
-    with _files_beside(bundle, name) as folder:
+    with files_beside(bundle, name) as folder:
         plan = None
         if weights != "fp32":
             if block is None:
                 block = _default_block(weights, manifest.config.dim)
             chosen = "calibrated" if importance is not None else method or _DEFAULT_METHODS[weights]
             rounding = Rounding(BITS[weights], block, chosen)
-            plan = plan_rounded(_matrices(manifest.config, rounding, keep), rounding)
+            plan = plan_rounded(matrices_of(manifest.config, rounding, keep), rounding)
             require_free_space(path, plan.total_bytes)
-            _round(bundle, plan, folder / _weights_file(name), importance, progress)
+            round_weights(bundle, plan, folder / weights_file(name), importance, progress)
         progress("graphs", 0.0)
-        packs = None if plan is None else plan.packs(_weights_file(name), folder)
-        lowered = write_graphs(stages, folder, name, manifest.config, packs)
+        packs = None if plan is None else plan.packs(weights_file(name), folder)
+        lowered = write_graphs(stages, folder, name, manifest.config, partial(lower_for_ort, packs=packs))
         target = TargetSpec(
             graphs=lowered.graphs,
             compute_dtype="fp32",
@@ -148,50 +148,7 @@ def build_target(
             note="",
             engine=None,
         )
-        records = {file.name: record_of(file) for file in sorted(folder.iterdir())}
-        # An interrupt from here on leaves a bundle without the target, not one whose files are of two builds.
-        bundle = _without(_unchanged(bundle), name)
-        for file in records:
-            (folder / file).replace(path / file)
-    others = bundle.manifest
-    return update_manifest(bundle, targets={**others.targets, name: target}, files={**others.files, **records})
-
-
-def _unchanged(bundle: Bundle) -> Bundle:
-    """The bundle as it is now: rounding takes minutes, in which presets may have been added."""
-    now = open_bundle(bundle.path)
-    if now.manifest.identity != bundle.manifest.identity:
-        raise BuildError(f"{bundle.path}: was exported anew during the build: build again")
-    return now
-
-
-def _without(bundle: Bundle, name: str) -> Bundle:
-    """The bundle without a target, its presets, and the files that only it uses, which stay on disk."""
-    manifest = bundle.manifest
-    if name not in manifest.targets:
-        return bundle
-    own = {*manifest.targets[name].graphs.values(), _weights_file(name)}
-    return update_manifest(
-        bundle,
-        targets={other: spec for other, spec in manifest.targets.items() if other != name},
-        files={file: record for file, record in manifest.files.items() if file not in own},
-        # They were measured with the weights that go.
-        presets={preset: found for preset, found in manifest.presets.items() if found.target != name},
-    )
-
-
-@contextmanager
-def _files_beside(bundle: Bundle, name: str) -> Iterator[Path]:
-    """A folder inside the bundle for files that are not whole yet, removed at the end with what is left in it."""
-    folder = bundle.path / f".{name}.partial-{os.getpid()}"
-    try:
-        remove_partials(bundle.path, name)
-        folder.mkdir()
-        yield folder
-    except OSError as error:
-        raise BuildError(f"{bundle.path}: can not be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        return install(bundle, folder, name, target)
 
 
 def _check(model: ir.Model) -> None:
@@ -213,17 +170,16 @@ def _default_block(weights: str, dim: int) -> int:
     return next((block for block in (wanted, wanted // 2, 32) if dim % block == 0), wanted)
 
 
-def _weights_file(name: str) -> str:
-    return f"weights.{name}.safetensors"
-
-
-def _round(bundle: Bundle, plan: RoundedFile, path: Path, importance: Importance | None, progress: Progress) -> None:
+def round_weights(
+    bundle: Bundle, plan: RoundedFile, path: Path, importance: Importance | None, progress: Progress
+) -> None:
+    """Rounds the matrices of ``plan``, read from the bundle's own weights, into the file ``path``."""
     stored = read_tensor_file(bundle.file(WEIGHTS_FILE))
     with Checkpoint(bundle.path, stored.kind, bundle.manifest.config, stored.entries) as reader:
         write_rounded(plan, reader, path, importance, lambda done: progress("rounding", done))
 
 
-def _matrices(config: MythosConfig, rounding: Rounding, keep: Sequence[str]) -> list[Matrix]:
+def matrices_of(config: MythosConfig, rounding: Rounding, keep: Sequence[str]) -> list[Matrix]:
     """The matrices a target rounds, without those it keeps."""
     matrices = [
         _matrix(recipe.name, recipe.shape, rounding.block)

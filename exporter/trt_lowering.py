@@ -132,6 +132,8 @@ def _lower(model: ir.Model, config: MythosConfig, options: EngineOptions, positi
     if options.weights != "none":
         names = {recipe.name for recipe in recipes(config, 1) if recipe.narrow}
         trt_passes.round_weights(model, options.weights, names)
+    if options.layout == "loop":
+        trt_passes.rotate_by_hand(model)
     if attention_is_native(config, options):
         trt_passes.attend_natively(model, options.max_context + options.max_rows)
     elif not config.is_mla:

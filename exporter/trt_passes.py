@@ -6,6 +6,7 @@
 ``round_weights``        ensures codes and scales in place of the large matrices: QuantizedSparseMoE, and
                          DequantizeLinear before a product
 ``attend_natively``      requires ``for_engine``; ensures TensorScatter into a cache of fixed capacity and Attention
+``rotate_by_hand``       ensures products and sums in place of RotaryEmbedding
 ``use_body``             ensures that TensorRT computes an op by its function body
 
 All change the model they are given. A rounded weight ``x`` becomes the initializers ``x.codes`` and ``x.scale``.
@@ -69,8 +70,9 @@ def part_shared_experts(model: ir.Model) -> None:
 def round_weights(model: ir.Model, weights: str, names: Collection[str]) -> None:
     """See above; only matrices in ``names`` are rounded, to ``weights``: int8, int4 or fp8.
 
-    int8 and fp8 have one scale a row, int4 one for each block of a row. A matrix of a plain product whose rows do not
-    divide into blocks is int8. Raises BuildError when those of the experts do not.
+    int8 and fp8 have one scale a row, int4 one for each block of a row. Where rows do not divide into blocks of int4,
+    experts are padded with zeros and the matrix of a plain product is int8. Raises BuildError when the experts' input
+    does not divide.
     """
     graph = model.graph
     made: dict[str, ir.Value] = {}
@@ -108,6 +110,27 @@ def attend_natively(model: ir.Model, capacity: int) -> None:
     tidy(model)
 
 
+def rotate_by_hand(model: ir.Model) -> None:
+    """See above: a graph with a Loop and a RotaryEmbedding anywhere in it fails to build."""
+    for node in [node for node in model.graph if node.op_type == "RotaryEmbedding"]:
+        x, cos, sin, positions = node.inputs
+        assert x is not None
+        heads, size = node.attributes["num_heads"].as_int(), _shape(x)[-1]
+        assert node.attributes["interleaved"].as_int() == 1
+        writer = _Writer(model.graph, node, str(node.outputs[0].name))
+        over = writer.constant("over_heads_and_pair", [2, 4])
+        c, s = (writer.op("Unsqueeze", [writer.op("Gather", [table, positions]), over]) for table in (cos, sin))
+        pairs = writer.constant(f"pairs_{size}", [0, 0, heads, size // heads // 2, 2])
+        even, odd = writer.many("Split", [writer.op("Reshape", [x, pairs])], 2, axis=-1, num_outputs=2)
+        turned = [
+            writer.op("Sub", [writer.op("Mul", [even, c]), writer.op("Mul", [odd, s])]),
+            writer.op("Add", [writer.op("Mul", [even, s]), writer.op("Mul", [odd, c])]),
+        ]
+        joined = writer.op("Concat", turned, axis=-1)
+        _replace(model.graph, node, writer.op("Reshape", [joined, writer.constant(f"rows_{size}", [0, 0, size])]))
+    tidy(model)
+
+
 def use_body(model: ir.Model, op: str) -> None:
     """See above: TensorRT looks a plugin up by this attribute."""
     for node in model.graph.all_nodes():
@@ -125,16 +148,43 @@ def tidy(model: ir.Model) -> None:
 
 
 def _fix_shape(graph: ir.Graph, node: ir.Node) -> None:
-    """Gives a Reshape a constant shape where at most one size is free."""
-    output, data = node.outputs[0], node.inputs[0]
+    """Writes a Reshape so that no size has to be worked out: the rows of a chunk keep their axis, 0 copies its size.
+
+    In a Loop's body TensorRT gives up after a few sizes of -1 that depend on one another. A batch of one before the
+    rows comes and goes by Squeeze and Unsqueeze.
+    """
+    data, output = node.inputs[0], node.outputs[0]
     assert data is not None
     output.type = data.type
-    if output.shape is None:
+    had, wanted = _sizes(data), _sizes(output)
+    if not had:
         return
-    sizes = [size if isinstance(size, int) else -1 for size in output.shape]
-    if sizes.count(-1) <= 1:
-        name = "shape_" + "_".join(map(str, sizes)).replace("-1", "rest")
-        node.replace_input_with(1, _Writer(graph).constant(name, sizes))
+    if not wanted:
+        assert len(had) == 1, output.name
+        _replace(graph, node, data)
+        return
+    writer, front = _Writer(graph, node, str(output.name)), _Writer(graph).constant("front", [0])
+    if _rows_axis(had) < _rows_axis(wanted):
+        data, had = writer.op("Unsqueeze", [data, front]), [1, *had]
+    rest = wanted[_rows_axis(wanted) + 1 :]
+    if had[_rows_axis(had) + 1 :] != rest:
+        shape = [0] * (_rows_axis(had) + 1) + [int(size) for size in rest]
+        data = writer.op("Reshape", [data, writer.constant("shape_" + "_".join(map(str, shape)), shape)])
+    if _rows_axis(had) > _rows_axis(wanted):
+        data = writer.op("Squeeze", [data, front])
+    _replace(graph, node, data)
+
+
+def _sizes(value: ir.Value) -> list[int | str]:
+    """Sizes of a value with rows, free ones as strings; none of other values."""
+    if value.shape is None:
+        return []
+    sizes = [size if isinstance(size, int) else str(size) for size in value.shape]
+    return sizes if any(isinstance(size, str) for size in sizes) else []
+
+
+def _rows_axis(sizes: list[int | str]) -> int:
+    return next(axis for axis, size in enumerate(sizes) if isinstance(size, str))
 
 
 def _changes_nothing(node: ir.Node) -> bool:
@@ -163,28 +213,34 @@ def _narrow_weight(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _round_experts(graph: ir.Graph, node: ir.Node, weights: str) -> None:
-    x, router, bias, *stacks = node.inputs
+    x, router, bias, fc1, fc2 = node.inputs
+    assert fc1 is not None
+    assert fc2 is not None
+    (experts, double, dim), hidden = _shape(fc1), _shape(fc2)[-1]
+    assert double == 2 * hidden
+    # An expert's hidden size may be padded with zeros, which add nothing; its input may not.
+    padded = hidden + (-hidden % _INT4_BLOCKS[-1] if weights == "int4" else 0)
     inputs = [x, router, bias]
-    for stack in stacks:
-        assert stack is not None
-        block = _block(stack, weights)
+    for stack, shape in ((fc1, (experts, 2 * padded, dim)), (fc2, (experts, dim, padded))):
+        block = _block(shape[-1], weights)
         if block is None:
             raise BuildError(
-                f"{stack.name}: rows of {_row(stack)} values do not divide into int4 blocks of {_INT4_BLOCKS[-1]}: "
+                f"{stack.name}: rows of {dim} values do not divide into int4 blocks of {_INT4_BLOCKS[-1]}: "
                 "build with --weights int8"
             )
-        inputs += _codes_and_scale(graph, stack, weights, (_row(stack) // block,))
+        inputs += _codes_and_scale(graph, stack, weights, shape, (shape[-1] // block,))
     writer = _Writer(graph, node, str(node.outputs[0].name))
     attributes = {name: node.attributes[name].value for name in node.attributes}
     _replace(graph, node, writer.op(ops.QUANTIZED_SPARSE_MOE.name, inputs, domain=ops.DOMAIN, **attributes))
 
 
 def _dequantized(graph: ir.Graph, node: ir.Node, matrix: ir.Value, weights: str) -> ir.Value:
-    block, kept = _block(matrix, weights), weights
+    shape = _shape(matrix)
+    block, kept = _block(shape[-1], weights), weights
     if block is None:
-        block, kept = _row(matrix), "int8"
+        block, kept = shape[-1], "int8"
     blocked = kept == "int4"
-    inputs = _codes_and_scale(graph, matrix, kept, (_row(matrix) // block,) if blocked else ())
+    inputs = _codes_and_scale(graph, matrix, kept, shape, (shape[-1] // block,) if blocked else ())
     writer = _Writer(graph, node, str(matrix.name))
     if blocked:
         value = writer.op("DequantizeLinear", inputs, axis=1, block_size=block)
@@ -194,19 +250,16 @@ def _dequantized(graph: ir.Graph, node: ir.Node, matrix: ir.Value, weights: str)
     return value
 
 
-def _block(matrix: ir.Value, weights: str) -> int | None:
-    """Values that share a scale; None when the rows do not divide."""
-    row = _row(matrix)
+def _block(row: int, weights: str) -> int | None:
+    """Values of a row that share a scale; None when they do not divide."""
     return row if weights != "int4" else next((block for block in _INT4_BLOCKS if row % block == 0), None)
 
 
-def _row(matrix: ir.Value) -> int:
-    return _shape(matrix)[-1]
-
-
-def _codes_and_scale(graph: ir.Graph, matrix: ir.Value, weights: str, blocks: tuple[int, ...]) -> list[ir.Value]:
+def _codes_and_scale(
+    graph: ir.Graph, matrix: ir.Value, weights: str, shape: tuple[int, ...], blocks: tuple[int, ...]
+) -> list[ir.Value]:
     assert matrix.dtype is not None
-    shape, made = _shape(matrix), []
+    made = []
     for part, dtype, size in (("codes", CODES[weights], shape), ("scale", matrix.dtype, (*shape[:-1], *blocks))):
         name = f"{matrix.name}.{part}"
         if name not in graph.initializers:
@@ -311,6 +364,11 @@ class _Writer:
 
     def _columns(self, length: ir.Value) -> ir.Value:
         """The column of each new row (chunk)."""
-        like = next(value for value in self._graph.inputs if value.name in ("input_ids", "h", "out"))
+        like = self._rows_given()
         count = self.op("Squeeze", [self.op("Shape", [like], start=1, end=2)])
         return self.op("Add", [self.op("Range", [self.constant("zero", 0), count, self.constant("one", 1)]), length])
+
+    def _rows_given(self) -> ir.Value:
+        """An input with a value for each new row; of a step not the state, which a Loop's body carries."""
+        inputs = {str(value.name): value for value in self._graph.inputs}
+        return next(inputs[name] for name in ("input_ids", "e", "out") if name in inputs)

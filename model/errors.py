@@ -5,7 +5,7 @@
     ├── ConfigError          a configuration is incomplete or contradicts itself or the weights
     ├── CheckpointError      a checkpoint file is missing, damaged, unsafe or not an OpenMythos model
     ├── ExportError          a sound checkpoint could not be written as a bundle
-    ├── BuildError           a bundle could not be lowered to a target
+    ├── BuildError           a bundle could not be lowered to a target; carries TensorRT's log where there is one
     ├── BundleError          a bundle is missing, damaged, unsafe or from a newer schema
     ├── BackendUnavailable   a library this machine lacks is needed; carries the install line
     └── CapacityError        a request is longer or deeper than the bundle or session allows
@@ -13,6 +13,8 @@
 A message is one line: what, got, expected, how to mend; the CLI prints it and exits with 1. Broken invariants of
 our own are ``assert``.
 """
+
+from pathlib import Path
 
 
 class MythosEdgeError(Exception):
@@ -36,7 +38,11 @@ class ExportError(MythosEdgeError):
 
 
 class BuildError(MythosEdgeError):
-    """A target could not be built."""
+    """A target could not be built; ``log`` is the file with what a native builder said, where one ran."""
+
+    def __init__(self, message: str, log: Path | None = None) -> None:
+        super().__init__(message if log is None else f"{message}; its log: {log}")
+        self.log = log
 
 
 class BundleError(MythosEdgeError):

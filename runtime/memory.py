@@ -5,11 +5,12 @@ are ``device.DeviceArray``. Nothing but what a caller asks for with ``to_host`` 
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
+
+from mythos_edge.model.machine import free_memory_bytes
 
 # A numpy array or a DeviceArray: shape, nbytes, slices of leading axes as views, assignment to slices.
 Rows: TypeAlias = Any
@@ -107,13 +108,3 @@ class HostMemory:
 
     def free_bytes(self) -> int | None:
         return free_memory_bytes()
-
-
-def free_memory_bytes() -> int | None:
-    """Memory of the host that can be allocated without swapping; None where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    sizes = dict(line.split(":") for line in lines)
-    return int(sizes["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in sizes else None

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from mythos_edge.model.bundle import Bundle, GoldenSample, open_bundle, verify_hashes
 from mythos_edge.model.errors import BackendUnavailable, CapacityError, UsageError
+from mythos_edge.model.machine import free_memory_bytes
 from mythos_edge.runtime import parity
 from mythos_edge.runtime.backend import graph_runner
-from mythos_edge.runtime.memory import free_memory_bytes
 from mythos_edge.runtime.session import Session, checked_ids
 from mythos_edge.scripts import options, quality_gate
 from mythos_edge.scripts.console import Console

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from mythos_edge.model.config import VARIANTS, config_from_dict
 from mythos_edge.model.errors import CapacityError
+from mythos_edge.model.machine import free_memory_bytes
 from mythos_edge.runtime.caches import CachePlan, ColumnBuffer, plan_cache, require_memory
-from mythos_edge.runtime.memory import free_memory_bytes
 
 LIMIT = 400
 Float32 = NDArray[np.float32]

@@ -208,9 +208,10 @@ class OpPlugin:
             raise BuildError("is built outside of trt_plugins.carrying(): which GPUs to carry kernels for is not known")
         shapes, dtypes = self._most(inputs)
         names = launches.variants(self.spec.name, shapes, dtypes, self.attributes, self.build.max_rows)
-        self._wanted |= frozenset(names)
-        # A kernel that is missing fails here: TensorRT would drop the error of get_fields_to_serialize.
-        self._blob = np.frombuffer(encode(self._carried()), np.uint8)
+        if not self._wanted >= set(names):
+            self._wanted |= set(names)
+            # A kernel that is missing fails here: TensorRT would drop the error of get_fields_to_serialize.
+            self._blob = np.frombuffer(encode(self._carried()), np.uint8)
 
     @_remembered
     def get_valid_tactics(self) -> list[int]:

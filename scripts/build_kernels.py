@@ -180,7 +180,7 @@ def _compiled(variant: Variant, gpu: int, output: Path) -> dict[str, Any]:
         "shared_bytes": shared,
         "registers": registers,
         "spill_bytes": spilled,
-        "hidden_pointers": len(re.findall(rb"\.param \.", text.split(b"{")[0])) - len(variant.arguments),
+        "hidden_pointers": _parameters(text.decode("ascii")) - len(variant.arguments),
     }
 
 
@@ -192,6 +192,13 @@ def _hints(variant: Variant) -> dict[tuple[int], list[list[Any]]]:
         if multiple:
             hints[(place,)] = [["tt.divisibility", multiple]]
     return hints
+
+
+def _parameters(text: str) -> int:
+    """How many parameters the kernel in PTX ``text`` takes."""
+    found = re.search(r"\.visible \.entry \w+\((.*?)\)\n", text, re.DOTALL)
+    assert found, "PTX without an entry"
+    return len(re.findall(r"\.param \.", found[1]))
 
 
 def _resources(cubin: Path) -> tuple[int, int]:

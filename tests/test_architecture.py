@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("model", "plugins", "exporter", "runtime", "scripts")
+FOLDERS = ("model", "plugins", "plugins/kernels", "exporter", "runtime", "scripts")
 MAY_IMPORT = {
     "model": set(),
     "plugins": {"model"},
+    "plugins/kernels": {"plugins"},
     "exporter": {"plugins", "model"},
     "runtime": {"plugins", "model"},
     "scripts": {"exporter", "runtime", "plugins", "model"},
@@ -23,11 +24,22 @@ IMPORT_LIGHT = [
     "model.config",
     "model.bundle",
     "plugins.processor",
+    "plugins.kernel_store",
+    "plugins.kernels.variants",
+    "plugins.launches",
     *(f"runtime.{path.stem}" for path in sorted((ROOT / "runtime").glob("*.py"))),
     "scripts.cli",
     "scripts.addition",
 ]
 MODULES = [(folder, path.stem) for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
+
+
+# The only modules that may need Triton; no process that runs a model imports them.
+TRITON_SOURCES = {path for path in (ROOT / "plugins" / "kernels").glob("*.py") if path.stem != "variants"}
+
+
+def _package(folder: str) -> str:
+    return f"mythos_edge.{folder.replace('/', '.')}"
 
 
 def _imported_folders(path: Path) -> set[str]:
@@ -44,13 +56,26 @@ def _imported_folders(path: Path) -> set[str]:
 
 @pytest.mark.parametrize(("folder", "module"), MODULES)
 def test_imports_point_one_way(folder: str, module: str) -> None:
-    foreign = _imported_folders(ROOT / folder / f"{module}.py") - {folder}
+    foreign = _imported_folders(ROOT / folder / f"{module}.py") - {folder.partition("/")[0]}
     assert foreign <= MAY_IMPORT[folder]
+
+
+def test_triton_is_imported_by_kernel_sources_alone() -> None:
+    """And inside functions by the script that compiles them."""
+    for folder, module in MODULES:
+        path = ROOT / folder / f"{module}.py"
+        at_import = [
+            node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))
+        ]
+        names = {alias.name for node in at_import if isinstance(node, ast.Import) for alias in node.names}
+        names |= {str(node.module) for node in at_import if isinstance(node, ast.ImportFrom)}
+        uses = any(name.partition(".")[0] == "triton" or name.endswith("kernels.codes") for name in names)
+        assert not uses or path in TRITON_SOURCES, f"{path} imports triton"
 
 
 @pytest.mark.parametrize(("folder", "module"), MODULES)
 def test_every_module_is_installed(folder: str, module: str) -> None:
-    installed = resources.files(f"mythos_edge.{folder}") / f"{module}.py"
+    installed = resources.files(_package(folder)) / f"{module}.py"
     assert installed.is_file(), "reinstall after adding a file: pip install -e ."
 
 
@@ -61,12 +86,12 @@ def test_no_module_bears_a_name_of_the_standard_library(folder: str, module: str
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_types_are_published(folder: str) -> None:
-    assert (resources.files(f"mythos_edge.{folder}") / "py.typed").is_file()
+    assert (resources.files(_package(folder)) / "py.typed").is_file()
 
 
 def test_light_modules_import_without_torch_and_onnx() -> None:
     script = "import sys\n" + "".join(
-        f"sys.modules[{name!r}] = None\n" for name in ("torch", "onnx", "onnx_ir", "onnxscript", "jaxtyping")
+        f"sys.modules[{name!r}] = None\n" for name in ("torch", "onnx", "onnx_ir", "onnxscript", "jaxtyping", "triton")
     )
     script += "".join(f"import mythos_edge.{module}\n" for module in IMPORT_LIGHT)
     # onnxruntime and tokenizers are loaded when they are used, so that --help is quick.

@@ -50,31 +50,31 @@ def test_kernels_fit_their_gpu() -> None:
 
 
 def test_decode_kernels_keep_everything_in_registers() -> None:
-    for gpu, name in ALL:
-        spilled = MANIFEST["gpus"][str(gpu)][name]["spill_bytes"]
-        # The widest latents take all registers there are; Turing attends without tensor cores.
-        most = {"latent_attention_": 300 if gpu == 75 else 40 if "_1024" in name else 0}
-        allowed = next((bytes_ for start, bytes_ in most.items() if name.startswith(start)), 0)
-        assert spilled <= allowed, f"{name} for SM {gpu} spills {spilled} bytes"
+    # Turing multiplies without tensor cores; latents of 1024 take all the registers a thread can have.
+    allowed = {(75, "latent_attention_fp16_256"): 224}
+    allowed |= {(gpu, f"latent_attention_{dtype}_1024"): 32 for gpu in GPUS for dtype in ("fp16", "bf16")}
+    spilling = {
+        (gpu, name): MANIFEST["gpus"][str(gpu)][name]["spill_bytes"]
+        for gpu, name in ALL
+        if VARIANTS[name].multiples and MANIFEST["gpus"][str(gpu)][name]["spill_bytes"]
+    }
+    assert {key: spilled for key, spilled in spilling.items() if spilled > allowed.get(key, 0)} == {}
 
 
 @pytest.mark.parametrize("gpu", [75, 89, 120])
 def test_weights_are_read_in_16_bytes(gpu: int) -> None:
-    """The PTX of kernels with aligned rows loads nothing of weights in smaller pieces."""
+    """Decode kernels load weights into registers, those with products of tiles into shared memory (Ampere and on)."""
     for name, variant in VARIANTS.items():
         if gpu < variant.oldest or not variant.multiples:
             continue
         text = kernel_store.ptx(name, gpu)
         if name.startswith(("decode", "router_logits")):
             assert len(re.findall(r"ld\.global\S*\.v4\.b32", text)) >= 2
-            assert not re.findall(r"ld\.global\.(b16|b8|u16|u8)", _without_scales(text, name))
-        elif name.startswith(("prefill", "latent")):
-            assert re.search(r"ld\.global\S*\.v4\.b32|cp\.async\.cg\.\S+ \[.*\], 0x10|cp\.async\.cg", text)
-
-
-def _without_scales(text: str, name: str) -> str:
-    """Scales of 16 bits are read one by one, few as they are."""
-    return "" if re.search(r"int8|int4|fp8", name) else text
+            # Scales are read one by one, few as they are; else nothing is narrower.
+            scaled = re.search(r"int8|int4|fp8", name)
+            assert scaled or not re.search(r"ld\.global\S*\.[bu](8|16)\b", text)
+        elif name.startswith(("prefill", "latent")) and gpu >= 80:
+            assert re.search(r"ld\.global\S*\.v4\.b32|cp\.async\.cg\S* .*, 0x10", text), name
 
 
 def test_unaligned_rows_are_not_read_in_16_bytes() -> None:
@@ -162,7 +162,7 @@ def test_a_kernel_that_ends_the_process_is_one_error(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.slow
 def test_a_rebuild_is_equal_to_the_byte(copy: Path) -> None:
-    assert differences([89], copy) == []
+    """But for the kernel whose record was changed, which is the one thing the check complains of."""
     _edited(copy, "89", "group_pairs", registers=1)
     command = [
         sys.executable,

@@ -24,6 +24,7 @@ from mythos_edge.plugins.launches import Float, Integer, Pointer
 from mythos_edge.plugins.ops import OPS
 
 GPUS = (86, 89)
+REAL_KERNEL = carried_kernels.kernel_store.kernel
 FLOATS, CODES = ("fp16", "bf16", "fp32"), ("int8", "int4", "fp8")
 
 
@@ -384,6 +385,25 @@ def test_launches_are_those_of_the_program(maker: Maker, op: str, dtype: str, co
     # Attaching loaded everything, once.
     assert len(driver.modules) == modules
     assert maker.loads == 1
+
+
+@pytest.mark.parametrize(("op", "dtype", "codes"), CASES)
+def test_the_kernels_we_ship_load_and_launch(
+    maker: Maker, monkeypatch: pytest.MonkeyPatch, op: str, dtype: str, codes: str
+) -> None:
+    """Entries are in their cubins, shared memory is asked for, for few rows and for many."""
+    monkeypatch.setattr(carried_kernels.kernel_store, "kernel", REAL_KERNEL)
+    driver = maker.driver
+    driver.retain_primary_context(0)
+    plugin = maker.from_plan(op, blob_of(maker.built(op, dtype, codes, gpus=(89,)))).attach_to_context(None)
+    workspace, stream = driver.allocate(1 << 24), driver.stream()
+    places = [driver.allocate(64) for _ in (*OPS[op].inputs, OPS[op].output)]
+    for rows in (1, MAX_ROWS):
+        descriptions = maker.descriptions(op, dtype, codes, rows)
+        plugin.on_shape_change(descriptions, [])
+        plugin.enqueue(descriptions, [], places[:-1], places[-1:], workspace, stream)
+    assert {record.entry for record in driver.launches} <= {kernel.entry for kernel in plugin.carried.kernels}
+    assert all(record.arguments[-1] is None for record in driver.launches)
 
 
 def test_kernels_are_loaded_once_for_all_plugins(maker: Maker) -> None:

@@ -27,6 +27,7 @@ class CarriedKernel:
     entry: str
     threads: int
     shared_bytes: int
+    hidden_pointers: int
     sha256: str
     cubin: bytes
 
@@ -55,17 +56,26 @@ def collect(
     op: str, attributes: Mapping[str, int | float], names: Iterable[str], compute_capabilities: Iterable[int]
 ) -> Carried:
     """The kernels ``names`` for each GPU. Raises BuildError for one that was not built."""
-    kernels = []
     wanted = sorted(set(names))
-    for compute_capability in sorted(set(compute_capabilities)):
-        for name in wanted:
-            built = kernel_store.kernel(name, compute_capability)
-            kernels.append(
-                CarriedKernel(
-                    name, compute_capability, built.entry, built.threads, built.shared_bytes, built.sha256, built.cubin
-                )
-            )
+    kernels = [
+        _carried(kernel_store.kernel(name, compute_capability), compute_capability)
+        for compute_capability in sorted(set(compute_capabilities))
+        for name in wanted
+    ]
     return Carried(op, dict(attributes), tuple(kernels))
+
+
+def _carried(built: kernel_store.Kernel, compute_capability: int) -> CarriedKernel:
+    return CarriedKernel(
+        built.name,
+        compute_capability,
+        built.entry,
+        built.threads,
+        built.shared_bytes,
+        built.hidden_pointers,
+        built.sha256,
+        built.cubin,
+    )
 
 
 def encode(carried: Carried) -> bytes:
@@ -76,7 +86,15 @@ def encode(carried: Carried) -> bytes:
         "attributes": carried.attributes,
         "cubins": [[sha256, len(cubin)] for sha256, cubin in cubins.items()],
         "kernels": [
-            [kernel.name, kernel.compute_capability, kernel.entry, kernel.threads, kernel.shared_bytes, kernel.sha256]
+            [
+                kernel.name,
+                kernel.compute_capability,
+                kernel.entry,
+                kernel.threads,
+                kernel.shared_bytes,
+                kernel.hidden_pointers,
+                kernel.sha256,
+            ]
             for kernel in carried.kernels
         ],
     }
@@ -99,7 +117,7 @@ def decode(blob: bytes) -> Carried:
     if hashlib.sha256(text).digest() != blob[start - _HASH_BYTES : start]:
         raise _damaged("their list")
     header: dict[str, Any] = json.loads(text)
-    cubins = {}
+    cubins: dict[str, bytes] = {}
     for sha256, size in header["cubins"]:
         cubin = blob[end : end + size]
         if hashlib.sha256(cubin).hexdigest() != sha256:
@@ -108,8 +126,8 @@ def decode(blob: bytes) -> Carried:
     if end != len(blob):
         raise _damaged(f"{len(blob)} bytes, expected {end}")
     kernels = tuple(
-        CarriedKernel(name, compute_capability, entry, threads, shared_bytes, sha256, cubins[sha256])
-        for name, compute_capability, entry, threads, shared_bytes, sha256 in header["kernels"]
+        CarriedKernel(name, compute_capability, entry, threads, shared_bytes, hidden_pointers, sha256, cubins[sha256])
+        for name, compute_capability, entry, threads, shared_bytes, hidden_pointers, sha256 in header["kernels"]
     )
     return Carried(header["op"], header["attributes"], kernels)
 

@@ -12,8 +12,6 @@ from mythos_edge.model.errors import BundleError
 from mythos_edge.plugins.cuda_driver import Argument, Driver
 from mythos_edge.plugins.launches import Float, Integer, Launch, Pointer, Program, Workspace
 
-# Triton gives every kernel two more parameters, scratch memory that ours do not use. CUDA reads as many as there are.
-_SCRATCH = 2
 # More has to be asked for.
 _SHARED_BYTES_WITHOUT_ASKING = 48 << 10
 
@@ -30,6 +28,8 @@ class CompiledKernel(Protocol):
     @property
     def shared_bytes(self) -> int: ...
     @property
+    def hidden_pointers(self) -> int: ...
+    @property
     def sha256(self) -> str: ...
     @property
     def cubin(self) -> bytes: ...
@@ -37,11 +37,12 @@ class CompiledKernel(Protocol):
 
 @dataclass(frozen=True)
 class LoadedKernel:
-    """A kernel on a GPU, with what each launch of it needs."""
+    """A kernel on a GPU, with what each launch of it needs; ``hidden_pointers`` follow its arguments, all null."""
 
     function: int
     threads: int
     shared_bytes: int
+    hidden_pointers: int
 
 
 class LoadedKernels:
@@ -69,7 +70,7 @@ class LoadedKernels:
             function = self.driver.function(self._modules[key[:2]], kernel.entry)
             if kernel.shared_bytes > _SHARED_BYTES_WITHOUT_ASKING:
                 self.driver.set_shared_bytes(function, kernel.shared_bytes)
-            self._loaded[key] = LoadedKernel(function, kernel.threads, kernel.shared_bytes)
+            self._loaded[key] = LoadedKernel(function, kernel.threads, kernel.shared_bytes, kernel.hidden_pointers)
         return self._loaded[key]
 
 
@@ -115,7 +116,8 @@ class _PreparedLaunch:
                 place = ctypes.c_void_p()
                 self.arguments.append(place)
                 self._remember(place, argument)
-        self.arguments += [ctypes.c_void_p() for _ in range(_SCRATCH)]
+        # Scratch memory that Triton may give a kernel and ours do not use.
+        self.arguments += [ctypes.c_void_p() for _ in range(self.kernel.hidden_pointers)]
 
     def _remember(self, place: ctypes.c_void_p, argument: Pointer | Workspace) -> None:
         if isinstance(argument, Pointer):

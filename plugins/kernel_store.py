@@ -1,7 +1,7 @@
 """The compiled kernels that travel with the package: machine code and PTX per GPU, checked against their manifest.
 
 ``scripts/build_kernels`` writes ``kernels/built``: one archive per compute capability and ``manifest.json``. Needs
-neither Triton nor a GPU. Not here: which kernel a call wants (``launches``), how code gets onto a GPU (``cuda_driver``).
+neither Triton nor a GPU. Not here: which kernel a call wants (``launches``), how it gets onto a GPU (``cuda_driver``).
 """
 
 import hashlib

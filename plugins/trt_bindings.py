@@ -14,6 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from mythos_edge.model.errors import BackendUnavailable, BuildError
 
 FLAVOURS = {
@@ -72,6 +74,20 @@ def hardware_compatibility_levels(trt: ModuleType) -> tuple[str, ...]:
 def strongly_typed(trt: ModuleType) -> int:
     """The flags of a network that computes in the types its graph says; the bit has moved between releases."""
     return 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+
+
+def require_fields(trt: ModuleType) -> None:
+    """Raises BackendUnavailable where plugins would read their first byte in place of all that a plan carries.
+
+    Bindings from before NumPy 2 (TensorRT 10.9, 10.13) take the size of its elements to be 0.
+    """
+    sent = np.arange(5, dtype=np.int8)
+    (field,) = trt.PluginFieldCollection([trt.PluginField("probe", sent, trt.PluginFieldType.INT8)])
+    if not np.array_equal(np.asarray(field.data), sent):
+        raise BackendUnavailable(
+            f"{trt.__name__} {version(trt)} can not read arrays of NumPy {np.__version__}, which plugins need",
+            "pip install 'numpy<2'",
+        )
 
 
 class Messages:

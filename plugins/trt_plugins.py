@@ -85,12 +85,14 @@ def raise_failures(error: type[MythosEdgeError]) -> None:
 
 
 def register(trt: ModuleType, driver_factory: Callable[[], Driver] = Driver.load) -> None:
-    """Makes the plugins known to the bindings ``trt``; again is nothing. Raises BuildError when TensorRT refuses.
+    """Makes the plugins known to the bindings ``trt``; again is nothing.
 
-    The driver is loaded when a plugin first needs a GPU, which building for named GPUs never does.
+    Raises BuildError when TensorRT refuses, BackendUnavailable for bindings that do not fit NumPy. The driver is loaded
+    when a plugin first needs a GPU, which building for named GPUs never does.
     """
     if trt.__name__ in _REGISTERED:
         return
+    trt_bindings.require_fields(trt)
     gpu = Gpu(driver_factory)
     creators = [creator_class(trt)(spec, gpu) for spec in PLUGINS]
     registry = trt.get_plugin_registry()

@@ -17,10 +17,11 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module, metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mythos_edge.model.errors import BuildError, MythosEdgeError
+from mythos_edge.model.errors import BackendUnavailable, BuildError, MythosEdgeError
 from mythos_edge.plugins.kernel_store import MANIFEST_NAME, archive_name
 from mythos_edge.plugins.kernels import variants
 from mythos_edge.plugins.kernels.variants import VARIANTS, Variant
@@ -32,6 +33,8 @@ SHARED_KIB = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 110: 
 # The oldest version of PTX that knows the GPU: a newer one only asks for a newer driver.
 _PTX_VERSION = {100: 86, 110: 90, 120: 87, 121: 88}
 _OLDEST_PTX = 80
+# Triton brings two assemblers. Code of the newer one wants a driver of CUDA 13 at least, and only Thor needs it.
+_NEWER_ASSEMBLER_FOR = (110,)
 _PROCESSES = 2
 
 
@@ -107,6 +110,8 @@ def _built_apart(gpu: int) -> Built:
         # Paths, caches and switches of this process must not reach the output.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
         environment |= {"TRITON_CACHE_DIR": str(Path(folder) / "cache"), "TRITON_DISABLE_LINE_INFO": "1"}
+        if gpu not in _NEWER_ASSEMBLER_FOR:
+            environment["TRITON_PTXAS_BLACKWELL_PATH"] = str(_older_assembler())
         command = [sys.executable, "-m", "mythos_edge.scripts.build_kernels", "--worker", str(gpu), "--output", folder]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -119,6 +124,13 @@ def _built_apart(gpu: int) -> Built:
         name: (record, {f"{name}.{ending}": files[f"{name}.{ending}"] for ending in ("cubin", "ptx")})
         for name, record in records.items()
     }
+
+
+def _older_assembler() -> Path:
+    found = find_spec("triton")
+    if found is None or found.origin is None:
+        raise BackendUnavailable("compiling kernels needs triton, which is not installed", "pip install triton==3.9.0")
+    return Path(found.origin).parent / "backends" / "nvidia" / "bin" / "ptxas"
 
 
 def _work(gpu: int, output: Path) -> None:
@@ -235,7 +247,9 @@ def _replace(path: Path, content: bytes) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/build_kernels", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compile, and compare with what ships; write nothing")
-    parser.add_argument("--sm", type=int, action="append", choices=[*SHARED_KIB], help="this GPU only (may be repeated)")
+    parser.add_argument(
+        "--sm", type=int, action="append", choices=[*SHARED_KIB], help="this GPU only (may be repeated)"
+    )
     parser.add_argument("--output", type=Path, default=BUILT, help="where the kernels are, or go to")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -246,7 +260,9 @@ def main() -> int:
         elif arguments.check:
             if found := differences(gpus, arguments.output):
                 rest = f" and {len(found) - 5} more" if len(found) > 5 else ""
-                raise BuildError(f"{arguments.output} is stale: {', '.join(found[:5])}{rest}: run scripts/build_kernels")
+                raise BuildError(
+                    f"{arguments.output} is stale: {', '.join(found[:5])}{rest}: run scripts/build_kernels"
+                )
             print(f"{arguments.output} is what the sources make")
         else:
             build(gpus, arguments.output)

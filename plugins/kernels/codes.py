@@ -5,7 +5,7 @@ import triton.language as tl
 
 
 @triton.jit
-def numbers(code, WEIGHTS: tl.constexpr):  # type: ignore[no-untyped-def]
+def numbers(code, WEIGHTS: tl.constexpr):
     """The float32 numbers of a tile of int8 or float8 codes; those of float8 are 256 times too small.
 
     The bits of an integer are written into the mantissa of 2^23, which is many times faster than a conversion.
@@ -19,7 +19,7 @@ def numbers(code, WEIGHTS: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def number_pairs(code):  # type: ignore[no-untyped-def]
+def number_pairs(code):
     """The float32 numbers of a tile of bytes with two int4 codes each: the even elements and the odd ones."""
     wide = code.to(tl.int32)
     even = ((wide & 0xF) ^ 0x4B000008).to(tl.float32, bitcast=True) - 8388616.0
@@ -28,11 +28,11 @@ def number_pairs(code):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def unit(WEIGHTS: tl.constexpr):  # type: ignore[no-untyped-def]
+def unit(WEIGHTS: tl.constexpr):
     """What ``numbers`` must be multiplied by."""
     return 256.0 if WEIGHTS == "fp8" else 1.0
 
 
 @triton.jit
-def silu(gate):  # type: ignore[no-untyped-def]
+def silu(gate):
     return gate / (1.0 + tl.exp(-gate))

@@ -11,9 +11,7 @@ from mythos_edge.plugins.kernels.codes import number_pairs, numbers, silu, unit
 
 
 @triton.jit
-def decode_gate_up(  # type: ignore[no-untyped-def]
-    x, chosen, fc1, hidden, top_k, dim, units, UNITS: tl.constexpr, DEPTH: tl.constexpr
-):
+def decode_gate_up(x, chosen, fc1, hidden, top_k, dim, units, UNITS: tl.constexpr, DEPTH: tl.constexpr):
     """``hidden``: SwiGLU of UNITS hidden units for one (row, choice)."""
     pair = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * UNITS
@@ -33,9 +31,7 @@ def decode_gate_up(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def decode_down(  # type: ignore[no-untyped-def]
-    hidden, chosen, weights, fc2, y, top_k, dim, units, CHANNELS: tl.constexpr, DEPTH: tl.constexpr
-):
+def decode_down(hidden, chosen, weights, fc2, y, top_k, dim, units, CHANNELS: tl.constexpr, DEPTH: tl.constexpr):
     """``y``: CHANNELS channels of one row, the weighted sum over its choices."""
     row = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
@@ -56,7 +52,7 @@ def decode_down(  # type: ignore[no-untyped-def]
 @triton.jit
 def group_sums(
     codes, values, index, length, start, inside, WEIGHTS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr
-):  # type: ignore[no-untyped-def]
+):
     """Sums (ROWS, DEPTH / 32) of code times value in groups of 32 columns from ``start`` on; ``length`` codes a row."""
     column = start + tl.arange(0, DEPTH)
     value = tl.load(values + column, mask=column < length, other=0.0).to(tl.float32)
@@ -73,7 +69,7 @@ def group_sums(
 
 
 @triton.jit
-def group_scales(scale, index, length, blocks, start, inside, DEPTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def group_scales(scale, index, length, blocks, start, inside, DEPTH: tl.constexpr):
     """The scales (ROWS, DEPTH / 32) of those groups."""
     column = start + 32 * tl.arange(0, DEPTH // 32)
     mask = inside[:, None] & (column < length)[None, :]
@@ -82,10 +78,20 @@ def group_scales(scale, index, length, blocks, start, inside, DEPTH: tl.constexp
 
 
 @triton.jit
-def decode_gate_up_codes(  # type: ignore[no-untyped-def]
-    x, chosen, fc1_codes, fc1_scale, hidden, top_k, dim, units, blocks,
-    WEIGHTS: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
+def decode_gate_up_codes(
+    x,
+    chosen,
+    fc1_codes,
+    fc1_scale,
+    hidden,
+    top_k,
+    dim,
+    units,
+    blocks,
+    WEIGHTS: tl.constexpr,
+    UNITS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
     """As ``decode_gate_up``, from codes with ``fc1_scale (E, 2F, blocks)``."""
     pair = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * UNITS
@@ -95,9 +101,7 @@ def decode_gate_up_codes(  # type: ignore[no-untyped-def]
     index = expert * 2 * units + both
     sums = tl.zeros((2 * UNITS, DEPTH // 32), tl.float32)
     for start in range(0, dim, DEPTH):
-        part = group_sums(
-            fc1_codes, x + pair // top_k * dim, index, dim, start, inside, WEIGHTS, 2 * UNITS, DEPTH
-        )  # fmt: skip
+        part = group_sums(fc1_codes, x + pair // top_k * dim, index, dim, start, inside, WEIGHTS, 2 * UNITS, DEPTH)
         sums += part * group_scales(fc1_scale, index, dim, blocks, start, inside, DEPTH)
     gate, up = tl.split(tl.reshape(tl.sum(sums, axis=1) * unit(WEIGHTS), (UNITS, 2)))
     own = first + tl.arange(0, UNITS)
@@ -105,10 +109,21 @@ def decode_gate_up_codes(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def decode_down_codes(  # type: ignore[no-untyped-def]
-    hidden, chosen, weights, fc2_codes, fc2_scale, y, top_k, dim, units, blocks,
-    WEIGHTS: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
+def decode_down_codes(
+    hidden,
+    chosen,
+    weights,
+    fc2_codes,
+    fc2_scale,
+    y,
+    top_k,
+    dim,
+    units,
+    blocks,
+    WEIGHTS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
     """As ``decode_down``, from codes with ``fc2_scale (E, D, blocks)``."""
     row = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
@@ -119,8 +134,6 @@ def decode_down_codes(  # type: ignore[no-untyped-def]
         index = tl.load(chosen + pair).to(tl.int64) * dim + channel
         share = tl.load(weights + pair) * unit(WEIGHTS)
         for start in range(0, units, DEPTH):
-            part = group_sums(
-                fc2_codes, hidden + pair * units, index, units, start, inside, WEIGHTS, CHANNELS, DEPTH
-            )  # fmt: skip
+            part = group_sums(fc2_codes, hidden + pair * units, index, units, start, inside, WEIGHTS, CHANNELS, DEPTH)
             sums += part * (share * group_scales(fc2_scale, index, units, blocks, start, inside, DEPTH))
     tl.store(y + row * dim + channel, tl.sum(sums, axis=1).to(y.dtype.element_ty), mask=inside)

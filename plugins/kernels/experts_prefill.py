@@ -12,9 +12,7 @@ from mythos_edge.plugins.kernels.codes import number_pairs, numbers, silu, unit
 
 
 @triton.jit
-def group_pairs(  # type: ignore[no-untyped-def]
-    chosen, order, starts, tile_expert, pairs, experts, tiles, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+def group_pairs(chosen, order, starts, tile_expert, pairs, experts, tiles, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """``order``, ``starts`` and ``tile_expert (tiles)`` from ``chosen (N*K)``; one program per expert."""
     expert = tl.program_id(0)
     below, own = 0, 0
@@ -42,7 +40,7 @@ def group_pairs(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def tile_pairs(order, starts, expert, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+def tile_pairs(order, starts, expert, ROWS: tl.constexpr):
     """Of the tile of this program: places in ``order``, pairs, and which of them are the expert's own."""
     begin = tl.load(starts + expert)
     tile = tl.program_id(0) - (begin // ROWS + expert)
@@ -64,7 +62,7 @@ def scaled_tile(
     WEIGHTS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # noqa: E501
+):
     """Weights (DEPTH, COLUMNS) of ``dtype`` from ``start`` on, rows ``index`` of the codes transposed."""
     column = start + tl.arange(0, DEPTH)
     if WEIGHTS == "int4":
@@ -84,10 +82,20 @@ def scaled_tile(
 
 
 @triton.jit
-def prefill_gate_up(  # type: ignore[no-untyped-def]
-    x, order, starts, tile_expert, fc1, hidden, top_k, dim, units,
-    ROWS: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
+def prefill_gate_up(
+    x,
+    order,
+    starts,
+    tile_expert,
+    fc1,
+    hidden,
+    top_k,
+    dim,
+    units,
+    ROWS: tl.constexpr,
+    UNITS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
     """``hidden (N*K, F)`` in the order of ``order``: SwiGLU of UNITS hidden units for a tile of pairs."""
     expert = tl.load(tile_expert + tl.program_id(0))
     if expert < 0:
@@ -114,10 +122,23 @@ def prefill_gate_up(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def prefill_gate_up_codes(  # type: ignore[no-untyped-def]
-    x, order, starts, tile_expert, fc1_codes, fc1_scale, hidden, top_k, dim, units, blocks,
-    WEIGHTS: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
+def prefill_gate_up_codes(
+    x,
+    order,
+    starts,
+    tile_expert,
+    fc1_codes,
+    fc1_scale,
+    hidden,
+    top_k,
+    dim,
+    units,
+    blocks,
+    WEIGHTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    UNITS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
     """As ``prefill_gate_up``; the weights are rounded to the type of ``x``."""
     expert = tl.load(tile_expert + tl.program_id(0))
     if expert < 0:
@@ -143,10 +164,19 @@ def prefill_gate_up_codes(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def prefill_down(  # type: ignore[no-untyped-def]
-    hidden, order, starts, tile_expert, fc2, made, dim, units,
-    ROWS: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
+def prefill_down(
+    hidden,
+    order,
+    starts,
+    tile_expert,
+    fc2,
+    made,
+    dim,
+    units,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
     """``made (N*K, D)`` float32, pairs in their own order: CHANNELS channels for a tile of pairs."""
     expert = tl.load(tile_expert + tl.program_id(0))
     if expert < 0:
@@ -168,10 +198,22 @@ def prefill_down(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def prefill_down_codes(  # type: ignore[no-untyped-def]
-    hidden, order, starts, tile_expert, fc2_codes, fc2_scale, made, dim, units, blocks,
-    WEIGHTS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
+def prefill_down_codes(
+    hidden,
+    order,
+    starts,
+    tile_expert,
+    fc2_codes,
+    fc2_scale,
+    made,
+    dim,
+    units,
+    blocks,
+    WEIGHTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
     """As ``prefill_down``; the weights are rounded to the type of ``hidden``."""
     expert = tl.load(tile_expert + tl.program_id(0))
     if expert < 0:
@@ -192,7 +234,7 @@ def prefill_down_codes(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def combine_choices(made, weights, y, top_k, dim, CHANNELS: tl.constexpr):  # type: ignore[no-untyped-def]
+def combine_choices(made, weights, y, top_k, dim, CHANNELS: tl.constexpr):
     """``y (N, D)``: the weighted sum of ``made (N*K, D)`` over the choices of a row."""
     row = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)

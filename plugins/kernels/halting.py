@@ -5,7 +5,7 @@ import triton.language as tl
 
 
 @triton.jit
-def running_columns(halt_mass, threshold, count, columns, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def running_columns(halt_mass, threshold, count, columns, BLOCK: tl.constexpr):
     """``count ()`` int32: 1 + index of the last of ``halt_mass (S)`` below the threshold, 0 when there is none."""
     limit = tl.load(threshold)
     last = 0
@@ -18,7 +18,7 @@ def running_columns(halt_mass, threshold, count, columns, BLOCK: tl.constexpr): 
 
 
 @triton.jit
-def output_so_far(out, halt_mass, threshold, so_far, dim, CHANNELS: tl.constexpr):  # type: ignore[no-untyped-def]
+def output_so_far(out, halt_mass, threshold, so_far, dim, CHANNELS: tl.constexpr):
     """``so_far (S, D)``: ``out`` over the halting mass where a row is running and has any, else ``out``."""
     row = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)

@@ -12,11 +12,27 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def latent_attention(  # type: ignore[no-untyped-def]
-    q, rows, past, length, first, mixed, partials, sums_log,
-    scale, chunk, heads, columns, values, ropes, splits,
-    QUERIES: tl.constexpr, COLUMNS: tl.constexpr, VALUES: tl.constexpr, ROPES: tl.constexpr,
-):  # fmt: skip
+def latent_attention(
+    q,
+    rows,
+    past,
+    length,
+    first,
+    mixed,
+    partials,
+    sums_log,
+    scale,
+    chunk,
+    heads,
+    columns,
+    values,
+    ropes,
+    splits,
+    QUERIES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    VALUES: tl.constexpr,
+    ROPES: tl.constexpr,
+):
     """``mixed (B, S, H, R)``, or with splits ``partials (B, S*H, splits, R)`` and ``sums_log (B, S*H, splits)``."""
     batch, split = tl.program_id(2).to(tl.int64), tl.program_id(1)
     width = values + ropes
@@ -76,7 +92,7 @@ def latent_attention(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def merge_splits(partials, sums_log, mixed, values, splits, SPLITS: tl.constexpr, VALUES: tl.constexpr):  # type: ignore[no-untyped-def]
+def merge_splits(partials, sums_log, mixed, values, splits, SPLITS: tl.constexpr, VALUES: tl.constexpr):
     """``mixed`` from the partials of one query; every query sees at least its own row."""
     query = tl.program_id(0).to(tl.int64)
     split, value = tl.arange(0, SPLITS), tl.program_id(1) * VALUES + tl.arange(0, VALUES)

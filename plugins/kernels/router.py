@@ -5,7 +5,7 @@ import triton.language as tl
 
 
 @triton.jit
-def router_logits(x, router, logits, experts, dim, EXPERTS: tl.constexpr, DEPTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def router_logits(x, router, logits, experts, dim, EXPERTS: tl.constexpr, DEPTH: tl.constexpr):
     """``logits (N, E)`` in float32 from ``x (N, D)`` and ``router (E, D)``; one program per row and EXPERTS experts."""
     row = tl.program_id(0).to(tl.int64)
     expert = tl.program_id(1) * EXPERTS + tl.arange(0, EXPERTS)
@@ -21,7 +21,7 @@ def router_logits(x, router, logits, experts, dim, EXPERTS: tl.constexpr, DEPTH:
 
 
 @triton.jit
-def router_top_k(logits, router_bias, chosen, weights, experts, top_k, EXPERTS: tl.constexpr):  # type: ignore[no-untyped-def]
+def router_top_k(logits, router_bias, chosen, weights, experts, top_k, EXPERTS: tl.constexpr):
     """``chosen (N, K)`` int32 and ``weights (N, K)`` float32 from ``logits (N, E)``; one program per row.
 
     Chosen by logit + bias, the lowest index where that is equal; weighed by the softmax of the logits alone.

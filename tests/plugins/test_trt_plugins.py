@@ -37,6 +37,12 @@ def _fake_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def trt() -> ModuleType:
+    """TensorRT for RTX; ``test_trt_surface`` runs this file again with the bindings of full TensorRT."""
+    return pytest.importorskip(os.environ.get("TEST_TENSORRT", "tensorrt_rtx"), exc_type=ImportError)
+
+
+@pytest.fixture(scope="module")
+def rtx() -> ModuleType:
     return pytest.importorskip("tensorrt_rtx", exc_type=ImportError)
 
 
@@ -118,9 +124,10 @@ def blob_of(plugin: Any) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def builds(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Path]:
+def builds(
+    rtx: ModuleType, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Path]:
     """Every case built for each GPU, and some that must fail: in a process that finds its parser's library."""
-    trt = pytest.importorskip("tensorrt_rtx", exc_type=ImportError)
     folder = tmp_path_factory.mktemp("plans")
     wanted: list[dict[str, Any]] = [
         {"op": op, "dtype": dtype, "codes": codes, "compute_capabilities": [gpu]}
@@ -134,7 +141,7 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any
         {**fp16, "compute_capabilities": [89], "attributes": {}},
         {**fp16, "compute_capabilities": [89], "attributes": {"top_k": 9}},
     ]
-    environment = os.environ | trt_bindings.library_path_for_plugins(trt)
+    environment = os.environ | trt_bindings.library_path_for_plugins(rtx)
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(plugin_graphs.__file__).parent)])
     command = [sys.executable, plugin_graphs.__file__, str(folder), json.dumps(wanted)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -142,7 +149,7 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any
     return wanted, json.loads(done.stdout), folder
 
 
-def test_every_op_builds_in_every_dtype_for_every_gpu(builds: Any) -> None:
+def test_rtx_builds_every_op_in_every_dtype_for_every_gpu(builds: Any) -> None:
     wanted, results, folder = builds
     for number, (case, result) in enumerate(zip(wanted, results, strict=True)):
         if number >= 3 * len(CASES) + 1:
@@ -178,7 +185,7 @@ def _blob_in(plan: bytes) -> bytes:
     return plan[start : end + sum(size for _, size in json.loads(plan[header:end])["cubins"])]
 
 
-def test_what_can_not_be_built_is_one_clear_error(builds: Any) -> None:
+def test_what_rtx_can_not_build_is_one_clear_error(builds: Any) -> None:
     _, results, _ = builds
     not_built, no_attribute, too_many = results[-3:]
     assert not not_built["has_plan"]
@@ -193,14 +200,14 @@ def test_what_can_not_be_built_is_one_clear_error(builds: Any) -> None:
     assert any("Could not create the plugin" in line for line in no_attribute["errors"])
 
 
-def test_a_plan_needs_a_gpu_to_be_loaded(builds: Any, trt: ModuleType) -> None:
+def test_rtx_needs_a_gpu_to_load_a_plan(builds: Any, rtx: ModuleType) -> None:
     """How far a machine without one gets: TensorRT asks for the driver before it looks at the plan."""
     _, _, folder = builds
     if find_library("cuda"):
         pytest.skip("there is a driver here")
-    messages = trt_bindings.messages(trt)
+    messages = trt_bindings.messages(rtx)
     messages.clear()
-    assert trt.Runtime(trt_bindings.logger(trt)).deserialize_cuda_engine((folder / "0.plan").read_bytes()) is None
+    assert rtx.Runtime(trt_bindings.logger(rtx)).deserialize_cuda_engine((folder / "0.plan").read_bytes()) is None
     assert any("CUDA driver version" in line for line in messages.errors())
 
 
@@ -210,7 +217,11 @@ def test_registering_twice_is_registering_once(trt: ModuleType) -> None:
 
     for _ in range(2):
         trt_plugins.register(trt, never)
-    registry = trt.get_plugin_registry()
+
+
+def test_the_registry_of_rtx_knows_the_plugins(rtx: ModuleType) -> None:
+    trt_plugins.register(rtx)
+    registry = rtx.get_plugin_registry()
     for spec in trt_plugins.PLUGINS:
         assert registry.get_creator(spec.name, "1", "mythos") is not None
 
@@ -367,8 +378,8 @@ def test_launches_are_those_of_the_program(maker: Maker, op: str, dtype: str, co
             else workspace + given.offset_bytes
             for given in launch.arguments
         ]
-        # Two nulls for the scratch memory that Triton's kernels take.
-        assert list(record.arguments) == [*expected, None, None]
+        # After them nulls, for the scratch memory that Triton's kernels take.
+        assert list(record.arguments) == [*expected, *[None] * kernel.hidden_pointers]
         assert record.stream == stream
     # Attaching loaded everything, once.
     assert len(driver.modules) == modules

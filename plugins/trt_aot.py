@@ -1,0 +1,333 @@
+"""Ahead-of-time plugins of full TensorRT: the engine carries PTX and needs no Python, for one kernel a plugin.
+
+So an op is a chain of pieces (``CHAINS``), each a plugin of one kernel, joined by tensors that would be workspace.
+TensorRT gives a kernel the pointers of its inputs, then integers, then the pointers of its outputs: the PTX is
+rearranged to take them so, and a float travels as the integer of the same bits.
+What is lost against ``trt_plugins``: the experts always use the kernels for few rows, and the number of parts that
+attention over a long context is split into is fixed when the graph is made. TensorRT for RTX has no such plugins.
+"""
+
+import importlib
+import inspect
+import re
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from mythos_edge.model.errors import BackendUnavailable, BuildError
+from mythos_edge.plugins import kernel_store, launches
+from mythos_edge.plugins.kernels import variants
+from mythos_edge.plugins.kernels.variants import VARIANTS
+from mythos_edge.plugins.ops import DOMAIN
+from mythos_edge.plugins.ptx_parameters import rearranged
+from mythos_edge.plugins.trt_bindings import version
+from mythos_edge.plugins.trt_plugins import DTYPES
+
+# An axis: a number, or TensorRT's expression of one that is known when the engine runs.
+Size = Any
+Shapes = Mapping[str, Sequence[Size]]
+Sizes = dict[str, Size]
+Attributes = Mapping[str, int | float]
+Divide = Callable[[Size, Size], Size]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One plugin of one kernel.
+
+    ``inputs`` the kernel does not take only lend their shape or dtype; the dtype of ``typed_by`` is what is computed
+    in, and that of every output ``outputs`` says nothing of. ``sizes`` and ``kernel`` say what the kernel's rule for
+    its grid and its integers are made of, and which kernel it is.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: Mapping[str, str]
+    attributes: Mapping[str, type]
+    typed_by: str
+    sizes: Callable[[Shapes, Attributes], Sizes]
+    kernel: Callable[[Mapping[str, str], Sizes], str]
+    shapes: Callable[[Sizes], tuple[tuple[Size, ...], ...]]
+
+
+@dataclass(frozen=True)
+class PieceLaunch:
+    """The kernel of a piece, its grid, and its scalars by name, in the order of its arguments."""
+
+    kernel: str
+    grid: tuple[Size, Size, Size]
+    scalars: dict[str, Size]
+
+
+def launch_of(
+    piece: Piece, shapes: Shapes, dtypes: Mapping[str, str], attributes: Attributes, divide: Divide
+) -> PieceLaunch:
+    """What ``piece`` launches; ``divide`` rounds up. Raises BuildError where there is no kernel."""
+    sizes = piece.sizes(shapes, attributes)
+    kernel = piece.kernel({**dtypes, "": dtypes[piece.typed_by]}, sizes)
+    if kernel not in VARIANTS:
+        raise BuildError(f"{piece.name}: there is no kernel {kernel}: build without ahead-of-time plugins")
+    variant = VARIANTS[kernel]
+    x, y, z = (_extent(rule, sizes, divide) for rule in variant.grid)
+    scalars = {name: sizes[name] for name, kind in variant.arguments if not kind.startswith("*")}
+    return PieceLaunch(kernel, (x, y, z), scalars)
+
+
+def ptx_of(piece: Piece, kernel: str, compute_capability: int) -> str:
+    """The PTX of ``kernel`` with parameters as TensorRT gives them to ``piece``."""
+    names = [name for name, _ in VARIANTS[kernel].arguments]
+    scalars = [number for number, (_, kind) in enumerate(VARIANTS[kernel].arguments) if not kind.startswith("*")]
+    inputs = [names.index(name) if name in names else None for name in piece.inputs]
+    outputs = [names.index(name) if name in names else None for name in piece.outputs]
+    entry = kernel_store.kernel(kernel, compute_capability).entry
+    return rearranged(kernel_store.ptx(kernel, compute_capability), entry, [*inputs, *scalars, *outputs])
+
+
+def register(trt: ModuleType, compute_capability: int) -> None:
+    """Declares all pieces to the bindings ``trt``, with the PTX for one GPU.
+
+    Raises BackendUnavailable for a TensorRT without ahead-of-time plugins. Once a process.
+    """
+    if not hasattr(trt, "QuickPluginCreationRequest"):
+        raise BackendUnavailable(
+            f"{trt.__name__} {version(trt)} has no ahead-of-time plugins, TensorRT 10.9 and newer have",
+            "pip install 'mythos-edge[tensorrt]'",
+        )
+    plugin = importlib.import_module(f"{trt.__name__}.plugin")
+    for piece in PIECES:
+        plugin.register(f"{DOMAIN}::{piece.name}")(_description(piece, trt, plugin))
+        plugin.aot_impl(f"{DOMAIN}::{piece.name}")(_implementation(piece, plugin, compute_capability))
+
+
+def _description(piece: Piece, trt: ModuleType, plugin: Any) -> Callable[..., Any]:
+    """The function that tells TensorRT shapes and types of a piece's outputs."""
+    members = {name: getattr(trt.DataType, member) for member, name in DTYPES.items()} | {"i32": trt.DataType.INT32}
+
+    def describe(*given: Any) -> Any:
+        tensors, attributes = _taken_apart(piece, given)
+        sizes = piece.sizes({name: tensor.shape_expr for name, tensor in tensors.items()}, attributes)
+        made = tuple(
+            plugin.from_shape_expr(shape, members[dtype] if dtype else tensors[piece.typed_by].dtype)
+            for shape, dtype in zip(piece.shapes(sizes), piece.outputs.values(), strict=True)
+        )
+        return made if len(made) > 1 else made[0]
+
+    several: Any = tuple.__class_getitem__((plugin.TensorDesc,) * len(piece.outputs))
+    result = several if len(piece.outputs) > 1 else plugin.TensorDesc
+    return _signed(describe, _parameters(piece, plugin), result)
+
+
+def _implementation(piece: Piece, plugin: Any, compute_capability: int) -> Callable[..., Any]:
+    """The function that gives TensorRT a piece's kernel and how to launch it."""
+
+    def implement(*given: Any) -> Any:
+        tensors, attributes = _taken_apart(piece, given[:-2])
+        launch = launch_of(
+            piece,
+            {name: tensor.shape_expr for name, tensor in tensors.items()},
+            {name: DTYPES.get(tensor.dtype.name, "") for name, tensor in tensors.items()},
+            attributes,
+            plugin.cdiv,
+        )
+        kernel = kernel_store.kernel(launch.kernel, compute_capability)
+        grid = dict(zip(("grid_x", "grid_y", "grid_z"), launch.grid, strict=True))
+        parameters = plugin.KernelLaunchParams(**grid, block_x=kernel.threads, shared_mem=kernel.shared_bytes)
+        scalars = plugin.SymIntExprs(len(launch.scalars))
+        for index, value in enumerate(launch.scalars.values()):
+            scalars[index] = plugin.SymInt32(bits_of(value) if isinstance(value, float) else value)
+        return kernel.entry, ptx_of(piece, launch.kernel, compute_capability), parameters, scalars
+
+    parameters = [
+        *_parameters(piece, plugin),
+        inspect.Parameter("outputs", inspect.Parameter.POSITIONAL_OR_KEYWORD),
+        inspect.Parameter("tactic", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=int),
+    ]
+    return _signed(implement, parameters, tuple[str, str, plugin.KernelLaunchParams, plugin.SymIntExprs])
+
+
+def bits_of(value: float) -> int:
+    """The int32 whose bits are those of ``value`` as a float32."""
+    number: int = struct.unpack("<i", struct.pack("<f", value))[0]
+    return number
+
+
+def _taken_apart(piece: Piece, given: Sequence[Any]) -> tuple[dict[str, Any], dict[str, int | float]]:
+    """Tensors and attributes by name."""
+    count = len(piece.inputs)
+    return dict(zip(piece.inputs, given, strict=False)), dict(zip(piece.attributes, given[count:], strict=True))
+
+
+def _parameters(piece: Piece, plugin: Any) -> list[inspect.Parameter]:
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    tensors = [inspect.Parameter(name, kind, annotation=plugin.TensorDesc) for name in piece.inputs]
+    return tensors + [inspect.Parameter(name, kind, annotation=of) for name, of in piece.attributes.items()]
+
+
+def _signed(function: Callable[..., Any], parameters: Sequence[inspect.Parameter], result: Any) -> Callable[..., Any]:
+    """``function`` with the signature that TensorRT's decorators read a plugin's inputs and attributes from."""
+    function.__signature__ = inspect.Signature(parameters, return_annotation=result)  # type: ignore[attr-defined]
+    return function
+
+
+def _extent(rule: str, sizes: Sizes, divide: Divide) -> Size:
+    """``variants.grid_size`` for numbers and expressions; these want to stand left of their operators."""
+    total, operation = None, ""
+    for token in re.findall(r"\w+|[*/+]", rule):
+        if token in "*/+":
+            operation = token
+            continue
+        value = int(token) if token.isdigit() else sizes[token]
+        if total is None:
+            total = value
+        elif operation == "/":
+            numbers = isinstance(total, int) and isinstance(value, int)
+            total = -(-total // value) if numbers else divide(total, value)
+        else:
+            left, right = (value, total) if isinstance(total, int) else (total, value)
+            total = left * right if operation == "*" else left + right
+    return total
+
+
+def _known(size: Size) -> int:
+    """An axis of the weights, which is known when the engine is built."""
+    return size if isinstance(size, int) else int(size.constant_value())
+
+
+def _aligned(*sizes: Size) -> str:
+    """The end of the names of kernels for rows that do, or do not, begin at multiples of 16 bytes."""
+    return "" if all(_known(size) % variants.ALIGNED == 0 for size in sizes) else "_any"
+
+
+def _attention_sizes(shapes: Shapes, attributes: Attributes) -> Sizes:
+    batch, chunk, heads, width = shapes["q"]
+    values, splits = int(attributes["value_dim"]), int(attributes["splits"])
+    sizes = {"batch": batch, "chunk": chunk, "heads": heads, "columns": shapes["past"][1], "queries": chunk * heads}
+    return sizes | {
+        "values": values,
+        "ropes": _known(width) - values,
+        "splits": splits,
+        "scale": float(attributes["scale"]),
+    }
+
+
+def _attention_kernel(dtypes: Mapping[str, str], sizes: Sizes) -> str:
+    heads, width = _known(sizes["heads"]), sizes["values"] + sizes["ropes"]
+    shapes = {"q": (1, 1, heads, width), "rows": (1, 1, width), "past": (1, 0, width), "length": (), "first": (1,)}
+    kinds = dict.fromkeys(shapes, dtypes[""])
+    attributes = {"scale": sizes["scale"], "value_dim": sizes["values"]}
+    return launches.program("LatentAttention", shapes, kinds, attributes).launches[0].kernel
+
+
+def _merge_sizes(shapes: Shapes, attributes: Attributes) -> Sizes:
+    batch, chunk, heads, splits, values = shapes["partials"]
+    sizes = {"batch": batch, "chunk": chunk, "heads": heads, "splits": splits, "values": values}
+    return sizes | {"queries": chunk * heads}
+
+
+def _experts_sizes(shapes: Shapes, attributes: Attributes) -> Sizes:
+    """Sizes of either half of the experts: one knows the input, the other the output."""
+    rows, codes = shapes["chosen"][0], "fc1_codes" in shapes or "fc2_codes" in shapes
+    sizes: Sizes = {"rows": rows, "top_k": int(attributes["top_k"])}
+    if "x" in shapes:
+        stack = shapes["fc1_codes" if codes else "fc1"]
+        sizes |= {"units": _known(stack[1]) // 2, "dim": _known(stack[2])}
+        scale = shapes.get("fc1_scale")
+    else:
+        stack = shapes["fc2_codes" if codes else "fc2"]
+        sizes |= {"units": _known(stack[2]), "dim": _known(stack[1])}
+        scale = shapes.get("fc2_scale")
+    return sizes | ({} if scale is None else {"blocks": _known(scale[2])})
+
+
+def _experts_piece(half: str, codes: bool) -> Piece:
+    """``gate_up`` (x -> hidden) or ``down`` (hidden -> y) of the chosen experts."""
+    stack = "fc1" if half == "gate_up" else "fc2"
+    weights = (f"{stack}_codes", f"{stack}_scale") if codes else (stack,)
+    name = ("ExpertsGateUp" if half == "gate_up" else "ExpertsDown") + ("Codes" if codes else "")
+    first = ("x", "chosen") if half == "gate_up" else ("hidden", "chosen", "weights")
+
+    def kernel(dtypes: Mapping[str, str], sizes: Sizes) -> str:
+        end = f"_{dtypes[weights[0]]}" if codes else _aligned(sizes["dim"], sizes["units"])
+        return f"decode_{half}_{dtypes['']}{end}"
+
+    return Piece(
+        name=name,
+        inputs=(*first, *weights),
+        outputs={"hidden": "fp32"} if half == "gate_up" else {"y": ""},
+        attributes={"top_k": int},
+        typed_by=weights[-1],
+        sizes=_experts_sizes,
+        kernel=kernel,
+        shapes=lambda sizes: (
+            ((sizes["rows"] * sizes["top_k"], sizes["units"]),)
+            if half == "gate_up"
+            else ((sizes["rows"], sizes["dim"]),)
+        ),
+    )
+
+
+PIECES = (
+    Piece(
+        name="LatentAttentionPart",
+        # Of as many parts as ``splits`` says; one part is the whole and stands in ``mixed``.
+        inputs=("q", "rows", "past", "length", "first"),
+        outputs={"mixed": "", "partials": "fp32", "sums_log": "fp32"},
+        attributes={"scale": float, "value_dim": int, "splits": int},
+        typed_by="q",
+        sizes=_attention_sizes,
+        kernel=_attention_kernel,
+        shapes=lambda sizes: (
+            (sizes["batch"], sizes["chunk"], sizes["heads"], sizes["values"]),
+            (sizes["batch"], sizes["chunk"], sizes["heads"], sizes["splits"], sizes["values"]),
+            (sizes["batch"], sizes["chunk"], sizes["heads"], sizes["splits"]),
+        ),
+    ),
+    Piece(
+        name="MergeSplits",
+        inputs=("partials", "sums_log", "q"),
+        outputs={"mixed": ""},
+        attributes={},
+        typed_by="q",
+        sizes=_merge_sizes,
+        kernel=lambda dtypes, sizes: f"merge_splits_{dtypes['']}",
+        shapes=lambda sizes: ((sizes["batch"], sizes["chunk"], sizes["heads"], sizes["values"]),),
+    ),
+    Piece(
+        name="RouterLogits",
+        inputs=("x", "router"),
+        outputs={"logits": "fp32"},
+        attributes={},
+        typed_by="x",
+        sizes=lambda shapes, attributes: {
+            "rows": shapes["x"][0],
+            "dim": _known(shapes["router"][1]),
+            "experts": _known(shapes["router"][0]),
+        },
+        kernel=lambda dtypes, sizes: f"router_logits_{dtypes['']}{_aligned(sizes['dim'])}",
+        shapes=lambda sizes: ((sizes["rows"], sizes["experts"]),),
+    ),
+    Piece(
+        name="RouterTopK",
+        inputs=("logits", "router_bias"),
+        outputs={"chosen": "i32", "weights": "fp32"},
+        attributes={"top_k": int},
+        typed_by="router_bias",
+        sizes=lambda shapes, attributes: {
+            "rows": shapes["logits"][0],
+            "experts": _known(shapes["router_bias"][0]),
+            "top_k": int(attributes["top_k"]),
+        },
+        kernel=lambda dtypes, sizes: f"router_top_k_{dtypes['']}",
+        shapes=lambda sizes: ((sizes["rows"], sizes["top_k"]),) * 2,
+    ),
+    *(_experts_piece(half, codes) for codes in (False, True) for half in ("gate_up", "down")),
+)
+
+# The pieces of each op in order; tensors of one name are one tensor. With one split there is nothing to merge.
+CHAINS = {
+    "LatentAttention": ("LatentAttentionPart", "MergeSplits"),
+    "SparseMoE": ("RouterLogits", "RouterTopK", "ExpertsGateUp", "ExpertsDown"),
+    "QuantizedSparseMoE": ("RouterLogits", "RouterTopK", "ExpertsGateUpCodes", "ExpertsDownCodes"),
+}

@@ -7,6 +7,7 @@ rounded matrices, and with the bundle all weights that stay in float32.
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import onnx
@@ -38,7 +39,7 @@ from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import BuildError
 from mythos_edge.model.layout import recipes
 from mythos_edge.model.tensor_files import read_tensor_file
-from mythos_edge.plugins.ort_lowering import Packs, lower_for_ort
+from mythos_edge.plugins.ort_lowering import lower_for_ort
 from mythos_edge.plugins.processor import has_integer_dot_products
 from mythos_edge.plugins.torch_ops import add_functions
 
@@ -73,14 +74,18 @@ def target_name(weights: str) -> str:
 
 
 def write_graphs(
-    stages: Mapping[str, ir.Model], folder: Path, name: str, config: MythosConfig, packs: Packs | None = None
+    stages: Mapping[str, ir.Model],
+    folder: Path,
+    name: str,
+    config: MythosConfig,
+    lower: Callable[[ir.Model], ir.Model] = lower_for_ort,
 ) -> Lowered:
     """Lowers the traced stages and writes them to ``folder`` as ``<stage>.<name>.onnx`` and ``.many.onnx``."""
     graphs, sizes = {}, {}
     for stage in STAGES:
         one = for_one_sequence(stages[stage])
         for key, model in ((stage, one), (f"{stage}.many", for_many_sequences(one, MAX_TOGETHER))):
-            lowered = lower_for_ort(model, packs)
+            lowered = lower(model)
             add_functions(lowered)
             graphs[key] = f"{stage}.{name}{key.removeprefix(stage)}.onnx"
             ir.save(lowered, folder / graphs[key])
@@ -123,12 +128,12 @@ def build_target(
                 block = _default_block(weights, manifest.config.dim)
             chosen = "calibrated" if importance is not None else method or _DEFAULT_METHODS[weights]
             rounding = Rounding(BITS[weights], block, chosen)
-            plan = plan_rounded(_matrices(manifest.config, rounding, keep), rounding)
+            plan = plan_rounded(matrices_of(manifest.config, rounding, keep), rounding)
             require_free_space(path, plan.total_bytes)
-            _round(bundle, plan, folder / weights_file(name), importance, progress)
+            round_weights(bundle, plan, folder / weights_file(name), importance, progress)
         progress("graphs", 0.0)
         packs = None if plan is None else plan.packs(weights_file(name), folder)
-        lowered = write_graphs(stages, folder, name, manifest.config, packs)
+        lowered = write_graphs(stages, folder, name, manifest.config, partial(lower_for_ort, packs=packs))
         target = TargetSpec(
             graphs=lowered.graphs,
             compute_dtype="fp32",
@@ -165,13 +170,16 @@ def _default_block(weights: str, dim: int) -> int:
     return next((block for block in (wanted, wanted // 2, 32) if dim % block == 0), wanted)
 
 
-def _round(bundle: Bundle, plan: RoundedFile, path: Path, importance: Importance | None, progress: Progress) -> None:
+def round_weights(
+    bundle: Bundle, plan: RoundedFile, path: Path, importance: Importance | None, progress: Progress
+) -> None:
+    """Rounds the matrices of ``plan``, read from the bundle's own weights, into the file ``path``."""
     stored = read_tensor_file(bundle.file(WEIGHTS_FILE))
     with Checkpoint(bundle.path, stored.kind, bundle.manifest.config, stored.entries) as reader:
         write_rounded(plan, reader, path, importance, lambda done: progress("rounding", done))
 
 
-def _matrices(config: MythosConfig, rounding: Rounding, keep: Sequence[str]) -> list[Matrix]:
+def matrices_of(config: MythosConfig, rounding: Rounding, keep: Sequence[str]) -> list[Matrix]:
     """The matrices a target rounds, without those it keeps."""
     matrices = [
         _matrix(recipe.name, recipe.shape, rounding.block)

@@ -13,9 +13,9 @@ from mythos_edge.model.bundle import Bundle, TargetSpec, open_bundle, record_of,
 from mythos_edge.model.errors import BuildError
 
 
-def weights_file(name: str) -> str:
-    """The file with the rounded weights of a target, where it has one."""
-    return f"weights.{name}.safetensors"
+def weights_file(name: str, part: str = "") -> str:
+    """A file of rounded or narrowed weights of a target, where it has one; ``part`` tells several apart."""
+    return f"weights.{name}.{part + '.' if part else ''}safetensors"
 
 
 def log_file(name: str) -> str:
@@ -64,7 +64,7 @@ def _without(bundle: Bundle, name: str) -> Bundle:
     manifest = bundle.manifest
     if name not in manifest.targets:
         return bundle
-    own = {*manifest.targets[name].graphs.values(), weights_file(name), log_file(name)}
+    own = {*manifest.targets[name].graphs.values(), *bundle.own_weights(name), log_file(name)}
     return update_manifest(
         bundle,
         targets={other: spec for other, spec in manifest.targets.items() if other != name},

@@ -70,8 +70,9 @@ def part_shared_experts(model: ir.Model) -> None:
 def round_weights(model: ir.Model, weights: str, names: Collection[str]) -> None:
     """See above; only matrices in ``names`` are rounded, to ``weights``: int8, int4 or fp8.
 
-    int8 and fp8 have one scale a row, int4 one for each block of a row. A matrix of a plain product whose rows do not
-    divide into blocks is int8. Raises BuildError when those of the experts do not.
+    int8 and fp8 have one scale a row, int4 one for each block of a row. Where rows do not divide into blocks of int4,
+    experts are padded with zeros and the matrix of a plain product is int8. Raises BuildError when the experts' input
+    does not divide.
     """
     graph = model.graph
     made: dict[str, ir.Value] = {}
@@ -212,28 +213,34 @@ def _narrow_weight(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _round_experts(graph: ir.Graph, node: ir.Node, weights: str) -> None:
-    x, router, bias, *stacks = node.inputs
+    x, router, bias, fc1, fc2 = node.inputs
+    assert fc1 is not None
+    assert fc2 is not None
+    (experts, double, dim), hidden = _shape(fc1), _shape(fc2)[-1]
+    assert double == 2 * hidden
+    # An expert's hidden size may be padded with zeros, which add nothing; its input may not.
+    padded = hidden + (-hidden % _INT4_BLOCKS[-1] if weights == "int4" else 0)
     inputs = [x, router, bias]
-    for stack in stacks:
-        assert stack is not None
-        block = _block(stack, weights)
+    for stack, shape in ((fc1, (experts, 2 * padded, dim)), (fc2, (experts, dim, padded))):
+        block = _block(shape[-1], weights)
         if block is None:
             raise BuildError(
-                f"{stack.name}: rows of {_row(stack)} values do not divide into int4 blocks of {_INT4_BLOCKS[-1]}: "
+                f"{stack.name}: rows of {dim} values do not divide into int4 blocks of {_INT4_BLOCKS[-1]}: "
                 "build with --weights int8"
             )
-        inputs += _codes_and_scale(graph, stack, weights, (_row(stack) // block,))
+        inputs += _codes_and_scale(graph, stack, weights, shape, (shape[-1] // block,))
     writer = _Writer(graph, node, str(node.outputs[0].name))
     attributes = {name: node.attributes[name].value for name in node.attributes}
     _replace(graph, node, writer.op(ops.QUANTIZED_SPARSE_MOE.name, inputs, domain=ops.DOMAIN, **attributes))
 
 
 def _dequantized(graph: ir.Graph, node: ir.Node, matrix: ir.Value, weights: str) -> ir.Value:
-    block, kept = _block(matrix, weights), weights
+    shape = _shape(matrix)
+    block, kept = _block(shape[-1], weights), weights
     if block is None:
-        block, kept = _row(matrix), "int8"
+        block, kept = shape[-1], "int8"
     blocked = kept == "int4"
-    inputs = _codes_and_scale(graph, matrix, kept, (_row(matrix) // block,) if blocked else ())
+    inputs = _codes_and_scale(graph, matrix, kept, shape, (shape[-1] // block,) if blocked else ())
     writer = _Writer(graph, node, str(matrix.name))
     if blocked:
         value = writer.op("DequantizeLinear", inputs, axis=1, block_size=block)
@@ -243,19 +250,16 @@ def _dequantized(graph: ir.Graph, node: ir.Node, matrix: ir.Value, weights: str)
     return value
 
 
-def _block(matrix: ir.Value, weights: str) -> int | None:
-    """Values that share a scale; None when the rows do not divide."""
-    row = _row(matrix)
+def _block(row: int, weights: str) -> int | None:
+    """Values of a row that share a scale; None when they do not divide."""
     return row if weights != "int4" else next((block for block in _INT4_BLOCKS if row % block == 0), None)
 
 
-def _row(matrix: ir.Value) -> int:
-    return _shape(matrix)[-1]
-
-
-def _codes_and_scale(graph: ir.Graph, matrix: ir.Value, weights: str, blocks: tuple[int, ...]) -> list[ir.Value]:
+def _codes_and_scale(
+    graph: ir.Graph, matrix: ir.Value, weights: str, shape: tuple[int, ...], blocks: tuple[int, ...]
+) -> list[ir.Value]:
     assert matrix.dtype is not None
-    shape, made = _shape(matrix), []
+    made = []
     for part, dtype, size in (("codes", CODES[weights], shape), ("scale", matrix.dtype, (*shape[:-1], *blocks))):
         name = f"{matrix.name}.{part}"
         if name not in graph.initializers:

@@ -127,7 +127,7 @@ def _pieces(
             if scale is None:
                 data = _converted(piece, tensor.dtype, name)
             else:
-                codes, scales = _rounded(pool, piece.numpy(), tensor, scale)
+                codes, scales = _rounded(pool, _padded(piece.numpy(), tensor), tensor, scale)
                 yield scale_offset, scales
                 scale_offset, data = scale_offset + len(scales), codes
             yield offset, data
@@ -141,6 +141,12 @@ def _converted(piece: torch.Tensor, dtype: ir.DataType, name: str) -> bytes:
             f"{name}: a weight of {piece.abs().max().item():g} does not fit fp16 (largest 65504): build with bf16"
         )
     return made.view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _padded(piece: Float32, codes: ir.ExternalTensor) -> Float32:
+    """The piece with zeros up to the sizes of its codes."""
+    missing = [(0, size - had) for size, had in zip(codes.shape.numpy()[1:], piece.shape[1:], strict=True)]
+    return np.pad(piece, [(0, 0), *missing])
 
 
 def _rounded(

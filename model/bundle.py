@@ -25,6 +25,8 @@ SCHEMA_VERSION = 3
 MANIFEST_FILE = "manifest.json"
 # What every export has; built targets add what their weights are.
 TARGET = "ort-cpu"
+# What the targets of ONNX Runtime's CUDA provider begin with.
+CUDA_TARGET = "ort-cuda"
 STAGES = ("prelude", "step", "coda")
 # Sequences that one run of a target's ``.many`` graphs can serve.
 MAX_TOGETHER = 8
@@ -297,10 +299,15 @@ class Bundle:
         if spec.engine is not None:
             parts = [self.manifest.identity, spec.compute_dtype, spec.weights, spec.method, str(spec.block)]
             return hashlib.sha256(" ".join(parts).encode()).hexdigest()
-        if spec.weights == "fp32":
+        own = self.own_weights(target)
+        if not own:
             return self.manifest.identity
-        rounded = self.manifest.files[f"weights.{target}.safetensors"].sha256
-        return hashlib.sha256(f"{self.manifest.identity} {rounded}".encode()).hexdigest()
+        parts = [self.manifest.identity, *(own[name].sha256 for name in sorted(own))]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+    def own_weights(self, target: str) -> dict[str, FileRecord]:
+        """The files of weights that only the target has: rounded or narrowed ones."""
+        return {name: record for name, record in self.manifest.files.items() if name.startswith(f"weights.{target}.")}
 
     def file(self, name: str) -> Path:
         """The path of a listed file; BundleError when it is not listed or a link leads out of the folder."""

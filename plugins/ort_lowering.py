@@ -11,7 +11,7 @@ touched, so every lowered graph shares the bundle's weights file; rounded matric
     rows of a rounded embedding        com.microsoft::GatherBlockQuantized; one scale a row: Gather
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -31,8 +31,13 @@ def lower_for_ort(model: ir.Model, packs: Packs | None = None) -> ir.Model:
 
     The selection bias must have its values: a bias of zeros needs no nodes.
     """
+    return lowered_by(lambda graph: Lowering(graph, packs or {}), model)
+
+
+def lowered_by(rules: Callable[[ir.Graph], "Lowering"], model: ir.Model) -> ir.Model:
+    """A copy of ``model`` after the ``rules`` made for its graph."""
     lowered = model.clone()
-    lowering = _Lowering(lowered.graph, packs or {})
+    lowering = rules(lowered.graph)
     for node in list(lowered.graph.all_nodes()):
         lowering.lower(node)
     lowered.graph.opset_imports[MICROSOFT] = 1
@@ -41,22 +46,29 @@ def lower_for_ort(model: ir.Model, packs: Packs | None = None) -> ir.Model:
     return lowered
 
 
-class _Lowering:
-    """Replaces nodes of ``graph`` one by one."""
+Rule = Callable[[GraphWriter, ir.Node], ir.Value | None]
+
+
+class Lowering:
+    """Replaces nodes of ``graph`` one by one. ``rules`` says which and by what; None leaves a node as it is."""
 
     def __init__(self, graph: ir.Graph, packs: Packs) -> None:
         self._graph, self._packs = graph, packs
         # Products with the same rows share their rounding.
         self._rounded: dict[str, Rounded] = {}
 
-    def lower(self, node: ir.Node) -> None:
-        rules = {
+    def rules(self) -> dict[tuple[str, str], Rule]:
+        """The rule for each (domain, op)."""
+        return {
             (ops.DOMAIN, ops.LATENT_ATTENTION.name): self._latent_attention,
             (ops.DOMAIN, ops.SPARSE_MOE.name): self._sparse_moe,
             ("", "Gemm"): self._product,
             ("", "Gather"): self._embedding,
         }
-        rule = rules.get((node.domain, node.op_type))
+
+    def lower(self, node: ir.Node) -> None:
+        """Replaces ``node`` if there is a rule for it."""
+        rule = self.rules().get((node.domain, node.op_type))
         if rule is None:
             return
         old, graph = node.outputs[0], node.graph
@@ -70,7 +82,7 @@ class _Lowering:
         graph.remove(node, safe=True)
 
     def _pack(self, matrix: ir.Value) -> Pack | None:
-        return self._packs.get(_stored_name(matrix))
+        return self._packs.get(stored_name(matrix))
 
     def _product(self, writer: GraphWriter, node: ir.Node) -> ir.Value | None:
         x, matrix = node.inputs[:2]
@@ -81,7 +93,7 @@ class _Lowering:
 
     def _multiplied(self, writer: GraphWriter, x: ir.Value, matrix: ir.Value) -> ir.Value:
         """``x @ matrix.T``, of the rounded matrix where there is one."""
-        name, pack = _stored_name(matrix), self._pack(matrix)
+        name, pack = stored_name(matrix), self._pack(matrix)
         if pack is None:
             return writer.add("Gemm", [x, matrix], transB=1)
         if pack.block:
@@ -100,7 +112,7 @@ class _Lowering:
         pack = None if table is None else self._pack(table)
         if table is None or pack is None:
             return None
-        name = _stored_name(table)
+        name = stored_name(table)
         scales = writer.tensor(pack.scales, f"{name}.scale")
         if not pack.block:
             codes = writer.add("Gather", [writer.tensor(pack.values, f"{name}.q"), rows])
@@ -180,11 +192,11 @@ class _Lowering:
         logits = writer.add("Gemm", [x, inputs["router"]], transB=1)
         bias = inputs["router_bias"]
         chosen_by = logits
-        if bias is not None and _bias_matters(bias):
+        if bias is not None and bias_matters(bias):
             chosen_by = writer.add("Add", [logits, bias])
         pack = self._pack(fc1)
         if pack is not None and pack.block:
-            y = self._blocked_experts(writer, x, (logits, chosen_by), (_stored_name(fc1), _stored_name(fc2)), top_k)
+            y = self._blocked_experts(writer, x, (logits, chosen_by), (stored_name(fc1), stored_name(fc2)), top_k)
         else:
             y = self._dispatched_experts(writer, x, (logits, chosen_by), (fc1, fc2), top_k)
         if "shared_down" not in inputs:
@@ -294,10 +306,10 @@ class _Lowering:
     ) -> ir.Value:
         matrices = []
         for stack in stacks:
-            pack = self._packs[_stored_name(stack)]
+            pack = self._packs[stored_name(stack)]
             parts = ((pack.values, "q"), (pack.scales, "scale"))
             matrices.append(
-                [writer.tensor(piece_of(part, expert), f"{_stored_name(stack)}.{end}@{expert}") for part, end in parts]
+                [writer.tensor(piece_of(part, expert), f"{stored_name(stack)}.{end}@{expert}") for part, end in parts]
             )
         whole = self._rounded_rows(writer, x)
         taken = Rounded(inside.add("Gather", [whole.codes, rows]), inside.add("Gather", [whole.scales, rows]))
@@ -305,11 +317,12 @@ class _Lowering:
         return inside.integer_product(inside.rounded(hidden), *matrices[1])
 
 
-def _stored_name(matrix: ir.Value) -> str:
+def stored_name(matrix: ir.Value) -> str:
     """The name of a weight in the bundle; one that is stored narrow is used as its float32 copy."""
     return str(matrix.name).removesuffix(".fp32")
 
 
-def _bias_matters(bias: ir.Value) -> bool:
+def bias_matters(bias: ir.Value) -> bool:
+    """Whether any expert has a selection bias."""
     assert bias.const_value is not None, "lower after the weights are attached"
     return bool(np.any(bias.const_value.numpy()))

@@ -59,7 +59,9 @@ class OrtBackend:
 
     max_context: int | None = None
 
-    def __init__(self, bundle: Bundle, target: str = TARGET, threads: int = 0) -> None:
+    def __init__(
+        self, bundle: Bundle, target: str = TARGET, threads: int = 0, make_session: "SessionMaker | None" = None
+    ) -> None:
         self.memory = HostMemory()
         spec = bundle.target(target)
         if spec.engine is not None:
@@ -72,7 +74,8 @@ class OrtBackend:
                 "exactly (no VNNI, no Arm dot products)",
                 f"mythos-edge build {bundle.path} --weights int8 --block 128",
             )
-        self._open = partial(_BoundGraph, threads=threads, prepack=spec.prepacked)
+        make = partial(make_session or ort_session, threads=threads, prepack=spec.prepacked)
+        self._open = partial(_BoundGraph, make=make)
         self._bundle, self._spec = bundle, spec
         self._positions = np.zeros((1, 1), np.int64)
         # Loaded when several sequences run together for the first time.
@@ -115,9 +118,9 @@ class OrtBackend:
 class _BoundGraph:
     """One session whose inputs and outputs are bound once and again only when another array is passed."""
 
-    def __init__(self, path: Path, threads: int, prepack: bool) -> None:
+    def __init__(self, path: Path, make: Callable[[Path], Any]) -> None:
         self._name = path.name
-        self._session = ort_session(path, threads, prepack)
+        self._session = make(path)
         self._binding = self._session.io_binding()
         self._bound: dict[str, Array] = {}
         self.seconds = 0.0
@@ -137,7 +140,7 @@ class _BoundGraph:
             self._session.run_with_iobinding(binding)
             self.seconds += time.perf_counter() - started
         except Exception as error:  # onnxruntime's exceptions have no common base but this
-            raise MythosEdgeError(f"{self._name}: ONNX Runtime failed: {_one_line(error)}") from error
+            raise MythosEdgeError(f"{self._name}: ONNX Runtime failed: {one_line(error)}") from error
 
     def forget(self) -> None:
         """Lets go of every array that is bound."""
@@ -152,9 +155,22 @@ def ort_session(path: Path, threads: int = 0, prepack: bool = False) -> Any:
     Without ``prepack`` float32 weights are read straight from the mapped file: no second copy, loads at once. With it
     kernels copy them into their own layout, which is faster for 2 and more rows and needed for rounded weights.
     """
+    ort = import_onnxruntime()
+    options = session_options(ort, threads, prepack)
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # see _BoundGraph.run
+        raise BundleError(f"{path.name}: ONNX Runtime can not load it: {one_line(error)}") from error
+
+
+# ``make(path, threads=..., prepack=...)`` as ``ort_session`` is.
+SessionMaker = Callable[..., Any]
+
+
+def session_options(ort: Any, threads: int, prepack: bool) -> Any:
+    """The options of every session; see ``ort_session``. Raises UsageError."""
     if threads < 0:
         raise UsageError(f"threads is {threads}, expected 0 (all cores) or more")
-    ort = import_onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or cores()
@@ -163,10 +179,7 @@ def ort_session(path: Path, threads: int = 0, prepack: bool = False) -> Any:
     # The stages take turns. A pool that went on spinning after its run would take the cores from the next: measured
     # at half the speed. One global pool is as fast as this, but then no other session in the process could be made.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # see _BoundGraph.run
-        raise BundleError(f"{path.name}: ONNX Runtime can not load it: {_one_line(error)}") from error
+    return options
 
 
 def graph_runner(path: Path, threads: int = 0) -> Callable[[Arrays], list[Array]]:
@@ -177,7 +190,7 @@ def graph_runner(path: Path, threads: int = 0) -> Callable[[Arrays], list[Array]
         try:
             outputs: list[Array] = session.run(None, dict(feeds))
         except Exception as error:  # see _BoundGraph.run
-            raise MythosEdgeError(f"{path.name}: ONNX Runtime failed: {_one_line(error)}") from error
+            raise MythosEdgeError(f"{path.name}: ONNX Runtime failed: {one_line(error)}") from error
         return outputs
 
     return run
@@ -206,7 +219,8 @@ def _address(array: Array) -> int:
     return address
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """What a foreign exception says, on one line."""
     return " ".join(str(error).split())
 
 

@@ -19,7 +19,7 @@ from typing import Any, Self, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from mythos_edge.model.bundle import TARGET, Bundle, open_bundle
+from mythos_edge.model.bundle import CUDA_TARGET, TARGET, Bundle, open_bundle
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import CapacityError, UsageError
 from mythos_edge.runtime import saved_state
@@ -28,6 +28,7 @@ from mythos_edge.runtime.caches import CachePlan, plan_cache, require_memory
 from mythos_edge.runtime.decoding import Decoding, Generation, Options, TextSoFar, Token, TokenSequence
 from mythos_edge.runtime.draft_tuner import DraftTuner
 from mythos_edge.runtime.halting import ResolvedDepth, depth_of_preset
+from mythos_edge.runtime.ort_cuda_backend import OrtCudaBackend
 from mythos_edge.runtime.sampling import Sampler
 from mythos_edge.runtime.speculation import AUTO, check_draft
 from mythos_edge.runtime.staircase import Fed, Staircase
@@ -344,9 +345,11 @@ class Session:
 
 def open_backend(bundle: Bundle, target: str, threads: int = 0, trust: bool = False) -> OrtBackend | TrtBackend:
     """What runs a target; parameters and errors as in ``Session.open``."""
-    if bundle.target(target).engine is None:
-        return OrtBackend(bundle, target, threads)
-    return TrtBackend(bundle, target, trust=trust)
+    if bundle.target(target).engine is not None:
+        return TrtBackend(bundle, target, trust=trust)
+    if target.startswith(CUDA_TARGET):
+        return OrtCudaBackend(bundle, target, threads)
+    return OrtBackend(bundle, target, threads)
 
 
 def checked_ids(ids: Any, config: MythosConfig) -> Int64:

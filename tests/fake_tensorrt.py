@@ -3,6 +3,7 @@
 Stricter than TensorRT where that is cheap: shapes and addresses must be set, lie in live memory and fit the profile.
 """
 
+import ctypes
 import json
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +13,8 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from fake_driver import FakeDriver
+
+from mythos_edge.plugins import trt_bindings
 
 VERSION = "0.0.1"
 
@@ -39,6 +42,9 @@ class FakeTensorRT(ModuleType):
     def __init__(self, driver: FakeDriver, capturable: bool | None = True) -> None:
         super().__init__("fake_tensorrt")
         self.driver, self.capturable = driver, capturable
+        self.messages = trt_bindings.Messages()
+        # Inputs that are read on the host when a run is queued.
+        self.host_tensors: set[str] = set()
         self.engines: list[FakeEngine] = []
         self.runs = 0
         self.fails_at: int | None = None
@@ -47,6 +53,10 @@ class FakeTensorRT(ModuleType):
     def Runtime(self, logger: Any) -> "FakeRuntime":
         del logger
         return FakeRuntime(self)
+
+    def said(self, text: str) -> None:
+        """An error in the log."""
+        self.messages.add("ERROR", text)
 
 
 class FakeRuntime:
@@ -62,6 +72,7 @@ class FakeRuntime:
         try:
             job = json.loads(plan)
         except ValueError:
+            self._trt.said("the plan is no plan")
             return None
         engine = FakeEngine(self._trt, **job)
         self._trt.engines.append(engine)
@@ -73,7 +84,9 @@ class FakeEngine:
 
     def __init__(self, trt: FakeTensorRT, model: str, max_rows: int, max_context: int) -> None:
         self.trt, self.max_rows, self.max_context = trt, max_rows, max_context
-        self.session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        self.session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         graph = onnx.load(model, load_external_data=False).graph
         self.values = {value.name: value for value in [*graph.input, *graph.output]}
         self._inputs = {value.name for value in graph.input}
@@ -95,7 +108,7 @@ class FakeEngine:
         return "input" if name in self._inputs else "output"
 
     def get_tensor_location(self, name: str) -> str:
-        return "device"
+        return "host" if name in self.trt.host_tensors else "device"
 
     def create_runtime_config(self) -> "FakeConfig":
         return FakeConfig(self.runtime_cache)
@@ -164,18 +177,27 @@ class FakeContext:
         engine, trt = self._engine, self._trt
         trt.runs += 1
         if trt.runs == trt.fails_at:
+            trt.said("kernel launch failed")
             return False
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         assert set(self._addresses) == set(names), set(names) - set(self._addresses)
         shapes = {name: self._shapes.get(name, engine.get_tensor_shape(name)) for name in names}
         addresses = dict(self._addresses)
+        on_host = {
+            name: np.frombuffer(
+                ctypes.string_at(addresses[name], engine.dtype_of(name).itemsize), engine.dtype_of(name)
+            )
+            for name in trt.host_tensors & engine.values.keys()
+        }
 
         def run() -> None:
             inputs = {name: shapes[name] for name in names if engine.get_tensor_mode(name) == "input"}
             assert all(size != -1 for shape in inputs.values() for size in shape), inputs
             engine.runs.append(inputs)
             feeds = {
-                name: trt.driver.array(addresses[name], engine.dtype_of(name), shape).copy()
+                name: on_host[name].reshape(shape)
+                if name in on_host
+                else trt.driver.array(addresses[name], engine.dtype_of(name), shape).copy()
                 for name, shape in inputs.items()
             }
             outputs = [value.name for value in engine.session.get_outputs()]
@@ -184,3 +206,8 @@ class FakeContext:
 
         trt.driver._queue(stream, "engine", run)
         return True
+
+
+def _scalar(address: int, dtype: np.dtype[Any]) -> np.ndarray:
+    """The value of a scalar in the host's memory, now."""
+    return np.frombuffer(ctypes.string_at(address, dtype.itemsize), dtype)

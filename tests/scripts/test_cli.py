@@ -242,7 +242,6 @@ def test_build_refuses_in_one_line(mla_bundle: Path, tmp_path: Path, run: Callab
     np.save(tmp_path / "foreign.npy", np.array([[1, 5000]]))
     np.save(tmp_path / "long.npy", np.ones((1, 300), np.int64))
     for words, message in [
-        
         (
             ("--weights", "int4", "--block", 64),
             "rows of 96 values do not divide into blocks of 64: choose",

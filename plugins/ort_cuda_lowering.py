@@ -1,0 +1,188 @@
+"""ONNX Runtime CUDA face of the custom ops: the products of the large matrices in float16 or of rounded weights.
+
+All else stays float32: norms, rotation, attention, the residual stream, the router and halting decide what is
+computed and are small, and the caches are float32. Every op here has a kernel of the CUDA provider and one of the CPU
+provider, so that a test can run the graph without a GPU.
+
+    mythos::LatentAttention            products, see ``ort_cuda_attention``
+    mythos::GroupedQueryAttention      likewise
+    mythos::SparseMoE                  com.microsoft::MoE
+    mythos::SparseMoE in blocks        com.microsoft::QMoE (float16 only)
+    a product with a large matrix      Gemm or MatMul in float16 between two Casts
+    a product with a rounded matrix    com.microsoft::MatMulNBits between two Casts
+    rows of a rounded embedding        com.microsoft::GatherBlockQuantized
+
+Not here: whether the installed ONNX Runtime has those kernels (``runtime.ort_cuda_backend`` asks it).
+"""
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from mythos_edge.plugins import ops
+from mythos_edge.plugins.ort_cuda_attention import grouped_query_attention, latent_attention
+from mythos_edge.plugins.ort_lowering import Lowering, Packs, Rule, bias_matters, lowered_by, stored_name
+from mythos_edge.plugins.ort_writer import MICROSOFT, GraphWriter
+
+# Ops of com.microsoft in a lowered graph -> element types of the CUDA provider's kernels. Looked at in onnxruntime-gpu
+# 1.31.1; MoE ignored activation_alpha before 1.28, and QMoE knew no weights_prepacked.
+CUDA_KERNELS = {
+    "FusedMatMul": ("FLOAT",),
+    "GatherBlockQuantized": ("FLOAT",),
+    "MatMulNBits": ("FLOAT16",),
+    "MoE": ("FLOAT", "FLOAT16"),
+    "QMoE": ("FLOAT16",),
+    "QuickGelu": ("FLOAT", "FLOAT16"),
+}
+# The float16 number that the router's kernel turns into a weight of 0.
+_NEVER_CHOSEN = -65504.0
+
+Narrowed = Mapping[str, ir.TensorProtocol]
+
+
+def lower_for_ort_cuda(model: ir.Model, narrowed: Narrowed | None = None, packs: Packs | None = None) -> ir.Model:
+    """A copy of ``model`` on kernels of the CUDA provider.
+
+    ``narrowed`` maps the large matrices to their float16 form; without it all is float32. Matrices named in ``packs``
+    are replaced by those, which takes float16: the CUDA kernel of QMoE has no float32 form.
+    """
+    assert not packs or narrowed is not None, "rounded weights take float16"
+    return lowered_by(lambda graph: _CudaLowering(graph, narrowed, packs or {}), model)
+
+
+class _CudaLowering(Lowering):
+    """Without ``narrowed`` the Casts and the products' rules do nothing."""
+
+    def __init__(self, graph: ir.Graph, narrowed: Narrowed | None, packs: Packs) -> None:
+        super().__init__(graph, packs)
+        self._narrowed = narrowed
+        # Products with the same rows share their Cast.
+        self._casts: dict[str, ir.Value] = {}
+
+    def rules(self) -> dict[tuple[str, str], Rule]:
+        return super().rules() | {
+            (ops.DOMAIN, ops.LATENT_ATTENTION.name): latent_attention,
+            (ops.DOMAIN, ops.GROUPED_QUERY_ATTENTION.name): grouped_query_attention,
+            ("", "MatMul"): self._product_by_head,
+        }
+
+    def _narrow(self, writer: GraphWriter, x: ir.Value) -> ir.Value:
+        if self._narrowed is None:
+            return x
+        name = str(x.name)
+        if name not in self._casts:
+            self._casts[name] = writer.add("Cast", [x], to=ir.DataType.FLOAT16)
+        return self._casts[name]
+
+    def _wide(self, writer: GraphWriter, y: ir.Value) -> ir.Value:
+        return y if self._narrowed is None else writer.add("Cast", [y], to=ir.DataType.FLOAT)
+
+    def _weight(self, writer: GraphWriter, matrix: ir.Value) -> ir.Value:
+        """``matrix`` in the type of the products."""
+        name = stored_name(matrix)
+        return matrix if self._narrowed is None else writer.tensor(self._narrowed[name], f"{name}.fp16")
+
+    def _is_large(self, matrix: ir.Value) -> bool:
+        name = stored_name(matrix)
+        return name in self._packs or (self._narrowed is not None and name in self._narrowed)
+
+    def _product(self, writer: GraphWriter, node: ir.Node) -> ir.Value | None:
+        x, matrix = node.inputs[:2]
+        assert x is not None
+        assert matrix is not None
+        if not self._is_large(matrix):
+            return None
+        return self._wide(writer, self._multiplied(writer, self._narrow(writer, x), matrix))
+
+    def _product_by_head(self, writer: GraphWriter, node: ir.Node) -> ir.Value | None:
+        x, matrices = node.inputs
+        assert x is not None
+        assert matrices is not None
+        if not self._is_large(matrices):
+            return None
+        return self._wide(writer, writer.add("MatMul", [self._narrow(writer, x), self._weight(writer, matrices)]))
+
+    def _multiplied(self, writer: GraphWriter, x: ir.Value, matrix: ir.Value) -> ir.Value:
+        """``x @ matrix.T`` in the type of ``x``, which is that of the products."""
+        name, pack = stored_name(matrix), self._pack(matrix)
+        if pack is None:
+            return writer.add("Gemm", [x, self._weight(writer, matrix)], transB=1)
+        inputs = [x, writer.tensor(pack.values, f"{name}.q"), self._scales(writer, name)]
+        sizes = {"K": pack.columns, "N": pack.scales.shape.numpy()[0]}
+        return writer.add("MatMulNBits", inputs, MICROSOFT, bits=pack.bits, block_size=pack.block, **sizes)
+
+    def _scales(self, writer: GraphWriter, name: str) -> ir.Value:
+        """The scales of a rounded matrix in float16, as kernels of float16 want them; narrowed when loaded."""
+        stored = writer.tensor(self._packs[name].scales, f"{name}.scale")
+        return writer.add("Cast", [stored], to=ir.DataType.FLOAT16)
+
+    def _embedding(self, writer: GraphWriter, node: ir.Node) -> ir.Value | None:
+        table, rows = node.inputs
+        if table is not None and stored_name(table) not in self._packs and self._is_large(table):
+            # One copy of the table: the head multiplies by the same one.
+            return self._wide(writer, writer.add("Gather", [self._weight(writer, table), rows]))
+        return super()._embedding(writer, node)
+
+    def _sparse_moe(self, writer: GraphWriter, node: ir.Node) -> ir.Value:
+        inputs = dict(zip(ops.SPARSE_MOE.inputs + ops.SPARSE_MOE.optional, node.inputs, strict=False))
+        x, fc1, fc2 = inputs["x"], inputs["fc1"], inputs["fc2"]
+        assert x is not None
+        assert fc1 is not None
+        assert fc2 is not None
+        top_k = node.attributes["top_k"].as_int()
+        routing = self._routing(
+            writer, writer.add("Gemm", [x, inputs["router"]], transB=1), inputs["router_bias"], top_k
+        )
+        rows = self._narrow(writer, x)
+        y = self._wide(writer, self._experts(writer, rows, routing, (fc1, fc2), top_k))
+        gate_up, down = inputs.get("shared_gate_up"), inputs.get("shared_down")
+        if gate_up is None or down is None:
+            return y
+        hidden = writer.swiglu(self._multiplied(writer, rows, gate_up))
+        return writer.add("Add", [y, self._wide(writer, self._multiplied(writer, hidden, down))])
+
+    def _routing(self, writer: GraphWriter, logits: ir.Value, bias: ir.Value | None, top_k: int) -> ir.Value:
+        """What makes the kernels choose by the biased logits and weigh by the unbiased ones: (N, E).
+
+        The logarithm of its weight for a chosen expert, next to nothing for the others. The choice is made in float32
+        whatever the kernel computes in, and a logarithm near 0 keeps its digits in float16.
+        """
+        biased = bias is not None and bias_matters(bias)
+        if self._narrowed is None and not biased:
+            return logits
+        scores, chosen = writer.add_many(
+            "TopK", [writer.add("Add", [logits, bias]) if biased else logits, writer.integers([top_k])], 2
+        )
+        if biased:
+            scores = writer.add("GatherElements", [logits, chosen], axis=1)
+        logarithms = writer.add("LogSoftmax", [scores], axis=-1)
+        others = writer.add("Expand", [writer.number(_NEVER_CHOSEN), writer.add("Shape", [logits])])
+        return self._narrow(writer, writer.add("ScatterElements", [others, chosen, logarithms], axis=1))
+
+    def _experts(
+        self,
+        writer: GraphWriter,
+        rows: ir.Value,
+        routing: ir.Value,
+        stacks: tuple[ir.Value, ir.Value],
+        top_k: int,
+    ) -> ir.Value:
+        common = {
+            "k": top_k,
+            "activation_type": "swiglu",
+            "swiglu_fusion": 1,
+            "activation_alpha": 1.0,
+            "activation_beta": 0.0,
+            "normalize_routing_weights": 1,
+        }
+        pack = self._pack(stacks[0])
+        if pack is None:
+            fc1, fc2 = (self._weight(writer, stack) for stack in stacks)
+            return writer.add("MoE", [rows, routing, fc1, None, fc2], MICROSOFT, **common)
+        weights: list[ir.Value | None] = []
+        for stack in stacks:
+            name = stored_name(stack)
+            weights += [writer.tensor(self._packs[name].values, f"{name}.q"), self._scales(writer, name), None]
+        # 0: the weights are as the quantiser leaves them, and the kernel brings them into its own order when loaded.
+        rounded = {"expert_weight_bits": pack.bits, "block_size": pack.block, "weights_prepacked": 0}
+        return writer.add("QMoE", [rows, routing, *weights], MICROSOFT, **common, **rounded)

@@ -1,0 +1,73 @@
+"""What doctor says of machines with and without a GPU and the packages for it."""
+
+from typing import Any
+
+import pytest
+from fake_driver import FakeDriver
+
+from mythos_edge.model.errors import BackendUnavailable
+from mythos_edge.scripts import cli, doctor
+
+EXPORT = ("torch", "onnx", "onnx-ir", "onnxscript", "jaxtyping")
+RUN = ("numpy", "onnxruntime", "tokenizers")
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def install(*packages: str) -> None:
+        monkeypatch.setattr(doctor, "version_of", lambda package, module: "1.2.3" if package in packages else None)
+
+    return install
+
+
+def _no_driver() -> Any:
+    raise BackendUnavailable("no NVIDIA driver", "nvidia-smi")
+
+
+def test_a_machine_without_a_gpu_still_builds(installed: Any) -> None:
+    installed(*RUN, *EXPORT, "tensorrt-rtx-cu13")
+    report = doctor.examine(_no_driver)
+    assert (report["gpus"], report["no_gpu"]) == ([], "none: no NVIDIA driver: run `nvidia-smi`")
+    assert report["targets"] == {
+        "ort-cpu": {"build": "yes", "run": "yes"},
+        "ort-cuda": {"build": "yes", "run": "no (needs ort-cuda and a GPU of sm75 or newer)"},
+        "rtx-smXX": {"build": "yes", "run": "no (needs a GPU of TensorRT for RTX)"},
+        "trt-this-gpu": {
+            "build": "no (needs tensorrt and a GPU of sm75 or newer)",
+            "run": "no (needs tensorrt and a GPU of sm75 or newer)",
+        },
+    }
+
+
+def test_gpus_are_named_with_the_targets_for_them(installed: Any) -> None:
+    installed("numpy", "tokenizers", "onnxruntime-gpu", "tensorrt", *EXPORT)
+    driver = FakeDriver(devices=(89, 90, 70), total_bytes=16 << 30)
+    report = doctor.examine(lambda: driver)  # type: ignore[arg-type, return-value]
+    assert [gpu["targets"] for gpu in report["gpus"]] == [
+        ["rtx-sm89", "trt-this-gpu", "ort-cuda"],
+        ["trt-this-gpu", "ort-cuda"],
+        [],
+    ]
+    assert report["gpus"][0] == {
+        "name": "Fake GPU 0",
+        "compute_capability": 89,
+        "memory_gb": 17.2,
+        "targets": ["rtx-sm89", "trt-this-gpu", "ort-cuda"],
+    }
+    # onnxruntime-gpu is the module onnxruntime.
+    assert report["can"]["run"]["ok"]
+    assert report["targets"]["ort-cuda"] == {"build": "yes", "run": "yes"}
+    assert report["targets"]["trt-this-gpu"] == {"build": "yes", "run": "yes"}
+    assert report["targets"]["rtx-smXX"]["run"] == "no (needs tensorrt-rtx)"
+
+
+def test_every_missing_purpose_has_an_install_line(
+    installed: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    installed()
+    monkeypatch.setattr(doctor.Driver, "load", _no_driver)
+    assert cli.main(["doctor"]) == 1
+    said = capsys.readouterr().out
+    assert said.count("mend: pip ") == 5
+    assert "onnxruntime-gpu missing" in said
+    assert "Traceback" not in said

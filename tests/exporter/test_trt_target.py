@@ -1,4 +1,4 @@
-"""TensorRT targets in a bundle: names, refusals, whole or not at all. The graphs are small stand-ins without plugins."""
+"""TensorRT targets in a bundle: names, refusals, whole or not at all. Graphs are stand-ins without plugins."""
 
 import shutil
 import tempfile
@@ -193,7 +193,7 @@ def test_too_little_memory_or_disk_is_refused_before_anything_is_built(
             build(bundle)
     usage = bundle_module.shutil.disk_usage(bundle)
     monkeypatch.setattr(bundle_module.shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
-    with pytest.raises(ExportError, match="the bundle needs .* MB, 1 MB are free"):
+    with pytest.raises(ExportError, match=r"the bundle needs .* MB, 1 MB are free"):
         build(bundle)
     assert files_of(bundle) == before
     assert not list(logs.iterdir())

@@ -44,6 +44,8 @@ _MOST_DEPTH = 1024
 _ELSEWHERE = {87: "Jetson Orin", 90: "Hopper", 100: "data centre Blackwell", 110: "Jetson Thor"}
 # The least compute capability on which TensorRT has a type.
 _LEAST = {"bf16": 80, "int4": 86, "fp8": 89}
+# How trt_weights rounds.
+_METHODS = {"none": "none", "int8": "rtn", "fp8": "rtn", "int4": "search"}
 Progress = Callable[[str, float], None]
 
 
@@ -245,8 +247,8 @@ def _target_spec(
         graphs={stage: f"{stage}.{name}.engine" for stage in lowered.graphs},
         compute_dtype=options.dtype,
         weights=options.weights,
-        block=0,
-        method="none",
+        block=0,  # differs between matrices: see trt_passes.round_weights
+        method=_METHODS[options.weights],
         kept=(),
         prepacked=True,
         fixed_bytes=lowered.fixed_bytes,

@@ -4,6 +4,7 @@ Preparing may load and allocate; running does neither, and does not wait, so tha
 """
 
 import ctypes
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -72,6 +73,30 @@ class LoadedKernels:
                 self.driver.set_shared_bytes(function, kernel.shared_bytes)
             self._loaded[key] = LoadedKernel(function, kernel.threads, kernel.shared_bytes, kernel.hidden_pointers)
         return self._loaded[key]
+
+
+class Scratch:
+    """Device memory of one owner's programs, in one stream, that only grows.
+
+    What was given before stays until the owner goes: a CUDA graph that was captured with it may run again.
+    """
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self._size, self._pointers = 0, [0]
+        weakref.finalize(self, _free, driver, self._pointers)
+
+    def at_least(self, size: int) -> int:
+        """A pointer to ``size`` bytes."""
+        if size > self._size:
+            self._size = max(size, 2 * self._size)
+            self._pointers.append(self._driver.allocate(self._size))
+        return self._pointers[-1]
+
+
+def _free(driver: Driver, pointers: list[int]) -> None:
+    for pointer in pointers[1:]:
+        driver.free(pointer)
 
 
 class PreparedProgram:

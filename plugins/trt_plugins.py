@@ -19,7 +19,7 @@ from mythos_edge.model.errors import BuildError, BundleError, MythosEdgeError
 from mythos_edge.plugins import launches, trt_bindings
 from mythos_edge.plugins.carried_kernels import Carried, collect, decode, encode
 from mythos_edge.plugins.cuda_driver import Driver
-from mythos_edge.plugins.kernel_launch import LoadedKernels, PreparedProgram
+from mythos_edge.plugins.kernel_launch import LoadedKernels, PreparedProgram, Scratch
 from mythos_edge.plugins.ops import DOMAIN, LATENT_ATTENTION, QUANTIZED_SPARSE_MOE, SPARSE_MOE, VERSION, OpSpec
 
 PLUGINS = (LATENT_ATTENTION, SPARSE_MOE, QUANTIZED_SPARSE_MOE)
@@ -36,8 +36,6 @@ DTYPES = {
 }
 _COMPUTE, _CODES = ("FLOAT", "HALF", "BF16"), ("INT8", "INT4", "FP8")
 _FLOAT_ATTRIBUTES = ("scale",)
-# The axes that count the rows of a chunk.
-_ROW_AXES = {"q": 1, "rows": 1, "x": 0}
 _BLOB_FIELD = "kernels"
 
 
@@ -151,6 +149,8 @@ class OpPlugin:
         self.plugin_name, self.plugin_namespace, self.plugin_version = spec.name, NAMESPACE, str(VERSION)
         self._wanted: frozenset[str] = frozenset()
         self._prepared: PreparedProgram | None = None
+        self._scratch: Scratch | None = None
+        self._workspace = 0
         self._blob: np.ndarray | None = None
 
     @property
@@ -219,15 +219,8 @@ class OpPlugin:
 
     @_remembered
     def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
-        """The most bytes any number of rows of the profile needs: fewer rows may be split more."""
-        shapes, dtypes = self._most(inputs)
-        least = self._shapes([tensor.min for tensor in inputs])
-        first = self.spec.inputs[0]
-        axis = _ROW_AXES[first]
-        return max(
-            launches.program(self.spec.name, _with_rows(shapes, rows), dtypes, self.attributes).workspace_bytes
-            for rows in range(least[first][axis], shapes[first][axis] + 1)
-        )
+        """None of TensorRT's: inside a Loop it builds no plugin that asks for any. See ``_prepare``."""
+        return 0
 
     @_remembered
     def get_fields_to_serialize(self) -> Any:
@@ -269,7 +262,7 @@ class OpPlugin:
         assert self._prepared is not None, "TensorRT runs a plugin before telling it the shapes"
         pointers = dict(zip(self.spec.inputs, inputs, strict=True))
         pointers[self.spec.output] = outputs[0]
-        self._prepared.run(pointers, workspace, stream)
+        self._prepared.run(pointers, self._workspace, stream)
 
     def _prepare(self, inputs: Sequence[Any]) -> None:
         shapes = self._shapes([tensor.dims for tensor in inputs])
@@ -277,6 +270,9 @@ class OpPlugin:
         kernels = self.gpu.kernels
         loaded = kernels.load(self._carried().for_gpu(kernels.compute_capability()).values())
         self._prepared = PreparedProgram(kernels.driver, program, loaded)
+        if self._scratch is None:
+            self._scratch = Scratch(kernels.driver)
+        self._workspace = self._scratch.at_least(program.workspace_bytes)
 
     def _carried(self) -> Carried:
         if self.carried is not None:
@@ -294,14 +290,6 @@ class OpPlugin:
 
     def _dtypes(self, inputs: Sequence[Any]) -> dict[str, str]:
         return {name: DTYPES[tensor.type.name] for name, tensor in zip(self.spec.inputs, inputs, strict=True)}
-
-
-def _with_rows(shapes: Mapping[str, tuple[int, ...]], rows: int) -> dict[str, tuple[int, ...]]:
-    changed = {}
-    for name, shape in shapes.items():
-        axis = _ROW_AXES.get(name)
-        changed[name] = shape if axis is None else (*shape[:axis], rows, *shape[axis + 1 :])
-    return changed
 
 
 @functools.cache

@@ -99,35 +99,29 @@ class TrtBackend:
         stage.hand_out(feeds, outputs, start, stop)
 
     def _execute(self, stage: "_Stage", key: _Key, count: int) -> None:
-        """Queues the engine, from the second run of its like on as a graph."""
+        """Queues the engine, from the third run of its like on as a graph."""
         stream, driver = self.memory.stream, self._runtime.driver
         if not self._capturing or key.rows not in GRAPH_ROWS:
             stage.queue(key._replace(rows=count), stream)
             return
-        if key not in self._graphs:
-            # The first run sets up what a capture may not.
-            self._graphs[key] = None
-            stage.queue(key, stream)
-            if len(self._graphs) > _MOST_GRAPHS:
-                _, oldest = self._graphs.popitem(last=False)
-                if oldest is not None:
-                    driver.destroy_graph(oldest)
+        graph = self._graphs.get(key)
+        if graph is not None:
+            self._graphs.move_to_end(key)
+            driver.launch_graph(graph, stream)
             return
-        graph = self._graphs[key]
-        if graph is None:
-            graph = self._capture(stage, key)
-            if graph is None:
-                return
-        self._graphs[key] = graph
-        self._graphs.move_to_end(key)
-        driver.launch_graph(graph, stream)
+        stage.queue(key, stream)
+        # What comes again is worth a capture, and right after a run of its shapes TensorRT has nothing left to set up.
+        self._graphs[key] = self._capture(stage, key) if key in self._graphs else None
+        if len(self._graphs) > _MOST_GRAPHS:
+            _, oldest = self._graphs.popitem(last=False)
+            if oldest is not None:
+                driver.destroy_graph(oldest)
 
     def _capture(self, stage: "_Stage", key: _Key) -> int | None:
-        """The graph of a run; or the run itself, and None, where TensorRT does not allow a capture."""
+        """The graph of what was queued last; None where TensorRT does not allow a capture."""
         stream, driver = self.memory.stream, self._runtime.driver
         if not stage.engine.capturable(key.rows, stream):
             # It may after more runs, when all kernels of these shapes are there.
-            stage.queue(key, stream)
             return None
         driver.begin_capture(stream)
         try:
@@ -142,9 +136,8 @@ class TrtBackend:
             captured = False
         if captured:
             return graph
-        # Not an error: the same work, launched piece by piece.
+        # Not an error: the same work goes on being launched piece by piece.
         self._capturing = False
-        stage.queue(key, stream)
         return None
 
     @property

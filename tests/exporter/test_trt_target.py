@@ -1,4 +1,4 @@
-"""TensorRT targets in a bundle: names, refusals, whole or not at all; the graphs are small ones without plugins."""
+"""TensorRT targets in a bundle: names, refusals, whole or not at all. Graphs are stand-ins without plugins."""
 
 import shutil
 import tempfile

@@ -1,5 +1,6 @@
 """The TensorRT plugins: negotiation and building with the real TensorRT for RTX, running on a fake driver."""
 
+import gc
 import json
 import os
 import subprocess
@@ -278,16 +279,27 @@ def test_inputs_are_counted(maker: Maker) -> None:
 
 
 @pytest.mark.parametrize(("op", "dtype", "codes"), CASES)
-def test_the_workspace_serves_any_number_of_rows(maker: Maker, op: str, dtype: str, codes: str) -> None:
+def test_no_workspace_is_asked_of_tensorrt(maker: Maker, op: str, dtype: str, codes: str) -> None:
     plugin = maker.built(op, dtype, codes)
-    size = plugin.get_workspace_size(maker.dynamic(op, dtype, codes, MAX_ROWS), [])
-    kinds = dtypes(op, dtype, codes)
-    needed = [
-        launches.program(op, sized(op, rows, context), kinds, ATTRIBUTES[op]).workspace_bytes
-        for rows in range(1, MAX_ROWS + 1)
-        for context in (1, 64, 129, MAX_CONTEXT + MAX_ROWS)
-    ]
-    assert size == max(needed)
+    assert plugin.get_workspace_size(maker.dynamic(op, dtype, codes, MAX_ROWS), []) == 0
+
+
+def test_scratch_grows_and_what_a_graph_may_use_stays(maker: Maker) -> None:
+    driver, plugin = maker.driver, maker.running("SparseMoE")
+    before, used = driver.live_bytes, []
+    for rows in (1, MAX_ROWS, 1):
+        plugin.on_shape_change(maker.descriptions("SparseMoE", "fp16", "", rows), [])
+        used.append(plugin._workspace)
+    # The larger one serves fewer rows as well.
+    assert used[0] != used[1] == used[2]
+    least = launches.program(
+        "SparseMoE", sized("SparseMoE", MAX_ROWS, 64), dtypes("SparseMoE", "fp16", ""), {"top_k": 2}
+    )
+    assert driver.live_bytes - before >= least.workspace_bytes
+    assert all(driver.device_memory.holds(pointer, 1) for pointer in used)
+    del plugin
+    gc.collect()
+    assert driver.live_bytes == before
 
 
 # What travels in a plan.
@@ -358,12 +370,12 @@ def test_launches_are_those_of_the_program(maker: Maker, op: str, dtype: str, co
     program = launches.program(op, sized(op, rows, 64), kinds, ATTRIBUTES[op])
     spec = OPS[op]
     places = {name: driver.allocate(64) for name in (*spec.inputs, spec.output)}
-    workspace, stream = driver.allocate(max(program.workspace_bytes, 1)), driver.stream()
+    stream = driver.stream()
     descriptions = maker.descriptions(op, dtype, codes, rows)
     modules = len(driver.modules)
     plugin.on_shape_change(descriptions, [])
     inputs, outputs = [places[name] for name in spec.inputs], [places[spec.output]]
-    plugin.enqueue(descriptions, [], inputs, outputs, workspace, stream)
+    plugin.enqueue(descriptions, [], inputs, outputs, 0, stream)
     assert len(driver.launches) == len(program.launches)
     for launch, record in zip(program.launches, driver.launches, strict=True):
         kernel = fake_kernels.fake_kernel(launch.kernel, 89)
@@ -376,7 +388,7 @@ def test_launches_are_those_of_the_program(maker: Maker, op: str, dtype: str, co
             if isinstance(given, Integer)
             else pytest.approx(given.value, rel=1e-7)
             if isinstance(given, Float)
-            else workspace + given.offset_bytes
+            else plugin._workspace + given.offset_bytes
             for given in launch.arguments
         ]
         # After them nulls, for the scratch memory that Triton's kernels take.
@@ -396,12 +408,12 @@ def test_the_kernels_we_ship_load_and_launch(
     driver = maker.driver
     driver.retain_primary_context(0)
     plugin = maker.from_plan(op, blob_of(maker.built(op, dtype, codes, gpus=(89,)))).attach_to_context(None)
-    workspace, stream = driver.allocate(1 << 24), driver.stream()
+    stream = driver.stream()
     places = [driver.allocate(64) for _ in (*OPS[op].inputs, OPS[op].output)]
     for rows in (1, MAX_ROWS):
         descriptions = maker.descriptions(op, dtype, codes, rows)
         plugin.on_shape_change(descriptions, [])
-        plugin.enqueue(descriptions, [], places[:-1], places[-1:], workspace, stream)
+        plugin.enqueue(descriptions, [], places[:-1], places[-1:], 0, stream)
     assert {record.entry for record in driver.launches} <= {kernel.entry for kernel in plugin.carried.kernels}
     assert all(record.arguments[-1] is None for record in driver.launches)
 
@@ -420,14 +432,14 @@ def test_running_can_be_captured(maker: Maker) -> None:
     descriptions = maker.descriptions("LatentAttention", "fp16", "", 4, context=256)
     plugin.on_shape_change(descriptions, [])
     places = [driver.allocate(64) for _ in range(6)]
-    workspace, stream = driver.allocate(1 << 20), driver.stream()
+    stream = driver.stream()
     driver.begin_capture(stream)
-    plugin.enqueue(descriptions, [], places[:5], places[5:], workspace, stream)
+    plugin.enqueue(descriptions, [], places[:5], places[5:], 0, stream)
     graph = driver.end_capture(stream)
     assert driver.launches == []
     # Another run has other pointers; the graph keeps those it was captured with.
     others = [driver.allocate(64) for _ in range(6)]
-    plugin.enqueue(descriptions, [], others[:5], others[5:], workspace, stream)
+    plugin.enqueue(descriptions, [], others[:5], others[5:], 0, stream)
     count = len(driver.launches)
     driver.launch_graph(graph, stream)
     assert len(driver.launches) == 2 * count > 2

@@ -255,6 +255,7 @@ def test_build_refuses_in_one_line(mla_bundle: Path, tmp_path: Path, run: Callab
     ]:
         refused(run("build", mla_bundle, *words), message)
     refused(run("build", tmp_path / "absent", "--weights", "int8"), "does not exist")
+    refused(run("build", mla_bundle), "say with --weights fp32, int8 or int4 what to add")
     refused(run("generate", mla_bundle, "--ids", "1", "--target", "ort-cpu-int8"), "has no target 'ort-cpu-int8'")
     refused(run("generate", mla_bundle, "--ids", "1", "--preset", "knee"), "has no preset 'knee'")
     assert sorted(file.name for file in mla_bundle.iterdir()) == before
@@ -573,3 +574,37 @@ def test_a_reader_that_goes_away_is_no_traceback(mla_bundle: Path) -> None:
         shell=True, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "Traceback" not in ran.stderr
+
+
+def test_build_for_tensorrt_refuses_in_one_line(mla_bundle: Path, run: Callable[..., Ran]) -> None:
+    before = sorted(file.name for file in mla_bundle.iterdir())
+    for words, message in [
+        (("--target", "rtx"), "target is 'rtx', expected rtx-sm89"),
+        (("--target", "rtx-sm87"), "for Jetson Orin use trt-this-gpu there"),
+        (("--target", "rtx-sm75", "--dtype", "bf16"), "sm75 has no bf16, which begins with sm80"),
+        (("--target", "rtx-sm80", "--weights", "int4"), "sm80 has no int4, which begins with sm86"),
+        (("--target", "rtx-sm86", "--weights", "fp8"), "sm86 has no fp8, which begins with sm89"),
+        (("--target", "rtx-sm89", "--weights", "fp32"), "weights is 'fp32', expected one of none, int8, int4, fp8"),
+        (("--target", "rtx-sm89", "--max-context", 999), "max_context is 999, expected 1 to 256"),
+        (("--target", "rtx-sm89", "--max-rows", 0), "max_rows is 0, expected 1 to max_context"),
+        (("--target", "rtx-sm89", "--max-rows", 8, "--layout", "loop"), "max_rows is for the step layout"),
+        (("--target", "rtx-sm89", "--block", 64), "--block means nothing to the target rtx-sm89"),
+        (("--target", "rtx-sm89", "--keep", "head"), "--keep means nothing to the target rtx-sm89"),
+        (("--target", "ort-cuda", "--layout", "loop"), "--layout means nothing to the target ort-cuda"),
+        (("--weights", "int8", "--dtype", "fp16"), "--dtype means nothing to the target ort-cpu"),
+        (("--weights", "int8", "--max-rows", 4), "--max-rows means nothing to the target ort-cpu"),
+    ]:
+        refused(run("build", mla_bundle, *words), message)
+    assert sorted(file.name for file in mla_bundle.iterdir()) == before
+
+
+def test_build_for_tensorrt(mla_bundle: Path, tmp_path: Path, run: Callable[..., Ran]) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    bundle = Path(shutil.copytree(mla_bundle, tmp_path / "built.bundle"))
+    ran = run("build", bundle, "--target", "rtx-sm89", "--max-context", 64, "--max-rows", 8, "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["target"] == "rtx-sm89-fp16"
+    assert ran.json["engine"]["plugin_layers"] == {"prelude": 0, "step": 1, "coda": 0}
+    assert all(ran.json["engines"][stage]["plan_bytes"] > 0 for stage in ("prelude", "step", "coda"))
+    assert "step: building" in ran.err
+    assert (bundle / "build.rtx-sm89-fp16.log").is_file()

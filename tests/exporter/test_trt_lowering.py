@@ -239,15 +239,15 @@ def test_int4_experts_are_padded(lower: Lower, networks: Any) -> None:
     """The demo's hidden size of 48 becomes 64."""
     lowered, network = lower("demo", "fp32", "step", "int4"), networks("demo")
     rounded = dequantised(lowered)
-    assert rounded["step.block.ffn.fc1"].shape == (8, 128, 64)
-    assert rounded["step.block.ffn.fc2"].shape == (8, 64, 64)
+    assert rounded["step.block.ffn.fc1"].shape == (4, 128, 64)
+    assert rounded["step.block.ffn.fc2"].shape == (4, 64, 64)
     head = torch.from_numpy(rounded.pop("embed")).double()
     for name, parameter in network.named_parameters():
         if name in rounded:
             whole = torch.from_numpy(rounded[name]).double()
             kept = tuple(slice(size) for size in parameter.shape)
             parameter.data = whole[kept]
-            assert whole.abs().sum() == parameter.abs().sum()
+            assert torch.count_nonzero(whole) == torch.count_nonzero(parameter)
     assert_near(Driver(lowered, network, 3).run([7, 1, 5]), eager(network, head), "fp32")
 
 

@@ -1,20 +1,51 @@
 """Shared fixtures: bundles exported once a session from the golden checkpoints and the demo model."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from mythos_edge.exporter import trt_lowering
 from mythos_edge.exporter.export import export_bundle
 from mythos_edge.exporter.ort_target import build_target
+from mythos_edge.model.bundle import STAGES
 from mythos_edge.model.checkpoint import open_checkpoint
+from mythos_edge.model.config import MythosConfig
 from mythos_edge.scripts import train_text
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = ROOT / "tests" / "fixtures"
 GOLDENS = ("mla-small", "gqa-small")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Engines of one model and dtype share the tracing, ten seconds each time."""
+    kept: dict[object, Path] = {}
+    trace = trt_lowering.tracing
+
+    @contextmanager
+    def once(
+        config: MythosConfig, max_context: int, dtype: str, folder: Path, **options: Any
+    ) -> Iterator[Callable[[], None]]:
+        key = (config, max_context, dtype, *sorted(options.items()))
+        if key not in kept:
+            with trace(config, max_context, dtype, folder, **options) as finish:
+                finish()
+            kept[key] = tmp_path_factory.mktemp("traced")
+            for stage in STAGES:
+                shutil.copy(folder / f"{stage}.onnx", kept[key])
+        else:
+            shutil.copytree(kept[key], folder, dirs_exist_ok=True)
+        yield lambda: None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trt_lowering, "tracing", once)
+        yield
 
 
 @pytest.fixture(scope="session")

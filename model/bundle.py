@@ -79,6 +79,7 @@ class EngineSpec:
     profiles: tuple[Profile, ...]
     plugin_layers: dict[str, int]
     kernels: str
+    device: str
 
 
 @dataclass(frozen=True)
@@ -340,14 +341,15 @@ def open_bundle(path: Path | str, hashes: bool = False, trust_engines: bool = Fa
     if not isinstance(values, dict):
         raise BundleError(f"{manifest_path}: expected a JSON object, got {type(values).__name__}")
     bundle = Bundle(path, manifest_from_dict(values, origin=str(manifest_path)))
-    trusted = _engine_files(bundle.manifest) if trust_engines else set()
+    trusted = engine_files(bundle.manifest) if trust_engines else set()
     _check_sizes(bundle, trusted)
     if hashes:
         verify_hashes(bundle, trusted=trusted)
     return bundle
 
 
-def _engine_files(manifest: Manifest) -> set[str]:
+def engine_files(manifest: Manifest) -> set[str]:
+    """The files that are TensorRT engines: native code."""
     engines = [target for target in manifest.targets.values() if target.engine is not None]
     return {name for target in engines for name in target.graphs.values()}
 

@@ -159,12 +159,15 @@ def library_path_for_plugins(trt: ModuleType) -> dict[str, str]:
     library = _rtx_library(trt)
     if library is None or sys.platform == "win32" or (library.parent / _PARSER_WANTS).exists():
         return {}
-    # Not the temporary folder: who owns this folder decides what the process loads.
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "mythos-edge" / hashlib.sha256(str(library).encode()).hexdigest()[:16]
+    folder = cache_folder() / hashlib.sha256(str(library).encode()).hexdigest()[:16]
     _link(folder / _PARSER_WANTS, library)
     before = os.environ.get("LD_LIBRARY_PATH")
     return {"LD_LIBRARY_PATH": f"{folder}{os.pathsep}{before}" if before else str(folder)}
+
+
+def cache_folder() -> Path:
+    """Where this user keeps what processes may load; not the temporary folder, which others own as well."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mythos-edge"
 
 
 def _rtx_library(trt: ModuleType) -> Path | None:

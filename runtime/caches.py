@@ -120,7 +120,7 @@ class ColumnBuffer:
         self.start = column
         if self.start >= self.end:
             self._origin = self.start
-            if self._data.shape[1] > _FIRST_CAPACITY:
+            if self._data.shape[1] > max(_FIRST_CAPACITY, self._memory.room_of(1)):
                 self._data = self._memory.columns(0, self._width)
 
     def _reserve(self, end: int) -> None:

@@ -33,10 +33,7 @@ Prepare = Callable[[Program], PreparedProgram]
 
 
 class DeviceArray:
-    """Contiguous values on the device. Only slices that are contiguous as well can be taken or assigned to.
-
-    ``room`` is how many columns fit between the start and the end of the memory, for (1, columns, width).
-    """
+    """Contiguous values on the device. Only slices that are contiguous as well can be taken or assigned to."""
 
     def __init__(
         self,
@@ -44,10 +41,9 @@ class DeviceArray:
         pointer: int,
         shape: tuple[int, ...],
         dtype: np.dtype[Any],
-        room: int,
         base: "DeviceArray | None" = None,
     ) -> None:
-        self.pointer, self.shape, self.dtype, self.room = pointer, shape, dtype, room
+        self.pointer, self.shape, self.dtype = pointer, shape, dtype
         self._memory = memory
         # Keeps the memory alive as long as a view of it is.
         self.base = base
@@ -65,7 +61,7 @@ class DeviceArray:
         column_bytes = int(np.prod(self.shape[2:], dtype=np.int64)) * self.dtype.itemsize
         shape = (1, max(0, stop - start), *self.shape[2:])
         pointer = self.pointer + start * column_bytes
-        return type(self)(self._memory, pointer, shape, self.dtype, self.room - start, self.base or self)
+        return type(self)(self._memory, pointer, shape, self.dtype, self.base or self)
 
     def __setitem__(self, key: Any, value: "DeviceArray | float") -> None:
         place = self if key in (..., ()) else self[key]
@@ -84,8 +80,8 @@ class DeviceArray:
 class DeviceMemory:
     """The memory of one GPU and the stream all its work is queued in; ``Memory`` says what it is for.
 
-    ``padding`` columns follow those of ``columns``, which the padded rows of a chunk may write to; with ``fixed_room``
-    there are always so many in all. Raises CapacityError when the GPU has no room left.
+    ``columns`` have always the same room, so that an engine meets one shape; the last ``padding`` of it are for the
+    padded rows of a chunk. Raises CapacityError when the GPU has no room left.
     """
 
     updates_in_place = True
@@ -94,38 +90,41 @@ class DeviceMemory:
         self,
         driver: Driver,
         dtype: str,
+        room: int,
         padding: int,
         prepare: Prepare,
-        fixed_room: int | None = None,
     ) -> None:
         self.dtype, self._dtype_name = STATE_DTYPES[dtype], dtype
         self.driver, self.stream = driver, driver.stream()
-        self._padding, self._fixed_room = padding, fixed_room
+        self._room, self._padding = room, padding
         self._prepare, self._prepared = prepare, dict[tuple[Any, ...], PreparedProgram]()
         self._spare: dict[int, list[int]] = defaultdict(list)
         self._held: set[int] = set()
         self._thresholds: dict[float, DeviceArray] = {}
         # Logits come every token; copies to memory that is not pinned are slow.
         self._pinned, self._pinned_bytes = 0, 0
+        self._staging = _Staging(driver, self.stream)
         self._closed = False
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> DeviceArray:
-        columns = shape[1] if len(shape) > 1 else 0
-        return self._array(shape, np.dtype(dtype), columns)
+        return self._array(shape, np.dtype(dtype))
 
     def columns(self, count: int, width: int) -> DeviceArray:
         if not count:
-            return self._array((1, 0, width), self.dtype, 0)
-        room = self._fixed_room or count + self._padding
-        array = self._array((1, room, width), self.dtype, room)
+            return self._array((1, 0, width), self.dtype)
+        assert count <= self._room - self._padding
+        array = self._array((1, self._room, width), self.dtype)
         # What an engine reads beyond the filled columns is multiplied with zero, and must not be infinite.
         array[...] = 0
-        array.shape = (1, room - self._padding, width)
+        array.shape = (1, self._room - self._padding, width)
         return array
+
+    def room_of(self, count: int) -> int:
+        return self._room
 
     def from_host(self, array: NDArray[Any]) -> DeviceArray:
         source = np.ascontiguousarray(array)
-        made = self._array(array.shape, array.dtype, array.shape[1] if array.ndim > 1 else 0)
+        made = self._array(array.shape, array.dtype)
         self.upload(made.pointer, source)
         return made
 
@@ -183,9 +182,16 @@ class DeviceMemory:
         self._prepared[key].run(pointers, 0, self.stream)
 
     def upload(self, pointer: int, source: NDArray[Any]) -> None:
-        """Queues a copy from the host; the driver has taken the values when this returns."""
-        if source.nbytes:
+        """Queues a copy from the host, whose values are taken now; only one of many bytes waits for the stream."""
+        if not source.nbytes:
+            return
+        place = self._staging.take(source.nbytes)
+        if place is None:
             self.driver.copy_to_device(pointer, source.ctypes.data, source.nbytes, self.stream)
+            self.driver.synchronize(self.stream)
+            return
+        ctypes.memmove(place, source.ctypes.data, source.nbytes)
+        self.driver.copy_to_device(pointer, place, source.nbytes, self.stream)
 
     def copy(self, to: int, source: int, nbytes: int) -> None:
         """Queues a copy on the device."""
@@ -213,16 +219,17 @@ class DeviceMemory:
         self._spare.clear()
         if self._pinned_bytes:
             self.driver.free_pinned(self._pinned)
+        self._staging.close()
         self.driver.destroy_stream(self.stream)
 
-    def _array(self, shape: tuple[int, ...], dtype: np.dtype[Any], room: int) -> DeviceArray:
+    def _array(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceArray:
         size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         if not size:
-            return DeviceArray(self, 0, shape, dtype, room)
+            return DeviceArray(self, 0, shape, dtype)
         size = _rounded(size)
         pointer = self._spare[size].pop() if self._spare[size] else self._allocate(size)
         self._held.add(pointer)
-        array = DeviceArray(self, pointer, shape, dtype, room)
+        array = DeviceArray(self, pointer, shape, dtype)
         weakref.finalize(array, _give_back, weakref.ref(self), pointer, size)
         return array
 
@@ -252,6 +259,40 @@ class DeviceMemory:
         if threshold not in self._thresholds:
             self._thresholds[threshold] = self.from_host(np.array(threshold, np.float32))
         return self._thresholds[threshold]
+
+
+class _Staging:
+    """Pinned memory for small copies to the device: from other memory the driver may wait for the stream.
+
+    Two halves take turns; a half is written again once the copies from it have run.
+    """
+
+    _HALF_BYTES = 256 << 10
+    _ALIGNMENT = 16
+
+    def __init__(self, driver: Driver, stream: int) -> None:
+        self._driver, self._stream = driver, stream
+        self._pinned = driver.allocate_pinned(2 * self._HALF_BYTES)
+        self._events = [driver.event(), driver.event()]
+        self._half = self._used = 0
+
+    def take(self, size: int) -> int | None:
+        """Where to put ``size`` bytes that are copied next; None for more than belong here."""
+        size = -(-size // self._ALIGNMENT) * self._ALIGNMENT
+        if size > self._HALF_BYTES // 4:
+            return None
+        if self._used + size > self._HALF_BYTES:
+            self._driver.record(self._events[self._half], self._stream)
+            self._half, self._used = 1 - self._half, 0
+            self._driver.wait(self._events[self._half])
+        place = self._pinned + self._half * self._HALF_BYTES + self._used
+        self._used += size
+        return place
+
+    def close(self) -> None:
+        self._driver.free_pinned(self._pinned)
+        for event in self._events:
+            self._driver.destroy_event(event)
 
 
 class _DeviceWatch:

@@ -30,7 +30,7 @@ class LoopEngine:
         self.config, self._max_rows = bundle.manifest.config, spec.engine.max_rows
         self._runtime = Runtime(bundle, target, driver, device)
         self._engine = self._runtime.load("model", trust)
-        self._memory = DeviceMemory(self._runtime.driver, spec.compute_dtype, 0, self._runtime.prepare)
+        self._memory = DeviceMemory(self._runtime.driver, spec.compute_dtype, 0, 0, self._runtime.prepare)
 
     @classmethod
     def open(cls, path: Path | str, target: str, *, trust: bool = False) -> Self:
@@ -60,6 +60,7 @@ class LoopEngine:
     def _sequence(
         self, ids: NDArray[np.int64], max_depth: int, threshold: float
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        self._runtime.use_gpu()
         memory, rows = self._memory, ids.shape[1]
         feeds: dict[str, NDArray[Any]] = {
             "input_ids": ids,
@@ -76,13 +77,14 @@ class LoopEngine:
         # TensorRT reads the limit of a loop on the host.
         held = {name: ctypes.c_int64(int(feeds[name])) for name in on_host}
         addresses |= {name: ctypes.addressof(value) for name, value in held.items()}
-        self._engine.run({"input_ids": ids.shape}, addresses, rows, memory.stream)
+        self._engine.run({"input_ids": ids.shape}, addresses, rows, memory.stream, captured=False)
         return memory.to_host(made["logits"]), memory.to_host(made["depth"])
 
     def close(self) -> None:
-        self._memory.driver.synchronize(self._memory.stream)
+        """Gives the engine and its memory back."""
         self._engine.close()
         self._memory.close()
+        self._runtime.close()
 
     def __enter__(self) -> Self:
         return self

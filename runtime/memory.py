@@ -44,6 +44,10 @@ class Memory(Protocol):
         """Room for ``count`` columns of states or cached rows, or more: (1, count, width)."""
         ...
 
+    def room_of(self, count: int) -> int:
+        """The columns that are allocated when so many are asked for."""
+        ...
+
     def from_host(self, array: NDArray[Any]) -> Rows: ...
 
     def to_host(self, rows: Rows) -> NDArray[Any]:
@@ -80,6 +84,9 @@ class HostMemory:
 
     def columns(self, count: int, width: int) -> Rows:
         return np.empty((1, count, width), self.dtype)
+
+    def room_of(self, count: int) -> int:
+        return count
 
     def from_host(self, array: NDArray[Any]) -> Rows:
         return array

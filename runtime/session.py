@@ -126,8 +126,9 @@ class Session:
     def plan(self, context: int | None = None, batch: int = 1, max_depth: int | None = None) -> CachePlan:
         """The cache memory of ``context`` tokens (by default the longest) before anything is allocated."""
         depth = max_depth or self.config.max_loop_iters
-        value_bytes = self.backend.memory.dtype.itemsize
-        return plan_cache(self.config, depth, context or self._max_context, batch, value_bytes)
+        memory = self.backend.memory
+        room = memory.room_of(context or self._max_context)
+        return plan_cache(self.config, depth, room, batch, memory.dtype.itemsize)
 
     @overload
     def generate(self, prompt: Prompt, *, resume: bool = False, **options: Any) -> Generation: ...

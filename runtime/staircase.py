@@ -268,9 +268,11 @@ class Staircase:
             "threshold": self._threshold,
             "min_depth": self._min_depth,
         }
+        # Making it finds room for the new rows, or fails while nothing has changed.
+        call = self._call("step", begin, [slot], state | others, dict(made))
         # Slot and pending state move on together; an interrupt in between leaves neither usable.
         self._torn = in_place
-        yield self._call("step", begin, [slot], state | others, dict(made))
+        yield call
         self._torn = True
         slot.grow(chunk)
         if not in_place:

@@ -4,6 +4,7 @@ A call's rows are copied to fixed places, the engine runs from there, and what i
 wants it: so that a run of few rows is the same CUDA graph every time, but for the cache it works on.
 """
 
+import gc
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
@@ -25,12 +26,12 @@ _ACTIVE = ("out", "halt_mass", "depth")
 
 
 class _Key(NamedTuple):
-    """What a CUDA graph is for: fixed places but for the caches, by address and room."""
+    """What a CUDA graph is for: fixed places but for the caches, by their addresses."""
 
     stage: str
     rows: int
     logits: int
-    caches: tuple[tuple[int, int], ...]
+    caches: tuple[int, ...]
 
 
 class TrtBackend:
@@ -52,16 +53,20 @@ class TrtBackend:
             )
         self._runtime = Runtime(bundle, target, driver, device)
         self.max_context: int | None = spec.engine.max_context
-        engines = {stage: self._runtime.load(stage, trust) for stage in STAGES}
-        # Caches that an engine writes to itself have the size it was built for.
-        rows = spec.engine.max_rows
-        fixed = spec.engine.max_context + rows if any(engine.in_place for engine in engines.values()) else None
-        self.memory = DeviceMemory(self._runtime.driver, spec.compute_dtype, rows, self._runtime.prepare, fixed)
-        self._stages = {stage: _Stage(stage, engine, self.memory, rows) for stage, engine in engines.items()}
+        rows, room = spec.engine.max_rows, spec.engine.max_context + spec.engine.max_rows
+        self._stages: dict[str, _Stage] = {}
         self._graphs: OrderedDict[_Key, int | None] = OrderedDict()
         self._capturing = True
+        self.memory = DeviceMemory(self._runtime.driver, spec.compute_dtype, room, rows, self._runtime.prepare)
+        try:
+            for stage in STAGES:
+                self._stages[stage] = _Stage(stage, self._runtime.load(stage, trust), self.memory, rows, room)
+        except BaseException:
+            self.close()
+            raise
 
     def run(self, stage: str, feeds: Arrays, outputs: Arrays) -> None:
+        self._runtime.use_gpu()
         count = feeds[ROWS[stage]].shape[1]
         most = self._stages[stage].max_rows
         # A causal chunk is the same as its parts one after the other: each finds the rows of those before it.
@@ -74,15 +79,20 @@ class TrtBackend:
             self.run(stage, *call)
 
     def close(self) -> None:
-        for graph in self._graphs.values():
-            if graph is not None:
-                self._runtime.driver.destroy_graph(graph)
-        self._graphs.clear()
-        self.memory.driver.synchronize(self.memory.stream)
-        for stage in self._stages.values():
-            stage.close()
-        self._stages = {}
-        self.memory.close()
+        """Gives everything back to the GPU, as far as the driver still works."""
+        self._runtime.use_gpu()
+        try:
+            self.memory.driver.synchronize(self.memory.stream)
+            for graph in self._graphs.values():
+                if graph is not None:
+                    self._runtime.driver.destroy_graph(graph)
+        finally:
+            self._graphs.clear()
+            for stage in self._stages.values():
+                stage.close()
+            self._stages = {}
+            self.memory.close()
+            self._runtime.close()
 
     def __enter__(self) -> Self:
         return self
@@ -120,38 +130,48 @@ class TrtBackend:
     def _capture(self, stage: "_Stage", key: _Key) -> int | None:
         """The graph of what was queued last; None where TensorRT does not allow a capture."""
         stream, driver = self.memory.stream, self._runtime.driver
-        if not stage.engine.capturable(key.rows, stream):
+        if not stage.capturable(key, stream):
             # It may after more runs, when all kernels of these shapes are there.
             return None
+        # Giving memory back is forbidden meanwhile, and the collector would do so at any time.
+        collecting = gc.isenabled()
+        gc.disable()
         driver.begin_capture(stream)
+        queued = False
+        graph = None
         try:
             stage.queue(key, stream)
+            queued = True
         except MythosEdgeError:
-            captured = False
-        else:
-            captured = True
-        try:
-            graph = driver.end_capture(stream)
-        except MythosEdgeError:
-            captured = False
-        if captured:
-            return graph
-        # Not an error: the same work goes on being launched piece by piece.
-        self._capturing = False
-        return None
+            # Not an error: the same work goes on being launched piece by piece.
+            self._capturing = False
+        finally:
+            try:
+                graph = driver.end_capture(stream)
+            except MythosEdgeError:
+                self._capturing = False
+            if collecting:
+                gc.enable()
+        if graph is not None and not queued:
+            driver.destroy_graph(graph)
+            graph = None
+        return graph
 
     @property
     def uses_graphs(self) -> bool:
-        """Whether runs of few rows are CUDA graphs; TensorRT may have refused them."""
-        return self._capturing
+        """Whether any run has become a CUDA graph so far; TensorRT may refuse them."""
+        return any(graph is not None for graph in self._graphs.values())
 
 
 class _Stage:
     """An engine and the fixed places its rows are copied to and from."""
 
-    def __init__(self, name: str, engine: Engine, memory: DeviceMemory, max_rows: int) -> None:
+    def __init__(self, name: str, engine: Engine, memory: DeviceMemory, max_rows: int, room: int) -> None:
         self.name, self.engine, self.max_rows = name, engine, max_rows
-        self._memory = memory
+        self._memory, self._room = memory, room
+        on_host = next((tensor.name for tensor in engine.tensors.values() if tensor.on_host), None)
+        if on_host is not None:
+            raise BundleError(f"{engine.name}: reads {on_host} on the host, expected all on the GPU: build it again")
         caches = [tensor for tensor in engine.tensors.values() if tensor.name.startswith("past")]
         self._caches = tuple(sorted(tensor.name for tensor in caches if tensor.is_input))
         self._places: dict[str, DeviceArray] = {}
@@ -209,26 +229,31 @@ class _Stage:
             if first < count:
                 wanted[:, start + first - missing : stop - missing] = place[:, first:count]
 
-    def caches_of(self, feeds: Arrays) -> tuple[tuple[int, int], ...]:
-        """Address and room of every cache of a call."""
-        return tuple((feeds[name].pointer, feeds[name].room) for name in self._caches)
+    def caches_of(self, feeds: Arrays) -> tuple[int, ...]:
+        """The address of every cache of a call."""
+        return tuple(feeds[name].pointer for name in self._caches)
 
     def queue(self, key: _Key, stream: int) -> None:
         """Queues the engine for ``key``."""
         addresses = {name: place.pointer for name, place in self._places.items()}
-        shapes = {}
-        for name, (pointer, room) in zip(self._caches, key.caches, strict=True):
-            shape = self.engine.tensors[name].shape
-            if -1 in shape:
-                shapes[name] = tuple(room if size == -1 else size for size in shape)
+        for name, pointer in zip(self._caches, key.caches, strict=True):
             addresses[name] = pointer
             if self.engine.in_place:
                 addresses[f"{name}_next"] = pointer
+        self.engine.run(self._shapes(key), addresses, key.rows, stream, captured=key.rows in GRAPH_ROWS)
+
+    def capturable(self, key: _Key, stream: int) -> bool:
+        """Whether TensorRT allows a CUDA graph of the run of ``key``, after it."""
+        return self.engine.capturable(self._shapes(key), key.rows, stream)
+
+    def _shapes(self, key: _Key) -> dict[str, tuple[int, ...]]:
+        shapes = {}
         for tensor in self.engine.tensors.values():
-            if tensor.is_input and -1 in tensor.shape and tensor.name not in shapes:
-                free = key.logits if tensor.name == "logit_rows" else key.rows
+            if tensor.is_input and -1 in tensor.shape:
+                free = {"logit_rows": key.logits}.get(tensor.name, key.rows)
+                free = self._room if tensor.name in self._caches else free
                 shapes[tensor.name] = tuple(free if size == -1 else size for size in tensor.shape)
-        self.engine.run(shapes, addresses, key.rows, stream)
+        return shapes
 
     def close(self) -> None:
         self._places.clear()

@@ -5,6 +5,7 @@ this TensorRT for this GPU. Code for the host inside an engine is never allowed.
 """
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from mythos_edge.plugins.kernel_launch import LoadedKernels, PreparedProgram
 from mythos_edge.plugins.launches import Program
 
 CACHE_FOLDER = "cache"
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -44,15 +46,30 @@ class Runtime:
         count = self.driver.device_count()
         if not 0 <= device < count:
             raise BackendUnavailable(f"device is {device}, expected less than {count}, the GPUs here", "nvidia-smi")
-        self.driver.retain_primary_context(device)
         self.compute_capability = self.driver.compute_capability(device)
         self._bundle, self._target, self.spec = bundle, target, spec
         self._check(device)
-        self._kernels = LoadedKernels(self.driver)
         trt_plugins.register(self.trt)
+        self._device: int | None = device
+        self.driver.retain_primary_context(device)
+        self._kernels = LoadedKernels(self.driver)
         self._runtime = self.trt.Runtime(trt_bindings.logger(self.trt))
         # The default, said aloud: an engine may come from elsewhere.
         self._runtime.engine_host_code_allowed = False
+
+    def use_gpu(self) -> None:
+        """Makes the GPU current in the calling thread, which may not be the one that opened it."""
+        if self._device is not None:
+            self.driver.use_context(self._device)
+
+    def close(self) -> None:
+        """Gives the runtime's own kernels and the GPU back."""
+        if self._device is None:
+            return
+        self._kernels.close()
+        self._runtime = None
+        self.driver.release_primary_context(self._device)
+        self._device = None
 
     def _check(self, device: int) -> None:
         spec, where = self.spec, f"target {self._target!r}"
@@ -64,6 +81,12 @@ class Runtime:
             known = ", ".join(f"sm{number}" for number in spec.compute_capabilities)
             here = f"this GPU ({self.driver.device_name(device)}) is sm{self.compute_capability}"
             raise BundleError(f"{where} was built for {known}, {here}: {again}")
+        if not spec.profiles or spec.profiles[-1].max_rows < spec.max_rows:
+            raise BundleError(f"{where} has no profile for {spec.max_rows} rows: it was damaged or edited: {again}")
+        if spec.device and spec.device != self.driver.device_name(device):
+            raise BundleError(
+                f"{where} was built on {spec.device}, this GPU is {self.driver.device_name(device)}: {again}"
+            )
         if any(spec.plugin_layers.values()) and spec.kernels != kernel_store.manifest_sha256():
             raise BundleError(f"{where} carries kernels of another mythos-edge: {again}")
 
@@ -100,14 +123,16 @@ def said(trt: Any) -> str:
 
 
 class Engine:
-    """One engine with an execution context for each of its profiles.
+    """One engine. ``run`` queues it; what TensorRT for RTX compiles for this GPU is kept in ``cache`` for next time.
 
-    ``run`` queues it; what TensorRT for RTX compiles for this GPU is kept in ``cache`` for the next time. An engine
-    that is ``in_place`` writes new rows into the cache itself: its output ``past_next`` is at the address of ``past``.
+    Runs that are captured as CUDA graphs have a context of their own for each set of shapes: a graph is broken by any
+    other shape its context is given later. Other runs share one for each profile. An engine that is ``in_place`` writes
+    new rows into the cache itself: its output ``past_next`` is at the address of ``past``.
     """
 
     def __init__(self, runtime: Runtime, engine: Any, name: str, cache: Path) -> None:
-        self._runtime, self._engine, self._name, self._cache = runtime, engine, name, cache
+        self.name = name
+        self._runtime, self._engine, self._cache = runtime, engine, _CompiledCache(cache)
         trt = runtime.trt
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         self.tensors = {
@@ -120,81 +145,126 @@ class Engine:
             for name in names
         }
         self.in_place = any(tensor.name.startswith("past") for tensor in self.tensors.values() if not tensor.is_input)
-        self._compiled: Any = None
-        self._compiled_before = b""
-        self._config = self._runtime_config()
-        # Of each profile: the context, and the shapes and addresses it was given last.
-        self._contexts: dict[int, tuple[Any, dict[str, tuple[int, ...]], dict[str, int]]] = {}
+        self._contexts: dict[object, _Context] = {}
 
-    def run(self, shapes: Mapping[str, tuple[int, ...]], addresses: Mapping[str, int], rows: int, stream: int) -> None:
+    def run(self, shapes: Shapes, addresses: Mapping[str, int], rows: int, stream: int, *, captured: bool) -> None:
         """Queues one run with ``rows`` rows; ``shapes`` of the inputs with free axes, ``addresses`` of all tensors.
 
         Raises MythosEdgeError with what TensorRT says.
         """
-        context, known_shapes, known_addresses = self._context(rows, stream)
-        done = True
-        for name, shape in shapes.items():
-            if known_shapes.get(name) != shape:
-                done = done and context.set_input_shape(name, shape)
-                known_shapes[name] = shape
-        for name, address in addresses.items():
-            if known_addresses.get(name) != address:
-                done = done and context.set_tensor_address(name, address)
-                known_addresses[name] = address
-        if not done or not context.execute_async_v3(stream):
-            known_shapes.clear()
-            known_addresses.clear()
-            what = said(self._runtime.trt)
-            raise MythosEdgeError(f"{self._name}: TensorRT failed: {what}")
+        context = self._context(shapes, rows, stream, captured)
+        if not context.run(shapes, addresses, stream):
+            raise MythosEdgeError(f"{self.name}: TensorRT failed: {said(self._runtime.trt)}")
 
-    def capturable(self, rows: int, stream: int) -> bool:
-        """Whether TensorRT allows a CUDA graph of what was run last; a flavour that can not tell leaves it to a try."""
-        ask = getattr(self._context(rows, stream)[0], "is_stream_capturable", None)
+    def capturable(self, shapes: Shapes, rows: int, stream: int) -> bool:
+        """Whether TensorRT allows a CUDA graph of such a run; a flavour that can not tell leaves it to a try."""
+        ask = getattr(self._context(shapes, rows, stream, captured=True).context, "is_stream_capturable", None)
         return ask is None or bool(ask(stream))
 
     def close(self) -> None:
-        """Keeps what was compiled, and gives the contexts back."""
+        """Keeps what was compiled, and gives the engine back."""
         self._contexts.clear()
-        if self._compiled is None:
-            return
-        made = bytes(self._compiled.serialize())
-        if made and made != self._compiled_before:
-            partial = self._cache.with_suffix(".partial")
-            try:
-                self._cache.parent.mkdir(exist_ok=True)
-                partial.write_bytes(made)
-                partial.replace(self._cache)
-            except OSError:
-                # A bundle that can not be written to is compiled for again next time, nothing else.
-                partial.unlink(missing_ok=True)
-        self._compiled = self._config = None
+        self._cache.keep()
+        self._engine = None
 
-    def _context(self, rows: int, stream: int) -> tuple[Any, dict[str, tuple[int, ...]], dict[str, int]]:
-        profiles = self._runtime.spec.profiles
-        number = next(index for index, profile in enumerate(profiles) if rows <= profile.max_rows)
-        if number not in self._contexts:
-            context = self._engine.create_execution_context(*([] if self._config is None else [self._config]))
+    def _context(self, shapes: Shapes, rows: int, stream: int, captured: bool) -> "_Context":
+        number = next(index for index, one in enumerate(self._runtime.spec.profiles) if rows <= one.max_rows)
+        key = tuple(sorted(shapes.items())) if captured else number
+        if key not in self._contexts:
+            config = self._config(captured)
+            context = self._engine.create_execution_context(*([] if config is None else [config]))
             if context is None or not context.set_optimization_profile_async(number, stream):
                 what = said(self._runtime.trt)
-                raise MythosEdgeError(f"{self._name}: TensorRT made no execution context: {what}")
-            self._contexts[number] = context, {}, {}
-        return self._contexts[number]
+                raise MythosEdgeError(f"{self.name}: TensorRT made no execution context: {what}")
+            self._contexts[key] = _Context(context)
+        return self._contexts[key]
 
-    def _runtime_config(self) -> Any:
-        """With the cache of kernels compiled for this GPU, where the flavour compiles at run time."""
+    def _config(self, captured: bool) -> Any:
+        """For a context, where the flavour compiles at run time: with the cache of what was compiled before."""
         make = getattr(self._engine, "create_runtime_config", None)
         if make is None:
             return None
         config = make()
-        if not hasattr(config, "create_runtime_cache"):
-            return config
-        self._compiled = config.create_runtime_cache()
-        try:
-            self._compiled_before = self._cache.read_bytes()
-        except OSError:
-            self._compiled_before = b""
-        # One of another driver is refused by TensorRT, and made again.
-        if self._compiled_before and not self._compiled.deserialize(self._compiled_before):
-            self._compiled_before = b""
-        config.set_runtime_cache(self._compiled)
+        strategies = getattr(self._runtime.trt, "DynamicShapesKernelSpecializationStrategy", None)
+        if strategies is not None:
+            # A graph keeps the kernels it was captured with, so those must be the good ones; the many other shapes
+            # that are met once are not worth compiling for.
+            config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER if captured else strategies.NONE
+        self._cache.give(config)
         return config
+
+
+class _Context:
+    """An execution context, and the shapes and addresses it was given last."""
+
+    def __init__(self, context: Any) -> None:
+        self.context = context
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._addresses: dict[str, int] = {}
+
+    def run(self, shapes: Shapes, addresses: Mapping[str, int], stream: int) -> bool:
+        """Whether TensorRT took the run; it is told only what is new."""
+        done = True
+        for name, shape in shapes.items():
+            if done and self._shapes.get(name) != shape:
+                done = self.context.set_input_shape(name, shape)
+                self._shapes[name] = shape
+        for name, address in addresses.items():
+            if done and self._addresses.get(name) != address:
+                done = self.context.set_tensor_address(name, address)
+                self._addresses[name] = address
+        done = bool(done and self.context.execute_async_v3(stream))
+        if not done:
+            self._shapes.clear()
+            self._addresses.clear()
+        return done
+
+
+class _CompiledCache:
+    """The file that keeps what TensorRT for RTX compiled for this GPU.
+
+    It is code, and not in the manifest: only what this user's own runs have written is read back.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._compiled: Any = None
+        self._before = b""
+
+    def give(self, config: Any) -> None:
+        """Has contexts made with ``config`` use it."""
+        if not hasattr(config, "create_runtime_cache"):
+            return
+        if self._compiled is None:
+            self._compiled = config.create_runtime_cache()
+            try:
+                found = self._path.read_bytes()
+                own = _own_mark(found).is_file()
+            except OSError:
+                own = False
+            # One of another driver is refused by TensorRT, and made again.
+            if own and self._compiled.deserialize(found):
+                self._before = found
+        config.set_runtime_cache(self._compiled)
+
+    def keep(self) -> None:
+        """Writes it, whole or not at all; in a bundle that can not be written to it is compiled again next time."""
+        serialized = None if self._compiled is None else self._compiled.serialize()
+        self._compiled = None
+        if serialized is None or not (made := bytes(serialized)) or made == self._before:
+            return
+        partial = self._path.with_name(f"{self._path.name}.partial-{os.getpid()}")
+        try:
+            self._path.parent.mkdir(exist_ok=True)
+            mark = _own_mark(made)
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+            partial.write_bytes(made)
+            partial.replace(self._path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+
+
+def _own_mark(content: bytes) -> Path:
+    """An empty file that says that ``content`` was written by this user."""
+    return trt_bindings.cache_folder() / "compiled" / hashlib.sha256(content).hexdigest()

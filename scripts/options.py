@@ -43,9 +43,12 @@ def add_drafts(parser: argparse.ArgumentParser) -> None:
 def add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", metavar="NAME", help="what mythos-edge build made (default: ort-cpu)")
     parser.add_argument("--preset", metavar="NAME", help="target and depth that mythos-edge tune found")
-    parser.add_argument(
-        "--trust", action="store_true", help="load TensorRT engines even if they are not the files the manifest lists"
-    )
+    add_trust(parser)
+
+
+def add_trust(parser: argparse._ActionsContainer) -> None:
+    text = "load TensorRT engines even if they are not the files the manifest lists"
+    parser.add_argument("--trust", action="store_true", help=text)
 
 
 def add_threads(parser: argparse.ArgumentParser) -> None:

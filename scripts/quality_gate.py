@@ -19,7 +19,7 @@ from mythos_edge.runtime.backend import Backend, OrtBackend
 from mythos_edge.runtime.packing import Arrays, Call
 from mythos_edge.runtime.quality import Gate, QualityReport, Trace, difference, quality_report
 from mythos_edge.runtime.session import Session, open_backend
-from mythos_edge.scripts import addition
+from mythos_edge.scripts import addition, options
 from mythos_edge.scripts.console import Console
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ _STATES, _COUNTS = ("h", "e", "out", "past"), ("halt_mass", "depth")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("quality, with --against fp32")
+    options.add_trust(group)
     group.add_argument("--target", metavar="T", help="the target to compare with the fp32 one")
     group.add_argument(
         "--demo-streams",
@@ -91,7 +92,7 @@ def compare(args: argparse.Namespace, bundle: Bundle, ids: NDArray[np.int64], co
     """The report of ``args.target`` against fp32 on ``ids (B, S)``, told on ``console`` too."""
     spec = bundle.target(args.target)
     gate = _gate(args, spec.weights)
-    with OrtBackend(bundle) as fp32, open_backend(bundle, args.target) as rounded:
+    with OrtBackend(bundle) as fp32, open_backend(bundle, args.target, trust=args.trust) as rounded:
         traced = (_Traced(bundle, TARGET, fp32), _Traced(bundle, args.target, rounded))
         differences = []
         for row in range(len(ids)):

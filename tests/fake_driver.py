@@ -171,17 +171,19 @@ class FakeDriver:
 
     def copy_to_device(self, to: int, source_address: int, size: int, stream: int) -> None:
         self.device_memory.check(to, size, "copy_to_device")
-        # Memory that is not pinned may change as soon as the call returns.
-        kept = None if self.pinned_memory.holds(source_address, size) else ctypes.string_at(source_address, size)
-        assert kept is None or stream not in self._captures, "a captured copy must be from pinned memory"
+        pinned = self.pinned_memory.holds(source_address, size)
+        assert pinned or stream not in self._captures, "a captured copy must be from pinned memory"
 
         def copy() -> None:
             self.device_memory.check(to, size, "copy_to_device")
-            if kept is None:
+            if pinned:
                 self.pinned_memory.check(source_address, size, "copy_to_device")
-            ctypes.memmove(to, source_address if kept is None else kept, size)
+            ctypes.memmove(to, source_address, size)
 
         self._queue(stream, "copy_to_device", copy)
+        if not pinned:
+            # The driver may wait for the stream, and reads the memory when it likes until somebody else does.
+            self.calls.append("copy from memory that is not pinned")
 
     def copy_to_host(self, to_address: int, source: int, size: int, stream: int) -> None:
         self.device_memory.check(source, size, "copy_to_host")

@@ -78,6 +78,7 @@ def _add_target(path: Path, dtype: str, layout: str) -> None:
             profiles=(Profile(1, 1), Profile(MAX_ROWS, MAX_ROWS)),
             plugin_layers=lowered.plugins,
             kernels=KERNELS,
+            device="",
         ),
     )
     files = {**bundle.manifest.files, **records}

@@ -20,7 +20,9 @@ from mythos_edge.plugins import kernel_store
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.runtime import parity
 from mythos_edge.runtime.backend import OrtBackend
+from mythos_edge.runtime.halting import Depth
 from mythos_edge.runtime.session import Session
+from mythos_edge.runtime.staircase import Staircase
 from mythos_edge.runtime.trt_backend import TrtBackend
 from mythos_edge.scripts import cli
 
@@ -135,6 +137,7 @@ def test_nothing_is_waited_for_between_the_steps_of_a_token(
         assert driver.calls.count("synchronize") == 2 * len(made.ids)
         assert driver.calls.count("wait") == 0
         assert driver.calls.count("copy_to_host") == 2 * len(made.ids)
+        assert "copy from memory that is not pinned" not in driver.calls
         session.generate(_prompt(session, 4), max_new_tokens=6)
         driver.calls.clear()
         made = session.generate([], resume=True, max_new_tokens=5)
@@ -149,7 +152,7 @@ def test_runs_of_few_rows_become_graphs_where_tensorrt_allows_it(
     with Session.open(engines) as host, _session(engines, "fp32", driver) as session:
         made = session.generate(_prompt(session, 5), max_new_tokens=8)
         assert made.ids == host.generate(_prompt(host, 5), max_new_tokens=8).ids
-        assert ("launch_graph" in driver.calls) == (capturable is not False)
+        assert ("launch_graph" in driver.calls) == session.backend.uses_graphs == (capturable is not False)
 
 
 def test_a_capture_that_fails_is_run_piece_by_piece(
@@ -184,12 +187,24 @@ def test_code_for_the_host_is_never_allowed(engines: Path, trt: FakeTensorRT, dr
     assert trt.host_code_allowed is False
 
 
-def test_what_was_compiled_is_kept_in_the_bundle(own_engines: Path, trt: FakeTensorRT, driver: FakeDriver) -> None:
-    _opened(own_engines, driver).close()
+def _run_once(path: Path, driver: FakeDriver) -> None:
+    with _session(path, "fp32", driver) as session:
+        session.generate([1, 2], max_new_tokens=1)
+
+
+def test_what_was_compiled_is_kept_in_the_bundle(
+    own_engines: Path, trt: FakeTensorRT, driver: FakeDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    _run_once(own_engines, driver)
     kept = sorted(path.name for path in (own_engines / "cache").iterdir())
     assert kept == [f"rtx-sm89-fp32.{stage}.sm89.{VERSION}.bin" for stage in sorted(STAGES)]
-    _opened(own_engines, driver).close()
-    assert [engine.runtime_cache.read for engine in trt.engines] == [None] * 3 + [b"compiled"] * 3
+    _run_once(own_engines, driver)
+    # Code that came with the bundle is not read: another user has no mark for it.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+    _run_once(own_engines, driver)
+    read = [engine.runtime_cache.read for engine in trt.engines]
+    assert read == [None] * 3 + [b"compiled"] * 3 + [None] * 3
 
 
 def test_an_engine_of_another_machine_is_refused(engines: Path, trt: FakeTensorRT) -> None:
@@ -251,15 +266,31 @@ def test_a_context_the_engines_were_not_built_for_is_refused(
         assert made.finish_reason == "context"
 
 
-def test_a_gpu_without_room_is_one_line(engines: Path, trt: FakeTensorRT) -> None:
-    kernels = trt.driver.kernels
-    driver = trt.driver = FakeDriver(total_bytes=120_000)
-    driver.kernels = kernels
-    with (
-        pytest.raises(CapacityError, match=r"GPU memory are needed|the caches of"),
-        _session(engines, "fp32", driver) as session,
-    ):
-        session.generate(_prompt(session, 30), max_new_tokens=10)
+def test_a_gpu_without_room_is_one_line(engines: Path, trt: FakeTensorRT, driver: FakeDriver) -> None:
+    with _session(engines, "fp32", driver) as session:
+        first = session.generate([1], max_new_tokens=1)
+        driver.total_bytes = driver.device_memory.live_bytes + 10_000
+        with pytest.raises(CapacityError, match=r"the caches of 1 x 54 tokens need .* are free"):
+            session.generate(_prompt(session, 30), max_new_tokens=10)
+        driver.total_bytes = 1 << 30
+        assert session.generate([1], max_new_tokens=1).ids == first.ids
+
+
+def test_a_gpu_that_runs_out_of_room_in_between_leaves_the_sequence_as_it_was(
+    engines: Path, trt: FakeTensorRT, driver: FakeDriver
+) -> None:
+    with _session(engines, "fp32", driver) as session:
+        # What a shallow sequence has, and room for a few slots more, but not for all.
+        session.generate(_prompt(session, 4), max_new_tokens=1, max_depth=1)
+        stairs = Staircase(session.backend, session.config, Depth("full").resolve(session.config), MAX_CONTEXT)
+        driver.total_bytes = driver.device_memory.live_bytes + 80_000
+        with pytest.raises(CapacityError, match=r"MB of GPU memory are needed, .* MB are free: shorten the context"):
+            stairs.feed(np.array([_prompt(session, 4)]), np.array([3]))
+        assert stairs.columns == 0
+        driver.total_bytes = 1 << 30
+        fed = stairs.feed(np.array([_prompt(session, 4)]), np.array([3]))
+        whole = session.generate(_prompt(session, 4), max_new_tokens=1, policy="full")
+        assert int(fed.logits[0, 0].argmax()) == whole.ids[0]
 
 
 def test_a_target_for_tensorrt_is_not_taken_for_one_of_onnxruntime(engines: Path) -> None:

@@ -40,7 +40,8 @@ class EngineJob:
     ``profiles`` gives each optimization profile as ranges of the named axes of the graph's inputs, ``values`` the
     ranges of scalar inputs that decide shapes or trip counts. ``compute_capabilities`` are the GPUs (89 for SM 8.9)
     of TensorRT for RTX, and those whose kernels travel in the plan. ``plugin_layers`` is how many plugins the engine
-    must have. ``workspace_bytes`` bounds what layers may use while they run; None leaves TensorRT's own bound.
+    must have. With ``layout`` step the engine takes its memory from who runs it, so that its runs can be captured
+    in CUDA graphs.
     """
 
     graph: str
@@ -51,7 +52,7 @@ class EngineJob:
     values: dict[str, Range]
     plugin_layers: int
     max_rows: int
-    workspace_bytes: int | None = None
+    layout: str
 
     @property
     def partial_plan(self) -> Path:
@@ -146,8 +147,9 @@ class _Build:
             config.num_compute_capabilities = len(job.compute_capabilities)
             for index, number in enumerate(job.compute_capabilities):
                 config.set_compute_capability(trt_bindings.compute_capability_member(trt, number), index)
-        if job.workspace_bytes is not None:
-            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.workspace_bytes)
+        # TensorRT for RTX asks for it before runs can be captured; a loop is never captured.
+        if job.layout == "step" and hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
+            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         # The engine's layers can be read back by name, on a machine that can load it.
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         config.progress_monitor = _monitor(trt, lambda fraction: self._tell("building", fraction))

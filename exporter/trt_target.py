@@ -197,6 +197,7 @@ def engine_jobs(
             values={"max_depth": depth},
             plugin_layers=lowered.plugins[stage],
             max_rows=options.max_rows,
+            layout=options.layout,
         )
         for stage, graph in lowered.graphs.items()
     }

@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from mythos_edge.exporter import engine_process
+from mythos_edge.exporter import engine, engine_process
 from mythos_edge.exporter.engine import EngineJob
 from mythos_edge.exporter.engine_process import build_engine, weight_bytes
 from mythos_edge.model.errors import BuildError
@@ -53,7 +53,7 @@ def _scores() -> list[Any]:
 
 
 def _job(graph: Path, capabilities: tuple[int, ...] = (89,), plugins: int = 0, **changes: Any) -> EngineJob:
-    values: dict[str, Any] = {"profiles": PROFILES, "values": {}, "max_rows": 8, **changes}
+    values: dict[str, Any] = {"profiles": PROFILES, "values": {}, "max_rows": 8, "layout": "step", **changes}
     plan = str(graph.parent / "small.engine")
     return EngineJob(str(graph), plan, "rtx", capabilities, plugin_layers=plugins, **values)
 
@@ -96,6 +96,14 @@ def test_a_plan_is_written_and_the_phases_are_told(work: Path, log: Path, capabi
     assert shares == sorted(shares)
     assert shares[-1] > 0.5
     assert "[VERBOSE]" in log.read_text()
+
+
+@pytest.mark.parametrize(("layout", "wanted"), [("step", True), ("loop", False)])
+def test_engines_whose_runs_are_captured_take_memory_from_who_runs_them(work: Path, layout: str, wanted: bool) -> None:
+    trt = trt_bindings.load("rtx")
+    job = _job(_graph(work, _scores()), layout=layout)
+    config = engine._Build(job, trt, lambda told: None)._config({})
+    assert config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION) == wanted
 
 
 def test_a_node_that_can_not_be_parsed_is_named(work: Path, log: Path) -> None:

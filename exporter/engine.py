@@ -7,7 +7,6 @@ goes to stderr. Not here: what the graph should look like (``trt_lowering``).
 
 import json
 import os
-import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -320,6 +319,8 @@ def _peak_bytes() -> int:
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")
     except OSError:
+        import resource  # not on Windows
+
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     # The other figure also counts the process that forked this one.
     fields = dict(line.split(":", 1) for line in status.splitlines())

@@ -104,6 +104,7 @@ class _Build:
         self._check_ports([self._network.get_input(i) for i in range(self._network.num_inputs)], inputs)
         self._check_ports([self._network.get_output(i) for i in range(self._network.num_outputs)], outputs)
         self._check_plugins()
+        self._check_reads()
         config = self._config(inputs)
         self._tell("building")
         size = self._write_plan(config)
@@ -137,6 +138,16 @@ class _Build:
             raise BuildError(
                 f"TensorRT made {found} plugin layers of {self._job.plugin_layers} plugin nodes and would run the rest "
                 "in some other, slow way: the plugins are not registered, or this version of TensorRT passes over them"
+            )
+
+    def _check_reads(self) -> None:
+        """Only a loop may need values of inputs on the host: those of a step come from the GPU and stay there."""
+        inputs = (self._network.get_input(index) for index in range(self._network.num_inputs))
+        read = [tensor.name for tensor in inputs if tensor.is_shape_tensor]
+        if read and self._job.layout == "step":
+            raise BuildError(
+                f"the value of {read[0]!r} decides shapes, so TensorRT would read it on the host at every run: "
+                "shapes of a step layout may depend on shapes of inputs alone"
             )
 
     def _config(self, inputs: Mapping[str, _Port]) -> Any:

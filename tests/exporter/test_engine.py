@@ -127,6 +127,23 @@ def test_a_build_that_gives_nothing_says_what_tensorrt_said(work: Path, log: Pat
     assert "it said no reason" not in message
 
 
+def test_a_step_that_reads_an_input_on_the_host_is_refused(work: Path, log: Path) -> None:
+    graph = helper.make_graph(
+        [helper.make_node("Expand", ["x", "sizes"], ["y"])],
+        "small",
+        [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT16, [1, D]),
+            helper.make_tensor_value_info("sizes", TensorProto.INT64, [2]),
+        ],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT16, ["chunk", D])],
+    )
+    path = work / "small.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10), str(path))
+    assert "the value of 'sizes' decides shapes, so TensorRT would read it on the host" in refused(_job(path), log)
+    # What is refused later on is not that.
+    assert "no range is known for it" in refused(_job(path, layout="loop"), log)
+
+
 def test_an_axis_without_a_range_is_refused(work: Path, log: Path) -> None:
     message = refused(_job(_graph(work, _scores()), profiles=({"chunk": (1, 1, 1)},)), log)
     assert "axis 'context' of 'past' has no range, expected one of chunk" in message

@@ -31,9 +31,6 @@ from mythos_edge.model.errors import BuildError
 from mythos_edge.plugins import kernel_store, trt_bindings
 from mythos_edge.plugins.cuda_driver import Driver
 
-DTYPES = ("fp16", "bf16", "fp32")
-LAYOUTS = ("step", "loop")
-WEIGHTS = ("none", "int8", "int4", "fp8")
 THIS_GPU = "trt-this-gpu"
 # Rows of the longest chunk of a step layout, unless asked for otherwise.
 DEFAULT_MAX_ROWS = 64
@@ -111,9 +108,6 @@ def options_from(
 
     A loop layout has no cache and computes the whole sequence as one chunk.
     """
-    for what, value, known in (("dtype", dtype, DTYPES), ("layout", layout, LAYOUTS), ("weights", weights, WEIGHTS)):
-        if value not in known:
-            raise BuildError(f"{what} is {value!r}, expected one of {', '.join(known)}")
     longest = bundle.manifest.max_context
     context = longest if max_context is None else max_context
     if context < 1 or context > longest:

@@ -160,7 +160,7 @@ def test_a_build_over_another_that_is_interrupted_leaves_a_sound_bundle(
         ("rtx-sm75", {"dtype": "bf16"}, "sm75 has no bf16, which begins with sm80"),
         ("rtx-sm80+sm89", {"weights": "int4"}, "sm80 has no int4, which begins with sm86"),
         ("rtx-sm86+sm89", {"weights": "fp8"}, "sm86 has no fp8, which begins with sm89"),
-        ("rtx-sm89", {"dtype": "fp64"}, "dtype is 'fp64', expected one of fp16, bf16, fp32"),
+        ("rtx-sm89", {"dtype": "fp64"}, "dtype is 'fp64', expected one of fp32, fp16, bf16"),
         ("rtx-sm89", {"layout": "many"}, "layout is 'many', expected one of step, loop"),
         ("rtx-sm89", {"weights": "fp32"}, "weights is 'fp32', expected one of none, int8, int4, fp8"),
         (

@@ -56,10 +56,14 @@ class Lower(Protocol):
 
 @dataclass(frozen=True)
 class Gpus:
-    """What a target name asks for: the TensorRT, and the compute capabilities in ascending order (89 for SM 8.9)."""
+    """What a target name asks for: the TensorRT, and the compute capabilities in ascending order (89 for SM 8.9).
+
+    ``device`` is the name of this machine's GPU where the engines are for it alone, "" where they are not.
+    """
 
     flavour: str
     compute_capabilities: tuple[int, ...]
+    device: str = ""
 
     @property
     def name(self) -> str:
@@ -87,7 +91,7 @@ def gpus_from_name(wish: str) -> Gpus:
         driver = Driver.load()
         if not driver.device_count():
             raise BuildError(f"{THIS_GPU}: this machine has no GPU: build there, or for known GPUs as in rtx-sm89")
-        return Gpus("trt", (driver.compute_capability(0),))
+        return Gpus("trt", (driver.compute_capability(0),), driver.device_name(0))
     if not re.fullmatch(r"rtx-sm\d+(\+sm\d+)*", wish):
         raise BuildError(
             f"target is {wish!r}, expected rtx-sm89 (or several GPUs, as in rtx-sm86+sm89), {THIS_GPU} or ort-cpu"
@@ -254,6 +258,7 @@ def _target_spec(
             flavour=gpus.flavour,
             version=next(iter(reports.values())).version,
             compute_capabilities=gpus.compute_capabilities,
+            device=gpus.device,
             layout=options.layout,
             max_context=options.max_context,
             max_rows=options.max_rows,

@@ -72,6 +72,7 @@ def _add_target(path: Path, dtype: str, layout: str) -> None:
             flavour="rtx",
             version=VERSION,
             compute_capabilities=(89,),
+            device="",
             layout=layout,
             max_context=MAX_CONTEXT,
             max_rows=MAX_ROWS,

@@ -7,7 +7,6 @@ goes to stderr. Not here: what the graph should look like (``trt_lowering``).
 
 import json
 import os
-import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -40,7 +39,8 @@ class EngineJob:
     ``profiles`` gives each optimization profile as ranges of the named axes of the graph's inputs, ``values`` the
     ranges of scalar inputs that decide shapes or trip counts. ``compute_capabilities`` are the GPUs (89 for SM 8.9)
     of TensorRT for RTX, and those whose kernels travel in the plan. ``plugin_layers`` is how many plugins the engine
-    must have. ``workspace_bytes`` bounds what layers may use while they run; None leaves TensorRT's own bound.
+    must have. With ``layout`` step the engine takes its memory from who runs it, so that its runs can be captured
+    in CUDA graphs.
     """
 
     graph: str
@@ -51,7 +51,7 @@ class EngineJob:
     values: dict[str, Range]
     plugin_layers: int
     max_rows: int
-    workspace_bytes: int | None = None
+    layout: str
 
     @property
     def partial_plan(self) -> Path:
@@ -104,6 +104,7 @@ class _Build:
         self._check_ports([self._network.get_input(i) for i in range(self._network.num_inputs)], inputs)
         self._check_ports([self._network.get_output(i) for i in range(self._network.num_outputs)], outputs)
         self._check_plugins()
+        self._check_reads()
         config = self._config(inputs)
         self._tell("building")
         size = self._write_plan(config)
@@ -139,6 +140,16 @@ class _Build:
                 "in some other, slow way: the plugins are not registered, or this version of TensorRT passes over them"
             )
 
+    def _check_reads(self) -> None:
+        """Only a loop may need values of inputs on the host: those of a step come from the GPU and stay there."""
+        inputs = (self._network.get_input(index) for index in range(self._network.num_inputs))
+        read = [tensor.name for tensor in inputs if tensor.is_shape_tensor]
+        if read and self._job.layout == "step":
+            raise BuildError(
+                f"the value of {read[0]!r} decides shapes, so TensorRT would read it on the host at every run: "
+                "shapes of a step layout may depend on shapes of inputs alone"
+            )
+
     def _config(self, inputs: Mapping[str, _Port]) -> Any:
         job, trt = self._job, self.trt
         config = self._builder.create_builder_config()
@@ -146,8 +157,9 @@ class _Build:
             config.num_compute_capabilities = len(job.compute_capabilities)
             for index, number in enumerate(job.compute_capabilities):
                 config.set_compute_capability(trt_bindings.compute_capability_member(trt, number), index)
-        if job.workspace_bytes is not None:
-            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.workspace_bytes)
+        # TensorRT for RTX asks for it before runs can be captured; a loop is never captured.
+        if job.layout == "step" and hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
+            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         # The engine's layers can be read back by name, on a machine that can load it.
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         config.progress_monitor = _monitor(trt, lambda fraction: self._tell("building", fraction))
@@ -318,6 +330,8 @@ def _peak_bytes() -> int:
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")
     except OSError:
+        import resource  # not on Windows
+
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     # The other figure also counts the process that forked this one.
     fields = dict(line.split(":", 1) for line in status.splitlines())

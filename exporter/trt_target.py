@@ -31,9 +31,6 @@ from mythos_edge.model.errors import BuildError
 from mythos_edge.plugins import kernel_store, trt_bindings
 from mythos_edge.plugins.cuda_driver import Driver
 
-DTYPES = ("fp16", "bf16", "fp32")
-LAYOUTS = ("step", "loop")
-WEIGHTS = ("none", "int8", "int4", "fp8")
 THIS_GPU = "trt-this-gpu"
 # Rows of the longest chunk of a step layout, unless asked for otherwise.
 DEFAULT_MAX_ROWS = 64
@@ -59,10 +56,14 @@ class Lower(Protocol):
 
 @dataclass(frozen=True)
 class Gpus:
-    """What a target name asks for: the TensorRT, and the compute capabilities in ascending order (89 for SM 8.9)."""
+    """What a target name asks for: the TensorRT, and the compute capabilities in ascending order (89 for SM 8.9).
+
+    ``device`` is the name of this machine's GPU where the engines are for it alone, "" where they are not.
+    """
 
     flavour: str
     compute_capabilities: tuple[int, ...]
+    device: str = ""
 
     @property
     def name(self) -> str:
@@ -90,7 +91,7 @@ def gpus_from_name(wish: str) -> Gpus:
         driver = Driver.load()
         if not driver.device_count():
             raise BuildError(f"{THIS_GPU}: this machine has no GPU: build there, or for known GPUs as in rtx-sm89")
-        return Gpus("trt", (driver.compute_capability(0),))
+        return Gpus("trt", (driver.compute_capability(0),), driver.device_name(0))
     if not re.fullmatch(r"rtx-sm\d+(\+sm\d+)*", wish):
         raise BuildError(
             f"target is {wish!r}, expected rtx-sm89 (or several GPUs, as in rtx-sm86+sm89), {THIS_GPU} or ort-cpu"
@@ -111,9 +112,6 @@ def options_from(
 
     A loop layout has no cache and computes the whole sequence as one chunk.
     """
-    for what, value, known in (("dtype", dtype, DTYPES), ("layout", layout, LAYOUTS), ("weights", weights, WEIGHTS)):
-        if value not in known:
-            raise BuildError(f"{what} is {value!r}, expected one of {', '.join(known)}")
     longest = bundle.manifest.max_context
     context = longest if max_context is None else max_context
     if context < 1 or context > longest:
@@ -197,6 +195,7 @@ def engine_jobs(
             values={"max_depth": depth},
             plugin_layers=lowered.plugins[stage],
             max_rows=options.max_rows,
+            layout=options.layout,
         )
         for stage, graph in lowered.graphs.items()
     }
@@ -259,6 +258,7 @@ def _target_spec(
             flavour=gpus.flavour,
             version=next(iter(reports.values())).version,
             compute_capabilities=gpus.compute_capabilities,
+            device=gpus.device,
             layout=options.layout,
             max_context=options.max_context,
             max_rows=options.max_rows,

@@ -64,7 +64,8 @@ class EngineSpec:
     """What must be so for the TensorRT engines of a target to be loaded.
 
     ``flavour`` is ``rtx`` (TensorRT for RTX) or ``trt``, ``version`` the one that built them, ``compute_capabilities``
-    the GPUs they were built for (89 for SM 8.9). ``layout`` is ``step`` (an engine a stage) or ``loop`` (one with the
+    the GPUs they were built for (89 for SM 8.9), ``device`` the one GPU model that the plans of ``trt`` are for ("" for
+    ``rtx``). ``layout`` is ``step`` (an engine a stage) or ``loop`` (one with the
     loop inside). Caches have room for ``max_context`` columns and ``max_rows`` beyond, which the padding of a chunk
     may touch. ``plugin_layers`` counts the plugins of each engine, ``kernels`` is the sha256 of the manifest of the
     kernels they carry.
@@ -73,13 +74,13 @@ class EngineSpec:
     flavour: str
     version: str
     compute_capabilities: tuple[int, ...]
+    device: str
     layout: str
     max_context: int
     max_rows: int
     profiles: tuple[Profile, ...]
     plugin_layers: dict[str, int]
     kernels: str
-    device: str
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,10 @@ class Manifest:
         used += [name for target in self.targets.values() for name in target.graphs.values()]
         used += [self.tokenizer] if self.tokenizer is not None else []
         for name in [*self.files, *used]:
-            _check_name(name)
+            _check_name(name, "file")
+        # Files of a target are named after it.
+        for name in self.targets:
+            _check_name(name, "target")
         unlisted = sorted(set(used) - set(self.files))
         if unlisted:
             raise BundleError(f"files does not list {unlisted[0]!r}, which the manifest uses")
@@ -268,11 +272,11 @@ def _expect(value: Any, kind: type, where: str) -> Any:
     return value
 
 
-def _check_name(name: str) -> None:
+def _check_name(name: str, kind: str) -> None:
     path = PurePosixPath(name)
     unsafe = path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or ":" in name
     if unsafe or not path.parts or name == MANIFEST_FILE:
-        raise BundleError(f"file name {name!r} leaves the bundle's folder: do not trust this bundle")
+        raise BundleError(f"{kind} name {name!r} leaves the bundle's folder: do not trust this bundle")
 
 
 @dataclass(frozen=True)

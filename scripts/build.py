@@ -130,7 +130,9 @@ def _tell(console: Console, bundle: Bundle, name: str, **more: Any) -> None:
         f"{target.step_bytes / 1e6:.1f} MB at each loop step"
     )
     if target.engine is not None:
-        log = bundle.path / f"build.{name}.log"
+        from mythos_edge.exporter.target_files import log_file
+
+        log = bundle.path / log_file(name)
         console.say(f"what TensorRT {target.engine.version} said is in {log}")
     if target.note:
         console.say(target.note)

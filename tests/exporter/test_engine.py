@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from mythos_edge.exporter import engine_process
+from mythos_edge.exporter import engine, engine_process
 from mythos_edge.exporter.engine import EngineJob
 from mythos_edge.exporter.engine_process import build_engine, weight_bytes
 from mythos_edge.model.errors import BuildError
@@ -53,7 +53,7 @@ def _scores() -> list[Any]:
 
 
 def _job(graph: Path, capabilities: tuple[int, ...] = (89,), plugins: int = 0, **changes: Any) -> EngineJob:
-    values: dict[str, Any] = {"profiles": PROFILES, "values": {}, "max_rows": 8, **changes}
+    values: dict[str, Any] = {"profiles": PROFILES, "values": {}, "max_rows": 8, "layout": "step", **changes}
     plan = str(graph.parent / "small.engine")
     return EngineJob(str(graph), plan, "rtx", capabilities, plugin_layers=plugins, **values)
 
@@ -98,6 +98,14 @@ def test_a_plan_is_written_and_the_phases_are_told(work: Path, log: Path, capabi
     assert "[VERBOSE]" in log.read_text()
 
 
+@pytest.mark.parametrize(("layout", "wanted"), [("step", True), ("loop", False)])
+def test_engines_whose_runs_are_captured_take_memory_from_who_runs_them(work: Path, layout: str, wanted: bool) -> None:
+    trt = trt_bindings.load("rtx")
+    job = _job(_graph(work, _scores()), layout=layout)
+    config = engine._Build(job, trt, lambda told: None)._config({})
+    assert config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION) == wanted
+
+
 def test_a_node_that_can_not_be_parsed_is_named(work: Path, log: Path) -> None:
     nodes = [*_scores()[:2], helper.make_node("Nonsense", ["q", "columns"], ["y"], name="the_odd_one")]
     message = refused(_job(_graph(work, nodes)), log)
@@ -117,6 +125,23 @@ def test_a_build_that_gives_nothing_says_what_tensorrt_said(work: Path, log: Pat
     message = refused(_job(_graph(work, nodes), profiles=apart), log)
     assert "TensorRT built nothing: " in message
     assert "it said no reason" not in message
+
+
+def test_a_step_that_reads_an_input_on_the_host_is_refused(work: Path, log: Path) -> None:
+    graph = helper.make_graph(
+        [helper.make_node("Expand", ["x", "sizes"], ["y"])],
+        "small",
+        [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT16, [1, D]),
+            helper.make_tensor_value_info("sizes", TensorProto.INT64, [2]),
+        ],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT16, ["chunk", D])],
+    )
+    path = work / "small.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10), str(path))
+    assert "the value of 'sizes' decides shapes, so TensorRT would read it on the host" in refused(_job(path), log)
+    # What is refused later on is not that.
+    assert "no range is known for it" in refused(_job(path, layout="loop"), log)
 
 
 def test_an_axis_without_a_range_is_refused(work: Path, log: Path) -> None:

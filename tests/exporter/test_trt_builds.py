@@ -85,7 +85,10 @@ class Watched:
 
 
 def _check(built: BuiltEngines, watched: Watched, plugins: dict[str, int], native: bool) -> None:
-    """Engines, their plugins, and their inputs and outputs are those of the contract with the runtime."""
+    """Engines, their plugins, and their inputs and outputs are those of the contract with the runtime.
+
+    That no engine of a step layout reads an input on the host needs no check: it would not have been built.
+    """
     bundle, target = built.bundle, built.bundle.manifest.targets[built.name]
     config = bundle.manifest.config
     verify_hashes(bundle)

@@ -85,7 +85,8 @@ def test_engines_are_added_and_the_rest_stays(bundle: Path, logs: Path) -> None:
     assert (target.compute_dtype, target.weights, target.fixed_bytes, target.step_bytes) == ("bf16", "none", 10, 20)
     engine = target.engine
     assert engine is not None
-    assert (engine.flavour, engine.compute_capabilities, engine.layout) == ("rtx", (86, 89), "step")
+    assert (engine.flavour, engine.compute_capabilities, engine.device) == ("rtx", (86, 89), "")
+    assert engine.layout == "step"
     assert (engine.max_context, engine.max_rows, engine.profiles) == (100, 16, (Profile(1, 1), Profile(16, 16)))
     assert engine.plugin_layers == dict.fromkeys(target.graphs, 0)
     assert engine.version == built.reports["step"].version
@@ -160,7 +161,7 @@ def test_a_build_over_another_that_is_interrupted_leaves_a_sound_bundle(
         ("rtx-sm75", {"dtype": "bf16"}, "sm75 has no bf16, which begins with sm80"),
         ("rtx-sm80+sm89", {"weights": "int4"}, "sm80 has no int4, which begins with sm86"),
         ("rtx-sm86+sm89", {"weights": "fp8"}, "sm86 has no fp8, which begins with sm89"),
-        ("rtx-sm89", {"dtype": "fp64"}, "dtype is 'fp64', expected one of fp16, bf16, fp32"),
+        ("rtx-sm89", {"dtype": "fp64"}, "dtype is 'fp64', expected one of fp32, fp16, bf16"),
         ("rtx-sm89", {"layout": "many"}, "layout is 'many', expected one of step, loop"),
         ("rtx-sm89", {"weights": "fp32"}, "weights is 'fp32', expected one of none, int8, int4, fp8"),
         (
@@ -215,8 +216,16 @@ def test_the_gpu_of_this_machine_is_asked_for(demo_bundle: Path, monkeypatch: py
     fake = FakeDriver()
     monkeypatch.setattr(Driver, "load", lambda: fake)
     gpus = gpus_from_name("trt-this-gpu")
-    assert gpus == Gpus("trt", (fake.compute_capability(0),))
+    assert gpus == Gpus("trt", (fake.compute_capability(0),), "Fake GPU 0")
     assert target_name(gpus, options_from(open_bundle(demo_bundle))).startswith(f"trt-sm{fake.compute_capability(0)}-")
+
+
+def test_engines_for_one_gpu_model_say_which(bundle: Path, logs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trt_target, "gpus_from_name", lambda wish: Gpus("rtx", (89,), "Fake GPU 0"))
+    built = build(bundle, "trt-this-gpu")
+    engine = built.bundle.manifest.targets[built.name].engine
+    assert engine is not None
+    assert engine.device == "Fake GPU 0"
 
 
 def test_a_machine_without_a_gpu_or_full_tensorrt_says_what_to_do(

@@ -48,7 +48,7 @@ RECORDS = {name: FileRecord(len(data), hashlib.sha256(data).hexdigest()) for nam
 
 
 def _manifest(files: dict[str, FileRecord] = RECORDS, **changes: Any) -> Manifest:
-    engine = EngineSpec("rtx", "1.7.1", (86, 89), "step", 64, 16, (Profile(1, 1),), {"step": 2}, "ef" * 32, "")
+    engine = EngineSpec("rtx", "1.7.1", (86, 89), "", "step", 64, 16, (Profile(1, 1),), {"step": 2}, "ef" * 32)
     values: dict[str, Any] = {
         "config": VARIANTS["1b"],
         "dtype": "float16",
@@ -272,6 +272,14 @@ def test_names_that_leave_the_folder_are_refused(name: str) -> None:
     for place in (("graphs", "step", "file"), ("targets", "ort-cpu", "graphs", "step"), ("tokenizer",)):
         with pytest.raises(BundleError, match="leaves the bundle's folder"):
             _read(_changed(*place, value=name))
+
+
+@pytest.mark.parametrize("name", ["../../x", *UNSAFE])
+def test_names_of_targets_that_would_lead_their_files_out_of_the_folder_are_refused(name: str) -> None:
+    values = _as_json(_manifest())
+    values["targets"][name] = values["targets"]["ort-cpu"]
+    with pytest.raises(BundleError, match="target name .* leaves the bundle's folder"):
+        _read(values)
 
 
 def test_a_file_in_a_subfolder_is_fine() -> None:

@@ -72,13 +72,13 @@ def _add_target(path: Path, dtype: str, layout: str) -> None:
             flavour="rtx",
             version=VERSION,
             compute_capabilities=(89,),
+            device="",
             layout=layout,
             max_context=MAX_CONTEXT,
             max_rows=MAX_ROWS,
             profiles=(Profile(1, 1), Profile(MAX_ROWS, MAX_ROWS)),
             plugin_layers=lowered.plugins,
             kernels=KERNELS,
-            device="",
         ),
     )
     files = {**bundle.manifest.files, **records}

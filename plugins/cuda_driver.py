@@ -13,7 +13,7 @@ from mythos_edge.model.errors import BackendUnavailable, MythosEdgeError
 
 Argument = ctypes.c_void_p | ctypes.c_int32 | ctypes.c_int64 | ctypes.c_float
 
-_SUCCESS, _NO_DEVICE, _NOT_READY = 0, 100, 600
+_SUCCESS, _NO_DEVICE = 0, 100
 _COMPUTE_CAPABILITY_MAJOR, _COMPUTE_CAPABILITY_MINOR = 75, 76
 _MAX_DYNAMIC_SHARED_BYTES = 8
 _STREAM_NON_BLOCKING = 1
@@ -48,7 +48,6 @@ SYMBOLS: dict[str, tuple[Any, ...]] = {
     "cuMemcpyDtoHAsync_v2": (_address, _pointer, _size, _handle),
     "cuMemcpyDtoDAsync_v2": (_pointer, _pointer, _size, _handle),
     "cuMemsetD8Async": (_pointer, ctypes.c_ubyte, _size, _handle),
-    "cuMemsetD32Async": (_pointer, _uint, _size, _handle),
     "cuModuleLoadData": (_new_handle, ctypes.c_char_p),
     "cuModuleGetFunction": (_new_handle, _handle, ctypes.c_char_p),
     "cuModuleUnload": (_handle,),
@@ -60,7 +59,6 @@ SYMBOLS: dict[str, tuple[Any, ...]] = {
     "cuEventCreate": (_new_handle, _uint),
     "cuEventRecord": (_handle, _handle),
     "cuEventSynchronize": (_handle,),
-    "cuEventQuery": (_handle,),
     "cuEventDestroy_v2": (_handle,),
     "cuStreamBeginCapture_v2": (_handle, _int),
     "cuStreamEndCapture": (_handle, _new_handle),
@@ -176,10 +174,6 @@ class Driver:
         """Queues writing ``byte`` ``size`` times."""
         self._call("cuMemsetD8Async", pointer, byte, size, stream)
 
-    def fill_words(self, pointer: int, word32: int, count: int, stream: int) -> None:
-        """Queues writing the 32-bit ``word32`` ``count`` times."""
-        self._call("cuMemsetD32Async", pointer, word32, count, stream)
-
     def load_module(self, cubin: bytes) -> int:
         """The kernels of a cubin or of PTX text (which the driver compiles), loaded into the current context."""
         return self._made("cuModuleLoadData", cubin)
@@ -235,13 +229,6 @@ class Driver:
         """Waits on the host until ``event`` is ready."""
         self._call("cuEventSynchronize", event)
 
-    def ready(self, event: int) -> bool:
-        """Whether all work before the last ``record`` is done."""
-        code = self._library.cuEventQuery(event)
-        if code != _NOT_READY:
-            self._check(code, "cuEventQuery")
-        return bool(code == _SUCCESS)
-
     def destroy_event(self, event: int) -> None:
         """Gives an event back."""
         self._call("cuEventDestroy_v2", event)
@@ -280,9 +267,7 @@ class Driver:
         return int(place.value or 0)
 
     def _call(self, name: str, *arguments: object, note: str = "") -> None:
-        self._check(getattr(self._library, name)(*arguments), name, note)
-
-    def _check(self, code: int, name: str, note: str = "") -> None:
+        code = getattr(self._library, name)(*arguments)
         if code != _SUCCESS:
             raise MythosEdgeError(f"{name} failed{note}: {self._name_of(code)}")
 

@@ -16,6 +16,8 @@ from mythos_edge.model.errors import BuildError
 from mythos_edge.plugins.kernels.variants import VARIANTS
 
 MANIFEST_NAME = "manifest.json"
+# A wheel has no scripts/build_kernels.
+_REINSTALL = "reinstall mythos-edge"
 # Resolved: in an editable install this file is a link into the repository, where the archives are renewed.
 _BUILT = Path(__file__).resolve().parent / "kernels" / "built"
 
@@ -72,7 +74,7 @@ def kernel(name: str, compute_capability: int) -> Kernel:
 
 
 def ptx(name: str, compute_capability: int) -> str:
-    """The text the machine code was made from, for a GPU newer than this package. Raises as ``kernel`` does."""
+    """The PTX the machine code was made from, which ahead-of-time plugins take. Raises as ``kernel`` does."""
     record = _record(name, compute_capability)
     return _member(name, "ptx", compute_capability, record["ptx_sha256"]).decode("ascii")
 
@@ -81,16 +83,18 @@ def _record(name: str, compute_capability: int) -> dict[str, Any]:
     gpus = _manifest(_BUILT)["gpus"]
     known = ", ".join(sorted(gpus, key=int))
     if str(compute_capability) not in gpus:
-        raise BuildError(f"no kernels for SM {compute_capability}, only for {known}: scripts/build_kernels makes them")
+        raise BuildError(
+            f"no kernels for SM {compute_capability}, only for {known}: build for one of these, or use --target ort-cpu"
+        )
     record = gpus[str(compute_capability)].get(name)
     if record is None:
         variant = VARIANTS.get(name)
         if variant is not None and compute_capability < variant.oldest:
             raise BuildError(
                 f"the kernel {name} needs SM {variant.oldest} or newer, got SM {compute_capability}, which lacks bf16 "
-                "or the shared memory: build for fp16 or for ONNX Runtime"
+                "or the shared memory: build with --dtype fp16, or with --target ort-cuda"
             )
-        raise BuildError(f"no kernel {name} for SM {compute_capability}: run scripts/build_kernels")
+        raise BuildError(f"no kernel {name} for SM {compute_capability}: {_REINSTALL}")
     found: dict[str, Any] = record
     return found
 
@@ -99,7 +103,7 @@ def _member(name: str, ending: str, compute_capability: int, sha256: str) -> byt
     content = _archive(_BUILT, compute_capability).get(f"{name}.{ending}")
     if content is None or hashlib.sha256(content).hexdigest() != sha256:
         path = _BUILT / archive_name(compute_capability)
-        raise BuildError(f"{path}: {name}.{ending} is damaged or missing: reinstall, or run scripts/build_kernels")
+        raise BuildError(f"{path}: {name}.{ending} is damaged or missing: {_REINSTALL}")
     return content
 
 
@@ -107,7 +111,7 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise BuildError(f"{path}: can not read: {error.strerror}: run scripts/build_kernels") from error
+        raise BuildError(f"{path}: can not read: {error.strerror}: {_REINSTALL}") from error
 
 
 @lru_cache(maxsize=2)
@@ -117,7 +121,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(_read(path))
         gpus, kernels = manifest["gpus"], manifest["kernels"]
     except (ValueError, TypeError, KeyError) as error:
-        raise BuildError(f"{path}: damaged: {error}: run scripts/build_kernels") from error
+        raise BuildError(f"{path}: damaged: {error}: {_REINSTALL}") from error
     return {"gpus": gpus, "kernels": kernels}
 
 
@@ -132,5 +136,5 @@ def _archive(folder: Path, compute_capability: int) -> dict[str, bytes]:
                 file = archive.extractfile(member)
                 contents[member.name] = b"" if file is None else file.read()
     except (OSError, EOFError, tarfile.TarError) as error:
-        raise BuildError(f"{path}: can not read: {error}: reinstall, or run scripts/build_kernels") from error
+        raise BuildError(f"{path}: can not read: {error}: {_REINSTALL}") from error
     return contents

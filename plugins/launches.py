@@ -179,7 +179,7 @@ def _attention_kernel(dtype: str, values: int, ropes: int) -> str:
     if not fitting or not 0 <= ropes <= most or values < 1:
         raise BuildError(
             f"latent attention in {dtype} with a latent rank of {values} and {ropes} rotary channels has no kernel, "
-            f"expected at most {ranks[-1]} and {most}: build for ONNX Runtime"
+            f"expected at most {ranks[-1]} and {most}: build with --target ort-cuda, or use --target ort-cpu"
         )
     return f"latent_attention_{dtype}_{fitting[0]}{suffix}"
 
@@ -212,7 +212,7 @@ def _quantized_sparse_moe(shapes: Shapes, dtypes: Dtypes, attributes: Attributes
         if length % (count * table.GROUP):
             raise BuildError(
                 f"{op}: {length} codes in {count} blocks have no kernel, expected blocks of a multiple of "
-                f"{table.GROUP}: build without rounded experts"
+                f"{table.GROUP}: build with --weights none"
             )
     few = sizes["rows"] <= DECODE_ROWS or dtype == "fp32"
     return _experts(sizes, dtype, f"_{codes}", few, blocks)

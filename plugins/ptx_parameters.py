@@ -16,7 +16,7 @@ def rearranged(ptx: str, entry: str, order: Sequence[int | None]) -> str:
     """
     found = re.search(rf"\.visible \.entry {re.escape(entry)}\(\n(.*?)\n\)", ptx, re.DOTALL)
     if found is None:
-        raise BuildError(f"the PTX has no kernel {entry} as Triton writes it: run scripts/build_kernels")
+        raise BuildError(f"the PTX has no kernel {entry} as Triton writes it: reinstall mythos-edge")
     declared = found[1].split(",\n")
     body = ptx[found.end() :]
     for number in range(len(declared)):

@@ -68,7 +68,7 @@ def launch_of(
     sizes = piece.sizes(shapes, attributes)
     kernel = piece.kernel({**dtypes, "": dtypes[piece.typed_by]}, sizes)
     if kernel not in VARIANTS:
-        raise BuildError(f"{piece.name}: there is no kernel {kernel}: build without ahead-of-time plugins")
+        raise BuildError(f"{piece.name}: there is no kernel {kernel}: build with another --dtype or --weights")
     variant = VARIANTS[kernel]
     x, y, z = (_extent(rule, sizes, divide) for rule in variant.grid)
     scalars = {name: sizes[name] for name, kind in variant.arguments if not kind.startswith("*")}

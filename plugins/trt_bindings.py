@@ -65,12 +65,6 @@ def compute_capability_member(trt: ModuleType, compute_capability: int) -> Any:
     return trt.ComputeCapability.__members__[f"SM{compute_capability}"]
 
 
-def hardware_compatibility_levels(trt: ModuleType) -> tuple[str, ...]:
-    """Names of what an engine may be made to run on beside the GPU that built it, without ``NONE``."""
-    levels = getattr(trt, "HardwareCompatibilityLevel", None)
-    return () if levels is None else tuple(name for name in levels.__members__ if name != "NONE")
-
-
 def strongly_typed(trt: ModuleType) -> int:
     """The flags of a network that computes in the types its graph says; the bit has moved between releases."""
     return 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
@@ -91,26 +85,18 @@ def require_fields(trt: ModuleType) -> None:
 
 
 class Messages:
-    """What TensorRT said last, oldest first."""
+    """The errors TensorRT reported last."""
 
     def __init__(self) -> None:
-        self._lines: deque[tuple[str, str]] = deque(maxlen=_KEPT_MESSAGES)
+        self._lines: deque[str] = deque(maxlen=_KEPT_MESSAGES)
 
-    def add(self, severity: str, text: str) -> None:
-        """``severity`` as TensorRT names it; ``text`` is kept as one line."""
-        self._lines.append((severity, " ".join(text.split())))
+    def add(self, text: str) -> None:
+        """``text`` is kept as one line."""
+        self._lines.append(" ".join(text.split()))
 
     def errors(self) -> tuple[str, ...]:
-        """The errors among them."""
-        return tuple(text for severity, text in self._lines if severity in ("ERROR", "INTERNAL_ERROR"))
-
-    def text(self) -> str:
-        """All of them, one a line: what errors attach."""
-        return "\n".join(f"{severity}: {text}" for severity, text in self._lines)
-
-    def clear(self) -> None:
-        """Forgets them."""
-        self._lines.clear()
+        """All of them, oldest first."""
+        return tuple(self._lines)
 
 
 # TensorRT keeps the first logger of a process for good, so there is one for each bindings.
@@ -123,7 +109,7 @@ def logger(trt: ModuleType) -> Any:
 
 
 def messages(trt: ModuleType) -> Messages:
-    """What ``logger`` heard: warnings and errors."""
+    """The errors that ``logger`` heard."""
     return _logger_and_messages(trt)[1]
 
 
@@ -136,13 +122,8 @@ def _logger_and_messages(trt: ModuleType) -> tuple[Any, Messages]:
                 trt.ILogger.__init__(self)
 
             def log(self, severity: Any, message: str) -> None:
-                # Progress and tactics come by the thousand.
-                if severity in (
-                    trt.ILogger.Severity.WARNING,
-                    trt.ILogger.Severity.ERROR,
-                    trt.ILogger.Severity.INTERNAL_ERROR,
-                ):
-                    kept.add(severity.name, message)
+                if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                    kept.add(message)
 
         _LOGGERS[trt.__name__] = (KeepingLogger(), kept)
     return _LOGGERS[trt.__name__]

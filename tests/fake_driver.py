@@ -218,15 +218,6 @@ class FakeDriver:
 
         self._queue(stream, "fill", write)
 
-    def fill_words(self, pointer: int, word32: int, count: int, stream: int) -> None:
-        assert pointer % 4 == 0, "fill_words: the pointer is not aligned to 4 bytes"
-
-        def write() -> None:
-            self.device_memory.check(pointer, 4 * count, "fill_words")
-            self.array(pointer, np.uint32, (count,))[...] = word32
-
-        self._queue(stream, "fill_words", write)
-
     def load_module(self, cubin: bytes) -> int:
         self._not_captured("cuModuleLoadData")
         assert self.current is not None, "no context is current"
@@ -317,10 +308,6 @@ class FakeDriver:
         stream, done = self._events[event]
         while not done[0]:
             self._run(self._streams[stream], 1)
-
-    def ready(self, event: int) -> bool:
-        self._not_captured("cuEventQuery")
-        return self._events[event][1][0]
 
     def destroy_event(self, event: int) -> None:
         del self._events[event]

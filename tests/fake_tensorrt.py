@@ -56,7 +56,7 @@ class FakeTensorRT(ModuleType):
 
     def said(self, text: str) -> None:
         """An error in the log."""
-        self.messages.add("ERROR", text)
+        self.messages.add(text)
 
 
 class FakeRuntime:

@@ -138,7 +138,7 @@ def main(folder: Path, wanted: Sequence[dict[str, Any]]) -> None:
     trt_plugins.register(trt)
     results = []
     for number, case in enumerate(wanted):
-        trt_bindings.messages(trt).clear()
+        before = len(trt_bindings.messages(trt).errors())
         result: dict[str, Any] = {}
         try:
             with trt_plugins.carrying(case["compute_capabilities"], MAX_ROWS):
@@ -149,7 +149,7 @@ def main(folder: Path, wanted: Sequence[dict[str, Any]]) -> None:
         plan = result.pop("plan", None)
         if plan is not None:
             (folder / f"{number}.plan").write_bytes(plan)
-        results.append({**result, "has_plan": plan is not None, "errors": trt_bindings.messages(trt).errors()})
+        results.append({**result, "has_plan": plan is not None, "errors": trt_bindings.messages(trt).errors()[before:]})
     print(json.dumps(results))
 
 

@@ -36,13 +36,15 @@ def latent_attention(
     """``mixed (B, S, H, R)``, or with splits ``partials (B, S*H, splits, R)`` and ``sums_log (B, S*H, splits)``."""
     batch, split = tl.program_id(2).to(tl.int64), tl.program_id(1)
     width = values + ropes
-    filled = tl.load(length).to(tl.int32)
+    # TensorRT times plugins on inputs nobody has written: limited as int64, of which a cast may make anything.
+    filled = tl.minimum(tl.maximum(tl.load(length), 0), columns).to(tl.int32)
+    padding = tl.minimum(tl.maximum(tl.load(first + batch), 0), columns + chunk).to(tl.int32)
     query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     exists = query < chunk * heads
     own = filled + query // heads
-    lowest = tl.minimum(tl.load(first + batch), own.to(tl.int64)).to(tl.int32)
+    lowest = tl.minimum(padding, own)
     # What any query of this tile can see, and this program's part of it.
-    begin = tl.minimum(tl.load(first + batch), (filled + tl.program_id(0) * QUERIES // heads).to(tl.int64)).to(tl.int32)
+    begin = tl.minimum(padding, filled + tl.program_id(0) * QUERIES // heads)
     end = filled + tl.minimum((tl.program_id(0) * QUERIES + QUERIES - 1) // heads + 1, chunk)
     part = tl.cdiv(tl.cdiv(end - begin, splits), COLUMNS) * COLUMNS
     begin += split * part

@@ -18,6 +18,7 @@ from mythos_edge.plugins.kernels.variants import VARIANTS
 from mythos_edge.plugins.launches import Float, Integer, Launch, Pointer, Program, Workspace
 
 Arrays = dict[str, np.ndarray]
+_GUARD_BYTES = 4096
 
 
 class Interpreter:
@@ -86,10 +87,18 @@ def _ran(program: Program, arrays: Arrays) -> Arrays:
     import torch
 
     # Outside of every array lies NaN, where a kernel that reads or writes too far is seen.
-    tensors = {name: torch.from_numpy(array.reshape(-1).copy()) for name, array in arrays.items()}
+    guarded, tensors = {}, {}
+    for name, array in arrays.items():
+        guarded[name] = torch.full((array.nbytes + 2 * _GUARD_BYTES,), 0xFF, dtype=torch.uint8)
+        flat = torch.from_numpy(array.reshape(-1).copy())
+        tensors[name] = guarded[name][_GUARD_BYTES : _GUARD_BYTES + array.nbytes].view(flat.dtype)
+        tensors[name].copy_(flat)
     workspace = torch.full((program.workspace_bytes + 256,), 0xFF, dtype=torch.uint8)
     for launch in program.launches:
         _launched(launch, tensors, workspace)
+    for name, tensor in guarded.items():
+        outside = torch.cat((tensor[:_GUARD_BYTES], tensor[_GUARD_BYTES + arrays[name].nbytes :]))
+        assert (outside == 0xFF).all(), f"something was written before or after {name}"
     return {name: tensor.numpy().reshape(arrays[name].shape) for name, tensor in tensors.items()}
 
 

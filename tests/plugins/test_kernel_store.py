@@ -100,11 +100,14 @@ def test_a_kernel_is_machine_code_for_its_gpu(gpu: int) -> None:
 
 
 def test_what_is_not_there_is_said_in_one_line() -> None:
-    with pytest.raises(BuildError, match="no kernels for SM 61, only for 75, 80"):
+    with pytest.raises(
+        BuildError,
+        match=r"no kernels for SM 61, only for 75, 80, .*121: build for one of these, or use --target ort-cpu$",
+    ):
         kernel_store.kernel("group_pairs", 61)
-    with pytest.raises(BuildError, match="decode_down_bf16 needs SM 80 or newer, got SM 75"):
+    with pytest.raises(BuildError, match=r"decode_down_bf16 needs SM 80 or newer, got SM 75.*--dtype fp16.*--target"):
         kernel_store.kernel("decode_down_bf16", 75)
-    with pytest.raises(BuildError, match="no kernel decode_up for SM 89"):
+    with pytest.raises(BuildError, match=r"no kernel decode_up for SM 89: reinstall mythos-edge$"):
         kernel_store.kernel("decode_up", 89)
 
 
@@ -127,15 +130,24 @@ def test_a_damaged_archive_is_refused(copy: Path) -> None:
     before = kernel_store.manifest_sha256()
     _edited(copy, "89", "group_pairs", sha256="0" * 64)
     assert kernel_store.manifest_sha256() != before
-    with pytest.raises(BuildError, match=r"group_pairs\.cubin is damaged or missing"):
+    with pytest.raises(BuildError, match=r"group_pairs\.cubin is damaged or missing: reinstall mythos-edge$"):
         kernel_store.kernel("group_pairs", 89)
     path = copy / kernel_store.archive_name(86)
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(BuildError, match=r"sm_86\.tar\.xz: can not read"):
+    with pytest.raises(BuildError, match=r"sm_86\.tar\.xz: can not read: .*: reinstall mythos-edge$"):
         kernel_store.kernel("group_pairs", 86)
     path.unlink()
     with pytest.raises(BuildError, match="can not read"):
         kernel_store.ptx("group_pairs", 86)
+
+
+def test_a_damaged_manifest_is_refused(copy: Path) -> None:
+    (copy / "manifest.json").write_text("{}")
+    with pytest.raises(BuildError, match=r"manifest\.json: damaged: 'gpus': reinstall mythos-edge$"):
+        kernel_store.kernel("group_pairs", 89)
+    (copy / "manifest.json").unlink()
+    with pytest.raises(BuildError, match=r"manifest\.json: can not read: .*: reinstall mythos-edge$"):
+        kernel_store.kernel("group_pairs", 89)
 
 
 def test_a_changed_source_fails_the_check(tmp_path: Path) -> None:

@@ -31,19 +31,22 @@ def _far(got: np.ndarray, wanted: np.ndarray) -> float:
 def _attended(
     interpreter: Interpreter, random: np.random.Generator, case: tuple[Any, ...], dtype: str
 ) -> tuple[np.ndarray, np.ndarray, int]:
+    """The case's mixture, the oracle's, and the number of launches; length and padding may be out of range."""
     batch, chunk, capacity, length, heads, values, ropes, first = case
+    filled = min(max(length, 0), capacity)
     width, attributes = values + ropes, {"scale": 1.7 / np.sqrt(values), "value_dim": values}
     sizes = {"q": (batch, chunk, heads, width), "rows": (batch, chunk, width), "past": (batch, capacity, width)}
     arrays = {name: narrowed(random.standard_normal(size), dtype) for name, size in sizes.items()}
     # What is beyond the length has never been written.
-    arrays["past"][:, length:] = narrowed(np.array(np.nan), dtype)
+    arrays["past"][:, filled:] = narrowed(np.array(np.nan), dtype)
     arrays |= {"length": np.array(length), "first": np.array(first)}
     shapes = {name: array.shape for name, array in arrays.items()}
     made = program("LatentAttention", shapes, dict.fromkeys(sizes, dtype), attributes)
     arrays["mixed"] = narrowed(np.full((batch, chunk, heads, values), np.nan), dtype)
     got = interpreter.run(made, arrays)["mixed"]
     wide = [widened(arrays[name], dtype) for name in sizes]
-    wanted = reference.latent_attention(*wide, length, arrays["first"], **attributes)  # type: ignore[arg-type]
+    padding = np.maximum(arrays["first"], 0)
+    wanted = reference.latent_attention(*wide, filled, padding, **attributes)  # type: ignore[arg-type]
     return widened(got, dtype), wanted, len(made.launches)
 
 
@@ -72,6 +75,30 @@ def test_latent_attention(
     got, wanted, made = _attended(interpreter, random, case, dtype)
     assert made == launches
     assert _far(got, wanted) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(("capacity", "launches"), [(23, 1), (300, 2)])
+@pytest.mark.parametrize(
+    ("length", "first"),
+    [
+        (-1, [0, -1]),
+        (24, [-3, 7]),
+        (301, [0, 302]),
+        # Casts to int32 make 5, 0, -1 and 7 of these.
+        (2**32 + 5, [2**32, 2**40]),
+        (5, [-(2**32), 2**32]),
+        (-(2**63), [-(2**63), 2**63 - 1]),
+        (2**63 - 1, [2**63 - 1, -(2**63) + 7]),
+        (-1 << 32, [2**31, -(2**31)]),
+    ],
+)
+def test_attention_with_a_length_nobody_wrote_stays_inside(
+    capacity: int, launches: int, length: int, first: list[int], interpreter: Interpreter, random: np.random.Generator
+) -> None:
+    """TensorRT times plugins so: the nearest length and padding there can be are computed with."""
+    got, wanted, made = _attended(interpreter, random, (2, 4, capacity, length, 3, 16, 8, first), "fp32")
+    assert made == launches
+    assert _far(got, wanted) < TOLERANCE["fp32"]
 
 
 def _experts_case(

@@ -163,13 +163,16 @@ def test_what_no_kernel_serves_is_said_in_one_line() -> None:
     wide = {"q": (1, 1, 4, 2048), "rows": (1, 1, 2048), "past": (1, 9, 2048), "first": (1,)}
     refused = _refused("LatentAttention", wide, dict.fromkeys(wide, "fp16"), value_dim=1984, scale=1.0)
     assert "latent rank of 1984 and 64 rotary channels has no kernel, expected at most 1024 and 64" in refused
+    assert refused.endswith(": build with --target ort-cuda, or use --target ort-cpu")
     assert "halt_mass is fp16" in _refused("RunningColumns", {"halt_mass": (1, 2)}, {"halt_mass": "fp16"})
 
 
 def test_codes_in_odd_blocks_are_refused() -> None:
     shapes, dtypes = _quantized(1, blocks=(4, 3))
     refused = _refused("QuantizedSparseMoE", shapes, dtypes, top_k=2)
-    assert "64 codes in 4 blocks have no kernel, expected blocks of a multiple of 32" in refused
+    assert (
+        "64 codes in 4 blocks have no kernel, expected blocks of a multiple of 32: build with --weights none" in refused
+    )
     shapes, dtypes = _quantized(1)
     refused = _refused("QuantizedSparseMoE", shapes, dtypes | {"fc2_codes": "int8"}, top_k=2)
     assert "codes of int4 and int8" in refused

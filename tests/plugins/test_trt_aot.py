@@ -116,8 +116,14 @@ def test_a_parameter_that_is_read_can_not_be_left_out() -> None:
     assert "param_0" not in ptx_parameters.rearranged(ptx, "f", [1])
     with pytest.raises(BuildError, match="kernel f reads parameter 1"):
         ptx_parameters.rearranged(ptx, "f", [0])
-    with pytest.raises(BuildError, match="no kernel g"):
+    with pytest.raises(BuildError, match=r"no kernel g .*reinstall mythos-edge$"):
         ptx_parameters.rearranged(ptx, "g", [0])
+
+
+def test_a_missing_kernel_names_the_options() -> None:
+    shapes, kinds = {"logits": (1, 8), "router_bias": (8,)}, {"logits": "fp32", "router_bias": "fp8"}
+    with pytest.raises(BuildError, match=r"RouterTopK: there is no kernel router_top_k_fp8: .*--dtype or --weights$"):
+        launch_of(BY_NAME["RouterTopK"], shapes, kinds, {"top_k": 2}, _never_divided)
 
 
 def test_a_float_travels_as_its_bits() -> None:

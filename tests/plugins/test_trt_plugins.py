@@ -208,9 +208,9 @@ def test_rtx_needs_a_gpu_to_load_a_plan(builds: Any, rtx: ModuleType) -> None:
     if find_library("cuda"):
         pytest.skip("there is a driver here")
     messages = trt_bindings.messages(rtx)
-    messages.clear()
+    before = len(messages.errors())
     assert rtx.Runtime(trt_bindings.logger(rtx)).deserialize_cuda_engine((folder / "0.plan").read_bytes()) is None
-    assert any("CUDA driver version" in line for line in messages.errors())
+    assert any("CUDA driver version" in line for line in messages.errors()[before:])
 
 
 def test_registering_twice_is_registering_once(trt: ModuleType) -> None:

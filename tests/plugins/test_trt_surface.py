@@ -33,7 +33,7 @@ RELEASES = [
 ]
 BEFORE_NUMPY_2 = ("10.9.*", "10.13.*")
 # Asked for with hasattr before they are used.
-OPTIONAL = {"ComputeCapability", "HardwareCompatibilityLevel", "IStreamWriter", "QuickPluginCreationRequest", "plugin"}
+OPTIONAL = {"ComputeCapability", "IStreamWriter", "QuickPluginCreationRequest", "plugin"}
 # What builders, parsers, engines and contexts are asked to do; their objects have no names that a scan could find.
 METHODS = {
     "Builder": ("create_network", "create_builder_config", "create_optimization_profile", "build_serialized_network"),
@@ -43,7 +43,6 @@ METHODS = {
         "set_memory_pool_limit",
         "profiling_verbosity",
         "progress_monitor",
-        "hardware_compatibility_level",
     ),
     "IOptimizationProfile": ("set_shape", "set_shape_input"),
     "OnnxParser": ("parse", "parse_from_file", "num_errors", "get_error"),
@@ -225,7 +224,6 @@ from mythos_edge.plugins import trt_bindings
 trt = trt_bindings.load("trt")
 assert not trt_bindings.names_gpus(trt)
 assert trt_bindings.known_compute_capabilities(trt) == ()
-assert {"AMPERE_PLUS", "SAME_COMPUTE_CAPABILITY"} <= set(trt_bindings.hardware_compatibility_levels(trt))
 assert trt_bindings.library_path_for_plugins(trt) == {}
 assert trt_bindings.strongly_typed(trt) == (1 if trt_bindings.version(trt).startswith("11.") else 2)
 trt_bindings.logger(trt).log(trt.ILogger.Severity.ERROR, "heard")

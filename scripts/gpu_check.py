@@ -21,6 +21,7 @@ from typing import Any
 from mythos_edge.model.config import VARIANTS
 from mythos_edge.model.errors import MythosEdgeError
 from mythos_edge.plugins.cuda_driver import Driver
+from mythos_edge.plugins.trt_bindings import rtx_compute_capabilities
 from mythos_edge.scripts import doctor, gpu_bench
 from mythos_edge.scripts.console import Console
 from mythos_edge.scripts.gpu_bench import BANDWIDTH_TARGET
@@ -299,7 +300,7 @@ def _targets(capability: int) -> Iterator[tuple[str, str | None, str, list[str]]
         suffix = "" if weights == "none" else f"-{weights}"
         chosen = ["--dtype", "fp16", "--weights", weights]
         yield "ort-cuda", "ort-cuda", f"ort-cuda-fp16{suffix}", chosen
-        served = capability in doctor.RTX_GPUS
+        served = capability in rtx_compute_capabilities()
         rtx = f"rtx-sm{capability}"
         yield "tensorrt-rtx", rtx if served else None, f"{rtx}-fp16{suffix}", chosen
         yield "tensorrt", "trt-this-gpu", f"trt-sm{capability}-fp16{suffix}", chosen

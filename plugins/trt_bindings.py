@@ -23,6 +23,8 @@ FLAVOURS = {
     "trt": ("tensorrt", "pip install 'mythos-edge[tensorrt]'"),
 }
 _KEPT_MESSAGES = 1000
+# What release 1.7 of TensorRT for RTX builds for, where no release is installed that could be asked.
+_RTX_GPUS = (75, 80, 86, 89, 120, 121)
 # What the ONNX parser of the RTX wheel opens by this very name; the wheel has it with the suffix .1 only.
 _PARSER_WANTS = "libtensorrt_rtx.so"
 
@@ -54,6 +56,14 @@ def known_compute_capabilities(trt: ModuleType) -> tuple[int, ...]:
         return ()
     numbers = (re.fullmatch(r"SM(\d+)", name) for name in trt.ComputeCapability.__members__)
     return tuple(sorted(int(number[1]) for number in numbers if number))
+
+
+def rtx_compute_capabilities() -> tuple[int, ...]:
+    """What TensorRT for RTX builds for, also on a machine without it."""
+    try:
+        return known_compute_capabilities(load("rtx")) or _RTX_GPUS
+    except BackendUnavailable:
+        return _RTX_GPUS
 
 
 def compute_capability_member(trt: ModuleType, compute_capability: int) -> Any:

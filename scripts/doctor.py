@@ -12,6 +12,7 @@ from mythos_edge.model.errors import MythosEdgeError
 from mythos_edge.model.machine import free_memory_bytes
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.plugins.processor import has_integer_dot_products
+from mythos_edge.plugins.trt_bindings import rtx_compute_capabilities
 from mythos_edge.runtime import ort_cuda_backend
 from mythos_edge.runtime.backend import cores
 from mythos_edge.scripts.console import Console
@@ -40,8 +41,7 @@ _INSTALL = {
     "tensorrt-rtx": "pip install 'mythos-edge[tensorrt-rtx]'",
     "tensorrt": "pip install 'mythos-edge[tensorrt]'",
 }
-# GPUs that TensorRT for RTX builds for; the kernels of onnxruntime-gpu begin with Turing.
-RTX_GPUS = (75, 80, 86, 89, 120, 121)
+# The kernels of onnxruntime-gpu and of this package begin with Turing.
 _OLDEST_CUDA_GPU = 75
 _FACTS = (
     "mythos_edge",
@@ -132,7 +132,7 @@ def _gpu(driver: Driver, device: int) -> dict[str, Any]:
 
 def _targets_of(capability: int) -> list[str]:
     """Targets worth building for a GPU, the fastest first."""
-    rtx = [f"rtx-sm{capability}"] if capability in RTX_GPUS else []
+    rtx = [f"rtx-sm{capability}"] if capability in rtx_compute_capabilities() else []
     return [*rtx, *(["trt-this-gpu", "ort-cuda"] if capability >= _OLDEST_CUDA_GPU else [])]
 
 
@@ -140,7 +140,9 @@ def _targets(can: dict[str, dict[str, Any]], capabilities: list[int]) -> dict[st
     """For each kind of target whether it can be built and run here: ``yes``, or what is missing."""
     export = {"export": can["export"]["ok"]}
     gpu = {"a GPU of sm75 or newer": any(capability >= _OLDEST_CUDA_GPU for capability in capabilities)}
-    rtx_gpu = {"a GPU of TensorRT for RTX": any(capability in RTX_GPUS for capability in capabilities)}
+    rtx_gpu = {
+        "a GPU of TensorRT for RTX": any(capability in rtx_compute_capabilities() for capability in capabilities)
+    }
     rtx, trt = ({purpose: can[purpose]["ok"]} for purpose in ("tensorrt-rtx", "tensorrt"))
     needs = {
         "ort-cpu": (export, {"run": can["run"]["ok"]}),

@@ -6,8 +6,8 @@ GPU's cache decides. Bandwidth is given as a share of what copying large buffers
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -27,8 +27,23 @@ _REPEATS = 20
 _MAX_RUNS = 64
 
 
+@contextmanager
+def _giving_back(give_back: Callable[[], object]) -> Iterator[None]:
+    """Calls ``give_back`` after the block. After an error in the block what fails there is not told: the first is."""
+    try:
+        yield
+    except BaseException:
+        with suppress(MythosEdgeError):
+            give_back()
+        raise
+    give_back()
+
+
 class Gpu:
-    """One GPU with its kernels; ``device`` its number. A context manager that gives everything back."""
+    """One GPU with its kernels; ``device`` its number. A context manager that gives everything back.
+
+    ``lost`` is the error that made the GPU useless to this process, which an illegal address does for good.
+    """
 
     def __init__(self, driver: Driver, device: int = 0, load_kernel: Any = kernel_store.kernel) -> None:
         self.driver, self.device, self._load_kernel = driver, device, load_kernel
@@ -36,26 +51,35 @@ class Gpu:
         self.capability = driver.compute_capability(device)
         self.stream = driver.stream()
         self.kernels = LoadedKernels(driver)
+        self.lost: MythosEdgeError | None = None
+
+    def still_works(self) -> bool:
+        """Whether the GPU takes work after an error; where it does not, nothing in this process ever will."""
+        try:
+            self.driver.synchronize(self.stream)
+        except MythosEdgeError as error:
+            self.lost = error
+        return self.lost is None
 
     def close(self) -> None:
-        """Gives stream and context back."""
-        self.driver.destroy_stream(self.stream)
-        self.driver.release_primary_context(self.device)
+        """Gives stream and context back, as far as a lost GPU still takes them."""
+        quiet = suppress(MythosEdgeError) if self.lost else nullcontext()
+        with quiet, _giving_back(lambda: self.driver.release_primary_context(self.device)):
+            self.driver.destroy_stream(self.stream)
 
     def __enter__(self) -> "Gpu":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        with suppress(MythosEdgeError) if kind else nullcontext():
+            self.close()
 
     @contextmanager
     def memory(self, size: int) -> Iterator[int]:
         """Device memory while the block runs."""
         pointer = self.driver.allocate(max(size, 1))
-        try:
+        with _giving_back(lambda: self.driver.free(pointer)):
             yield pointer
-        finally:
-            self.driver.free(pointer)
 
     @contextmanager
     def copy_of(self, array: Array) -> Iterator[int]:
@@ -80,21 +104,15 @@ class Gpu:
         made = program(case.op, case.shapes, case.dtypes, case.attributes)
         names = sorted({launch.kernel for launch in made.launches})
         loaded = self.kernels.load(self._load_kernel(name, self.capability) for name in names)
-        pointers: dict[str, int] = {}
-        held = []
-        try:
-            for name, array in case.inputs.items():
-                held.append(self.copy_of(as_stored(array, case.dtypes[name])))
-                pointers[name] = held[-1].__enter__()
-            size = int(np.prod(case.output_shape)) * np.dtype(NUMPY[case.dtype]).itemsize
-            held.append(self.memory(size))
-            pointers[case.output] = held[-1].__enter__()
-            held.append(self.memory(made.workspace_bytes))
-            workspace = held[-1].__enter__()
+        size = int(np.prod(case.output_shape)) * np.dtype(NUMPY[case.dtype]).itemsize
+        with ExitStack() as held:
+            pointers = {
+                name: held.enter_context(self.copy_of(as_stored(array, case.dtypes[name])))
+                for name, array in case.inputs.items()
+            }
+            pointers[case.output] = held.enter_context(self.memory(size))
+            workspace = held.enter_context(self.memory(made.workspace_bytes))
             yield Prepared(self, case, PreparedProgram(self.driver, made, loaded), pointers, workspace)
-        finally:
-            for manager in reversed(held):
-                manager.__exit__(None, None, None)
 
 
 class Prepared:
@@ -129,20 +147,15 @@ def measure(gpu: Gpu, case: Case, copy_bytes_per_s: float) -> dict[str, Any]:
     """One row of the report: how fast a kernel is, and what share of the copy bandwidth its bytes come to."""
     name, count = case.turns
     turns = max(1, min(count, _MAX_RUNS))
-    with gpu.prepared(case) as prepared:
-        others = [gpu.copy_of(as_stored(turned(case, turn), case.dtypes[name])) for turn in range(turns)]
-        pointers: list[int] = []
-        try:
-            pointers = [other.__enter__() for other in others]
+    with gpu.prepared(case) as prepared, ExitStack() as held:
+        others = (as_stored(turned(case, turn), case.dtypes[name]) for turn in range(turns))
+        pointers = [held.enter_context(gpu.copy_of(other)) for other in others]
 
-            def in_turn() -> None:
-                for pointer in pointers:
-                    prepared.run(**{name: pointer})
+        def in_turn() -> None:
+            for pointer in pointers:
+                prepared.run(**{name: pointer})
 
-            seconds = _seconds_of_graph(gpu, in_turn) / turns
-        finally:
-            for other, _ in zip(others, pointers, strict=False):
-                other.__exit__(None, None, None)
+        seconds = _seconds_of_graph(gpu, in_turn) / turns
     share = case.bytes_moved / seconds / copy_bytes_per_s
     row = {
         "case": case.label,
@@ -170,12 +183,12 @@ def _seconds_of_graph(gpu: Gpu, queue: Any) -> float:
     driver, stream = gpu.driver, gpu.stream
     queue()  # what is done at a first run only
     driver.synchronize(stream)
+    graphs: list[int] = []
     driver.begin_capture(stream)
-    try:
+    with _giving_back(lambda: graphs.append(driver.end_capture(stream))):
         queue()
-    finally:
-        graph = driver.end_capture(stream)
-    try:
+    (graph,) = graphs
+    with _giving_back(lambda: driver.destroy_graph(graph)):
         times = []
         for _ in range(_REPEATS + 3):
             started = time.perf_counter()
@@ -183,8 +196,6 @@ def _seconds_of_graph(gpu: Gpu, queue: Any) -> float:
             driver.synchronize(stream)
             times.append(time.perf_counter() - started)
         return statistics.median(times[3:])
-    finally:
-        driver.destroy_graph(graph)
 
 
 def one_line(error: Exception) -> str:

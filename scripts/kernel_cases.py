@@ -31,6 +31,12 @@ _PATTERN = 1 << 20
 _SCALE = {"int8": 127.0, "int4": 7.0, "fp8": 128.0}
 _CONTEXTS = (128, 512, 1024, 2048, 4096)
 _ROWS = (1, 64)
+_FLOATS = ("fp16", "bf16", "fp32")
+# Cases that run in a process of their own: an illegal address takes the others of its group only.
+GROUPS = (
+    *(f"experts {kind}" for kind in (*_FLOATS, "int8", "int4", "fp8")),
+    *(f"attention {kind}" for kind in _FLOATS),
+)
 
 
 @dataclass(frozen=True)
@@ -62,14 +68,22 @@ class Case:
 
 def cases(name: str, config: MythosConfig, contexts: tuple[int, ...] = _CONTEXTS) -> Iterator[Case]:
     """Every kernel at the shapes of a model: experts of each kind of weights, attention over each context."""
+    for group in GROUPS:
+        yield from cases_of(group, name, config, contexts)
+
+
+def cases_of(group: str, name: str, config: MythosConfig, contexts: tuple[int, ...] = _CONTEXTS) -> Iterator[Case]:
+    """The cases of one of GROUPS, made as they are asked for: the weights of some are gigabytes."""
+    assert group in GROUPS, group
+    op, _, kind = group.partition(" ")
     for rows in _ROWS:
-        for dtype in ("fp16", "bf16", "fp32"):
-            yield experts(name, config, rows, dtype, "")
-        for codes in ("int8", "int4", "fp8"):
-            yield experts(name, config, rows, "fp16", codes)
-        for dtype in ("fp16", "bf16"):
+        if op == "attention":
             for context in contexts:
-                yield attention(name, config, rows, dtype, context)
+                yield attention(name, config, rows, kind, context)
+        elif kind in _FLOATS:
+            yield experts(name, config, rows, kind, "")
+        else:
+            yield experts(name, config, rows, "fp16", kind)
 
 
 def experts(name: str, config: MythosConfig, rows: int, dtype: str, codes: str, seed: int = 0) -> Case:

@@ -1,4 +1,4 @@
-"""The same maths as ``kernel_cases`` in torch, as well as eager torch does it: what the kernels are measured against.
+"""The same maths as ``kernel_cases`` in torch, eager and compiled: what the kernels are measured against.
 
 It is given an advantage: experts are chosen beforehand, and its inputs may stay in the GPU's cache.
 """
@@ -6,6 +6,7 @@ It is given an advantage: experts are chosen beforehand, and its inputs may stay
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional
 from mythos_edge.scripts.kernel_cases import Array, Case
 
 _REPEATS = 20
+_REASON_LETTERS = 160
 
 
 def runner(case: Case, device: str) -> Callable[[], Tensor] | None:
@@ -43,6 +45,35 @@ def seconds(run: Callable[[], Tensor]) -> float:
         torch.cuda.synchronize()
         times.append((time.perf_counter() - started) / 10)
     return statistics.median(times[3:])
+
+
+def best_time(
+    case: Case, device: str = "cuda", *, compiled: bool = True, timer: Callable[[Callable[[], Tensor]], float] = seconds
+) -> dict[str, Any]:
+    """Columns of the report: ``torch_us``, the time of the faster way, which way that is, and the time of each.
+
+    Empty for rounded weights. A way that does not work has the reason in place of its time.
+    """
+    run = runner(case, device)
+    if run is None:
+        return {}
+    ways: dict[str, Callable[[], Any]] = {"eager": lambda: run}
+    if compiled:
+        # Each case is a function of its own to the compiler, which gives up on functions it meets too often.
+        torch.compiler.reset()
+        ways["compiled"] = lambda: torch.compile(run, dynamic=False)
+    times: dict[str, float] = {}
+    failed: dict[str, str] = {}
+    for way, made in ways.items():
+        try:
+            times[way] = round(timer(made()) * 1e6, 2)
+        except Exception as error:  # the compiler's own, a missing Triton, a GPU that is full or too old
+            failed[way] = f"{type(error).__name__}: {' '.join(str(error).split())[:_REASON_LETTERS]}"
+    columns: dict[str, Any] = {f"{way}_us": times.get(way, failed.get(way)) for way in ways}
+    if not times:
+        return {"torch": "neither way works", **columns}
+    best = min(times, key=times.__getitem__)
+    return {"torch_us": times[best], "torch": best, **columns}
 
 
 def _experts(case: Case, device: str) -> Callable[[], Tensor]:

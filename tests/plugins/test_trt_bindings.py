@@ -28,6 +28,13 @@ def test_rtx_is_asked_for_gpus_by_name(rtx: ModuleType) -> None:
     assert trt_bindings.strongly_typed(rtx) == 1 << int(rtx.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
 
 
+def test_the_gpus_of_rtx_are_known_without_it(rtx: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = trt_bindings.rtx_compute_capabilities()
+    assert asked == trt_bindings.known_compute_capabilities(rtx)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    assert trt_bindings.rtx_compute_capabilities() == asked
+
+
 def test_a_missing_library_says_how_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(BackendUnavailable, match=r"tensorrt can not be imported.*run `pip install") as failure:

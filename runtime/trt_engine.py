@@ -15,7 +15,7 @@ from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.errors import BackendUnavailable, BundleError, MythosEdgeError
 from mythos_edge.plugins import kernel_store, trt_bindings, trt_plugins
 from mythos_edge.plugins.cuda_driver import Driver
-from mythos_edge.plugins.kernel_launch import LoadedKernels, PreparedProgram
+from mythos_edge.plugins.kernel_launch import LoadedKernels, PreparedProgram, Scratch
 from mythos_edge.plugins.launches import Program
 
 CACHE_FOLDER = "cache"
@@ -53,9 +53,15 @@ class Runtime:
         self._device: int | None = device
         self.driver.retain_primary_context(device)
         self._kernels = LoadedKernels(self.driver)
+        self._activations = Scratch(self.driver)
         self._runtime = self.trt.Runtime(trt_bindings.logger(self.trt))
         # The default, said aloud: an engine may come from elsewhere.
         self._runtime.engine_host_code_allowed = False
+
+    def lend_memory(self, context: Any, size: int) -> None:
+        """Gives a context the memory its layers work in."""
+        if size:
+            context.set_device_memory(self._activations.at_least(size), size)
 
     def use_gpu(self) -> None:
         """Makes the GPU current in the calling thread, which may not be the one that opened it."""
@@ -68,6 +74,7 @@ class Runtime:
             return
         self._kernels.close()
         self._runtime = None
+        del self._activations
         self.driver.release_primary_context(self._device)
         self._device = None
 
@@ -171,8 +178,10 @@ class Engine:
         number = next(index for index, one in enumerate(self._runtime.spec.profiles) if rows <= one.max_rows)
         key = tuple(sorted(shapes.items())) if captured else number
         if key not in self._contexts:
-            config = self._config(captured)
-            context = self._engine.create_execution_context(*([] if config is None else [config]))
+            # All runs are in one stream, so one after the other all contexts of a target use the same memory.
+            context = self._engine.create_execution_context(self._config(captured))
+            if context is not None:
+                self._runtime.lend_memory(context, self._engine.get_device_memory_size_for_profile_v2(number))
             if context is None or not context.set_optimization_profile_async(number, stream):
                 what = said(self._runtime.trt)
                 raise MythosEdgeError(f"{self.name}: TensorRT made no execution context: {what}")
@@ -180,11 +189,13 @@ class Engine:
         return self._contexts[key]
 
     def _config(self, captured: bool) -> Any:
-        """For a context, where the flavour compiles at run time: with the cache of what was compiled before."""
+        """How to make a context; where the flavour compiles at run time, with what was compiled before."""
+        own_memory = self._runtime.trt.ExecutionContextAllocationStrategy.USER_MANAGED
         make = getattr(self._engine, "create_runtime_config", None)
         if make is None:
-            return None
+            return own_memory
         config = make()
+        config.set_execution_context_allocation_strategy(own_memory)
         strategies = getattr(self._runtime.trt, "DynamicShapesKernelSpecializationStrategy", None)
         if strategies is not None:
             # A graph keeps the kernels it was captured with, so those must be the good ones; the many other shapes

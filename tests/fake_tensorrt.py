@@ -36,6 +36,9 @@ class FakeTensorRT(ModuleType):
     class TensorIOMode:
         INPUT, OUTPUT = "input", "output"
 
+    class ExecutionContextAllocationStrategy:
+        USER_MANAGED = "user managed"
+
     class TensorLocation:
         DEVICE, HOST = "device", "host"
 
@@ -113,8 +116,12 @@ class FakeEngine:
     def create_runtime_config(self) -> "FakeConfig":
         return FakeConfig(self.runtime_cache)
 
-    def create_execution_context(self, config: "FakeConfig | None" = None) -> "FakeContext":
+    def create_execution_context(self, config: "FakeConfig") -> "FakeContext":
+        assert config.strategy == "user managed"
         return FakeContext(self)
+
+    def get_device_memory_size_for_profile_v2(self, number: int) -> int:
+        return 1000 * (number + 1)
 
     def dtype_of(self, name: str) -> np.dtype[Any]:
         return onnx.helper.tensor_dtype_to_np_dtype(self.values[name].type.tensor_type.elem_type)
@@ -123,6 +130,10 @@ class FakeEngine:
 class FakeConfig:
     def __init__(self, cache: "FakeCache") -> None:
         self._cache = cache
+        self.strategy: str | None = None
+
+    def set_execution_context_allocation_strategy(self, strategy: str) -> None:
+        self.strategy = strategy
 
     def create_runtime_cache(self) -> "FakeCache":
         return self._cache
@@ -149,8 +160,12 @@ class FakeContext:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
         self._profile: int | None = None
+        self._memory: tuple[int, int] | None = None
         if self._trt.capturable is not None:
             self.is_stream_capturable = lambda stream: self._trt.capturable
+
+    def set_device_memory(self, memory: int, size: int) -> None:
+        self._memory = memory, size
 
     def set_optimization_profile_async(self, number: int, stream: int) -> bool:
         self._profile = number
@@ -190,12 +205,14 @@ class FakeContext:
             for name in trt.host_tensors & engine.values.keys()
         }
 
-        captured = stream in trt.driver._captures
+        captured, memory = stream in trt.driver._captures, self._memory
+        assert memory is not None
 
         def run() -> None:
             # A graph that was captured with other shapes than its context was given since is broken.
             now = {name: self._shapes.get(name, engine.get_tensor_shape(name)) for name in names}
             assert not captured or now == shapes
+            trt.driver.device_memory.check(*memory, "the memory of a context")
             inputs = {name: shapes[name] for name in names if engine.get_tensor_mode(name) == "input"}
             assert all(size != -1 for shape in inputs.values() for size in shape), inputs
             engine.runs.append(inputs)

@@ -78,6 +78,8 @@ class Driver:
     def __init__(self, library: ctypes.CDLL) -> None:
         """Of ``library``; see ``load``. Raises BackendUnavailable for an old driver, or one without a device."""
         self._library = library
+        # One handle for each time that a device's context was retained and not released.
+        self._contexts: dict[int, list[int]] = {}
         for name, types in SYMBOLS.items():
             try:
                 function = getattr(library, name)
@@ -129,11 +131,25 @@ class Driver:
 
     def retain_primary_context(self, device: int) -> None:
         """Makes the context that TensorRT uses as well current in this thread, and keeps it alive."""
-        self._call("cuCtxSetCurrent", self._made("cuDevicePrimaryCtxRetain", self._device(device)))
+        context = self._made("cuDevicePrimaryCtxRetain", self._device(device))
+        self._contexts.setdefault(device, []).append(context)
+        self.use_context(device)
+
+    def use_context(self, device: int) -> None:
+        """Makes the context that was retained current in the calling thread; cheap, so it may be done at every call.
+
+        Raises MythosEdgeError for a device whose context is not retained.
+        """
+        contexts = self._contexts.get(device)
+        if not contexts:
+            raise MythosEdgeError(f"the context of device {device} is not retained: call retain_primary_context first")
+        self._call("cuCtxSetCurrent", contexts[-1])
 
     def release_primary_context(self, device: int) -> None:
-        """Undoes one ``retain_primary_context``."""
+        """Undoes one ``retain_primary_context``; after the last, no thread may use what was made in the context."""
         self._call("cuDevicePrimaryCtxRelease_v2", self._device(device))
+        if contexts := self._contexts.get(device):
+            contexts.pop()
 
     def memory_info(self) -> tuple[int, int]:
         """Free and total bytes of the current GPU's memory."""

@@ -47,7 +47,7 @@ class LoadedKernel:
 
 
 class LoadedKernels:
-    """The kernels of this process, each loaded once a GPU and kept until the process ends."""
+    """Kernels, each loaded once a GPU and kept until ``close``, or until the process ends."""
 
     def __init__(self, driver: Driver) -> None:
         self.driver = driver
@@ -62,6 +62,18 @@ class LoadedKernels:
         """The kernels by name, on the current GPU."""
         device = self.driver.current_device()
         return {kernel.name: self._load(device, kernel) for kernel in kernels}
+
+    def close(self) -> None:
+        """Unloads the kernels of the GPU that is current in this thread; again is nothing.
+
+        No work that was queued may still want them, and no ``PreparedProgram`` of them may run again.
+        """
+        if not self._modules:
+            return
+        device = self.driver.current_device()
+        self._loaded = {key: loaded for key, loaded in self._loaded.items() if key[0] != device}
+        for key in [key for key in self._modules if key[0] == device]:
+            self.driver.unload_module(self._modules.pop(key))
 
     def _load(self, device: int, kernel: CompiledKernel) -> LoadedKernel:
         key = (device, kernel.sha256, kernel.entry)

@@ -1,11 +1,13 @@
 """A CUDA driver without a GPU: device memory is host memory, and kernels are Python functions.
 
 It is stricter than CUDA: every pointer must lie in live memory (AssertionError), calls that a graph can not capture
-fail while one is captured, and fresh memory is full of NaN. With ``delayed`` the work of a stream is done only when
-somebody waits for it, and until then a copy's destination holds garbage.
+fail while one is captured, and fresh memory is full of NaN. Each thread has a current context of its own, or none.
+With ``delayed`` the work of a stream is done only when somebody waits for it, and until then a copy's destination holds
+garbage.
 """
 
 import ctypes
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, Self
@@ -83,8 +85,9 @@ class FakeDriver:
         self.launches: list[LaunchRecord] = []
         self.calls: list[str] = []
         self.modules: dict[int, bytes] = {}
-        self.current: int | None = None
-        self._functions: dict[int, str] = {}
+        self._retained: dict[int, int] = {}
+        self._thread = threading.local()
+        self._functions: dict[int, tuple[int, str]] = {}
         self._shared: dict[int, int] = {}
         self._streams: dict[int, list[Work]] = {}
         # The work that was queued, and of that the work done, when an event was recorded last.
@@ -131,9 +134,7 @@ class FakeDriver:
         return len(self.devices)
 
     def current_device(self) -> int:
-        if self.current is None:
-            _fail("cuCtxGetDevice", "CUDA_ERROR_INVALID_CONTEXT")
-        return self.current
+        return self._current("cuCtxGetDevice")
 
     def compute_capability(self, device: int) -> int:
         return self.devices[self._device(device)]
@@ -142,17 +143,24 @@ class FakeDriver:
         return f"Fake GPU {self._device(device)}"
 
     def retain_primary_context(self, device: int) -> None:
-        self.current = self._device(device)
+        self._retained[self._device(device)] = self._retained.get(device, 0) + 1
+        self.use_context(device)
+
+    def use_context(self, device: int) -> None:
+        if not self._retained.get(device):
+            raise MythosEdgeError(f"the context of device {device} is not retained: call retain_primary_context first")
+        self._thread.device = device
 
     def release_primary_context(self, device: int) -> None:
-        assert self.current is not None
-        self._device(device)
+        assert self._retained.get(self._device(device)), f"device {device}: released more often than retained"
+        self._retained[device] -= 1
 
     def memory_info(self) -> tuple[int, int]:
         return self.total_bytes - self.device_memory.live_bytes, self.total_bytes
 
     def allocate(self, size: int) -> int:
         self._not_captured("cuMemAlloc_v2")
+        self._current("cuMemAlloc_v2")
         if size > self.memory_info()[0]:
             _fail(f"cuMemAlloc_v2 for {size} bytes", "CUDA_ERROR_OUT_OF_MEMORY")
         return self.device_memory.allocate(size)
@@ -163,6 +171,7 @@ class FakeDriver:
 
     def allocate_pinned(self, size: int) -> int:
         self._not_captured("cuMemHostAlloc")
+        self._current("cuMemHostAlloc")
         return self.pinned_memory.allocate(size)
 
     def free_pinned(self, pointer: int) -> None:
@@ -170,6 +179,7 @@ class FakeDriver:
         self.pinned_memory.free(pointer)
 
     def copy_to_device(self, to: int, source_address: int, size: int, stream: int) -> None:
+        self._current("cuMemcpyHtoDAsync_v2")
         self.device_memory.check(to, size, "copy_to_device")
         pinned = self.pinned_memory.holds(source_address, size)
         assert pinned or stream not in self._captures, "a captured copy must be from pinned memory"
@@ -186,6 +196,7 @@ class FakeDriver:
             self.calls.append("copy from memory that is not pinned")
 
     def copy_to_host(self, to_address: int, source: int, size: int, stream: int) -> None:
+        self._current("cuMemcpyDtoHAsync_v2")
         self.device_memory.check(source, size, "copy_to_host")
         pinned = self.pinned_memory.holds(to_address, size)
         assert pinned or stream not in self._captures, "a captured copy must be to pinned memory"
@@ -203,6 +214,8 @@ class FakeDriver:
             self._run(self._streams[stream])
 
     def copy_on_device(self, to: int, source: int, size: int, stream: int) -> None:
+        self._current("cuMemcpyDtoDAsync_v2")
+
         def copy() -> None:
             self.device_memory.check(to, size, "copy_on_device to")
             self.device_memory.check(source, size, "copy_on_device from")
@@ -212,6 +225,8 @@ class FakeDriver:
         self._queue(stream, "copy_on_device", copy)
 
     def fill(self, pointer: int, byte: int, size: int, stream: int) -> None:
+        self._current("cuMemsetD8Async")
+
         def write() -> None:
             self.device_memory.check(pointer, size, "fill")
             ctypes.memset(pointer, byte, size)
@@ -220,7 +235,7 @@ class FakeDriver:
 
     def load_module(self, cubin: bytes) -> int:
         self._not_captured("cuModuleLoadData")
-        assert self.current is not None, "no context is current"
+        self._current("cuModuleLoadData")
         module = self._handle()
         self.modules[module] = cubin
         return module
@@ -230,7 +245,7 @@ class FakeDriver:
         if entry.encode() not in self.modules[module]:
             _fail(f"cuModuleGetFunction for kernel {entry}", "CUDA_ERROR_NOT_FOUND")
         function = self._handle()
-        self._functions[function] = entry
+        self._functions[function] = (module, entry)
         return function
 
     def set_shared_bytes(self, function: int, size: int) -> None:
@@ -241,7 +256,10 @@ class FakeDriver:
 
     def unload_module(self, module: int) -> None:
         self._not_captured("cuModuleUnload")
+        self._current("cuModuleUnload")
         del self.modules[module]
+        for function in [function for function, (owner, _) in self._functions.items() if owner == module]:
+            del self._functions[function]
 
     def launch(
         self,
@@ -252,7 +270,9 @@ class FakeDriver:
         stream: int,
         arguments: Sequence[Argument],
     ) -> None:
-        entry = self._functions[function]
+        self._current("cuLaunchKernel")
+        assert function in self._functions, f"launching {function}, which is no kernel of a loaded module"
+        _, entry = self._functions[function]
         limit = max(self._shared.get(function, 0), _SHARED_BYTES_WITHOUT_ASKING)
         if not all(0 < count <= most for count, most in zip(grid, _MAX_GRID, strict=True)) or shared_bytes > limit:
             _fail(f"cuLaunchKernel of {entry}: grid {grid}, {shared_bytes} bytes", "CUDA_ERROR_INVALID_VALUE")
@@ -346,6 +366,13 @@ class FakeDriver:
         if not 0 <= number < len(self.devices):
             _fail(f"cuDeviceGet for device {number}", "CUDA_ERROR_INVALID_DEVICE")
         return number
+
+    def _current(self, name: str) -> int:
+        """The device whose context the calling thread uses; without one, call ``name`` fails."""
+        device: int | None = getattr(self._thread, "device", None)
+        if device is None or not self._retained[device]:
+            _fail(name, "CUDA_ERROR_INVALID_CONTEXT")
+        return device
 
     def _not_captured(self, name: str) -> None:
         if self._captures:

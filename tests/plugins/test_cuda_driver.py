@@ -4,6 +4,8 @@ import ctypes
 import inspect
 import shutil
 import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib import util
 from pathlib import Path
 
@@ -26,6 +28,7 @@ const char *last_words(void) { return said; }
 CUresult cuInit(unsigned f) { const char *e = getenv("STUB_INIT"); return e ? atoi(e) : f ? 1 : 0; }
 CUresult cuGetErrorName(CUresult e, const char **s) {
   if (e == CUDA_ERROR_OUT_OF_MEMORY) { *s = "CUDA_ERROR_OUT_OF_MEMORY"; return 0; }
+  if (e == CUDA_ERROR_INVALID_CONTEXT) { *s = "CUDA_ERROR_INVALID_CONTEXT"; return 0; }
   if (e == CUDA_ERROR_NOT_FOUND) { *s = "CUDA_ERROR_NOT_FOUND"; return 0; }
   if (e == CUDA_ERROR_LAUNCH_FAILED) { *s = "CUDA_ERROR_LAUNCH_FAILED"; return 0; }
   *s = 0; return CUDA_ERROR_INVALID_VALUE; }
@@ -37,11 +40,13 @@ CUresult cuDeviceGetName(char *s, int n, CUdevice d) { strncpy(s, d == 41 ? "sec
 CUresult cuDeviceGetAttribute(int *v, CUdevice_attribute a, CUdevice d) {
   *v = a == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR ? (d == 41 ? 12 : 8)
      : a == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR ? (d == 41 ? 1 : 9) : -1; return 0; }
-static CUcontext current;
+static __thread CUcontext current;
 CUresult cuDevicePrimaryCtxRetain(CUcontext *c, CUdevice d) { *c = (CUcontext)(0x1234567800000000ull + d); return 0; }
-CUresult cuDevicePrimaryCtxRelease(CUdevice d) { return d == 41 ? 0 : 1; }
+CUresult cuDevicePrimaryCtxRelease(CUdevice d) { return d == 40 || d == 41 ? 0 : 1; }
 CUresult cuCtxSetCurrent(CUcontext c) { current = c; return 0; }
-CUresult cuCtxGetDevice(CUdevice *d) { *d = (int)((unsigned long long)current - 0x1234567800000000ull) - 40; return 0; }
+CUresult cuCtxGetDevice(CUdevice *d) {
+  if (!current) return CUDA_ERROR_INVALID_CONTEXT;
+  *d = (int)((unsigned long long)current - 0x1234567800000000ull) - 40; return 0; }
 CUresult cuMemGetInfo(size_t *f, size_t *t) { *f = 5000000000ull; *t = 8000000000ull; return 0; }
 CUresult cuMemAlloc(CUdeviceptr *p, size_t n) {
   if (n > 6000000000ull) return CUDA_ERROR_OUT_OF_MEMORY; *p = (CUdeviceptr)malloc(n); return 0; }
@@ -116,6 +121,38 @@ def test_devices_and_contexts(driver: Driver) -> None:
     assert driver.current_device() == 1
     driver.release_primary_context(1)
     assert driver.memory_info() == (5_000_000_000, 8_000_000_000)
+
+
+def _elsewhere(work: Callable[[], object]) -> object:
+    """What ``work`` returns or raises in a thread that never had a context."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()
+
+
+def _used(driver: Driver | FakeDriver, device: int) -> int:
+    driver.use_context(device)
+    return driver.current_device()
+
+
+@pytest.mark.parametrize("fake", [False, True])
+def test_every_thread_has_its_own_context(fake: bool, request: pytest.FixtureRequest) -> None:
+    driver = FakeDriver(devices=(89, 121)) if fake else request.getfixturevalue("driver")
+    with pytest.raises(MythosEdgeError, match="context of device 0 is not retained: call retain_primary_context first"):
+        driver.use_context(0)
+    driver.retain_primary_context(0)
+    driver.retain_primary_context(1)
+    assert driver.current_device() == 1
+    with pytest.raises(MythosEdgeError, match="cuCtxGetDevice failed: CUDA_ERROR_INVALID_CONTEXT"):
+        _elsewhere(driver.current_device)
+    assert _elsewhere(lambda: _used(driver, 0)) == 0
+    assert driver.current_device() == 1
+    assert _used(driver, 0) == 0
+    driver.retain_primary_context(0)
+    driver.release_primary_context(0)
+    assert _used(driver, 0) == 0
+    driver.release_primary_context(0)
+    with pytest.raises(MythosEdgeError, match="context of device 0 is not retained"):
+        driver.use_context(0)
 
 
 def test_memory_moves_in_every_direction(driver: Driver) -> None:
@@ -218,6 +255,7 @@ def test_the_fake_has_the_methods_of_the_driver() -> None:
 
 def test_fake_memory_is_checked() -> None:
     driver = FakeDriver(total_bytes=100)
+    driver.retain_primary_context(0)
     stream, pointer = driver.stream(), driver.allocate(64)
     assert np.isnan(driver.array(pointer, np.float32, (16,))).all()
     source = np.zeros(65, np.uint8)
@@ -261,6 +299,30 @@ def test_fake_launches_are_recorded_and_run() -> None:
     driver.free(pointer)
     with pytest.raises(AssertionError, match="launch of double"):
         driver.launch(function, (1, 1, 1), 64, 0, stream, arguments)
+
+
+def test_the_fake_does_nothing_without_a_context() -> None:
+    driver, stream, function, pointer = _fake_with_kernel()
+    host = np.zeros(4, np.float32)
+    calls: list[Callable[[], object]] = [
+        lambda: driver.allocate(4),
+        lambda: driver.allocate_pinned(4),
+        lambda: driver.copy_to_device(pointer, host.ctypes.data, 16, stream),
+        lambda: driver.copy_to_host(host.ctypes.data, pointer, 16, stream),
+        lambda: driver.copy_on_device(pointer, pointer + 8, 8, stream),
+        lambda: driver.fill(pointer, 0, 16, stream),
+        lambda: driver.load_module(b"cubin of double"),
+        lambda: driver.unload_module(min(driver.modules)),
+        lambda: driver.launch(function, (1, 1, 1), 64, 0, stream, (ctypes.c_void_p(pointer), ctypes.c_int32(4))),
+    ]
+    for call in calls:
+        with pytest.raises(MythosEdgeError, match="CUDA_ERROR_INVALID_CONTEXT"):
+            _elsewhere(call)
+    assert driver.array(pointer, np.float32, (4,)).tolist() == [0, 1, 2, 3]
+    assert _elsewhere(lambda: (driver.use_context(0), driver.allocate(4))[1]) in range(1, 2**63)
+    driver.release_primary_context(0)
+    with pytest.raises(MythosEdgeError, match="CUDA_ERROR_INVALID_CONTEXT"):
+        driver.allocate(4)
 
 
 def test_fake_delay_shows_what_was_read_too_early() -> None:

@@ -127,9 +127,12 @@ def experts(name: str, config: MythosConfig, rows: int, dtype: str, codes: str, 
     )
 
 
-def attention(name: str, config: MythosConfig, rows: int, dtype: str, context: int, seed: int = 0) -> Case:
-    """LatentAttention with ``context`` cached columns."""
+def attention(
+    name: str, config: MythosConfig, rows: int, dtype: str, context: int, filled: int | None = None, seed: int = 0
+) -> Case:
+    """LatentAttention with room for ``context`` cached columns, of which the first ``filled`` (or all) are."""
     random = np.random.default_rng(seed)
+    filled = context if filled is None else filled
     heads, rank = config.n_heads, config.kv_lora_rank
     width = config.cache_width
     kind = NUMPY[dtype]
@@ -137,14 +140,14 @@ def attention(name: str, config: MythosConfig, rows: int, dtype: str, context: i
         "q": random.standard_normal((1, rows, heads, width)).astype(kind),
         "rows": random.standard_normal((1, rows, width)).astype(kind),
         "past": random.standard_normal((1, context, width)).astype(kind),
-        "length": np.array(context),
+        "length": np.array(filled),
         "first": np.zeros(1, np.int64),
     }
     dtypes = {key: "int64" if key in ("length", "first") else dtype for key in inputs}
     scale = width**-0.5
     output_shape = (1, rows, heads, rank)
     return Case(
-        label=f"{name} attention {dtype}, context {context}, {_rows(rows)}",
+        label=f"{name} attention {dtype}, context {filled}, {_rows(rows)}",
         op="LatentAttention",
         output="mixed",
         dtype=dtype,

@@ -278,7 +278,7 @@ def test_names_that_leave_the_folder_are_refused(name: str) -> None:
 def test_names_of_targets_that_would_lead_their_files_out_of_the_folder_are_refused(name: str) -> None:
     values = _as_json(_manifest())
     values["targets"][name] = values["targets"]["ort-cpu"]
-    with pytest.raises(BundleError, match="target name .* leaves the bundle's folder"):
+    with pytest.raises(BundleError, match=r"target name .* leaves the bundle's folder"):
         _read(values)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from mythos_edge.exporter.trt_target import build_trt_target
 from mythos_edge.model.bundle import require_free_space
 from mythos_edge.model.config import VARIANTS, MythosConfig
 from mythos_edge.model.shapes import expected_shapes
@@ -27,6 +28,8 @@ from mythos_edge.runtime.backend import cores
 from mythos_edge.scripts.doctor import processor
 
 _COPY_BYTES = 16 << 20
+# What engines are built with.
+_ENGINES: dict[str, Any] = {"dtype": "fp16", "max_rows": 64, "max_context": 1024}
 _POLL_S = 0.05
 
 
@@ -36,9 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32")
     parser.add_argument("--folder", type=Path, default=None, help="where to write (default: a temporary folder)")
     parser.add_argument("-r", "--repetitions", type=int, default=3)
-    parser.add_argument("--build", default="", metavar="WEIGHTS", help="targets to build too, such as int8,int4")
+    parser.add_argument("--build", default="", metavar="NAMES", help="to build too: int8,int4,rtx-sm89")
     args = parser.parse_args(argv)
-    builds: dict[str, list[tuple[float, int]]] = {weights: [] for weights in args.build.split(",") if weights}
+    builds: dict[str, list[tuple[float, int]]] = {}
     config = VARIANTS[args.shape]
     size = 4 * sum(int(np.prod(shape)) for shape in expected_shapes(config).values())
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
@@ -53,12 +56,13 @@ def main(argv: list[str] | None = None) -> int:
             seconds, peak = _watched(export)
             exports.append(seconds)
             peaks.append(peak)
-            for weights in builds:
-                builds[weights].append(_watched(["build", str(folder / "bundle"), "--weights", weights]))
+            for target in filter(None, args.build.split(",")):
+                for what, cost in _built(folder / "bundle", target).items():
+                    builds.setdefault(what, []).append(cost)
             shutil.rmtree(folder / "bundle")
-    for weights, made in builds.items():
+    for what, made in builds.items():
         seconds, peak = statistics.median(one[0] for one in made), max(one[1] for one in made)
-        print(f"build {weights}: {seconds:.1f} s, peak resident {peak / 1e9:.2f} GB")
+        print(f"build {what}: {seconds:.1f} s" + (f", peak resident {peak / 1e9:.2f} GB" if peak else ""))
     copied, exported = statistics.median(copies), statistics.median(exports)
     report = {
         "shape": args.shape,
@@ -123,6 +127,27 @@ def _watched(verb: list[str]) -> tuple[float, int]:
     if process.returncode != 0:
         raise SystemExit(f"{verb[0]} ended with status {process.returncode}")
     return time.perf_counter() - started, peak
+
+
+def _built(bundle: Path, target: str) -> dict[str, tuple[float, int]]:
+    """Seconds and peak resident bytes of building a target; of each engine and of what comes before, where it has them.
+
+    The peak of an engine is that of the process which builds it; 0 where there was none. The time of the last engine
+    includes moving all of them into the bundle.
+    """
+    if target in ("fp32", "int8", "int4"):
+        return {target: _watched(["build", str(bundle), "--weights", target])}
+    begun: dict[str, float] = {}
+
+    def note(phase: str, fraction: float) -> None:
+        begun.setdefault(phase.partition(":")[0], time.perf_counter())
+
+    reports = build_trt_target(bundle, target, **_ENGINES, progress=note).reports
+    ends = [*list(begun.values())[1:], time.perf_counter()]
+    return {
+        f"{target} {part}": (end - start, reports[part].peak_bytes if part in reports else 0)
+        for (part, start), end in zip(begun.items(), ends, strict=True)
+    }
 
 
 def _family(pid: int) -> list[int]:

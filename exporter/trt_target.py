@@ -39,8 +39,9 @@ _FLAVOURS = {"rtx": "TensorRT for RTX", "trt": "TensorRT"}
 _MOST_DEPTH = 1024
 # Machines that people try, and that only full TensorRT serves.
 _ELSEWHERE = {87: "Jetson Orin", 90: "Hopper", 100: "data centre Blackwell", 110: "Jetson Thor"}
-# The least compute capability on which TensorRT has a type.
+# The least compute capability on which TensorRT has a type; TensorRT for RTX has no float32 products on Turing.
 _LEAST = {"bf16": 80, "int4": 86, "fp8": 89}
+_LEAST_OF = {"rtx": {**_LEAST, "fp32": 80}, "trt": _LEAST}
 # How trt_weights rounds.
 _METHODS = {"none": "none", "int8": "rtn", "fp8": "rtn", "int4": "search"}
 Progress = Callable[[str, float], None]
@@ -171,9 +172,10 @@ def check_gpus(gpus: Gpus, options: EngineOptions) -> None:
                 f"({' '.join(map(str, known))}){mend}"
             )
         for kind in (options.dtype, options.weights):
-            if number < _LEAST.get(kind, 0):
+            least = _LEAST_OF[gpus.flavour].get(kind, 0)
+            if number < least:
                 raise BuildError(
-                    f"sm{number} has no {kind}, which begins with sm{_LEAST[kind]}: choose another dtype or weights"
+                    f"sm{number} has no {kind}, which begins with sm{least}: choose another dtype or weights"
                 )
         if number not in kernel_store.compute_capabilities():
             kernels = " ".join(map(str, kernel_store.compute_capabilities()))

@@ -159,6 +159,7 @@ def test_a_build_over_another_that_is_interrupted_leaves_a_sound_bundle(
         ("rtx-sm89+sm90", {}, "sm90 is not among those TensorRT for RTX builds for (75 80 86 89 120 121): for Hopper"),
         ("rtx-sm88", {}, "sm88 is not among those TensorRT for RTX builds for (75 80 86 89 120 121)"),
         ("rtx-sm75", {"dtype": "bf16"}, "sm75 has no bf16, which begins with sm80"),
+        ("rtx-sm75", {"dtype": "fp32"}, "sm75 has no fp32, which begins with sm80"),
         ("rtx-sm80+sm89", {"weights": "int4"}, "sm80 has no int4, which begins with sm86"),
         ("rtx-sm86+sm89", {"weights": "fp8"}, "sm86 has no fp8, which begins with sm89"),
         ("rtx-sm89", {"dtype": "fp64"}, "dtype is 'fp64', expected one of fp32, fp16, bf16"),

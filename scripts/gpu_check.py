@@ -35,6 +35,7 @@ _LAST_LINES = 3
 # Beyond this a command hangs; builds and tests of all targets take minutes.
 _MOST_SECONDS = 3600
 _NO_END = 124
+_OLDEST_BF16 = 80
 # Slower than hoped for, and right.
 BELOW = "below the aim"
 STATUSES = ("ok", BELOW, "skipped", "failed")
@@ -211,9 +212,16 @@ def _plan(driver: Driver, args: argparse.Namespace) -> Iterator[Planned]:
     if args.only != "targets":
         for shape in args.shapes:
             for group in GROUPS:
-                yield planned_kernels(shape, group, args.torch, args.folder, _run)
+                if group.endswith("bf16") and capability < _OLDEST_BF16:
+                    yield _skipped(f"kernels {shape} {group}", f"sm{capability} has no bf16")
+                else:
+                    yield planned_kernels(shape, group, args.torch, args.folder, _run)
     if args.only != "kernels":
         yield from planned_targets(facts, capability, args.folder, _run)
+
+
+def _skipped(title: str, reason: str) -> Planned:
+    return Planned(title, lambda: Section(title, "skipped", reason))
 
 
 def planned_kernels(shape: str, group: str, torch: str, folder: Path, run: Runner) -> Planned:
@@ -289,7 +297,7 @@ def _planned_tests(run: Runner) -> Planned:
     title = "tests marked gpu"
     tests = _ROOT / "tests"
     if not tests.is_dir():
-        return Planned(title, lambda: Section(title, "skipped", "the package is installed without its tests"))
+        return _skipped(title, "the package is installed without its tests")
     command = [sys.executable, "-m", "pytest", "-q", "-rs", "-m", "gpu", str(tests)]
     return Planned(title, lambda: _steps(title, [command], run), needs_gpu=True)
 

@@ -71,18 +71,14 @@ def rows(gpu: Gpu, made: Iterable[Case], compared: Compared) -> Iterator[dict[st
 
 def torch_comparison(ways: str) -> Compared:
     """What torch takes for a case, in columns of the report; a reason instead where it can not be had."""
-    reason = ""
-    try:
-        import torch
-
-        if not torch.cuda.is_available():
-            reason = "torch has no GPU here"
-    except ImportError:
-        reason = "torch is not installed"
     if ways == "none":
         return lambda case: {}
-    if reason:
-        return lambda case: {"torch": reason}
+    try:
+        import torch
+    except ImportError:
+        return lambda case: {"torch": "torch is not installed"}
+    if not torch.cuda.is_available():
+        return lambda case: {"torch": "torch has no GPU here"}
     from mythos_edge.scripts import torch_kernels
 
     return lambda case: torch_kernels.best_time(case, compiled=ways == "best")

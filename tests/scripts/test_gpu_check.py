@@ -492,5 +492,8 @@ def test_the_device_comes_first_then_every_group_of_kernels(tmp_path: Path, monk
     device, *kernels = json.loads((tmp_path / "report.json").read_text())["sections"]
     assert device["rows"][0]["targets"] == "rtx-sm89, trt-this-gpu, ort-cuda"
     assert [section["title"] for section in kernels] == [f"kernels 3b {group}" for group in kernel_cases.GROUPS]
+    plan = gpu_check._plan(FakeDriver(devices=(75,)), gpu_check._parser().parse_args([]))  # type: ignore[arg-type]
+    turing = {planned.title: planned for planned in plan}["kernels 1b attention bf16"].run()
+    assert (turing.status, turing.reason) == ("skipped", "sm75 has no bf16")
     # Such a process said that all is well and left nothing; after the first nobody tries again.
     assert {section["status"] for section in kernels} == {"failed", "skipped"}

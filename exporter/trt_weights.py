@@ -74,7 +74,7 @@ def attach(graph: ir.Graph, tensors: Mapping[str, ir.ExternalTensor]) -> None:
 
 
 def _linked(wanted: Wanted, stored: TensorFile, source: Path, folder: Path) -> dict[str, ir.ExternalTensor]:
-    """The tensors that the bundle has as they are wanted, in a hard link of its file; none where links can not be."""
+    """The tensors that the bundle has as they are wanted, by a link to its file; none where links can not be."""
     same = [
         name
         for name, value in wanted.items()
@@ -85,8 +85,9 @@ def _linked(wanted: Wanted, stored: TensorFile, source: Path, folder: Path) -> d
     if not same:
         return {}
     try:
-        os.link(source, link)
-    except OSError:  # another disk, or one without links: they are copied like the others
+        # Not a hard link: while there are two, onnx reads no weights of the bundle, here and in other programs.
+        link.symlink_to(source.resolve())
+    except OSError:  # a disk without links: they are copied like the others
         return {}
     return {
         name: _tensor(wanted[name], WEIGHTS_FILE, stored.entries[name].offset, stored.entries[name].n_bytes, folder)

@@ -48,6 +48,14 @@ def traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+def copy_links(folder: Path) -> None:
+    """Puts files in place of links: TensorRT follows those that lead out of a folder, onnx and ONNX Runtime do not."""
+    for link in [file for file in folder.iterdir() if file.is_symlink()]:
+        source = link.resolve()
+        link.unlink()
+        shutil.copy(source, link)
+
+
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """``exported(checkpoint, **options)``: the bundle of a checkpoint, made at the first request."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import copy_links
 from fake_driver import FakeDriver
 from fake_tensorrt import VERSION, FakeTensorRT, plan_of
 
@@ -45,12 +46,7 @@ def _add_target(path: Path, dtype: str, layout: str) -> None:
     graphs = path.with_suffix(".graphs")
     graphs.mkdir()
     lowered = lower_for_tensorrt(bundle, graphs, EngineOptions(dtype, layout, "none", MAX_CONTEXT, MAX_ROWS))
-    for shared in graphs.iterdir():
-        # onnx reads no weights that are linked twice, and these graphs stay.
-        if shared.stat().st_nlink > 1:
-            content = shared.read_bytes()
-            shared.unlink()
-            shared.write_bytes(content)
+    copy_links(graphs)
     records = {}
     for stage, graph in lowered.graphs.items():
         plan = path / f"{stage}.{name}.engine"

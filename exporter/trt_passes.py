@@ -21,6 +21,7 @@ import onnx_ir.passes.common as passes
 from mythos_edge.exporter.weights import is_unwritten, unwritten
 from mythos_edge.model.errors import BuildError
 from mythos_edge.plugins import ops
+from mythos_edge.plugins.kernels.variants import GROUP
 
 CODES = {"int8": ir.DataType.INT8, "int4": ir.DataType.INT4, "fp8": ir.DataType.FLOAT8E4M3FN}
 # TensorRT takes these for int4; the first that divides a row is used.
@@ -70,9 +71,9 @@ def part_shared_experts(model: ir.Model) -> None:
 def round_weights(model: ir.Model, weights: str, names: Collection[str]) -> None:
     """See above; only matrices in ``names`` are rounded, to ``weights``: int8, int4 or fp8.
 
-    int8 and fp8 have one scale a row, int4 one for each block of a row. Where rows do not divide into blocks of int4,
-    experts are padded with zeros and the matrix of a plain product is int8. Raises BuildError when the experts' input
-    does not divide.
+    int8 and fp8 have one scale a row, int4 one for each block of a row. Experts are padded with zeros to what their
+    kernels take; the matrix of a plain product whose rows do not divide into blocks of int4 is int8. Raises BuildError
+    when the experts' input does not divide.
     """
     graph = model.graph
     made: dict[str, ir.Value] = {}
@@ -218,16 +219,14 @@ def _round_experts(graph: ir.Graph, node: ir.Node, weights: str) -> None:
     assert fc2 is not None
     (experts, double, dim), hidden = _shape(fc1), _shape(fc2)[-1]
     assert double == 2 * hidden
-    # An expert's hidden size may be padded with zeros, which add nothing; its input may not.
-    padded = hidden + (-hidden % _INT4_BLOCKS[-1] if weights == "int4" else 0)
+    # The kernels take whole groups. An expert's hidden size may be padded with zeros, which add nothing; its input not.
+    if dim % GROUP:
+        raise BuildError(f"{fc1.name}: rows of {dim} values are no multiple of {GROUP}: build with --weights none")
+    padded = hidden + -hidden % GROUP
     inputs = [x, router, bias]
     for stack, shape in ((fc1, (experts, 2 * padded, dim)), (fc2, (experts, dim, padded))):
         block = _block(shape[-1], weights)
-        if block is None:
-            raise BuildError(
-                f"{stack.name}: rows of {dim} values do not divide into int4 blocks of {_INT4_BLOCKS[-1]}: "
-                "build with --weights int8"
-            )
+        assert block is not None
         inputs += _codes_and_scale(graph, stack, weights, shape, (shape[-1] // block,))
     writer = _Writer(graph, node, str(node.outputs[0].name))
     attributes = {name: node.attributes[name].value for name in node.attributes}

@@ -236,9 +236,10 @@ def test_rounded_weights_in_fp16(lower: Lower, networks: Any, weights: str) -> N
     assert_near(Driver(lowered, network, 3).run([7, 1, 5]), eager(network, head), "fp16")
 
 
-def test_int4_experts_are_padded(lower: Lower, networks: Any) -> None:
+@pytest.mark.parametrize("weights", ["int8", "int4", "fp8"])
+def test_experts_are_padded(weights: str, lower: Lower, networks: Any) -> None:
     """The demo's hidden size of 48 becomes 64."""
-    lowered, network = lower("demo", "fp32", "step", "int4"), networks("demo")
+    lowered, network = lower("demo", "fp32", "step", weights), networks("demo")
     rounded = dequantised(lowered)
     assert rounded["step.block.ffn.fc1"].shape == (4, 128, 64)
     assert rounded["step.block.ffn.fc2"].shape == (4, 64, 64)

@@ -34,6 +34,7 @@ RELEASES = [
 BEFORE_NUMPY_2 = ("10.9.*", "10.13.*")
 # Asked for with hasattr before they are used.
 OPTIONAL = {"ComputeCapability", "IStreamWriter", "QuickPluginCreationRequest", "plugin"}
+OPTIONAL_MEMBERS = {"BuilderFlag.REQUIRE_USER_ALLOCATION"}
 # What builders, parsers, engines and contexts are asked to do; their objects have no names that a scan could find.
 METHODS = {
     "Builder": ("create_network", "create_builder_config", "create_optimization_profile", "build_serialized_network"),
@@ -130,6 +131,7 @@ def names_used() -> list[str]:
                 found |= set(_chain(node))
     # These are told apart by hasattr, or are of modules.
     found = {name for name in found if name.split(".")[0] not in OPTIONAL | {"__name__", "__version__"}}
+    found -= OPTIONAL_MEMBERS
     return sorted(found | {f"{owner}.{method}" for owner, methods in METHODS.items() for method in methods})
 
 

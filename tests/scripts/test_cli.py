@@ -430,7 +430,7 @@ DAMAGES: dict[Callable[[Path], None], str] = {
     _cut: "weights.safetensors: has 1000 bytes, the manifest says",
     _lose: "step.onnx: is missing: export the bundle again",
     _climb: "'../secret' leaves the bundle's folder: do not trust this bundle",
-    _newer: "made by a newer mythos-edge (schema 999, this one reads 2): upgrade it",
+    _newer: "made by a newer mythos-edge (schema 999, this one reads 3): upgrade it",
     _no_json: "manifest.json: can not be read",
 }
 

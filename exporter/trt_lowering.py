@@ -23,6 +23,7 @@ from mythos_edge.plugins import ops
 from mythos_edge.plugins.torch_ops import add_functions
 
 LAYOUTS = ("step", "loop")
+DTYPES = tuple(STORAGE_TYPES)
 WEIGHTS = ("none", *trt_passes.CODES)
 # TensorRT's own attention fuses up to this head size, in multiples of 8; there is none in float32.
 _LARGEST_HEAD, _HEAD_STEP = 256, 8
@@ -42,7 +43,7 @@ class EngineOptions:
     max_rows: int
 
     def __post_init__(self) -> None:
-        for name, known in (("dtype", tuple(STORAGE_TYPES)), ("layout", LAYOUTS), ("weights", WEIGHTS)):
+        for name, known in (("dtype", DTYPES), ("layout", LAYOUTS), ("weights", WEIGHTS)):
             if getattr(self, name) not in known:
                 raise BuildError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
         for name in ("max_context", "max_rows"):

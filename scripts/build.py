@@ -124,9 +124,12 @@ def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 def _tell(console: Console, bundle: Bundle, name: str, **more: Any) -> None:
     target = bundle.manifest.targets[name]
-    rounded = "" if target.method == "none" else f", blocks of {target.block or 'a row'}, {target.method}"
+    # Blocks differ between the matrices of an engine.
+    blocks = "" if target.engine is not None else f", blocks of {target.block or 'a row'}"
+    rounded = "" if target.method == "none" else f"{blocks}, {target.method}"
+    weights = target.compute_dtype if target.weights == "none" else target.weights
     console.say(
-        f"{name}: {target.weights}{rounded}; a token reads {target.fixed_bytes / 1e6:.1f} MB of weights and "
+        f"{name}: {weights}{rounded}; a token reads {target.fixed_bytes / 1e6:.1f} MB of weights and "
         f"{target.step_bytes / 1e6:.1f} MB at each loop step"
     )
     if target.engine is not None:

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mythos_edge.exporter.trt_target import DTYPES, THIS_GPU, WEIGHTS, build_trt_target
+from mythos_edge.exporter.trt_lowering import DTYPES, WEIGHTS
+from mythos_edge.exporter.trt_target import THIS_GPU, build_trt_target
 from mythos_edge.model.config import VARIANTS, MythosConfig
 from mythos_edge.model.errors import BackendUnavailable
 from mythos_edge.plugins import trt_bindings

@@ -89,12 +89,14 @@ class DeviceMemory:
     def __init__(
         self,
         driver: Driver,
+        device: int,
         dtype: str,
         room: int,
         padding: int,
         prepare: Prepare,
     ) -> None:
         self.dtype, self._dtype_name = STATE_DTYPES[dtype], dtype
+        self._device = device
         self.driver, self.stream = driver, driver.stream()
         self._room, self._padding = room, padding
         self._prepare, self._prepared = prepare, dict[tuple[Any, ...], PreparedProgram]()
@@ -129,6 +131,7 @@ class DeviceMemory:
         return made
 
     def to_host(self, rows: Rows) -> NDArray[Any]:
+        self.driver.use_context(self._device)
         host = np.empty(rows.shape, rows.dtype)
         if host.nbytes > self._pinned_bytes:
             if self._pinned_bytes:
@@ -165,6 +168,7 @@ class DeviceMemory:
         self.answer("OutputSoFar", arrays)
 
     def free_bytes(self) -> int | None:
+        self.driver.use_context(self._device)
         spare = sum(size * len(pointers) for size, pointers in self._spare.items())
         return self.driver.memory_info()[0] + spare
 
@@ -223,6 +227,8 @@ class DeviceMemory:
         self.driver.destroy_stream(self.stream)
 
     def _array(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceArray:
+        # Whatever a thread does here begins with an array.
+        self.driver.use_context(self._device)
         size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         if not size:
             return DeviceArray(self, 0, shape, dtype)

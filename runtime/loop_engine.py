@@ -30,7 +30,7 @@ class LoopEngine:
         self.config, self._max_rows = bundle.manifest.config, spec.engine.max_rows
         self._runtime = Runtime(bundle, target, driver, device)
         self._engine = self._runtime.load("model", trust)
-        self._memory = DeviceMemory(self._runtime.driver, spec.compute_dtype, 0, 0, self._runtime.prepare)
+        self._memory = DeviceMemory(self._runtime.driver, device, spec.compute_dtype, 0, 0, self._runtime.prepare)
 
     @classmethod
     def open(cls, path: Path | str, target: str, *, trust: bool = False) -> Self:

@@ -57,7 +57,8 @@ class TrtBackend:
         self._stages: dict[str, _Stage] = {}
         self._graphs: OrderedDict[_Key, int | None] = OrderedDict()
         self._capturing = True
-        self.memory = DeviceMemory(self._runtime.driver, spec.compute_dtype, room, rows, self._runtime.prepare)
+        driver = self._runtime.driver
+        self.memory = DeviceMemory(driver, device, spec.compute_dtype, room, rows, self._runtime.prepare)
         try:
             for stage in STAGES:
                 self._stages[stage] = _Stage(stage, self._runtime.load(stage, trust), self.memory, rows, room)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,12 @@ def test_a_capture_that_fails_is_run_piece_by_piece(
         made = session.generate(_prompt(session, 5), max_new_tokens=8)
         assert made.ids == host.generate(_prompt(host, 5), max_new_tokens=8).ids
         assert not session.backend.uses_graphs
+
+
+def test_another_thread_may_go_on(engines: Path, trt: FakeTensorRT, driver: FakeDriver) -> None:
+    with _session(engines, "fp32", driver) as session, ThreadPoolExecutor(1) as thread:
+        here = session.generate(_prompt(session, 3), max_new_tokens=4)
+        assert thread.submit(session.generate, _prompt(session, 3), max_new_tokens=4).result().ids == here.ids
 
 
 def test_a_failing_engine_is_one_line_and_ends_the_sequence(

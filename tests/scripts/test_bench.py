@@ -13,7 +13,7 @@ import pytest
 
 from mythos_edge.exporter.ort_target import build_target
 from mythos_edge.runtime.session import Session
-from mythos_edge.scripts import measuring
+from mythos_edge.scripts import cli, measuring
 from mythos_edge.scripts.bench import threshold_of_mean_depth
 from mythos_edge.scripts.measuring import noise, spread_of
 
@@ -98,3 +98,8 @@ def test_kernels_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert len(report["ms"]) == 3 + 5 + 2 + 5
     assert all(len(times) == 2 and min(times) > 0 for times in report["ms"].values())
+
+
+def test_a_gpu_is_not_compared_with_the_memory_of_a_cpu(demo_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", str(demo_bundle), "--target", "ort-cpu,rtx-sm89-fp16"]) == 1
+    assert "'rtx-sm89-fp16' is for a GPU: run scripts/gpu_check" in capsys.readouterr().err

@@ -488,12 +488,13 @@ def test_int4_is_packed_as_onnx_packs_it() -> None:
     assert packed(codes, ir.DataType.INT4) == tensor.tobytes()
 
 
-def test_int4_of_experts_whose_input_does_not_divide(lower: Lower) -> None:
+@pytest.mark.parametrize("weights", ["int8", "int4", "fp8"])
+def test_experts_whose_input_does_not_divide(weights: str, lower: Lower) -> None:
     model = ir.load(lower("mla-small", "fp32").graphs["step"])
     for name, shape in (("fc1", [8, 64, 100]), ("fc2", [8, 100, 32])):
         model.graph.initializers[f"step.block.ffn.{name}"].shape = ir.Shape(shape)
-    with pytest.raises(BuildError, match=r"step\.block\.ffn\.fc1: rows of 100 values do not divide .* --weights int8"):
-        trt_passes.round_weights(model, "int4", set())
+    with pytest.raises(BuildError, match=r"fc1: rows of 100 values are no multiple of 32: build with --weights none"):
+        trt_passes.round_weights(model, weights, set())
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,19 @@ def test_nothing_is_waited_for_between_the_steps_of_a_token(
         assert 0 < driver.calls.count("wait") <= made.block_calls + len(made.ids)
 
 
+def test_the_flag_is_read_one_step_late(engines: Path, trt: FakeTensorRT, driver: FakeDriver) -> None:
+    with _opened(engines, driver) as backend:
+        memory = backend.memory
+        running, halted = (memory.from_host(np.full((1, 3), mass, np.float32)) for mass in (0.1, 0.9))
+        late, prompt = (memory.watch(0.5, may_lag=lags) for lags in (True, False))
+        said = [late(mass, begins=mass is running) for mass in (running, halted, halted)]
+        assert said == [3, 3, 0]
+        assert [prompt(mass, begins=mass is running) for mass in (running, halted)] == [3, 0]
+        # A new chunk does not read what was said of the last.
+        assert late(running, begins=True) == 3
+        assert late(halted, begins=False) == 3
+
+
 @pytest.mark.parametrize("capturable", [True, False, None])
 def test_runs_of_few_rows_become_graphs_where_tensorrt_allows_it(
     capturable: bool | None, engines: Path, trt: FakeTensorRT, driver: FakeDriver

@@ -255,7 +255,7 @@ def _plugins(job: EngineJob, trt: Any) -> Iterator[None]:
         raise BuildError(failures[0] if failures else str(error)) from error
 
 
-# The classes below derive from TensorRT's own, which are there only once it has been loaded.
+# The classes below derive from TensorRT's own, there only once it has been loaded: no type checker sees them.
 
 
 def _logger(trt: Any) -> Any:

@@ -13,6 +13,7 @@ All change the model they are given. A rounded weight ``x`` becomes the initiali
 """
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -293,13 +294,13 @@ class _Writer:
     def __init__(self, graph: ir.Graph, node: ir.Node | None = None, name: str = "engine") -> None:
         self._graph, self._node, self._name, self._count = graph, node, name, 0
 
-    def op(self, op_type: str, inputs: Sequence[ir.Value | None], domain: str = "", **attributes: object) -> ir.Value:
+    def op(self, op_type: str, inputs: Sequence[ir.Value | None], domain: str = "", **attributes: Any) -> ir.Value:
         return self.many(op_type, inputs, 1, domain, **attributes)[0]
 
     def many(
-        self, op_type: str, inputs: Sequence[ir.Value | None], outputs: int, domain: str = "", **attributes: object
+        self, op_type: str, inputs: Sequence[ir.Value | None], outputs: int, domain: str = "", **attributes: Any
     ) -> Sequence[ir.Value]:
-        node = ir.node(op_type, inputs, attributes, domain=domain, num_outputs=outputs)  # type: ignore[arg-type]
+        node = ir.node(op_type, inputs, attributes, domain=domain, num_outputs=outputs)
         self._count += 1
         node.name = f"{self._name}/{op_type.lower()}_{self._count}"
         for index, value in enumerate(node.outputs):
@@ -345,8 +346,7 @@ class _Writer:
         seen = self.op("LessOrEqual", [self.constant("columns", np.arange(capacity)[None, None, None]), own])
         keys = values = cache
         if node.op_type == ops.GROUPED_QUERY_ATTENTION.name:
-            assert q.shape is not None
-            heads = [1, capacity, node.attributes["kv_heads"].as_int(), int(q.shape[3])]  # type: ignore[arg-type]
+            heads = [1, capacity, node.attributes["kv_heads"].as_int(), _shape(q)[-1]]
             split = self.many("Split", [cache], 2, axis=-1, num_outputs=2)
             shape = self.constant("cache_by_head", heads)
             keys, values = (

@@ -167,6 +167,7 @@ def _parameters(piece: Piece, plugin: Any) -> list[inspect.Parameter]:
 
 def _signed(function: Callable[..., Any], parameters: Sequence[inspect.Parameter], result: Any) -> Callable[..., Any]:
     """``function`` with the signature that TensorRT's decorators read a plugin's inputs and attributes from."""
+    # inspect honours it on any callable; the type of functions does not list it.
     function.__signature__ = inspect.Signature(parameters, return_annotation=result)  # type: ignore[attr-defined]
     return function
 

@@ -127,6 +127,7 @@ def _logger_and_messages(trt: ModuleType) -> tuple[Any, Messages]:
     if trt.__name__ not in _LOGGERS:
         kept = Messages()
 
+        # Its base is in a module that is known only now, so no checker sees it.
         class KeepingLogger(trt.ILogger):  # type: ignore[name-defined, misc]
             def __init__(self) -> None:
                 trt.ILogger.__init__(self)

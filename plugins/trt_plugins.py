@@ -125,7 +125,7 @@ def _remembered(method: Callable[..., Any]) -> Callable[..., Any]:
     def guarded(self: Any, *arguments: Any) -> Any:
         try:
             return method(self, *arguments)
-        except Exception as error:
+        except Exception as error:  # whatever it is, TensorRT may drop it; it goes on below
             reason = str(error) if isinstance(error, MythosEdgeError) else f"{type(error).__name__}: {error}"
             line = f"{self.title} ({method.__name__}): {' '.join(reason.split())}"
             _failures.append(line)
@@ -297,6 +297,7 @@ def plugin_class(trt: ModuleType) -> Any:
     """``OpPlugin`` as a plugin of the bindings ``trt``."""
     bases = (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime)
 
+    # The bases are the given bindings', so no checker sees them; so below.
     class Plugin(OpPlugin, *bases):  # type: ignore[misc]
         def __init__(self, *arguments: Any) -> None:
             for base in bases:

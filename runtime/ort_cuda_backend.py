@@ -47,7 +47,7 @@ def ort_cuda_session(path: Path, threads: int = 0, prepack: bool = True) -> Any:
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
         session = ort.InferenceSession(str(path), options, providers=[PROVIDER])
-    except Exception as error:  # see backend
+    except Exception as error:  # onnxruntime's exceptions have no common base but this
         raise BundleError(f"{path.name}: ONNX Runtime can not load it on the GPU: {one_line(error)}") from error
     if PROVIDER not in session.get_providers():
         raise BackendUnavailable(f"ONNX Runtime could not load its {PROVIDER}: {_why_not_loaded(ort)}", INSTALL)

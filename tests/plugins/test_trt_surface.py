@@ -41,7 +41,6 @@ METHODS = {
     "INetworkDefinition": ("num_layers", "get_layer", "num_inputs", "get_input", "num_outputs", "get_output"),
     "IBuilderConfig": (
         "add_optimization_profile",
-        "set_memory_pool_limit",
         "profiling_verbosity",
         "progress_monitor",
     ),
@@ -60,8 +59,11 @@ METHODS = {
         "num_optimization_profiles",
         "get_tensor_profile_shape",
         "create_execution_context",
+        "get_device_memory_size_for_profile_v2",
     ),
+    "ExecutionContextAllocationStrategy": ("USER_MANAGED",),
     "IExecutionContext": (
+        "set_device_memory",
         "set_tensor_address",
         "set_input_shape",
         "set_optimization_profile_async",

@@ -10,16 +10,15 @@ import hashlib
 import json
 import os
 import shutil
-import types
-import typing
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
-from mythos_edge.model.config import MythosConfig, config_from_dict
+from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import BundleError, ConfigError, ExportError
+from mythos_edge.model.typed_json import dataclass_from_json
 
 SCHEMA_VERSION = 3
 MANIFEST_FILE = "manifest.json"
@@ -221,55 +220,9 @@ def manifest_from_dict(values: Mapping[str, Any], *, origin: str) -> Manifest:
         )
     rest = {name: value for name, value in values.items() if name != "schema_version"}
     try:
-        manifest: Manifest = _parsed(Manifest, rest, "manifest")
-        return manifest
+        return dataclass_from_json(Manifest, rest, "manifest")
     except (BundleError, ConfigError) as error:
         raise BundleError(f"{origin}: {error}") from None
-
-
-def _parsed(kind: Any, value: Any, where: str) -> Any:
-    """``value`` as the annotated type ``kind``, checked all the way down."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if kind is MythosConfig:
-        return config_from_dict(_expect(value, dict, where), origin=where)
-    if dataclasses.is_dataclass(kind):
-        assert isinstance(kind, type)
-        return _parsed_fields(kind, _expect(value, dict, where), where)
-    if origin is dict:
-        return {
-            name: _parsed(arguments[1], item, f"{where}.{name}") for name, item in _expect(value, dict, where).items()
-        }
-    if origin is tuple:
-        return tuple(_parsed(arguments[0], item, where) for item in _expect(value, list, where))
-    if origin is types.UnionType:
-        kinds = tuple(arguments)
-        nested = next(filter(dataclasses.is_dataclass, kinds), None)
-        if nested is not None and isinstance(value, dict):
-            return _parsed(nested, value, where)
-        if isinstance(value, bool) or not isinstance(value, kinds):
-            raise BundleError(f"{where} is {value!r}, expected {kind}")
-        return value
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except OverflowError:
-            raise BundleError(f"{where} is too large a number: it was damaged or edited") from None
-    return _expect(value, kind, where)
-
-
-def _parsed_fields(kind: type, values: dict[str, Any], where: str) -> Any:
-    hints = typing.get_type_hints(kind)
-    unknown, missing = sorted(set(values) - set(hints)), sorted(set(hints) - set(values))
-    if unknown or missing:
-        what = f"unknown field {unknown[0]!r}" if unknown else f"missing field {missing[0]!r}"
-        raise BundleError(f"{where} has {what}: it was damaged or edited")
-    return kind(**{name: _parsed(hint, values[name], f"{where}.{name}") for name, hint in hints.items()})
-
-
-def _expect(value: Any, kind: type, where: str) -> Any:
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise BundleError(f"{where} is {value!r}, expected {kind.__name__}")
-    return value
 
 
 def _check_name(name: str, kind: str) -> None:

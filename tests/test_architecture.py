@@ -23,6 +23,7 @@ IMPORT_LIGHT = [
     "model.errors",
     "model.config",
     "model.bundle",
+    "model.typed_json",
     "plugins.processor",
     "plugins.kernel_store",
     "plugins.kernels.variants",

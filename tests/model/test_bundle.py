@@ -142,12 +142,6 @@ def test_a_manifest_survives_the_way_through_json(changes: dict[str, Any]) -> No
     assert _read(values) == manifest
 
 
-def test_whole_numbers_are_read_as_floats_where_floats_are_meant() -> None:
-    sample = _read(_changed("sample", "top_logits", value=[2, -3.5])).sample
-    assert sample.top_logits == (2.0, -3.5)
-    assert all(type(value) is float for value in sample.top_logits)
-
-
 @pytest.mark.parametrize(
     ("path", "where"),
     [

@@ -1,0 +1,194 @@
+"""What a manifest must look like, and the one line that anything else ends in."""
+
+import json
+from typing import Any
+
+import pytest
+from sample_bundle import RECORDS, sample_manifest
+
+from mythos_edge.model.bundle import (
+    MANIFEST_FILE,
+    SCHEMA_VERSION,
+    GoldenSample,
+    Manifest,
+    Source,
+    manifest_from_dict,
+    manifest_to_dict,
+)
+from mythos_edge.model.errors import BundleError
+
+
+def _as_json(manifest: Manifest) -> dict[str, Any]:
+    """The manifest as a reader finds it: plain JSON values."""
+    values: dict[str, Any] = json.loads(json.dumps(manifest_to_dict(manifest)))
+    return values
+
+
+def _changed(*path: str | int, value: Any) -> dict[str, Any]:
+    values = _as_json(sample_manifest())
+    place: Any = values
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return values
+
+
+def _read(values: dict[str, Any]) -> Manifest:
+    return manifest_from_dict(values, origin="here.json")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tokenizer": None},
+        {"source": Source("m", "safetensors", "0" * 64, 1200)},
+        {"graphs": {}, "targets": {}},
+        {"versions": {}},
+        {"sample": GoldenSample((), 1, 0.5, (), (), ())},
+    ],
+)
+def test_a_manifest_survives_the_way_through_json(changes: dict[str, Any]) -> None:
+    manifest = sample_manifest(**changes)
+    values = _as_json(manifest)
+    assert values["schema_version"] == SCHEMA_VERSION
+    assert _read(values) == manifest
+
+
+@pytest.mark.parametrize(
+    ("path", "where"),
+    [
+        ((), "manifest"),
+        (("source",), "manifest.source"),
+        (("sample",), "manifest.sample"),
+        (("graphs", "step"), "manifest.graphs.step"),
+        (("graphs", "step", "inputs", 1), "manifest.graphs.step.inputs"),
+        (("targets", "ort-cpu"), "manifest.targets.ort-cpu"),
+        (("files", "weights.bin"), "manifest.files.weights.bin"),
+    ],
+)
+def test_unknown_and_missing_fields_are_refused_at_every_level(path: tuple[str | int, ...], where: str) -> None:
+    values = _as_json(sample_manifest())
+    place: Any = values
+    for key in path:
+        place = place[key]
+    names = [name for name in place if name != "schema_version"]
+    for name in names:
+        kept = place.pop(name)
+        with pytest.raises(BundleError, match="missing field") as caught:
+            _read(values)
+        assert f"{where} has missing field {name!r}" in str(caught.value)
+        place[name] = kept
+    assert _read(values) == sample_manifest()
+    place["surprise"] = 1
+    with pytest.raises(BundleError, match="unknown field 'surprise'") as caught:
+        _read(values)
+    assert str(caught.value).startswith(f"here.json: {where} ")
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("dtype",), 16),
+        (("dtype",), None),
+        (("max_context",), "512"),
+        (("max_context",), 512.0),
+        (("max_context",), True),
+        (("graphs",), []),
+        (("graphs", "step"), "step.onnx"),
+        (("graphs", "step", "inputs"), {}),
+        (("graphs", "step", "inputs", 0), "h"),
+        (("graphs", "step", "inputs", 0, "shape"), "BSD"),
+        (("graphs", "step", "inputs", 0, "shape", 0), 1.5),
+        (("graphs", "step", "inputs", 0, "shape", 0), None),
+        (("graphs", "step", "inputs", 0, "shape", 0), True),
+        (("graphs", "step", "file"), None),
+        (("targets", "ort-cpu", "graphs", "step"), 3),
+        (("files", "weights.bin", "bytes"), "256"),
+        (("files", "weights.bin", "bytes"), 256.0),
+        (("files", "weights.bin"), None),
+        (("versions", "torch"), 2.13),
+        (("source", "step"), 1.5),
+        (("source", "step"), False),
+        (("sample", "ids"), 1),
+        (("sample", "ids", 0), "1"),
+        (("sample", "threshold"), "0.99"),
+        (("sample", "threshold"), True),
+        (("sample", "top_logits", 0), None),
+        (("tokenizer",), 0),
+        (("created",), 20250101),
+        (("config",), []),
+        (("config", "dim"), "2048"),
+        (("config", "n_experts_per_tok"), 1000),
+        (("config", "surprise"), 1),
+    ],
+)
+def test_a_wrong_type_is_named_with_its_place(path: tuple[str | int, ...], value: Any) -> None:
+    with pytest.raises(BundleError) as caught:
+        _read(_changed(*path, value=value))
+    message = str(caught.value)
+    assert message.startswith("here.json: ")
+    assert "\n" not in message
+    last_name = [part for part in path if isinstance(part, str)][-1]
+    assert last_name in message
+
+
+def test_a_newer_schema_asks_for_an_upgrade() -> None:
+    with pytest.raises(BundleError, match=r"newer mythos-edge .* upgrade"):
+        # Its fields may be others: the version comes first.
+        _read({"schema_version": SCHEMA_VERSION + 1, "other": 1})
+
+
+@pytest.mark.parametrize("version", [None, "1", 1.0, True])
+def test_a_schema_version_that_is_no_number_is_refused(version: Any) -> None:
+    with pytest.raises(BundleError, match="schema_version"):
+        _read(_changed("schema_version", value=version))
+    without = _as_json(sample_manifest())
+    del without["schema_version"]
+    with pytest.raises(BundleError, match="schema_version is None"):
+        _read(without)
+
+
+@pytest.mark.parametrize("sha", ["", "ab" * 31, "ab" * 33, "AB" * 32, "g" * 64, "ab" * 31 + " a", "０" * 64])
+def test_a_hash_must_be_64_small_hexadecimal_digits(sha: str) -> None:
+    with pytest.raises(BundleError, match=r"files\.weights\.bin\.sha256 .* 64 hexadecimal digits"):
+        _read(_changed("files", "weights.bin", "sha256", value=sha))
+
+
+@pytest.mark.parametrize("name", ["step.onnx", "step.ort.onnx", "tok.json"])
+def test_every_file_in_use_must_be_listed(name: str) -> None:
+    values = _as_json(sample_manifest())
+    del values["files"][name]
+    with pytest.raises(BundleError, match="files does not list") as caught:
+        _read(values)
+    assert repr(name) in str(caught.value)
+
+
+UNSAFE = ["../x", "/etc/x", "a/../../x", "a/../x", "..", ".", "", "C:\\x", "C:x", "a\\..\\x", "x\0y", MANIFEST_FILE]
+
+
+@pytest.mark.parametrize("name", UNSAFE)
+def test_names_that_leave_the_folder_are_refused(name: str) -> None:
+    listed = {**RECORDS, name: RECORDS["step.onnx"]}
+    with pytest.raises(BundleError, match="leaves the bundle's folder"):
+        sample_manifest(listed)
+    values = _as_json(sample_manifest())
+    values["files"][name] = values["files"]["step.onnx"]
+    with pytest.raises(BundleError, match="leaves the bundle's folder"):
+        _read(values)
+    for place in (("graphs", "step", "file"), ("targets", "ort-cpu", "graphs", "step"), ("tokenizer",)):
+        with pytest.raises(BundleError, match="leaves the bundle's folder"):
+            _read(_changed(*place, value=name))
+
+
+@pytest.mark.parametrize("name", ["../../x", *UNSAFE])
+def test_names_of_targets_that_would_lead_their_files_out_of_the_folder_are_refused(name: str) -> None:
+    values = _as_json(sample_manifest())
+    values["targets"][name] = values["targets"]["ort-cpu"]
+    with pytest.raises(BundleError, match=r"target name .* leaves the bundle's folder"):
+        _read(values)
+
+
+def test_a_file_in_a_subfolder_is_fine() -> None:
+    listed = {**RECORDS, "parts/a..b.bin": RECORDS["step.onnx"]}
+    assert "parts/a..b.bin" in _read(_as_json(sample_manifest(listed))).files

@@ -1,5 +1,6 @@
 """Shared fixtures: bundles exported once a session from the golden checkpoints and the demo model."""
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,12 +15,23 @@ from mythos_edge.exporter.export import export_bundle
 from mythos_edge.exporter.ort_target import build_target
 from mythos_edge.model.bundle import STAGES
 from mythos_edge.model.checkpoint import open_checkpoint
-from mythos_edge.model.config import MythosConfig
+from mythos_edge.model.config import VARIANTS, MythosConfig
 from mythos_edge.scripts import train_text
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = ROOT / "tests" / "fixtures"
 GOLDENS = ("mla-small", "gqa-small")
+# The shape of a model whose kernels are checked in no time.
+SMALL = dataclasses.replace(
+    VARIANTS["1b"],
+    dim=128,
+    n_heads=4,
+    kv_lora_rank=32,
+    qk_rope_head_dim=8,
+    n_experts=8,
+    n_experts_per_tok=2,
+    expert_dim=96,
+)
 
 
 @pytest.fixture(scope="session", autouse=True)

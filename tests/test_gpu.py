@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import SMALL
 
-from mythos_edge.exporter.trt_lowering import DTYPES, WEIGHTS
+from mythos_edge.exporter.trt_lowering import DTYPES, LAYOUTS, WEIGHTS
 from mythos_edge.exporter.trt_target import THIS_GPU, build_trt_target
-from mythos_edge.model.config import VARIANTS, MythosConfig
+from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import BackendUnavailable
 from mythos_edge.plugins import trt_bindings
 from mythos_edge.plugins.cuda_driver import Driver
@@ -34,16 +35,6 @@ FLOATS, CODES = ("fp16", "bf16", "fp32"), ("int8", "int4", "fp8")
 ROWS = (1, 3, 64)
 # Room and how much of it is filled: nothing, less than a tile, and enough to be split.
 CONTEXTS = ((40, 0), (40, 40), (900, 700))
-SMALL = dataclasses.replace(
-    VARIANTS["1b"],
-    dim=128,
-    n_heads=4,
-    kv_lora_rank=32,
-    qk_rope_head_dim=8,
-    n_experts=8,
-    n_experts_per_tok=2,
-    expert_dim=96,
-)
 # Sizes that no alignment divides.
 ODD = dataclasses.replace(SMALL, dim=101, expert_dim=53)
 # Latent ranks and rotary dims for every width of tile, aligned and not.
@@ -299,27 +290,19 @@ def assert_session_agrees(session: Session, host: Host, limits: Limits) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_engines_of_steps_on_the_gpu(
-    dtype: str, weights: str, wish: str, gpu: Gpu, demo_bundle: Path, host: Host, tmp_path: Path
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_engines_on_the_gpu(
+    layout: str, dtype: str, weights: str, wish: str, gpu: Gpu, demo_bundle: Path, host: Host, tmp_path: Path
 ) -> None:
     require(gpu.capability, dtype, weights)
     path = Path(shutil.copytree(demo_bundle, tmp_path / "demo.bundle"))
-    built = build_trt_target(path, wish, dtype=dtype, weights=weights, max_context=MAX_CONTEXT)
-    with Session.open(path, target=built.name) as session:
-        assert_session_agrees(session, host, limits_of(dtype, weights))
-
-
-@pytest.mark.gpu
-@pytest.mark.slow
-@pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_engines_with_the_loop_inside_on_the_gpu(
-    dtype: str, weights: str, wish: str, gpu: Gpu, demo_bundle: Path, host: Host, tmp_path: Path
-) -> None:
-    require(gpu.capability, dtype, weights)
-    path = Path(shutil.copytree(demo_bundle, tmp_path / "demo.bundle"))
-    built = build_trt_target(path, wish, dtype=dtype, weights=weights, layout="loop", max_context=MAX_CONTEXT)
-    with LoopEngine.open(path, built.name) as engine:
-        assert_agrees(engine.score(STREAMS), host, limits_of(dtype, weights))
-        # Not deeper than it is told.
-        assert engine.score(STREAMS, max_depth=2).depth.max() <= 2
+    built = build_trt_target(path, wish, dtype=dtype, weights=weights, layout=layout, max_context=MAX_CONTEXT)
+    limits = limits_of(dtype, weights)
+    if layout == "step":
+        with Session.open(path, target=built.name) as session:
+            assert_session_agrees(session, host, limits)
+    else:
+        with LoopEngine.open(path, built.name) as engine:
+            assert_agrees(engine.score(STREAMS), host, limits)
+            # Not deeper than it is told.
+            assert engine.score(STREAMS, max_depth=2).depth.max() <= 2

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import ROOT, SMALL
 from fake_driver import FakeDriver
 from fake_kernels import fake_kernel
 
@@ -20,18 +21,6 @@ from mythos_edge.plugins.launches import program
 from mythos_edge.scripts import gpu_bench, gpu_check, gpu_kernels, kernel_cases, torch_kernels
 from mythos_edge.scripts.gpu_bench import Gpu
 from mythos_edge.scripts.kernel_cases import NUMPY, Case
-
-ROOT = Path(__file__).parent.parent.parent
-SMALL = dataclasses.replace(
-    VARIANTS["1b"],
-    dim=128,
-    n_heads=4,
-    kv_lora_rank=32,
-    qk_rope_head_dim=8,
-    n_experts=8,
-    n_experts_per_tok=2,
-    expert_dim=128,
-)
 
 
 def _no_gpu() -> Any:
@@ -97,7 +86,7 @@ def test_bytes_moved_are_those_of_the_chosen_experts() -> None:
     beside = (SMALL.n_experts * SMALL.dim + SMALL.n_experts + 2 * SMALL.dim) * 2
     assert one.bytes_moved == 2 * expert + beside
     packed = kernel_cases.experts("small", SMALL, 1, "fp16", "int4")
-    scales = 3 * SMALL.dim * 2
+    scales = (2 * SMALL.expert_dim + SMALL.dim) * 2
     assert packed.bytes_moved == 2 * (expert // 4 + scales) + beside
     many = kernel_cases.experts("small", SMALL, 64, "fp16", "")
     assert many.notes["experts"] == SMALL.n_experts

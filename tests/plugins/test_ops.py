@@ -9,18 +9,13 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
+from single_ops import TOLERANCE, Feeds, expert_feeds, experts_model, model_of, packed, run_saved
 
-from mythos_edge.exporter.rounding import Rounding, round_blocks, unpacked
+from mythos_edge.exporter.rounding import Rounding
 from mythos_edge.model.layers import EagerOps, Window
 from mythos_edge.plugins import ops, reference
 from mythos_edge.plugins.ort_lowering import lower_for_ort
-from mythos_edge.plugins.ort_writer import Pack
 from mythos_edge.plugins.torch_ops import add_functions
-from mythos_edge.runtime.backend import ort_session
-
-Feeds = dict[str, np.ndarray]
-# float32 sums of a few hundred products of size 1.
-TOLERANCE = 2e-5
 
 ATTENTION_SHAPES = [
     # batch, new, context, filled, heads, padding
@@ -31,30 +26,6 @@ ATTENTION_SHAPES = [
     (3, 7, 11, 4, 2, (6, 0, 5)),
     (2, 6, 4, 0, 2, (5, 0)),
 ]
-
-
-def _model(spec: ops.OpSpec, feeds: Feeds, attributes: dict[str, Any], constants: tuple[str, ...] = ()) -> ir.Model:
-    """A model of one node; ``constants`` of the feeds are initializers."""
-    values = {}
-    for name, array in feeds.items():
-        tensor = ir.tensor(array, name=name)
-        constant = tensor if name in constants else None
-        values[name] = ir.Value(
-            name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=constant
-        )
-    node = ir.node(spec.name, list(values.values()), attributes, domain=ops.DOMAIN)
-    output = node.outputs[0]
-    output.name, output.type = spec.output, ir.TensorType(ir.DataType.FLOAT)
-    output.shape = ir.Shape([f"axis_{axis}" for axis in range(next(iter(feeds.values())).ndim)])
-    graph = ir.Graph(
-        [value for name, value in values.items() if name not in constants],
-        node.outputs,
-        nodes=[node],
-        initializers=[values[name] for name in constants],
-        opset_imports={"": ops.OPSET, ops.DOMAIN: ops.VERSION},
-        name="one",
-    )
-    return ir.Model(graph, ir_version=10)
 
 
 def _run(model: ir.Model, feeds: Feeds) -> np.ndarray:
@@ -85,7 +56,7 @@ def test_latent_attention(shape: tuple[Any, ...], random: np.random.Generator) -
     attributes = {"scale": 0.3, "value_dim": 13}
     feeds, window = _attention_feeds(random, shape, 20, 20)
     wanted = reference.latent_attention(**feeds, **attributes)
-    assert np.abs(_run(_model(ops.LATENT_ATTENTION, feeds, attributes), feeds) - wanted).max() < TOLERANCE
+    assert np.abs(_run(model_of(ops.LATENT_ATTENTION, feeds, attributes), feeds) - wanted).max() < TOLERANCE
     q, rows, past = (torch.from_numpy(feeds[name]) for name in ("q", "rows", "past"))
     eager = EagerOps().latent_attention(q, rows, past, window, 13, 0.3)
     assert np.abs(eager.numpy() - wanted).max() < TOLERANCE
@@ -97,7 +68,7 @@ def test_grouped_query_attention(shape: tuple[Any, ...], random: np.random.Gener
     attributes = {"scale": 0.3, "kv_heads": kv_heads}
     feeds, window = _attention_feeds(random, shape, 2 * kv_heads * 6, 6)
     wanted = reference.grouped_query_attention(**feeds, **attributes)
-    assert np.abs(_run(_model(ops.GROUPED_QUERY_ATTENTION, feeds, attributes), feeds) - wanted).max() < TOLERANCE
+    assert np.abs(_run(model_of(ops.GROUPED_QUERY_ATTENTION, feeds, attributes), feeds) - wanted).max() < TOLERANCE
     q, rows, past = (torch.from_numpy(feeds[name]) for name in ("q", "rows", "past"))
     eager = EagerOps().grouped_query_attention(q, rows, past, window, kv_heads, 0.3)
     assert np.abs(eager.numpy() - wanted).max() < TOLERANCE
@@ -113,47 +84,23 @@ MOE_SHAPES = [
 ]
 
 
-def _moe_feeds(random: np.random.Generator, shape: tuple[int, ...]) -> Feeds:
-    rows, dim, experts, _, hidden, shared, biased = shape
-    sizes = {
-        "x": (rows, dim),
-        "router": (experts, dim),
-        "router_bias": (experts,),
-        "fc1": (experts, 2 * hidden, dim),
-        "fc2": (experts, dim, hidden),
-    }
-    if shared:
-        sizes |= {"shared_gate_up": (2 * shared, dim), "shared_down": (dim, shared)}
-    feeds = {name: (0.5 * random.standard_normal(size)).astype(np.float32) for name, size in sizes.items()}
-    feeds["router_bias"] = 3 * feeds["router_bias"] * np.float32(biased)
-    return feeds
-
-
 def _moe_model(feeds: Feeds, top_k: int, folder: Path) -> ir.Model:
     """The op with its weights in a file, as in a bundle."""
-    weights = tuple(name for name in feeds if name != "x")
-    model = _model(ops.SPARSE_MOE, feeds, {"top_k": top_k}, constants=weights)
-    return ir.external_data.unload_from_model(model, folder, "weights.bin", size_threshold_bytes=0)
-
-
-def _run_file(model: ir.Model, feeds: Feeds, folder: Path) -> np.ndarray:
-    """The first output of ``model`` on the kernels and options of the runtime."""
-    ir.save(model, folder / "model.onnx")
-    session = ort_session(folder / "model.onnx", prepack=True)
-    result: np.ndarray = session.run(None, {i.name: feeds[i.name] for i in session.get_inputs()})[0]
-    return result
+    return ir.external_data.unload_from_model(
+        experts_model(feeds, top_k), folder, "weights.bin", size_threshold_bytes=0
+    )
 
 
 @pytest.mark.parametrize("shape", MOE_SHAPES)
 def test_sparse_moe(shape: tuple[int, ...], random: np.random.Generator, tmp_path: Path) -> None:
-    top_k, feeds = shape[3], _moe_feeds(random, shape)
+    top_k, feeds = shape[3], expert_feeds(random, shape)
     wanted = reference.sparse_moe(**feeds, top_k=top_k)
     model = _moe_model(feeds, top_k, tmp_path)
     lowered = lower_for_ort(model)
     add_functions(model)
-    assert np.abs(_run_file(model, feeds, tmp_path) - wanted).max() < TOLERANCE
+    assert np.abs(run_saved(model, feeds, tmp_path) - wanted).max() < TOLERANCE
     assert [node.op_type for node in lowered.graph].count("If") == shape[2]
-    assert np.abs(_run_file(lowered, feeds, tmp_path) - wanted).max() < TOLERANCE
+    assert np.abs(run_saved(lowered, feeds, tmp_path) - wanted).max() < TOLERANCE
     tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
     shared = (tensors.pop("shared_gate_up"), tensors.pop("shared_down")) if shape[5] else None
     eager = EagerOps().sparse_moe(**tensors, shared=shared, top_k=top_k)
@@ -166,7 +113,7 @@ def test_sparse_moe(shape: tuple[int, ...], random: np.random.Generator, tmp_pat
 def test_quantized_sparse_moe(
     shape: tuple[int, ...], blocks: int, codes: ir.DataType, random: np.random.Generator, tmp_path: Path
 ) -> None:
-    feeds = _moe_feeds(random, shape)
+    feeds = expert_feeds(random, shape)
     for name in ("fc1", "fc2"):
         stack = feeds.pop(name)
         feeds[f"{name}_codes"] = random.integers(-7, 8, stack.shape).astype(codes.numpy())
@@ -174,9 +121,9 @@ def test_quantized_sparse_moe(
     feeds = {name: feeds[name] for name in ops.QUANTIZED_SPARSE_MOE.inputs}
     wanted = reference.quantized_sparse_moe(**feeds, top_k=shape[3])
     weights = tuple(name for name in feeds if name != "x")
-    model = _model(ops.QUANTIZED_SPARSE_MOE, feeds, {"top_k": shape[3]}, constants=weights)
+    model = model_of(ops.QUANTIZED_SPARSE_MOE, feeds, {"top_k": shape[3]}, constants=weights)
     add_functions(model)
-    assert np.abs(_run_file(model, feeds, tmp_path) - wanted).max() < TOLERANCE * max(1.0, np.abs(wanted).max())
+    assert np.abs(run_saved(model, feeds, tmp_path) - wanted).max() < TOLERANCE * max(1.0, np.abs(wanted).max())
 
 
 def test_a_body_of_16_bit_values_computes_in_float32(random: np.random.Generator) -> None:
@@ -184,27 +131,27 @@ def test_a_body_of_16_bit_values_computes_in_float32(random: np.random.Generator
     feeds, _ = _attention_feeds(random, (2, 3, 9, 7, 4, (0, 2)), 20, 20)
     narrow = {name: array.astype(np.float16) if array.dtype == np.float32 else array for name, array in feeds.items()}
     wanted = reference.latent_attention(**narrow, **attributes)
-    model = _model(ops.LATENT_ATTENTION, narrow, attributes)
+    model = model_of(ops.LATENT_ATTENTION, narrow, attributes)
     model.graph.outputs[0].type = ir.TensorType(ir.DataType.FLOAT16)
     # Half a unit in the last place of values below 4, and nothing more.
     assert np.abs(_run(model, narrow) - wanted).max() < 2**-9 / 2 + TOLERANCE
 
 
 def test_sparse_moe_with_all_rows_at_one_expert(random: np.random.Generator, tmp_path: Path) -> None:
-    feeds = _moe_feeds(random, (12, 16, 6, 1, 8, 0, False))
+    feeds = expert_feeds(random, (12, 16, 6, 1, 8, 0, False))
     feeds["router_bias"][2] = 1e3
     wanted = reference.sparse_moe(**feeds, top_k=1)
     lowered = lower_for_ort(_moe_model(feeds, 1, tmp_path))
-    assert np.abs(_run_file(lowered, feeds, tmp_path) - wanted).max() < TOLERANCE
+    assert np.abs(run_saved(lowered, feeds, tmp_path) - wanted).max() < TOLERANCE
 
 
 def test_a_chosen_expert_with_a_very_low_score_still_counts(random: np.random.Generator, tmp_path: Path) -> None:
-    feeds = _moe_feeds(random, (5, 16, 6, 3, 8, 0, True))
+    feeds = expert_feeds(random, (5, 16, 6, 3, 8, 0, True))
     feeds["router"] *= 200  # logits of some hundreds, most of them far below zero
     feeds["router_bias"][:2] = 1e4
     wanted = reference.sparse_moe(**feeds, top_k=3)
     lowered = lower_for_ort(_moe_model(feeds, 3, tmp_path))
-    assert np.abs(_run_file(lowered, feeds, tmp_path) - wanted).max() < TOLERANCE * np.abs(wanted).max()
+    assert np.abs(run_saved(lowered, feeds, tmp_path) - wanted).max() < TOLERANCE * np.abs(wanted).max()
 
 
 @pytest.mark.parametrize("shape", [shape for shape in ATTENTION_SHAPES if shape[0] == 1])
@@ -212,38 +159,27 @@ def test_lowered_latent_attention(shape: tuple[Any, ...], random: np.random.Gene
     attributes = {"scale": 0.3, "value_dim": 13}
     feeds, _ = _attention_feeds(random, shape, 20, 20)
     wanted = reference.latent_attention(**feeds, **attributes)
-    lowered = lower_for_ort(_model(ops.LATENT_ATTENTION, feeds, attributes))
+    lowered = lower_for_ort(model_of(ops.LATENT_ATTENTION, feeds, attributes))
     assert not any(node.domain == ops.DOMAIN for node in lowered.graph)
-    assert np.abs(_run_file(lowered, feeds, tmp_path) - wanted).max() < TOLERANCE
+    assert np.abs(run_saved(lowered, feeds, tmp_path) - wanted).max() < TOLERANCE
 
 
 ROUNDINGS = [(bits, block, method) for bits in (4, 8) for block in (32, 64, 128) for method in ("rtn", "search")]
 
 
-def _pack(matrix: np.ndarray, rounding: Rounding) -> tuple[Pack, np.ndarray]:
-    """A stack of matrices, or one, as the kernels read it, and what it stands for."""
-    flat = matrix.reshape(-1, matrix.shape[-1])
-    values, scales = round_blocks(flat, rounding)
-    meant = unpacked(values, scales, rounding.bits, matrix.shape[-1]).reshape(matrix.shape)
-    if matrix.ndim == 3:
-        values, scales = values.reshape(*matrix.shape[:2], -1), scales.reshape(*matrix.shape[:2], -1)
-    pack = Pack(rounding.bits, rounding.block, matrix.shape[-1], ir.tensor(values), ir.tensor(scales))
-    return pack, meant
-
-
 @pytest.mark.parametrize(("bits", "block", "method"), ROUNDINGS)
 def test_rounded_sparse_moe(bits: int, block: int, method: str, random: np.random.Generator, tmp_path: Path) -> None:
     """The kernels read the packed weights as they are meant, and route as the oracle does."""
-    feeds = _moe_feeds(random, (9, 128, 7, 3, 128, 144, True))
+    feeds = expert_feeds(random, (9, 128, 7, 3, 128, 144, True))
     model = _moe_model(feeds, 3, tmp_path)
     names = ("fc1", "fc2", "shared_gate_up", "shared_down")
     packs = {}
     for name in names:
-        packs[name], feeds[name] = _pack(feeds[name], Rounding(bits, block, method))
+        packs[name], feeds[name] = packed(feeds[name], Rounding(bits, block, method))
     wanted = reference.sparse_moe(**feeds, top_k=3)
     lowered = lower_for_ort(model, packs)
     kinds = [node.op_type for node in lowered.graph]
     assert (kinds.count("QMoE"), kinds.count("MatMulNBits"), kinds.count("If")) == (1, 2, 0)
-    error = np.linalg.norm(_run_file(lowered, feeds, tmp_path) - wanted) / np.linalg.norm(wanted)
+    error = np.linalg.norm(run_saved(lowered, feeds, tmp_path) - wanted) / np.linalg.norm(wanted)
     # The kernels round activations to 8 bits too, twice in a row: up to 0.6 % each, more after SiLU.
     assert error < 0.02

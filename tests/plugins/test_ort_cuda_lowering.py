@@ -7,16 +7,13 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from single_ops import TOLERANCE, Feeds, expert_feeds, experts_model, packed, run_saved
 
-from mythos_edge.exporter.rounding import Rounding, round_blocks, unpacked
+from mythos_edge.exporter.rounding import Rounding
 from mythos_edge.plugins import ops, reference
 from mythos_edge.plugins.ort_cuda_lowering import CUDA_KERNELS, lower_for_ort_cuda
 from mythos_edge.plugins.ort_writer import MICROSOFT, Pack
-from mythos_edge.runtime.backend import ort_session
 
-Feeds = dict[str, np.ndarray]
-# float32 sums of a few hundred products of size 1.
-TOLERANCE = 2e-5
 # float16 has 11 bits; an expert is two products and the weights a third rounding.
 NARROW_TOLERANCE = 4 * 2.0**-11
 LARGE = ("fc1", "fc2", "shared_gate_up", "shared_down")
@@ -29,47 +26,6 @@ SHAPES = [
     (33, 48, 5, 5, 16, 8, True),
     (6, 16, 16, 1, 16, 0, True),
 ]
-
-
-def _feeds(random: np.random.Generator, shape: tuple[int, ...]) -> Feeds:
-    rows, dim, experts, _, hidden, shared, biased = shape
-    sizes = {
-        "x": (rows, dim),
-        "router": (experts, dim),
-        "router_bias": (experts,),
-        "fc1": (experts, 2 * hidden, dim),
-        "fc2": (experts, dim, hidden),
-    }
-    if shared:
-        sizes |= {"shared_gate_up": (2 * shared, dim), "shared_down": (dim, shared)}
-    feeds = {name: (0.5 * random.standard_normal(size)).astype(np.float32) for name, size in sizes.items()}
-    feeds["router_bias"] = 3 * feeds["router_bias"] * np.float32(biased)
-    return feeds
-
-
-def _model(feeds: Feeds, top_k: int) -> ir.Model:
-    values = {
-        name: ir.Value(
-            name=name,
-            type=ir.TensorType(ir.DataType.FLOAT),
-            shape=ir.Shape(array.shape),
-            const_value=None if name == "x" else ir.tensor(array, name=name),
-        )
-        for name, array in feeds.items()
-    }
-    node = ir.node("SparseMoE", list(values.values()), {"top_k": top_k}, domain=ops.DOMAIN)
-    (output,) = node.outputs
-    output.name, output.type, output.shape = "y", ir.TensorType(ir.DataType.FLOAT), ir.Shape(feeds["x"].shape)
-    weights = [value for name, value in values.items() if name != "x"]
-    imports = {"": ops.OPSET, ops.DOMAIN: ops.VERSION}
-    graph = ir.Graph([values["x"]], [output], nodes=[node], initializers=weights, opset_imports=imports, name="one")
-    return ir.Model(graph, ir_version=10)
-
-
-def _run(model: ir.Model, x: np.ndarray, folder: Path) -> np.ndarray:
-    ir.save(model, folder / "model.onnx")
-    result: np.ndarray = ort_session(folder / "model.onnx", prepack=True).run(None, {"x": x})[0]
-    return result
 
 
 def _kinds(model: ir.Model) -> list[str]:
@@ -92,23 +48,23 @@ def _relative(found: np.ndarray, wanted: np.ndarray) -> float:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_experts_in_float32(shape: tuple[int, ...], random: np.random.Generator, tmp_path: Path) -> None:
-    feeds = _feeds(random, shape)
+    feeds = expert_feeds(random, shape)
     wanted = reference.sparse_moe(**feeds, top_k=shape[3])
-    lowered = lower_for_ort_cuda(_model(feeds, shape[3]))
+    lowered = lower_for_ort_cuda(experts_model(feeds, shape[3]))
     kinds = _kinds(lowered)
     assert (kinds.count("MoE"), kinds.count("Cast")) == (1, 0)
     assert kinds.count("TopK") == shape[6], "without a bias the kernel chooses by itself"
-    assert np.abs(_run(lowered, feeds["x"], tmp_path) - wanted).max() < TOLERANCE
+    assert np.abs(run_saved(lowered, feeds, tmp_path) - wanted).max() < TOLERANCE
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_experts_in_float16(shape: tuple[int, ...], random: np.random.Generator, tmp_path: Path) -> None:
-    feeds = _feeds(random, shape)
-    model = _model(feeds, shape[3])
+    feeds = expert_feeds(random, shape)
+    model = experts_model(feeds, shape[3])
     narrowed = _narrowed(feeds)
     wanted = reference.sparse_moe(**feeds, top_k=shape[3])
     lowered = lower_for_ort_cuda(model, narrowed)
-    found = _run(lowered, feeds["x"], tmp_path)
+    found = run_saved(lowered, feeds, tmp_path)
     assert found.dtype == np.float32
     assert 0 < _relative(found, wanted) < NARROW_TOLERANCE
     # No float32 matrix is left that would be loaded beside the narrow one.
@@ -120,17 +76,17 @@ def test_experts_in_float16(shape: tuple[int, ...], random: np.random.Generator,
 @pytest.mark.parametrize("narrow", [False, True])
 def test_experts_are_chosen_in_float32(narrow: bool, random: np.random.Generator, tmp_path: Path) -> None:
     """Biased logits that float16 can not tell apart still choose the larger one, and do not weigh."""
-    feeds = _feeds(random, (64, 32, 8, 2, 16, 0, False))
+    feeds = expert_feeds(random, (64, 32, 8, 2, 16, 0, False))
     # Two experts compete for the second place, 1e-4 apart around 1000; the first place is the last expert's.
     feeds["router"][:2] = feeds["router"][0]
     feeds["router_bias"][:] = [1000, 1000.0001, 0, 0, 0, 0, 0, 2000]
-    model = _model(feeds, 2)
+    model = experts_model(feeds, 2)
     narrowed = _narrowed(feeds) if narrow else None
     logits = feeds["x"] @ feeds["router"].T
     feeds["router_bias"] = np.array([0, 1, -1e6, -1e6, -1e6, -1e6, -1e6, 1e6], np.float32)
     wanted = reference.sparse_moe(**feeds, top_k=2)
     assert np.abs(logits).max() < 100
-    found = _run(lower_for_ort_cuda(model, narrowed), feeds["x"], tmp_path)
+    found = run_saved(lower_for_ort_cuda(model, narrowed), feeds, tmp_path)
     assert _relative(found, wanted) < (NARROW_TOLERANCE if narrow else TOLERANCE)
 
 
@@ -138,15 +94,8 @@ def _packs(feeds: Feeds, rounding: Rounding) -> dict[str, Pack]:
     """The large matrices rounded, with scales that float16 holds; ``feeds`` then has what they stand for."""
     packs = {}
     for name in LARGE:
-        if name not in feeds:
-            continue
-        matrix = feeds[name]
-        values, scales = round_blocks(matrix.reshape(-1, matrix.shape[-1]), rounding)
-        scales = scales.astype(np.float16).astype(np.float32)
-        feeds[name] = unpacked(values, scales, rounding.bits, matrix.shape[-1]).reshape(matrix.shape)
-        if matrix.ndim == 3:
-            values, scales = (part.reshape(*matrix.shape[:2], -1) for part in (values, scales))
-        packs[name] = Pack(rounding.bits, rounding.block, matrix.shape[-1], ir.tensor(values), ir.tensor(scales))
+        if name in feeds:
+            packs[name], feeds[name] = packed(feeds[name], rounding, scale=np.float16)
     return packs
 
 
@@ -154,8 +103,8 @@ def _packs(feeds: Feeds, rounding: Rounding) -> dict[str, Pack]:
 @pytest.mark.parametrize("block", [64, 128])
 @pytest.mark.parametrize("rows", [1, 9])
 def test_rounded_experts(bits: int, block: int, rows: int, random: np.random.Generator, tmp_path: Path) -> None:
-    feeds = _feeds(random, (rows, 128, 7, 3, 128, 128, True))
-    model = _model(feeds, 3)
+    feeds = expert_feeds(random, (rows, 128, 7, 3, 128, 128, True))
+    model = experts_model(feeds, 3)
     packs = _packs(feeds, Rounding(bits, block, "rtn"))
     wanted = reference.sparse_moe(**feeds, top_k=3)
     lowered = lower_for_ort_cuda(model, {}, packs)
@@ -164,20 +113,20 @@ def test_rounded_experts(bits: int, block: int, rows: int, random: np.random.Gen
     (experts,) = (node for node in lowered.graph.all_nodes() if node.op_type == "QMoE")
     assert experts.attributes["weights_prepacked"].as_int() == 0, "the CUDA kernel would take them for its own layout"
     # The CPU's kernel of QMoE rounds activations to 8 bits; that of CUDA does not.
-    assert _relative(_run(lowered, feeds["x"], tmp_path), wanted) < 0.02
+    assert _relative(run_saved(lowered, feeds, tmp_path), wanted) < 0.02
 
 
 def test_rounded_weights_need_float16(random: np.random.Generator) -> None:
-    feeds = _feeds(random, (1, 128, 4, 2, 128, 0, False))
-    model = _model(feeds, 2)
+    feeds = expert_feeds(random, (1, 128, 4, 2, 128, 0, False))
+    model = experts_model(feeds, 2)
     with pytest.raises(AssertionError, match="float16"):
         lower_for_ort_cuda(model, None, _packs(feeds, Rounding(4, 64, "rtn")))
 
 
 @pytest.mark.parametrize("form", ["fp32", "fp16", "int4", "int8"])
 def test_only_ops_and_types_with_a_cuda_kernel(form: str, random: np.random.Generator) -> None:
-    feeds = _feeds(random, (3, 128, 4, 2, 128, 64, True))
-    model = _model(feeds, 2)
+    feeds = expert_feeds(random, (3, 128, 4, 2, 128, 64, True))
+    model = experts_model(feeds, 2)
     packs = _packs(feeds, Rounding(int(form[3:]), 64, "rtn")) if form.startswith("int") else {}
     narrowed = None if form == "fp32" else _narrowed(feeds, tuple(packs))
     lowered = lower_for_ort_cuda(model, narrowed, packs)
@@ -234,7 +183,6 @@ def test_attention(
         wanted = reference.grouped_query_attention(**feeds, **window, scale=0.3, kv_heads=2)
     lowered = lower_for_ort_cuda(_attention_model(spec, feeds, attributes, width))
     assert {node.op_type for node in lowered.graph.all_nodes() if node.domain == MICROSOFT} == {"FusedMatMul"}
-    ir.save(lowered, tmp_path / "model.onnx")
-    found = ort_session(tmp_path / "model.onnx", prepack=True).run(None, feeds)[0]
+    found = run_saved(lowered, feeds, tmp_path)
     assert found.shape == wanted.shape
     assert np.abs(found - wanted).max() < TOLERANCE

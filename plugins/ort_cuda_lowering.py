@@ -123,23 +123,19 @@ class _CudaLowering(Lowering):
             return self._wide(writer, writer.add("Gather", [self._weight(writer, table), rows]))
         return super()._embedding(writer, node)
 
-    def _sparse_moe(self, writer: GraphWriter, node: ir.Node) -> ir.Value:
-        inputs = dict(zip(ops.SPARSE_MOE.inputs + ops.SPARSE_MOE.optional, node.inputs, strict=False))
-        x, fc1, fc2 = inputs["x"], inputs["fc1"], inputs["fc2"]
-        assert x is not None
-        assert fc1 is not None
-        assert fc2 is not None
-        top_k = node.attributes["top_k"].as_int()
-        routing = self._routing(
-            writer, writer.add("Gemm", [x, inputs["router"]], transB=1), inputs["router_bias"], top_k
-        )
-        rows = self._narrow(writer, x)
-        y = self._wide(writer, self._experts(writer, rows, routing, (fc1, fc2), top_k))
-        gate_up, down = inputs.get("shared_gate_up"), inputs.get("shared_down")
-        if gate_up is None or down is None:
-            return y
-        hidden = writer.swiglu(self._multiplied(writer, rows, gate_up))
-        return writer.add("Add", [y, self._wide(writer, self._multiplied(writer, hidden, down))])
+    def _routed_experts(
+        self,
+        writer: GraphWriter,
+        x: ir.Value,
+        router: tuple[ir.Value, ir.Value | None],
+        stacks: tuple[ir.Value, ir.Value],
+        top_k: int,
+    ) -> ir.Value:
+        routing = self._routing(writer, *router, top_k)
+        return self._wide(writer, self._experts(writer, self._narrow(writer, x), routing, stacks, top_k))
+
+    def _shared_expert(self, writer: GraphWriter, x: ir.Value, gate_up: ir.Value, down: ir.Value) -> ir.Value:
+        return self._wide(writer, super()._shared_expert(writer, self._narrow(writer, x), gate_up, down))
 
     def _routing(self, writer: GraphWriter, logits: ir.Value, bias: ir.Value | None, top_k: int) -> ir.Value:
         """What makes the kernels choose by the biased logits and weigh by the unbiased ones: (N, E).

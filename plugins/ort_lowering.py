@@ -190,22 +190,33 @@ class Lowering:
         assert fc2 is not None
         top_k = node.attributes["top_k"].as_int()
         logits = writer.add("Gemm", [x, inputs["router"]], transB=1)
-        bias = inputs["router_bias"]
+        y = self._routed_experts(writer, x, (logits, inputs["router_bias"]), (fc1, fc2), top_k)
+        gate_up, down = inputs.get("shared_gate_up"), inputs.get("shared_down")
+        if gate_up is None or down is None:
+            return y
+        return writer.add("Add", [y, self._shared_expert(writer, x, gate_up, down)])
+
+    def _routed_experts(
+        self,
+        writer: GraphWriter,
+        x: ir.Value,
+        router: tuple[ir.Value, ir.Value | None],
+        stacks: tuple[ir.Value, ir.Value],
+        top_k: int,
+    ) -> ir.Value:
+        """``router`` is the logits and the bias by which experts are chosen but not weighed."""
+        logits, bias = router
         chosen_by = logits
         if bias is not None and bias_matters(bias):
             chosen_by = writer.add("Add", [logits, bias])
-        pack = self._pack(fc1)
+        pack = self._pack(stacks[0])
         if pack is not None and pack.block:
-            y = self._blocked_experts(writer, x, (logits, chosen_by), (stored_name(fc1), stored_name(fc2)), top_k)
-        else:
-            y = self._dispatched_experts(writer, x, (logits, chosen_by), (fc1, fc2), top_k)
-        if "shared_down" not in inputs:
-            return y
-        gate_up, down = inputs["shared_gate_up"], inputs["shared_down"]
-        assert gate_up is not None
-        assert down is not None
-        hidden = writer.swiglu(self._multiplied(writer, x, gate_up))
-        return writer.add("Add", [y, self._multiplied(writer, hidden, down)])
+            fc1, fc2 = stacks
+            return self._blocked_experts(writer, x, (logits, chosen_by), (stored_name(fc1), stored_name(fc2)), top_k)
+        return self._dispatched_experts(writer, x, (logits, chosen_by), stacks, top_k)
+
+    def _shared_expert(self, writer: GraphWriter, x: ir.Value, gate_up: ir.Value, down: ir.Value) -> ir.Value:
+        return self._multiplied(writer, writer.swiglu(self._multiplied(writer, x, gate_up)), down)
 
     def _blocked_experts(
         self,

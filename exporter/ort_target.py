@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import onnx
 import onnx_ir as ir
 
-from mythos_edge.exporter.passes import for_many_sequences, for_one_sequence
+from mythos_edge.exporter.passes import check_graph, for_many_sequences, for_one_sequence
 from mythos_edge.exporter.rounding import (
     ROW,
     Importance,
@@ -89,7 +88,7 @@ def write_graphs(
             add_functions(lowered)
             graphs[key] = f"{stage}.{name}{key.removeprefix(stage)}.onnx"
             ir.save(lowered, folder / graphs[key])
-            _check(lowered)
+            check_graph(lowered)
             sizes[key] = bytes_read(lowered.graph, config)
     return Lowered(graphs, sizes["prelude"] + sizes["coda"], sizes["step"])
 
@@ -149,17 +148,6 @@ def build_target(
             engine=None,
         )
         return install(bundle, folder, name, target)
-
-
-def _check(model: ir.Model) -> None:
-    """Has onnx check the graph; its weights, which may not be in place yet, count as inputs."""
-    copy = model.clone()
-    for name, value in list(copy.graph.initializers.items()):
-        if isinstance(value.const_value, ir.ExternalTensor):
-            copy.graph.initializers.pop(name)
-            value.const_value = None
-            copy.graph.inputs.append(value)
-    onnx.checker.check_model(ir.to_proto(copy))
 
 
 def _default_block(weights: str, dim: int) -> int:

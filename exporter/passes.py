@@ -2,11 +2,13 @@
 
 ``for_one_sequence``    requires a traced stage; ensures a batch of one, ``positions`` as an input, constant shapes
 ``for_many_sequences``  requires the former; ensures rows of up to ``jobs`` sequences side by side, each with its cache
+``check_graph``         has onnx check what a lowering made; changes nothing
 """
 
 from collections.abc import Sequence
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 from onnxscript.optimizer import fold_constants
@@ -58,6 +60,20 @@ def for_many_sequences(model: ir.Model, jobs: int) -> ir.Model:
             _rotate_each_row(graph, node)
     passes.RemoveUnusedNodesPass()(made)
     return made
+
+
+def check_graph(model: ir.Model) -> None:
+    """Raises onnx's ValidationError where ``model`` is no valid graph.
+
+    Its weights in files count as inputs: they may not be in place yet, and onnx refuses files with two links.
+    """
+    copy = model.clone()
+    for name, value in list(copy.graph.initializers.items()):
+        if isinstance(value.const_value, ir.ExternalTensor):
+            copy.graph.initializers.pop(name)
+            value.const_value = None
+            copy.graph.inputs.append(value)
+    onnx.checker.check_model(ir.to_proto(copy))
 
 
 def _fix_batch(graph: ir.Graph) -> None:

@@ -8,13 +8,13 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import onnx
 import onnx_ir as ir
 import pytest
 import torch
 from conftest import FIXTURES, GOLDENS, ROOT, copy_links
 
 from mythos_edge.exporter import trt_lowering, trt_passes
+from mythos_edge.exporter.passes import check_graph
 from mythos_edge.exporter.trt_lowering import EngineOptions, LoweredForTensorRT, lower_for_tensorrt
 from mythos_edge.exporter.trt_weights import ENGINE_WEIGHTS_FILE, packed, round_symmetrically
 from mythos_edge.exporter.weights import WEIGHTS_FILE
@@ -285,7 +285,7 @@ def test_types(lower: Lower, golden_name: str, dtype: str, layout: str) -> None:
     lowered = lower(golden_name, dtype, layout)
     for path in lowered.graphs.values():
         model = ir.load(path)
-        check(model)
+        check_graph(model)
         nodes = list(model.graph.all_nodes())
         values = [value for node in nodes for value in node.outputs]
         values += [*model.graph.inputs, *model.graph.initializers.values()]
@@ -313,7 +313,7 @@ def test_a_cast_to_float32_in_the_hot_path_is_found(lower: Lower, weights: str, 
     lowered = lower("mla-small", "fp16", layout, weights)
     for path in lowered.graphs.values():
         model = ir.load(path)
-        check(model)
+        check_graph(model)
         for node in model.graph.all_nodes():
             if node.op_type in ("Gemm", "MatMul", "RMSNormalization", "Attention", "QuantizedSparseMoE"):
                 codes = {ir.DataType.INT8, ir.DataType.INT4, ir.DataType.FLOAT8E4M3FN, ir.DataType.BOOL}
@@ -321,17 +321,6 @@ def test_a_cast_to_float32_in_the_hot_path_is_found(lower: Lower, weights: str, 
                 assert given - codes == {ir.DataType.FLOAT16}, node.name
             if node.op_type == "DequantizeLinear":
                 assert [user.op_type for user, _ in node.outputs[0].uses()] == ["Gemm"]
-
-
-def check(model: ir.Model) -> None:
-    """Has onnx check the graph; it refuses weights in a file with two links, so they count as inputs."""
-    copy = model.clone()
-    for name, value in list(copy.graph.initializers.items()):
-        if isinstance(value.const_value, ir.ExternalTensor):
-            copy.graph.initializers.pop(name)
-            value.const_value = None
-            copy.graph.inputs.append(value)
-    onnx.checker.check_model(ir.to_proto(copy))
 
 
 def test_inputs_and_outputs_are_those_of_the_contract(lower: Lower) -> None:

@@ -1,33 +1,26 @@
 """``validate --against fp32``: a rounded target is measured, the gate decides, and mistakes are one line."""
 
-import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from command_line import Ran, refused
 
 from mythos_edge.exporter.probes import ROUTER, Probe, router_of
 from mythos_edge.model.bundle import open_bundle
 from mythos_edge.runtime.backend import OrtBackend
 from mythos_edge.runtime.session import Session
-from mythos_edge.scripts import addition, cli
+from mythos_edge.scripts import addition
 from mythos_edge.scripts.quality_gate import GATES, _Recorder, _Traced
 
 
-def _validate(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, Any, str]:
-    code = cli.main(["validate", *(str(word) for word in argv), "--json"])
-    captured = capsys.readouterr()
-    return code, json.loads(captured.out), captured.err
-
-
-def test_a_rounded_target_passes_the_gate_of_its_weights(
-    rounded_bundle: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, report, _ = _validate(
-        capsys, rounded_bundle, "--against", "fp32", "--target", "ort-cpu-int4", "--demo-streams", 20
+def test_a_rounded_target_passes_the_gate_of_its_weights(rounded_bundle: Path, run: Callable[..., Ran]) -> None:
+    ran = run(
+        "validate", rounded_bundle, "--against", "fp32", "--target", "ort-cpu-int4", "--demo-streams", 20, "--json"
     )
-    assert code == 0
+    assert ran.code == 0
+    report = ran.json
     assert report["passed"] is True
     assert (report["target"], report["weights"], report["gate"]) == ("ort-cpu-int4", "int4", vars(GATES["int4"]))
     quality = report["quality"]
@@ -43,18 +36,20 @@ def test_a_rounded_target_passes_the_gate_of_its_weights(
 
 
 def test_a_gate_that_is_too_strict_is_exit_code_1(
-    rounded_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    rounded_bundle: Path, tmp_path: Path, run: Callable[..., Ran]
 ) -> None:
     np.save(tmp_path / "ids.npy", np.arange(20).reshape(2, 10))
     argv = (rounded_bundle, "--against", "fp32", "--target", "ort-cpu-int4", "--ids", tmp_path / "ids.npy")
-    code, report, _ = _validate(capsys, *argv, "--max-kl", 1e-12, "--min-top1", 0)
-    assert (code, report["passed"]) == (1, False)
+    ran = run("validate", *argv, "--max-kl", 1e-12, "--min-top1", 0, "--json")
+    report = ran.json
+    assert (ran.code, report["passed"]) == (1, False)
     assert (report["gate"]["max_kl"], report["gate"]["min_top1"]) == (1e-12, 0.0)
     assert "kl" in report["failures"]
     assert report["quality"]["positions"] == 20
     assert report["exact_sums"] is None
-    assert cli.main(["validate", *map(str, argv), "--max-kl", "1e-12"]) == 1
-    shown = capsys.readouterr().out
+    ran = run("validate", *argv, "--max-kl", 1e-12)
+    assert ran.code == 1
+    shown = ran.out
     assert "FAILED" in shown
     assert "allowed mean 1e-12" in shown
     assert "| loop step |" in shown
@@ -115,18 +110,15 @@ def test_a_recorder_puts_chunks_where_they_belong(demo_bundle: Path) -> None:
         (("--against", "fp32", "--target", "x", "--demo-streams", "0"), "--demo-streams is 0, expected at least 1"),
     ],
 )
-def test_mistakes_are_one_line(
-    demo_bundle: Path, argv: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, report, _ = _validate(capsys, demo_bundle, *argv)
-    assert code == 1
-    assert words in report["error"]
+def test_mistakes_are_one_line(demo_bundle: Path, argv: tuple[str, ...], words: str, run: Callable[..., Ran]) -> None:
+    refused(run("validate", demo_bundle, *argv), words)
 
 
-def test_demo_streams_need_the_demo_model(mla_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, report, _ = _validate(capsys, mla_bundle, "--against", "fp32", "--target", "x", "--demo-streams")
-    assert code == 1
-    assert "--demo-streams is for the demo model of 110 tokens, this one has 331: give --ids" in report["error"]
+def test_demo_streams_need_the_demo_model(mla_bundle: Path, run: Callable[..., Ran]) -> None:
+    refused(
+        run("validate", mla_bundle, "--against", "fp32", "--target", "x", "--demo-streams"),
+        "--demo-streams is for the demo model of 110 tokens, this one has 331: give --ids",
+    )
 
 
 def test_random_streams_are_whole_additions(random: np.random.Generator) -> None:

@@ -2,20 +2,20 @@
 
 import argparse
 import base64
-import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from command_line import Ran, refused
 
 from mythos_edge.model.bundle import open_bundle
 from mythos_edge.runtime.halting import depth_of_preset
 from mythos_edge.runtime.quality import kl_divergence
 from mythos_edge.runtime.session import Session
-from mythos_edge.scripts import addition, cli
+from mythos_edge.scripts import addition
 from mythos_edge.scripts.tune import Point, Setting, knee_of, settings_of
 
 
@@ -25,18 +25,12 @@ def data(tmp_path: Path, random: np.random.Generator) -> Path:
     return tmp_path / "ids.npy"
 
 
-def _tune(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, Any, str]:
-    code = cli.main(["tune", *(str(word) for word in argv), "--json"])
-    captured = capsys.readouterr()
-    return code, json.loads(captured.out), captured.err
-
-
 def _point(ms: float, kl: float, threshold: float = 0.5) -> Point:
     return Point(Setting("ort-cpu", threshold, 8), kl, 1.0, 2.0, ms, 1.0)
 
 
 def test_a_run_measures_draws_and_saves(
-    rounded_bundle: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    rounded_bundle: Path, data: Path, tmp_path: Path, run: Callable[..., Ran]
 ) -> None:
     argv = (
         rounded_bundle,
@@ -49,8 +43,9 @@ def test_a_run_measures_draws_and_saves(
         "-r",
         1,
     )
-    code, report, _ = _tune(capsys, *argv, "--thresholds", "0.5", "--max-depths", "2", "--save", "fast")
-    assert code == 0
+    ran = run("tune", *argv, "--thresholds", "0.5", "--max-depths", "2", "--save", "fast", "--json")
+    assert ran.code == 0
+    report = ran.json
     settings = {(point["target"], point["threshold"], point["max_depth"]) for point in report["points"]}
     assert settings == {(t, x, d) for t in ("ort-cpu", "ort-cpu-int4") for x in (0.5, 0.99) for d in (2, 8)}
     for point in report["points"]:
@@ -79,10 +74,10 @@ def test_a_run_measures_draws_and_saves(
 
 
 def test_figures_are_those_of_the_session(
-    rounded_bundle: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    rounded_bundle: Path, data: Path, tmp_path: Path, run: Callable[..., Ran]
 ) -> None:
-    _, report, _ = _tune(capsys, rounded_bundle, "--data", data, "-o", tmp_path, "-r", 1, "--targets", "ort-cpu-int4",
-                         "--thresholds", "0.99", "--max-depths", "3", "--max-kl", 100)  # fmt: skip
+    argv = (rounded_bundle, "--data", data, "-o", tmp_path, "-r", 1, "--targets", "ort-cpu-int4")
+    report = run("tune", *argv, "--thresholds", "0.99", "--max-depths", "3", "--max-kl", 100, "--json").json
     found = next(point for point in report["points"] if point["max_depth"] == 3)
     ids = np.load(data)
     with Session.open(rounded_bundle) as fp32, Session.open(rounded_bundle, target="ort-cpu-int4") as rounded:
@@ -95,24 +90,23 @@ def test_figures_are_those_of_the_session(
 
 
 def test_a_budget_nothing_meets_saves_nothing(
-    rounded_bundle: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    rounded_bundle: Path, data: Path, tmp_path: Path, run: Callable[..., Ran]
 ) -> None:
     argv = ("tune", rounded_bundle, "--data", data, "-o", tmp_path / "out", "--targets", "ort-cpu-int4", "-r", 1)
     argv += ("--thresholds", "0.99", "--max-depths", "8", "--max-kl", 0)
-    assert cli.main([str(word) for word in argv]) == 1
-    shown = capsys.readouterr()
-    assert "no point has KL <= 0" in shown.err
-    assert "<- knee" not in shown.out
+    ran = run(*argv)
+    assert ran.code == 1
+    assert "no point has KL <= 0" in ran.err
+    assert "<- knee" not in ran.out
     assert open_bundle(rounded_bundle).manifest.presets == {}
     assert (tmp_path / "out" / "curve.html").is_file()
 
 
-def test_people_are_told_the_knee(
-    rounded_bundle: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_people_are_told_the_knee(rounded_bundle: Path, data: Path, tmp_path: Path, run: Callable[..., Ran]) -> None:
     argv = ("tune", rounded_bundle, "--data", data, "-o", tmp_path / "out", "-r", 1, "--thresholds", "0.9")
-    assert cli.main([str(word) for word in argv]) == 0
-    shown = capsys.readouterr().out
+    ran = run(*argv)
+    assert ran.code == 0
+    shown = ran.out
     assert shown.count("<- knee") == 1
     assert re.search(r"% faster than the model's own depth at KL <= 0\.01: --threshold 0\.9\d* --max-depth \d", shown)
     assert "saved as preset 'knee'" in shown
@@ -159,11 +153,9 @@ def test_settings_always_hold_the_model_as_trained(demo_bundle: Path) -> None:
     ],
 )
 def test_mistakes_are_one_line(
-    demo_bundle: Path, data: Path, tmp_path: Path, argv: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
+    demo_bundle: Path, data: Path, tmp_path: Path, argv: tuple[str, ...], words: str, run: Callable[..., Ran]
 ) -> None:
-    code, report, _ = _tune(capsys, demo_bundle, "--data", data, "-o", tmp_path / "out", *argv)
-    assert code == 1
-    assert words in report["error"]
+    refused(run("tune", demo_bundle, "--data", data, "-o", tmp_path / "out", *argv), words)
     assert not (tmp_path / "out").exists()
 
 
@@ -177,32 +169,26 @@ def test_mistakes_are_one_line(
     ],
 )
 def test_bad_data_is_one_line(
-    demo_bundle: Path, tmp_path: Path, ids: np.ndarray, words: str, capsys: pytest.CaptureFixture[str]
+    demo_bundle: Path, tmp_path: Path, ids: np.ndarray, words: str, run: Callable[..., Ran]
 ) -> None:
     np.save(tmp_path / "bad.npy", ids)
-    code, report, _ = _tune(capsys, demo_bundle, "--data", tmp_path / "bad.npy", "-o", tmp_path / "out")
-    assert code == 1
-    assert words in report["error"]
+    refused(run("tune", demo_bundle, "--data", tmp_path / "bad.npy", "-o", tmp_path / "out"), words)
 
 
 def test_a_folder_that_can_not_be_written_is_one_line(
-    rounded_bundle: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    rounded_bundle: Path, data: Path, tmp_path: Path, run: Callable[..., Ran]
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     argv = (rounded_bundle, "--data", data, "-o", tmp_path / "file", "-r", 1, "--thresholds", "0.9", "--max-depths", 8)
-    code, report, _ = _tune(capsys, *argv)
-    assert code == 1
-    assert "can not write the curve" in report["error"]
+    refused(run("tune", *argv), "can not write the curve")
 
 
 def test_without_matplotlib_the_install_line_is_given(
-    demo_bundle: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    demo_bundle: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., Ran]
 ) -> None:
     import mythos_edge.scripts as scripts
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.delitem(sys.modules, "mythos_edge.scripts.tune_report", raising=False)
     monkeypatch.delattr(scripts, "tune_report", raising=False)
-    code, report, _ = _tune(capsys, demo_bundle, "--data", data, "-o", tmp_path / "out")
-    assert code == 1
-    assert "pip install 'mythos-edge[tune]'" in report["error"]
+    refused(run("tune", demo_bundle, "--data", data, "-o", tmp_path / "out"), "pip install 'mythos-edge[tune]'")

@@ -9,6 +9,7 @@ all loop steps: the demo model is the one whose halting means something. Needs t
 
 import argparse
 import ast
+import dataclasses
 import importlib.util
 import math
 import time
@@ -24,6 +25,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 
 from mythos_edge.scripts.reference import open_mythos
+from mythos_edge.scripts.train_demo import demo_config
 
 LOOPS = 4
 END = "<|endoftext|>"
@@ -105,29 +107,9 @@ def unigram_entropy(ids: Ids) -> float:
 
 
 def text_config(main: Any, loops: int = LOOPS) -> Any:
-    """About 170 thousand parameters: MLA, 4 experts."""
-    return main.MythosConfig(
-        vocab_size=END_ID + 1,
-        dim=64,
-        n_heads=4,
-        n_kv_heads=4,
-        max_seq_len=512,
-        max_loop_iters=loops,
-        prelude_layers=1,
-        coda_layers=1,
-        attn_type="mla",
-        kv_lora_rank=32,
-        q_lora_rank=48,
-        qk_rope_head_dim=16,
-        qk_nope_head_dim=16,
-        v_head_dim=16,
-        n_experts=4,
-        n_shared_experts=1,
-        n_experts_per_tok=2,
-        expert_dim=48,
-        act_threshold=0.99,
-        rope_theta=10000.0,
-        lora_rank=4,
+    """The demo's for other tokens, at more positions: about 170 thousand parameters."""
+    return dataclasses.replace(
+        demo_config(main), vocab_size=END_ID + 1, max_seq_len=512, max_loop_iters=loops, rope_theta=10000.0
     )
 
 

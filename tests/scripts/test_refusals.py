@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import CHECKPOINT, Ran, refused
+from tiny_checkpoint import Evil
 
 # --- a request ----------------------------------------------------------------------------------------------------
 
@@ -226,22 +227,14 @@ def test_a_graph_that_is_none_is_refused(damaged: Path, run: Callable[..., Ran])
 # --- an export ----------------------------------------------------------------------------------------------------
 
 
-class _Evil:
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.trace),)
-
-
 def test_checkpoints_that_are_refused(tmp_path: Path, run: Callable[..., Ran]) -> None:
-    """One of each kind; ``tests/model/test_checkpoint.py`` has them all."""
+    """One of each kind; ``tests/model/test_refused_checkpoints.py`` has them all."""
     from safetensors.torch import load_file
 
     tensors = load_file(CHECKPOINT / "model.safetensors")
     config = json.loads((CHECKPOINT / "config.json").read_text())
     trace = tmp_path / "executed"
-    torch.save({"model": tensors, "cfg": config, "extra": _Evil(trace)}, tmp_path / "evil.pt")
+    torch.save({"model": tensors, "cfg": config, "extra": Evil(trace)}, tmp_path / "evil.pt")
     torch.save({"model": {**tensors, "blocks.0.ffn.moda": torch.zeros(2)}, "cfg": config}, tmp_path / "extra.pt")
     first = next(iter(tensors))
     torch.save({"model": {n: t for n, t in tensors.items() if n != first}, "cfg": config}, tmp_path / "missing.pt")

@@ -13,6 +13,8 @@ import torch
 from command_line import CHECKPOINT, Ran, refused
 from tiny_checkpoint import Evil
 
+from mythos_edge.model.bundle import SCHEMA_VERSION
+
 # --- a request ----------------------------------------------------------------------------------------------------
 
 
@@ -194,7 +196,7 @@ DAMAGES: dict[Callable[[Path], None], str] = {
     _cut: "weights.safetensors: has 1000 bytes, the manifest says",
     _lose: "step.onnx: is missing: export the bundle again",
     _climb: "'../secret' leaves the bundle's folder: do not trust this bundle",
-    _newer: "made by a newer mythos-edge (schema 999, this one reads 3): upgrade it",
+    _newer: f"made by a newer mythos-edge (schema 999, this one reads {SCHEMA_VERSION}): upgrade it",
     _no_json: "manifest.json: can not be read",
 }
 

@@ -11,6 +11,7 @@ import torch
 from command_line import CHECKPOINT, Ran
 from conftest import FIXTURES
 
+from mythos_edge.model.bundle import SCHEMA_VERSION
 from mythos_edge.runtime.session import Session
 
 
@@ -32,7 +33,7 @@ def test_inspect_reads_a_checkpoint_a_graph_and_a_bundle(mla_bundle: Path, run: 
     assert graph["nodes"]["Loop"] == 1
     bundle = run("inspect", mla_bundle, "--json").json
     assert bundle["kind"] == "bundle"
-    assert bundle["manifest"]["schema_version"] == 3
+    assert bundle["manifest"]["schema_version"] == SCHEMA_VERSION
     with Session.open(mla_bundle) as session:
         assert bundle["cache"]["bytes_at_max_context"] == session.plan().cache_bytes
     assert "kind: bundle" in run("inspect", mla_bundle).out

@@ -16,6 +16,7 @@ from mythos_edge.plugins.kernels.variants import VARIANTS, grid_size
 DECODE_ROWS = 8
 # Programs that keep a large GPU busy, and the least context worth a program of its own.
 _PROGRAMS, _SPLIT_COLUMNS = 256, 64
+_MOST_PARTIAL_BYTES = 64 << 20
 _WORKSPACE_ALIGNMENT = 256
 _BYTES = {"fp16": 2, "bf16": 2, "fp32": 4, "i32": 4}
 
@@ -156,9 +157,7 @@ def _latent_attention(shapes: Shapes, dtypes: Dtypes, attributes: Attributes) ->
     _fits(shapes, {"rows": (batch, chunk, width), "past": (batch, columns, width), "first": (batch,)}, op)
     kernel = _attention_kernel(dtype, values, width - values)
     sizes = {"batch": batch, "chunk": chunk, "heads": heads, "columns": columns, "queries": chunk * heads}
-    tiles = batch * -(-chunk * heads // table.QUERIES)
-    # The context at hand is not known here: a split is a share of what is there, and may be empty.
-    splits = max(1, min(table.MAX_SPLITS, _PROGRAMS // tiles, (columns + chunk) // _SPLIT_COLUMNS))
+    splits = _splits(batch, chunk, heads, columns)
     sizes |= {"values": values, "ropes": width - values, "splits": splits}
     writer = _Writer(sizes, {"scale": float(attributes["scale"])})
     partials = batch * chunk * heads * splits if splits > 1 else 0
@@ -168,6 +167,20 @@ def _latent_attention(shapes: Shapes, dtypes: Dtypes, attributes: Attributes) ->
     if splits > 1:
         writer.launch(f"merge_splits_{dtype}")
     return writer.program()
+
+
+def fixed_splits(heads: int, values: int, columns: int, max_rows: int) -> int:
+    """The parts to split attention into where their number can not depend on the rows: those of one row, unless
+    partials of ``max_rows`` rows would then fill too much memory.
+    """
+    row_bytes = heads * values * _BYTES["fp32"]
+    return max(1, min(_splits(1, 1, heads, columns), _MOST_PARTIAL_BYTES // (max_rows * row_bytes)))
+
+
+def _splits(batch: int, chunk: int, heads: int, columns: int) -> int:
+    tiles = batch * -(-chunk * heads // table.QUERIES)
+    # The context at hand is not known here: a split is a share of what is there, and may be empty.
+    return max(1, min(table.MAX_SPLITS, _PROGRAMS // tiles, (columns + chunk) // _SPLIT_COLUMNS))
 
 
 def _attention_kernel(dtype: str, values: int, ropes: int) -> str:

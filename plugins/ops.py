@@ -5,30 +5,43 @@ graph that holds these nodes; a runtime that knows a faster way (a TensorRT plug
 the node. Other faces: ``reference`` (numpy oracle), ``torch_ops`` (tracing), ``ort_lowering``.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 DOMAIN = "mythos"
 VERSION = 1
 OPSET = 23
+# The others are integers.
+FLOAT_ATTRIBUTES = ("scale",)
 
 
 @dataclass(frozen=True)
 class OpSpec:
-    """One op: its formal inputs in order, attribute names, output and body.
+    """One op: its formal inputs in order, attribute names, outputs and body.
 
     ``optional`` inputs come last and are given all together or not at all; ``body`` maps whether they are given to
-    the text of the function. Inputs are of the element type of the first one but for ``integers`` (int64) and
-    ``codes``, rounded weights of any type that can be cast to a float.
+    the text of the function. Tensors are of one element type but for those ``types`` names: ``int64``, ``int32``,
+    ``fp32`` whatever the element type is, and ``codes``, rounded weights of any type that can be cast to a float.
     """
 
     name: str
     inputs: tuple[str, ...]
     optional: tuple[str, ...]
     attributes: tuple[str, ...]
-    output: str
+    outputs: tuple[str, ...]
     body: dict[bool, str]
-    integers: tuple[str, ...] = ()
-    codes: tuple[str, ...] = ()
+    types: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def output(self) -> str:
+        """The output of an op that has one."""
+        (only,) = self.outputs
+        return only
+
+    @property
+    def typed_by(self) -> str:
+        """The first input of the element type."""
+        return next(name for name in self.inputs if name not in self.types)
 
     def function_text(self, *, with_optional: bool, wide: bool = True) -> str:
         """The model-local function in ONNX text syntax; unless ``wide``, of a 16-bit element type.
@@ -36,13 +49,18 @@ class OpSpec:
         The body computes in float32 as every face of the op does; 16-bit values are cast on their way in and out.
         """
         inputs = self.inputs + (self.optional if with_optional else ())
-        narrow = [] if wide else [name for name in inputs if name not in self.integers + self.codes]
-        formal = [f"{name}_narrow" if name in narrow else name for name in inputs]
-        output = self.output if wide else f"{self.output}_narrow"
+        narrow = () if wide else tuple(name for name in (*inputs, *self.outputs) if name not in self.types)
+        formal_inputs, formal_outputs = (
+            ", ".join(f"{name}_narrow" if name in narrow else name for name in names)
+            for names in (inputs, self.outputs)
+        )
         header = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>'
-        signature = f"{self.name} <{', '.join(self.attributes)}> ({', '.join(formal)}) => ({output})"
-        widened = "".join(f"{name} = Cast <to = 1> ({name}_narrow)\n" for name in narrow)
-        narrowed = "" if wide else f"{output} = CastLike ({self.output}, {formal[0]})\n"
+        attributes = f" <{', '.join(self.attributes)}>" if self.attributes else ""
+        signature = f"{self.name}{attributes} ({formal_inputs}) => ({formal_outputs})"
+        widened = "".join(f"{name} = Cast <to = 1> ({name}_narrow)\n" for name in narrow if name in inputs)
+        narrowed = "".join(
+            f"{name}_narrow = CastLike ({name}, {self.typed_by}_narrow)\n" for name in narrow if name in self.outputs
+        )
         return f"{header}\n{signature}\n{{{widened}{self.body[with_optional]}{narrowed}}}"
 
 
@@ -73,7 +91,8 @@ _VISIBLE = """
     counts = Concat <axis = 0> (past_count, new_count)
 """
 
-_LATENT_ATTENTION = f"""
+# Leaves the ``masked`` scores (B, S, H, C) and what ``LATENT_MIXTURE_BODY`` needs.
+LATENT_SCORES_BODY = f"""
     minus_one = Constant <value_ints = [-1]> ()
     keep_rest = Constant <value_ints = [0, -1]> ()
     batch_rows = Shape <start = 0, end = 2> (q)
@@ -98,13 +117,22 @@ _LATENT_ATTENTION = f"""
     head_axis = Constant <value_ints = [2]> ()
     visible_per_head = Unsqueeze (visible, head_axis)
     masked = Where (visible_per_head, scores, hidden_score)
-    softmax = Softmax <axis = -1> (masked)
+"""
+
+# From ``softmax (..., C)`` the mixtures of values, ``mixed_rows (B, all else, W)``.
+LATENT_MIXTURE_BODY = """
     weight_rows = Concat <axis = 0> (keep_rest, all_count)
     weights = Reshape (softmax, weight_rows)
     past_weights, new_weights = Split <axis = 2> (weights, counts)
     past_mixed = MatMul (past_weights, past)
     new_mixed = MatMul (new_weights, rows)
     mixed_rows = Add (past_mixed, new_mixed)
+"""
+
+_LATENT_ATTENTION = f"""
+    {LATENT_SCORES_BODY}
+    softmax = Softmax <axis = -1> (masked)
+    {LATENT_MIXTURE_BODY}
     q_shape = Shape (q)
     mixed_whole = Reshape (mixed_rows, q_shape)
     value_dim_value = Constant <value_int: int = @value_dim> ()
@@ -180,38 +208,28 @@ _NO_SHARED_EXPERTS = """
     start = Mul (x, nothing)
 """
 
-# Loops over the experts that were chosen at all and computes each for the rows that chose it: the weights of an
-# expert are read once whether one row or a whole prompt asks for it, and the others are not read.
-_ROUTED_EXPERTS = """
+ROUTER_LOGITS_BODY = """
     logits = Gemm <transB = 1> (x, router)
+"""
+
+
+def choice_body(chosen: str) -> str:
+    """From ``logits`` the experts, named ``chosen`` (int64), and their ``weights``; the bias is for the choice only."""
+    return f"""
     biased = Add (logits, router_bias)
-    minus_one = Constant <value_ints = [-1]> ()
+    top_k_axis = Constant <value_ints = [-1]> ()
     top_k_value = Constant <value_int: int = @top_k> ()
-    k = Reshape (top_k_value, minus_one)
-    chosen_biased, chosen = TopK <axis = -1> (biased, k)
-    chosen_logits = GatherElements <axis = -1> (logits, chosen)
+    k = Reshape (top_k_value, top_k_axis)
+    chosen_biased, {chosen} = TopK <axis = -1> (biased, k)
+    chosen_logits = GatherElements <axis = -1> (logits, {chosen})
     weights = Softmax <axis = -1> (chosen_logits)
-    experts = Unique <sorted = 1> (chosen)
-    count = Size (experts)
-    forward = Constant <value = bool {1}> ()
-    y = Loop (count, forward, start) <body = one_expert (int64 i, bool go, float[N, D] sum)
-        => (bool go_on, float[N, D] new_sum) {
-        go_on = Constant <value = bool {1}> ()
-        zero = Constant <value_float = 0.0> ()
+"""
+
+
+# ``both (N, 2F)``, gate and up interleaved -> ``hidden (N, F)``.
+SWIGLU_BODY = """
         last = Constant <value_ints = [-1]> ()
-        front = Constant <value_ints = [0]> ()
         pair = Constant <value_ints = [0, -1, 2]> ()
-        expert = Gather (experts, i)
-        hits = Equal (chosen, expert)
-        own_weights = Where (hits, weights, zero)
-        row_weight = ReduceSum <keepdims = 1> (own_weights, last)
-        hits_int = Cast <to = 6> (hits)
-        hit_rows = ReduceMax <keepdims = 0> (hits_int, last)
-        row_list = NonZero (hit_rows)
-        row_index = Squeeze (row_list, front)
-        taken = Gather (x, row_index)
-        gate_up = Gather (fc1, expert)
-        both = Gemm <transB = 1> (taken, gate_up)
         pairs = Reshape (both, pair)
         gate_pair, up_pair = Split <axis = -1, num_outputs = 2> (pairs)
         gate = Squeeze (gate_pair, last)
@@ -219,6 +237,34 @@ _ROUTED_EXPERTS = """
         gate_sigmoid = Sigmoid (gate)
         silu = Mul (gate, gate_sigmoid)
         hidden = Mul (silu, up)
+"""
+
+# Loops over the experts that were chosen at all and computes each for the rows that chose it: the weights of an
+# expert are read once whether one row or a whole prompt asks for it, and the others are not read.
+_ROUTED_EXPERTS = f"""
+    {ROUTER_LOGITS_BODY}
+    {choice_body("chosen")}
+    experts = Unique <sorted = 1> (chosen)
+    count = Size (experts)
+    forward = Constant <value = bool {{1}}> ()
+    y = Loop (count, forward, start) <body = one_expert (int64 i, bool go, float[N, D] sum)
+        => (bool go_on, float[N, D] new_sum) {{
+        go_on = Constant <value = bool {{1}}> ()
+        zero = Constant <value_float = 0.0> ()
+        front = Constant <value_ints = [0]> ()
+        expert = Gather (experts, i)
+        hits = Equal (chosen, expert)
+        own_weights = Where (hits, weights, zero)
+        choice_axis = Constant <value_ints = [-1]> ()
+        row_weight = ReduceSum <keepdims = 1> (own_weights, choice_axis)
+        hits_int = Cast <to = 6> (hits)
+        hit_rows = ReduceMax <keepdims = 0> (hits_int, choice_axis)
+        row_list = NonZero (hit_rows)
+        row_index = Squeeze (row_list, front)
+        taken = Gather (x, row_index)
+        gate_up = Gather (fc1, expert)
+        both = Gemm <transB = 1> (taken, gate_up)
+        {SWIGLU_BODY}
         down = Gather (fc2, expert)
         made = Gemm <transB = 1> (hidden, down)
         taken_weight = Gather (row_weight, row_index)
@@ -226,11 +272,12 @@ _ROUTED_EXPERTS = """
         row_axis = Constant <value_ints = [1]> ()
         scatter_index = Unsqueeze (row_index, row_axis)
         new_sum = ScatterND <reduction = "add"> (sum, scatter_index, weighed)
-    }>
+    }}>
 """
 
 
-def _dequantized(stack: str) -> str:
+def dequantized_body(stack: str) -> str:
+    """The weights ``stack`` from its codes and scales."""
     return f"""
     {stack}_numbers = Cast <to = 1> ({stack}_codes)
     {stack}_shape = Shape ({stack}_codes)
@@ -252,9 +299,9 @@ LATENT_ATTENTION = OpSpec(
     inputs=("q", "rows", "past", "length", "first"),
     optional=(),
     attributes=("scale", "value_dim"),
-    output="mixed",
+    outputs=("mixed",),
     body={False: _LATENT_ATTENTION},
-    integers=("length", "first"),
+    types={"length": "int64", "first": "int64"},
 )
 
 GROUPED_QUERY_ATTENTION = OpSpec(
@@ -264,9 +311,9 @@ GROUPED_QUERY_ATTENTION = OpSpec(
     inputs=("q", "rows", "past", "length", "first"),
     optional=(),
     attributes=("scale", "kv_heads"),
-    output="mixed",
+    outputs=("mixed",),
     body={False: _GROUPED_QUERY_ATTENTION},
-    integers=("length", "first"),
+    types={"length": "int64", "first": "int64"},
 )
 
 SPARSE_MOE = OpSpec(
@@ -276,7 +323,7 @@ SPARSE_MOE = OpSpec(
     inputs=("x", "router", "router_bias", "fc1", "fc2"),
     optional=("shared_gate_up", "shared_down"),
     attributes=("top_k",),
-    output="y",
+    outputs=("y",),
     body={False: _NO_SHARED_EXPERTS + _ROUTED_EXPERTS, True: _SHARED_EXPERTS + _ROUTED_EXPERTS},
 )
 
@@ -287,9 +334,9 @@ QUANTIZED_SPARSE_MOE = OpSpec(
     inputs=("x", "router", "router_bias", "fc1_codes", "fc1_scale", "fc2_codes", "fc2_scale"),
     optional=(),
     attributes=("top_k",),
-    output="y",
-    body={False: _dequantized("fc1") + _dequantized("fc2") + _NO_SHARED_EXPERTS + _ROUTED_EXPERTS},
-    codes=("fc1_codes", "fc2_codes"),
+    outputs=("y",),
+    body={False: dequantized_body("fc1") + dequantized_body("fc2") + _NO_SHARED_EXPERTS + _ROUTED_EXPERTS},
+    types={"fc1_codes": "codes", "fc2_codes": "codes"},
 )
 
 OPS: dict[str, OpSpec] = {

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mythos_edge.model.layers import Window
 from mythos_edge.plugins import ops
+from mythos_edge.plugins.op_pieces import PIECES
 
 
 class TracedOps:
@@ -60,12 +61,12 @@ def add_functions(model: ir.Model) -> None:
     for node in model.graph.all_nodes():
         if node.domain != ops.DOMAIN:
             continue
-        spec = ops.OPS[node.op_type]
-        first = node.inputs[0]
-        assert first is not None
+        spec = (ops.OPS | PIECES)[node.op_type]
+        typed = node.inputs[spec.inputs.index(spec.typed_by)]
+        assert typed is not None
         text = spec.function_text(
             with_optional=len(node.inputs) > len(spec.inputs),
-            wide=first.dtype not in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16),
+            wide=typed.dtype not in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16),
         )
         function = ir.serde.deserialize_function(onnx.parser.parse_function(text))
         # What the bodies are made of has not changed since, and ONNX Runtime wants one opset in a model.

@@ -1,8 +1,8 @@
 """Ahead-of-time plugins of full TensorRT: the engine carries PTX and needs no Python, for one kernel a plugin.
 
-So an op is a chain of pieces (``CHAINS``), each a plugin of one kernel, joined by tensors that would be workspace.
-TensorRT gives a kernel the pointers of its inputs, then integers, then the pointers of its outputs: the PTX is
-rearranged to take them so, and a float travels as the integer of the same bits.
+So an op is a chain of pieces (``op_pieces``), joined by tensors that would be workspace. TensorRT gives a kernel the
+pointers of its inputs, then integers, then the pointers of its outputs: the PTX is rearranged to take them so, and a
+float travels as the integer of the same bits.
 What is lost against ``trt_plugins``: the experts always use the kernels for few rows, and the number of parts that
 attention over a long context is split into is fixed when the graph is made. TensorRT for RTX has no such plugins.
 """
@@ -17,10 +17,10 @@ from types import ModuleType
 from typing import Any
 
 from mythos_edge.model.errors import BackendUnavailable, BuildError
-from mythos_edge.plugins import kernel_store, launches
+from mythos_edge.plugins import kernel_store, launches, op_pieces
 from mythos_edge.plugins.kernels import variants
 from mythos_edge.plugins.kernels.variants import VARIANTS
-from mythos_edge.plugins.ops import DOMAIN
+from mythos_edge.plugins.ops import DOMAIN, FLOAT_ATTRIBUTES, OpSpec
 from mythos_edge.plugins.ptx_parameters import rearranged
 from mythos_edge.plugins.trt_bindings import version
 from mythos_edge.plugins.trt_plugins import DTYPES
@@ -29,24 +29,19 @@ from mythos_edge.plugins.trt_plugins import DTYPES
 Size = Any
 Shapes = Mapping[str, Sequence[Size]]
 Sizes = dict[str, Size]
-Attributes = Mapping[str, int | float]
+Attributes = Mapping[str, Any]
 Divide = Callable[[Size, Size], Size]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One plugin of one kernel.
+    """How one kernel computes an op of ``op_pieces``; inputs it does not take only lend their shape or dtype.
 
-    ``inputs`` the kernel does not take only lend their shape or dtype; the dtype of ``typed_by`` is what is computed
-    in, and that of every output ``outputs`` says nothing of. ``sizes`` and ``kernel`` say what the kernel's rule for
-    its grid and its integers are made of, and which kernel it is.
+    ``sizes`` and ``kernel`` say what the kernel's rule for its grid and its integers are made of, and which kernel it
+    is; ``shapes`` are those of the outputs.
     """
 
-    name: str
-    inputs: tuple[str, ...]
-    outputs: Mapping[str, str]
-    attributes: Mapping[str, type]
-    typed_by: str
+    spec: OpSpec
     sizes: Callable[[Shapes, Attributes], Sizes]
     kernel: Callable[[Mapping[str, str], Sizes], str]
     shapes: Callable[[Sizes], tuple[tuple[Size, ...], ...]]
@@ -66,9 +61,9 @@ def launch_of(
 ) -> PieceLaunch:
     """What ``piece`` launches; ``divide`` rounds up. Raises BuildError where there is no kernel."""
     sizes = piece.sizes(shapes, attributes)
-    kernel = piece.kernel({**dtypes, "": dtypes[piece.typed_by]}, sizes)
+    kernel = piece.kernel({**dtypes, "": dtypes[piece.spec.typed_by]}, sizes)
     if kernel not in VARIANTS:
-        raise BuildError(f"{piece.name}: there is no kernel {kernel}: build with another --dtype or --weights")
+        raise BuildError(f"{piece.spec.name}: there is no kernel {kernel}: build with another --dtype or --weights")
     variant = VARIANTS[kernel]
     x, y, z = (_extent(rule, sizes, divide) for rule in variant.grid)
     scalars = {name: sizes[name] for name, kind in variant.arguments if not kind.startswith("*")}
@@ -79,16 +74,16 @@ def ptx_of(piece: Piece, kernel: str, compute_capability: int) -> str:
     """The PTX of ``kernel`` with parameters as TensorRT gives them to ``piece``."""
     names = [name for name, _ in VARIANTS[kernel].arguments]
     scalars = [number for number, (_, kind) in enumerate(VARIANTS[kernel].arguments) if not kind.startswith("*")]
-    inputs = [names.index(name) if name in names else None for name in piece.inputs]
-    outputs = [names.index(name) if name in names else None for name in piece.outputs]
+    inputs = [names.index(name) if name in names else None for name in piece.spec.inputs]
+    outputs = [names.index(name) if name in names else None for name in piece.spec.outputs]
     entry = kernel_store.kernel(kernel, compute_capability).entry
     return rearranged(kernel_store.ptx(kernel, compute_capability), entry, [*inputs, *scalars, *outputs])
 
 
 def register(trt: ModuleType, compute_capability: int) -> None:
-    """Declares all pieces to the bindings ``trt``, with the PTX for one GPU.
+    """Declares all pieces to the bindings ``trt``, with the PTX for one GPU; once a process.
 
-    Raises BackendUnavailable for a TensorRT without ahead-of-time plugins. Once a process.
+    Raises BackendUnavailable for a TensorRT without ahead-of-time plugins.
     """
     if not hasattr(trt, "QuickPluginCreationRequest"):
         raise BackendUnavailable(
@@ -97,38 +92,47 @@ def register(trt: ModuleType, compute_capability: int) -> None:
         )
     plugin = importlib.import_module(f"{trt.__name__}.plugin")
     for piece in PIECES:
-        plugin.register(f"{DOMAIN}::{piece.name}")(_description(piece, trt, plugin))
-        plugin.aot_impl(f"{DOMAIN}::{piece.name}")(_implementation(piece, plugin, compute_capability))
+        name = f"{DOMAIN}::{piece.spec.name}"
+        plugin.register(name)(_description(piece, trt, plugin))
+        plugin.aot_impl(name)(_implementation(piece, plugin, compute_capability))
 
 
 def _description(piece: Piece, trt: ModuleType, plugin: Any) -> Callable[..., Any]:
     """The function that tells TensorRT shapes and types of a piece's outputs."""
-    members = {name: getattr(trt.DataType, member) for member, name in DTYPES.items()} | {"i32": trt.DataType.INT32}
+    members = {name: getattr(trt.DataType, member) for member, name in DTYPES.items()}
+    several: Any = tuple.__class_getitem__((plugin.TensorDesc,) * len(piece.spec.outputs))
+    signature = inspect.Signature(
+        _parameters(piece, plugin), return_annotation=several if len(piece.spec.outputs) > 1 else plugin.TensorDesc
+    )
 
-    def describe(*given: Any) -> Any:
-        tensors, attributes = _taken_apart(piece, given)
-        sizes = piece.sizes({name: tensor.shape_expr for name, tensor in tensors.items()}, attributes)
+    def describe(*tensors: Any, **attributes: Any) -> Any:
+        given = signature.bind(*tensors, **attributes).arguments
+        sizes = piece.sizes({name: given[name].shape_expr for name in piece.spec.inputs}, given)
+        kinds = [piece.spec.types.get(name) for name in piece.spec.outputs]
         made = tuple(
-            plugin.from_shape_expr(shape, members[dtype] if dtype else tensors[piece.typed_by].dtype)
-            for shape, dtype in zip(piece.shapes(sizes), piece.outputs.values(), strict=True)
+            plugin.from_shape_expr(shape, members[kind] if kind else given[piece.spec.typed_by].dtype)
+            for shape, kind in zip(piece.shapes(sizes), kinds, strict=True)
         )
         return made if len(made) > 1 else made[0]
 
-    several: Any = tuple.__class_getitem__((plugin.TensorDesc,) * len(piece.outputs))
-    result = several if len(piece.outputs) > 1 else plugin.TensorDesc
-    return _signed(describe, _parameters(piece, plugin), result)
+    return _signed(describe, signature)
 
 
 def _implementation(piece: Piece, plugin: Any, compute_capability: int) -> Callable[..., Any]:
     """The function that gives TensorRT a piece's kernel and how to launch it."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    own = [inspect.Parameter("outputs", kind), inspect.Parameter("tactic", kind, annotation=int)]
+    result = tuple[str, str, plugin.KernelLaunchParams, plugin.SymIntExprs]
+    signature = inspect.Signature([*_parameters(piece, plugin), *own], return_annotation=result)
 
-    def implement(*given: Any) -> Any:
-        tensors, attributes = _taken_apart(piece, given[:-2])
+    def implement(*arguments: Any) -> Any:
+        given = signature.bind(*arguments).arguments
+        tensors = {name: given[name] for name in piece.spec.inputs}
         launch = launch_of(
             piece,
             {name: tensor.shape_expr for name, tensor in tensors.items()},
             {name: DTYPES.get(tensor.dtype.name, "") for name, tensor in tensors.items()},
-            attributes,
+            given,
             plugin.cdiv,
         )
         kernel = kernel_store.kernel(launch.kernel, compute_capability)
@@ -139,12 +143,7 @@ def _implementation(piece: Piece, plugin: Any, compute_capability: int) -> Calla
             scalars[index] = plugin.SymInt32(bits_of(value) if isinstance(value, float) else value)
         return kernel.entry, ptx_of(piece, launch.kernel, compute_capability), parameters, scalars
 
-    parameters = [
-        *_parameters(piece, plugin),
-        inspect.Parameter("outputs", inspect.Parameter.POSITIONAL_OR_KEYWORD),
-        inspect.Parameter("tactic", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=int),
-    ]
-    return _signed(implement, parameters, tuple[str, str, plugin.KernelLaunchParams, plugin.SymIntExprs])
+    return _signed(implement, signature)
 
 
 def bits_of(value: float) -> int:
@@ -153,22 +152,17 @@ def bits_of(value: float) -> int:
     return number
 
 
-def _taken_apart(piece: Piece, given: Sequence[Any]) -> tuple[dict[str, Any], dict[str, int | float]]:
-    """Tensors and attributes by name."""
-    count = len(piece.inputs)
-    return dict(zip(piece.inputs, given, strict=False)), dict(zip(piece.attributes, given[count:], strict=True))
-
-
 def _parameters(piece: Piece, plugin: Any) -> list[inspect.Parameter]:
+    attributes = {name: float if name in FLOAT_ATTRIBUTES else int for name in piece.spec.attributes}
+    types = {**dict.fromkeys(piece.spec.inputs, plugin.TensorDesc), **attributes}
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    tensors = [inspect.Parameter(name, kind, annotation=plugin.TensorDesc) for name in piece.inputs]
-    return tensors + [inspect.Parameter(name, kind, annotation=of) for name, of in piece.attributes.items()]
+    return [inspect.Parameter(name, kind, annotation=of) for name, of in types.items()]
 
 
-def _signed(function: Callable[..., Any], parameters: Sequence[inspect.Parameter], result: Any) -> Callable[..., Any]:
+def _signed(function: Callable[..., Any], signature: inspect.Signature) -> Callable[..., Any]:
     """``function`` with the signature that TensorRT's decorators read a plugin's inputs and attributes from."""
     # inspect honours it on any callable; the type of functions does not list it.
-    function.__signature__ = inspect.Signature(parameters, return_annotation=result)  # type: ignore[attr-defined]
+    function.__signature__ = signature  # type: ignore[attr-defined]
     return function
 
 
@@ -191,9 +185,9 @@ def _extent(rule: str, sizes: Sizes, divide: Divide) -> Size:
     return total
 
 
-def _known(size: Size) -> int:
-    """An axis of the weights, which is known when the engine is built."""
-    return size if isinstance(size, int) else int(size.constant_value())
+def _known(size: Size) -> Size:
+    """The number of an axis that is fixed when the engine is built; while TensorRT asks for types, nothing is."""
+    return size if isinstance(size, int) or size.is_fake else int(size.constant_value())
 
 
 def _aligned(*sizes: Size) -> str:
@@ -242,23 +236,17 @@ def _experts_sizes(shapes: Shapes, attributes: Attributes) -> Sizes:
     return sizes | ({} if scale is None else {"blocks": _known(scale[2])})
 
 
-def _experts_piece(half: str, codes: bool) -> Piece:
+def _experts_piece(spec: OpSpec) -> Piece:
     """``gate_up`` (x -> hidden) or ``down`` (hidden -> y) of the chosen experts."""
-    stack = "fc1" if half == "gate_up" else "fc2"
-    weights = (f"{stack}_codes", f"{stack}_scale") if codes else (stack,)
-    name = ("ExpertsGateUp" if half == "gate_up" else "ExpertsDown") + ("Codes" if codes else "")
-    first = ("x", "chosen") if half == "gate_up" else ("hidden", "chosen", "weights")
+    half = "gate_up" if "x" in spec.inputs else "down"
+    codes = next((name for name, kind in spec.types.items() if kind == "codes"), None)
 
     def kernel(dtypes: Mapping[str, str], sizes: Sizes) -> str:
-        end = f"_{dtypes[weights[0]]}" if codes else _aligned(sizes["dim"], sizes["units"])
+        end = f"_{dtypes[codes]}" if codes else _aligned(sizes["dim"], sizes["units"])
         return f"decode_{half}_{dtypes['']}{end}"
 
     return Piece(
-        name=name,
-        inputs=(*first, *weights),
-        outputs={"hidden": "fp32"} if half == "gate_up" else {"y": ""},
-        attributes={"top_k": int},
-        typed_by=weights[-1],
+        spec,
         sizes=_experts_sizes,
         kernel=kernel,
         shapes=lambda sizes: (
@@ -271,12 +259,7 @@ def _experts_piece(half: str, codes: bool) -> Piece:
 
 PIECES = (
     Piece(
-        name="LatentAttentionPart",
-        # Of as many parts as ``splits`` says; one part is the whole and stands in ``mixed``.
-        inputs=("q", "rows", "past", "length", "first"),
-        outputs={"mixed": "", "partials": "fp32", "sums_log": "fp32"},
-        attributes={"scale": float, "value_dim": int, "splits": int},
-        typed_by="q",
+        op_pieces.LATENT_ATTENTION_PART,
         sizes=_attention_sizes,
         kernel=_attention_kernel,
         shapes=lambda sizes: (
@@ -286,21 +269,13 @@ PIECES = (
         ),
     ),
     Piece(
-        name="MergeSplits",
-        inputs=("partials", "sums_log", "q"),
-        outputs={"mixed": ""},
-        attributes={},
-        typed_by="q",
+        op_pieces.MERGE_SPLITS,
         sizes=_merge_sizes,
         kernel=lambda dtypes, sizes: f"merge_splits_{dtypes['']}",
         shapes=lambda sizes: ((sizes["batch"], sizes["chunk"], sizes["heads"], sizes["values"]),),
     ),
     Piece(
-        name="RouterLogits",
-        inputs=("x", "router"),
-        outputs={"logits": "fp32"},
-        attributes={},
-        typed_by="x",
+        op_pieces.ROUTER_LOGITS,
         sizes=lambda shapes, attributes: {
             "rows": shapes["x"][0],
             "dim": _known(shapes["router"][1]),
@@ -310,11 +285,7 @@ PIECES = (
         shapes=lambda sizes: ((sizes["rows"], sizes["experts"]),),
     ),
     Piece(
-        name="RouterTopK",
-        inputs=("logits", "router_bias"),
-        outputs={"chosen": "i32", "weights": "fp32"},
-        attributes={"top_k": int},
-        typed_by="router_bias",
+        op_pieces.ROUTER_TOP_K,
         sizes=lambda shapes, attributes: {
             "rows": shapes["logits"][0],
             "experts": _known(shapes["router_bias"][0]),
@@ -323,12 +294,8 @@ PIECES = (
         kernel=lambda dtypes, sizes: f"router_top_k_{dtypes['']}",
         shapes=lambda sizes: ((sizes["rows"], sizes["top_k"]),) * 2,
     ),
-    *(_experts_piece(half, codes) for codes in (False, True) for half in ("gate_up", "down")),
+    _experts_piece(op_pieces.EXPERTS_GATE_UP),
+    _experts_piece(op_pieces.EXPERTS_DOWN),
+    _experts_piece(op_pieces.EXPERTS_GATE_UP_CODES),
+    _experts_piece(op_pieces.EXPERTS_DOWN_CODES),
 )
-
-# The pieces of each op in order; tensors of one name are one tensor. With one split there is nothing to merge.
-CHAINS = {
-    "LatentAttention": ("LatentAttentionPart", "MergeSplits"),
-    "SparseMoE": ("RouterLogits", "RouterTopK", "ExpertsGateUp", "ExpertsDown"),
-    "QuantizedSparseMoE": ("RouterLogits", "RouterTopK", "ExpertsGateUpCodes", "ExpertsDownCodes"),
-}

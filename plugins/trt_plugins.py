@@ -20,7 +20,15 @@ from mythos_edge.plugins import launches, trt_bindings
 from mythos_edge.plugins.carried_kernels import Carried, collect, decode, encode
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.plugins.kernel_launch import LoadedKernels, PreparedProgram, Scratch
-from mythos_edge.plugins.ops import DOMAIN, LATENT_ATTENTION, QUANTIZED_SPARSE_MOE, SPARSE_MOE, VERSION, OpSpec
+from mythos_edge.plugins.ops import (
+    DOMAIN,
+    FLOAT_ATTRIBUTES,
+    LATENT_ATTENTION,
+    QUANTIZED_SPARSE_MOE,
+    SPARSE_MOE,
+    VERSION,
+    OpSpec,
+)
 
 PLUGINS = (LATENT_ATTENTION, SPARSE_MOE, QUANTIZED_SPARSE_MOE)
 NAMESPACE = DOMAIN
@@ -30,12 +38,12 @@ DTYPES = {
     "HALF": "fp16",
     "BF16": "bf16",
     "INT64": "int64",
+    "INT32": "int32",
     "INT8": "int8",
     "INT4": "int4",
     "FP8": "fp8",
 }
 _COMPUTE, _CODES = ("FLOAT", "HALF", "BF16"), ("INT8", "INT4", "FP8")
-_FLOAT_ATTRIBUTES = ("scale",)
 _BLOB_FIELD = "kernels"
 
 
@@ -194,11 +202,12 @@ class OpPlugin:
             return False
         # Tensors beyond ``position`` are not set yet.
         name = self.spec.inputs[position] if position < input_count else self.spec.output
-        if name in self.spec.integers:
+        own = self.spec.types.get(name)
+        if own == "int64":
             return bool(found.type == self.trt.DataType.INT64)
-        if name in self.spec.codes:
-            first = tensors[self.spec.inputs.index(self.spec.codes[0])].desc.type
-            return found.type.name in _CODES and bool(found.type == first)
+        if own == "codes":
+            first = next(index for index, one in enumerate(self.spec.inputs) if self.spec.types.get(one) == "codes")
+            return found.type.name in _CODES and bool(found.type == tensors[first].desc.type)
         return found.type.name in _COMPUTE and bool(found.type == tensors[0].desc.type)
 
     @_remembered
@@ -319,7 +328,7 @@ def creator_class(trt: ModuleType) -> Any:
             kinds = trt.PluginFieldType
             self.field_names = trt.PluginFieldCollection(
                 [
-                    trt.PluginField(name, np.array([]), kinds.FLOAT32 if name in _FLOAT_ATTRIBUTES else kinds.INT32)
+                    trt.PluginField(name, np.array([]), kinds.FLOAT32 if name in FLOAT_ATTRIBUTES else kinds.INT32)
                     for name in spec.attributes
                 ]
             )
@@ -346,7 +355,7 @@ def _attributes(spec: OpSpec, data: Mapping[str, Any]) -> dict[str, int | float]
     if missing:
         raise BuildError(f"the node has no attribute {missing[0]}, expected {', '.join(spec.attributes)}")
     return {
-        name: float(value) if name in _FLOAT_ATTRIBUTES else int(value)
+        name: float(value) if name in FLOAT_ATTRIBUTES else int(value)
         for name in spec.attributes
         for value in [np.asarray(data[name]).reshape(-1)[0]]
     }

@@ -65,8 +65,9 @@ def sized(op: str, rows: int, context: int) -> dict[str, tuple[int, ...]]:
 def dtypes(op: str, dtype: str, codes: str) -> dict[str, str]:
     """The dtypes of the op's inputs, as launches name them."""
     spec = OPS[op]
-    special = dict.fromkeys(spec.integers, "int64") | dict.fromkeys(spec.codes, codes)
-    return {name: special.get(name, dtype) for name in spec.inputs}
+    kinds = {"": dtype, "codes": codes}
+    own = {name: spec.types.get(name, "") for name in spec.inputs}
+    return {name: kinds.get(kind, kind) for name, kind in own.items()}
 
 
 def graph(op: str, dtype: str, codes: str, attributes: dict[str, int | float] | None = None) -> bytes:

@@ -8,15 +8,17 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from plugin_graphs import ATTRIBUTES, CASES, dtypes, sized
+from plugin_graphs import ATTRIBUTES, CASES, DIM, HEADS, VALUE_DIM, dtypes, sized
 
 from mythos_edge.model.errors import BackendUnavailable, BuildError
 from mythos_edge.plugins import kernel_store, launches, ptx_parameters, trt_aot
 from mythos_edge.plugins.kernels.variants import VARIANTS
 from mythos_edge.plugins.launches import Float, Integer
-from mythos_edge.plugins.trt_aot import CHAINS, PIECES, launch_of, ptx_of
+from mythos_edge.plugins.op_pieces import CHAINS
+from mythos_edge.plugins.ops import OPS
+from mythos_edge.plugins.trt_aot import PIECES, launch_of, ptx_of
 
-BY_NAME = {piece.name: piece for piece in PIECES}
+BY_NAME = {piece.spec.name: piece for piece in PIECES}
 
 
 def _never_divided(first: Any, second: Any) -> Any:
@@ -33,19 +35,18 @@ def test_a_chain_is_the_program_of_its_op(op: str, dtype: str, codes: str, rows:
         # The number of splits is the program's choice; it says it in its last integer.
         attributes["splits"] = _numbers(program.launches[0])[-1]
     chain = CHAINS[op][: len(program.launches)]
-    for name, launch in zip(chain, program.launches, strict=True):
-        piece = BY_NAME[name]
-        assert set(piece.inputs) <= set(shapes), name
-        given = {name: shapes[name] for name in piece.inputs}
-        own = {name: attributes[name] for name in piece.attributes}
+    for spec, launch in zip(chain, program.launches, strict=True):
+        piece = BY_NAME[spec.name]
+        given = {name: shapes[name] for name in spec.inputs}
+        own = {name: attributes[name] for name in spec.attributes}
         made = launch_of(piece, given, kinds, own, _never_divided)
         assert (made.kernel, made.grid) == (launch.kernel, launch.grid)
         assert list(made.scalars.values()) == _numbers(launch)
         sizes = piece.sizes(given, own)
-        for (output, kind), shape in zip(piece.outputs.items(), piece.shapes(sizes), strict=True):
-            shapes[output], kinds[output] = shape, kind or dtype
-    spec_output = {"LatentAttention": "mixed"}.get(op, "y")
-    assert tuple(shapes[spec_output])[:1] == tuple(sized(op, rows, context)["q" if "Att" in op else "x"])[:1]
+        for output, shape in zip(spec.outputs, piece.shapes(sizes), strict=True):
+            shapes[output], kinds[output] = shape, spec.types.get(output, dtype)
+    wanted = (1, rows, HEADS, VALUE_DIM) if op == "LatentAttention" else (rows, DIM)
+    assert shapes[OPS[op].output] == wanted
 
 
 def _numbers(launch: launches.Launch) -> list[int | float]:
@@ -79,12 +80,12 @@ def test_parameters_are_inputs_then_integers_then_outputs() -> None:
         numbers = [int(place.rsplit("_", 1)[1]) if "_param_" in place else None for place in taken]
         names = [None if number is None else arguments[number][0] for number in numbers]
         scalars = [argument for argument, kind in arguments if not kind.startswith("*")]
-        first, last = len(piece.inputs), len(piece.inputs) + len(scalars)
-        assert [given or wanted for given, wanted in zip(names[:first], piece.inputs, strict=True)] == list(
-            piece.inputs
+        first, last = len(piece.spec.inputs), len(piece.spec.inputs) + len(scalars)
+        assert [given or wanted for given, wanted in zip(names[:first], piece.spec.inputs, strict=True)] == list(
+            piece.spec.inputs
         )
         assert names[first:last] == scalars
-        assert names[last:] == list(piece.outputs)
+        assert names[last:] == list(piece.spec.outputs)
         assert [kind for kind, _ in found[:first]] == ["u64"] * first
         assert {kind for kind, _ in found[first:last]} <= {"u32", "f32"}
         # Nothing the kernel takes is left out but Triton's scratch memory.

@@ -254,47 +254,9 @@ def test_full_tensorrt_runs_the_plugins_by_hand(full: dict[str, str]) -> None:
     assert "skipped" not in done.stdout, done.stdout
 
 
-AHEAD_OF_TIME = """
-from types import SimpleNamespace
-import tensorrt as trt
-import tensorrt.plugin as plugin
-from tensorrt.plugin._lib import QDP_REGISTRY
-from mythos_edge.plugins import trt_aot
-
-trt_aot.register(trt, 89)
-rows, half, single, integer = plugin.ShapeExpr(), trt.DataType.HALF, trt.DataType.FLOAT, trt.DataType.INT32
-chosen, weights = ((rows, 2), integer), ((rows, 2), single)
-calls = {
-    "LatentAttentionPart": ([((1, rows, 4, 80), half), ((1, rows, 80), half), ((1, rows, 80), half),
-                             ((), trt.DataType.INT64), ((1,), trt.DataType.INT64)], (0.125, 64, 4), 3, 7),
-    "MergeSplits": ([((1, rows, 4, 4, 64), single), ((1, rows, 4, 4), single), ((1, rows, 4, 80), half)], (), 1, 2),
-    "RouterLogits": ([((rows, 64), half), ((8, 64), half)], (), 1, 2),
-    "RouterTopK": ([((rows, 8), single), ((8,), half)], (2,), 2, 2),
-    "ExpertsGateUp": ([((rows, 64), half), chosen, ((8, 192, 64), half)], (2,), 1, 3),
-    "ExpertsDown": ([((rows, 96), single), chosen, weights, ((8, 64, 96), half)], (2,), 1, 3),
-    "ExpertsGateUpCodes": ([((rows, 64), half), chosen, ((8, 192, 64), trt.DataType.INT4), ((8, 192, 2), half)],
-                           (2,), 1, 4),
-    "ExpertsDownCodes": ([((rows, 96), single), chosen, weights, ((8, 64, 96), trt.DataType.INT8),
-                          ((8, 64, 3), half)], (2,), 1, 4),
-}
-assert {f"mythos::{name}" for name in calls} == set(QDP_REGISTRY), set(QDP_REGISTRY)
-for name, (tensors, attributes, outputs, scalars) in calls.items():
-    piece = QDP_REGISTRY[f"mythos::{name}"]
-    inputs = [SimpleNamespace(shape_expr=shape, dtype=dtype) for shape, dtype in tensors]
-    made = piece.register_func(*inputs, *attributes)
-    made = made if isinstance(made, tuple) else (made,)
-    assert len(made) == outputs == piece.num_outputs, name
-    assert all(isinstance(tensor, plugin.TensorDesc) for tensor in made), name
-    kernel, ptx, launch, extra = piece.aot_impl_func(*inputs, *attributes, made, 0)
-    assert f".entry {kernel}(" in ptx, name
-    assert isinstance(launch, plugin.KernelLaunchParams), name
-    assert len(extra) == scalars and all(isinstance(value, plugin.SymInt32) for value in extra), (name, len(extra))
-"""
-
-
 def test_full_tensorrt_takes_the_ahead_of_time_plugins(full: dict[str, str]) -> None:
-    """TensorRT's own decorators check the signatures; rows are expressions whose value nobody knows yet."""
+    """Through TensorRT's own decorators and plugin class, every piece launches what the op's program does."""
+    command = [sys.executable, str(ROOT / "tests" / "aot_in_bindings.py")]
     environment = {**full, "REGISTRY_SAYS_NONE": "1"}
-    command = [sys.executable, "-c", AHEAD_OF_TIME]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mythos_edge.model.errors import BackendUnavailable, BuildError
 from mythos_edge.plugins import kernel_store, launches, op_pieces
 from mythos_edge.plugins.kernels import variants
@@ -106,7 +109,7 @@ def _description(piece: Piece, trt: ModuleType, plugin: Any) -> Callable[..., An
     )
 
     def describe(*tensors: Any, **attributes: Any) -> Any:
-        given = signature.bind(*tensors, **attributes).arguments
+        given = _bound(piece, signature, *tensors, **attributes)
         sizes = piece.sizes({name: given[name].shape_expr for name in piece.spec.inputs}, given)
         kinds = [piece.spec.types.get(name) for name in piece.spec.outputs]
         made = tuple(
@@ -126,7 +129,7 @@ def _implementation(piece: Piece, plugin: Any, compute_capability: int) -> Calla
     signature = inspect.Signature([*_parameters(piece, plugin), *own], return_annotation=result)
 
     def implement(*arguments: Any) -> Any:
-        given = signature.bind(*arguments).arguments
+        given = _bound(piece, signature, *arguments)
         tensors = {name: given[name] for name in piece.spec.inputs}
         launch = launch_of(
             piece,
@@ -152,8 +155,17 @@ def bits_of(value: float) -> int:
     return number
 
 
+def _bound(piece: Piece, signature: inspect.Signature, *arguments: Any, **named: Any) -> dict[str, Any]:
+    """Tensors and attributes by name."""
+    given = signature.bind(*arguments, **named).arguments
+    return given | {name: given[name].item() for name in piece.spec.attributes}
+
+
 def _parameters(piece: Piece, plugin: Any) -> list[inspect.Parameter]:
-    attributes = {name: float if name in FLOAT_ATTRIBUTES else int for name in piece.spec.attributes}
+    # Arrays of one number: TensorRT up to 10.16 makes int and float of them in a way that NumPy refuses since 2.4.
+    attributes = {
+        name: NDArray[np.float32] if name in FLOAT_ATTRIBUTES else NDArray[np.int32] for name in piece.spec.attributes
+    }
     types = {**dict.fromkeys(piece.spec.inputs, plugin.TensorDesc), **attributes}
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     return [inspect.Parameter(name, kind, annotation=of) for name, of in types.items()]

@@ -119,13 +119,10 @@ def numbers(launch: launches.Launch) -> list[int]:
 
 def created(piece: OpSpec, attributes: dict[str, Any]) -> Any:
     """TensorRT's plugin of ``piece``, from the fields that its parser makes of a node's attributes."""
-    types = {name: (True, float if name in FLOAT_ATTRIBUTES else int) for name in piece.attributes}
-    creator = _lib._TemplatePluginCreator(piece.name, DOMAIN, types)
-    fields = []
-    for name, (_, kind) in types.items():
-        array = np.array([attributes[name]], np.float32 if kind is float else np.int32)
-        field = trt.PluginFieldType.FLOAT32 if kind is float else trt.PluginFieldType.INT32
-        fields.append(trt.PluginField(name, array, field))
+    types = {name: np.float32 if name in FLOAT_ATTRIBUTES else np.int32 for name in piece.attributes}
+    creator = _lib._TemplatePluginCreator(piece.name, DOMAIN, {name: (False, kind) for name, kind in types.items()})
+    kinds = {np.float32: trt.PluginFieldType.FLOAT32, np.int32: trt.PluginFieldType.INT32}
+    fields = [trt.PluginField(name, np.array([attributes[name]], kind), kinds[kind]) for name, kind in types.items()]
     request = trt.QuickPluginCreationRequest.UNKNOWN
     return creator.create_plugin(
         piece.name, DOMAIN, trt.PluginFieldCollection(fields), trt.TensorRTPhase.BUILD, request

@@ -9,6 +9,7 @@ A wish names the GPUs, and the bundle records it with what the engines compute::
     rtx-sm89-fp16           recorded: float16, an engine a stage
     rtx-sm89-fp16-int4      with the large matrices rounded to int4
     rtx-sm89-fp16-loop      one engine with the loop inside
+    trt-sm87-fp16-aot       engines that need no Python (``plugins.trt_aot``)
 
 Not here: the graphs (``trt_lowering``), the build of one engine (``engine_process``).
 """
@@ -19,7 +20,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from mythos_edge.exporter.engine import EngineJob, EngineReport, Range
 from mythos_edge.exporter.engine_process import build_engine, plan_bytes, require_memory, weight_bytes
@@ -83,7 +84,9 @@ class BuiltEngines:
 def target_name(gpus: Gpus, options: EngineOptions) -> str:
     """The name a bundle records: see above."""
     rounded = "" if options.weights == "none" else f"-{options.weights}"
-    return f"{gpus.name}-{options.dtype}{rounded}{'-loop' if options.layout == 'loop' else ''}"
+    layout = "-loop" if options.layout == "loop" else ""
+    plugins = "-aot" if options.plugins == "aot" else ""
+    return f"{gpus.name}-{options.dtype}{rounded}{layout}{plugins}"
 
 
 def gpus_from_name(wish: str) -> Gpus:
@@ -108,6 +111,7 @@ def options_from(
     weights: str = "none",
     max_context: int | None = None,
     max_rows: int | None = None,
+    plugins: str = "python",
 ) -> EngineOptions:
     """The options with defaults filled in: the bundle's whole context, and chunks of 64 rows. Raises BuildError.
 
@@ -123,31 +127,25 @@ def options_from(
     rows = context if layout == "loop" else min(DEFAULT_MAX_ROWS, context) if max_rows is None else max_rows
     if rows < 1 or rows > context:
         raise BuildError(f"max_rows is {rows}, expected 1 to max_context, which is {context}")
-    return EngineOptions(dtype, layout, weights, context, rows)
+    return EngineOptions(dtype, layout, weights, context, rows, plugins)
 
 
 def build_trt_target(
     path: Path,
     wish: str,
     *,
-    dtype: str = "fp16",
-    layout: str = "step",
-    weights: str = "none",
-    max_context: int | None = None,
-    max_rows: int | None = None,
     progress: Progress = lambda phase, fraction: None,
     lower: Lower = lower_for_tensorrt,
+    **options_given: Any,
 ) -> BuiltEngines:
     """The bundle at ``path`` with engines for the GPUs that ``wish`` names added, or made again; one line per problem.
 
-    Nothing of the bundle changes before all engines are whole. Raises BuildError, BundleError, BackendUnavailable
-    without the bindings, and ExportError without room on the disk.
+    ``options_given`` are those of ``options_from``. Nothing of the bundle changes before all engines are whole. Raises
+    BuildError, BundleError, BackendUnavailable without the bindings, and ExportError without room on the disk.
     """
     bundle = open_bundle(path)
     gpus = gpus_from_name(wish)
-    options = options_from(
-        bundle, dtype=dtype, layout=layout, weights=weights, max_context=max_context, max_rows=max_rows
-    )
+    options = options_from(bundle, **options_given)
     check_gpus(gpus, options)
     name = target_name(gpus, options)
     with files_beside(bundle, name) as folder:
@@ -163,6 +161,8 @@ def build_trt_target(
 
 def check_gpus(gpus: Gpus, options: EngineOptions) -> None:
     """Raises BuildError for a GPU that TensorRT or our kernels do not know, or without the types asked for."""
+    if options.plugins == "aot" and gpus.flavour == "rtx":
+        raise BuildError(f"TensorRT for RTX has no ahead-of-time plugins, only TensorRT has: build for {THIS_GPU}")
     known = trt_bindings.known_compute_capabilities(trt_bindings.load(gpus.flavour))
     for number in gpus.compute_capabilities:
         if known and number not in known:
@@ -195,6 +195,7 @@ def engine_jobs(
             compute_capabilities=gpus.compute_capabilities,
             profiles=tuple(_ranges(profile, options) for profile in profiles_of(options)),
             values={"max_depth": depth},
+            plugins=options.plugins,
             plugin_layers=lowered.plugins[stage],
             max_rows=options.max_rows,
             layout=options.layout,
@@ -265,6 +266,7 @@ def _target_spec(
             max_context=options.max_context,
             max_rows=options.max_rows,
             profiles=profiles_of(options),
+            plugins=options.plugins,
             plugin_layers={stage: report.plugin_layers for stage, report in reports.items()},
             kernels=kernel_store.manifest_sha256(),
         ),

@@ -49,7 +49,8 @@ class Runtime:
         self.compute_capability = self.driver.compute_capability(device)
         self._bundle, self._target, self.spec = bundle, target, spec
         self._check(device)
-        trt_plugins.register(self.trt)
+        if spec.plugins == "python":
+            trt_plugins.register(self.trt)
         self._device: int | None = device
         self.driver.retain_primary_context(device)
         self._kernels = LoadedKernels(self.driver)

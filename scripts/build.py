@@ -20,7 +20,7 @@ _CPU, _CUDA = "ort-cpu", "ort-cuda"
 _UNDERSTANDS = {
     _CPU: ("block", "keep", "method", "calibrate"),
     _CUDA: ("dtype", "block"),
-    "TensorRT": ("dtype", "layout", "max_context", "max_rows"),
+    "TensorRT": ("dtype", "layout", "max_context", "max_rows", "plugins"),
 }
 
 
@@ -35,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tensorrt.add_argument("--layout", choices=("step", "loop"), help="an engine a stage (step), or one with the loop")
     tensorrt.add_argument("--max-context", type=int, metavar="N", help="longest sequence (default: the bundle's)")
     tensorrt.add_argument("--max-rows", type=int, metavar="N", help="longest chunk of a sequence at once (default: 64)")
+    plugins = "one for each op, in Python, or ahead of time: TensorRT alone loads the engine (trt-this-gpu)"
+    tensorrt.add_argument("--plugins", choices=("python", "aot"), help=plugins)
     rounding = parser.add_argument_group("rounding for ONNX Runtime")
     rounding.add_argument("--block", type=int, metavar="N", help="values that share a scale: 32, 64, 128, or 0: a row")
     parts = "head, attention, experts, shared, prelude, coda, or names of tensors"
@@ -107,7 +109,7 @@ def _build_for_cuda(args: argparse.Namespace, console: Console) -> None:
 def _build_for_tensorrt(args: argparse.Namespace, console: Console) -> None:
     from mythos_edge.exporter import trt_target
 
-    given = _given(args, "dtype", "layout", "weights", "max_context", "max_rows")
+    given = _given(args, "dtype", "layout", "weights", "max_context", "max_rows", "plugins")
     built = trt_target.build_trt_target(args.bundle, args.target, **given, progress=console.progress)
     for stage, report in built.reports.items():
         console.say(

@@ -311,7 +311,9 @@ def _targets(capability: int) -> Iterator[tuple[str, str | None, str, list[str]]
         served = capability in rtx_compute_capabilities()
         rtx = f"rtx-sm{capability}"
         yield "tensorrt-rtx", rtx if served else None, f"{rtx}-fp16{suffix}", chosen
-        yield "tensorrt", "trt-this-gpu", f"trt-sm{capability}-fp16{suffix}", chosen
+        trt = f"trt-sm{capability}-fp16{suffix}"
+        yield "tensorrt", "trt-this-gpu", trt, chosen
+        yield "tensorrt", "trt-this-gpu", f"{trt}-aot", [*chosen, "--plugins", "aot"]
 
 
 def _steps(title: str, commands: Sequence[Sequence[str]], run: Runner) -> Section:

@@ -13,6 +13,7 @@ from fake_driver import FakeDriver
 from fake_tensorrt import VERSION, FakeTensorRT, plan_of
 
 from mythos_edge.exporter.trt_lowering import EngineOptions, lower_for_tensorrt
+from mythos_edge.exporter.trt_target import Gpus, target_name
 from mythos_edge.model.bundle import EngineSpec, Profile, TargetSpec, open_bundle, record_of, update_manifest
 from mythos_edge.plugins import kernel_store, trt_bindings, trt_plugins
 from mythos_edge.plugins.cuda_driver import Driver
@@ -26,26 +27,27 @@ KERNELS = "ef" * 32
 def engine_bundle(exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """``engine_bundle(checkpoint, dtype)``: a bundle with the target ``rtx-sm89-<dtype>`` whose engines are fakes.
 
-    With ``layout="loop"`` it is ``rtx-sm89-<dtype>-loop``.
+    With ``layout="loop"`` it is ``rtx-sm89-<dtype>-loop``, with ``plugins="aot"`` it is ``rtx-sm89-<dtype>-aot``.
     """
-    made: dict[tuple[Path, str, str], Path] = {}
+    made: dict[tuple[Path, str, str, str], Path] = {}
 
-    def build(checkpoint: Path, dtype: str, layout: str = "step") -> Path:
-        if (checkpoint, dtype, layout) not in made:
+    def build(checkpoint: Path, dtype: str, layout: str = "step", plugins: str = "python") -> Path:
+        key = (checkpoint, dtype, layout, plugins)
+        if key not in made:
             path = tmp_path_factory.mktemp("engines") / "with.bundle"
             shutil.copytree(exported(checkpoint), path)
-            _add_target(path, dtype, layout)
-            made[checkpoint, dtype, layout] = path
-        return made[checkpoint, dtype, layout]
+            _add_target(path, EngineOptions(dtype, layout, "none", MAX_CONTEXT, MAX_ROWS, plugins))
+            made[key] = path
+        return made[key]
 
     return build
 
 
-def _add_target(path: Path, dtype: str, layout: str) -> None:
-    bundle, name = open_bundle(path), f"rtx-sm89-{dtype}" + ("-loop" if layout == "loop" else "")
+def _add_target(path: Path, options: EngineOptions) -> None:
+    bundle, name = open_bundle(path), target_name(Gpus("rtx", (89,)), options)
     graphs = path.with_suffix(".graphs")
     graphs.mkdir()
-    lowered = lower_for_tensorrt(bundle, graphs, EngineOptions(dtype, layout, "none", MAX_CONTEXT, MAX_ROWS))
+    lowered = lower_for_tensorrt(bundle, graphs, options)
     copy_links(graphs)
     records = {}
     for stage, graph in lowered.graphs.items():
@@ -54,7 +56,7 @@ def _add_target(path: Path, dtype: str, layout: str) -> None:
         records[plan.name] = record_of(plan)
     spec = TargetSpec(
         graphs={stage: f"{stage}.{name}.engine" for stage in lowered.graphs},
-        compute_dtype=dtype,
+        compute_dtype=options.dtype,
         weights="none",
         block=0,
         method="none",
@@ -69,10 +71,11 @@ def _add_target(path: Path, dtype: str, layout: str) -> None:
             version=VERSION,
             compute_capabilities=(89,),
             device="",
-            layout=layout,
+            layout=options.layout,
             max_context=MAX_CONTEXT,
             max_rows=MAX_ROWS,
             profiles=(Profile(1, 1), Profile(MAX_ROWS, MAX_ROWS)),
+            plugins=options.plugins,
             plugin_layers=lowered.plugins,
             kernels=KERNELS,
         ),

@@ -239,19 +239,19 @@ def host(demo_bundle: Path) -> Host:
         return Host(session.score(STREAMS), session.generate(PROMPT, max_new_tokens=NEW_TOKENS))
 
 
-@pytest.fixture(params=["rtx", "trt"])
-def wish(request: pytest.FixtureRequest, gpu: Gpu) -> str:
-    """The target to ask for with either TensorRT."""
-    flavour = str(request.param)
+@pytest.fixture(params=["rtx-python", "trt-python", "trt-aot"])
+def wish(request: pytest.FixtureRequest, gpu: Gpu) -> tuple[str, str]:
+    """The target to ask for with either TensorRT, and the kind of plugins."""
+    flavour, plugins = request.param.split("-")
     try:
         trt = trt_bindings.load(flavour)
     except BackendUnavailable as error:
         pytest.skip(str(error))
     if flavour == "trt":
-        return THIS_GPU
+        return THIS_GPU, plugins
     if gpu.capability not in trt_bindings.known_compute_capabilities(trt):
         pytest.skip(f"TensorRT for RTX does not serve sm{gpu.capability}")
-    return f"rtx-sm{gpu.capability}"
+    return f"rtx-sm{gpu.capability}", plugins
 
 
 def limits_of(dtype: str, weights: str) -> Limits:
@@ -292,11 +292,20 @@ def assert_session_agrees(session: Session, host: Host, limits: Limits) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_engines_on_the_gpu(
-    layout: str, dtype: str, weights: str, wish: str, gpu: Gpu, demo_bundle: Path, host: Host, tmp_path: Path
+    layout: str,
+    dtype: str,
+    weights: str,
+    wish: tuple[str, str],
+    gpu: Gpu,
+    demo_bundle: Path,
+    host: Host,
+    tmp_path: Path,
 ) -> None:
     require(gpu.capability, dtype, weights)
     path = Path(shutil.copytree(demo_bundle, tmp_path / "demo.bundle"))
-    built = build_trt_target(path, wish, dtype=dtype, weights=weights, layout=layout, max_context=MAX_CONTEXT)
+    target, plugins = wish
+    options = {"dtype": dtype, "weights": weights, "layout": layout, "plugins": plugins}
+    built = build_trt_target(path, target, max_context=MAX_CONTEXT, **options)
     limits = limits_of(dtype, weights)
     if layout == "step":
         with Session.open(path, target=built.name) as session:

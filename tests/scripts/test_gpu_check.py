@@ -358,6 +358,8 @@ def test_targets_are_built_and_validated_or_skipped_with_a_reason(tmp_path: Path
     bundle = tmp_path / "demo.bundle"
     assert f"build {bundle} --target trt-this-gpu --dtype fp16 --weights int4" in commands
     assert f"validate {bundle} --against fp32 --target trt-sm90-fp16" in commands
+    assert f"build {bundle} --target trt-this-gpu --dtype fp16 --weights none --plugins aot" in commands
+    assert f"validate {bundle} --against fp32 --target trt-sm90-fp16-int4-aot" in commands
     assert sections["tests marked gpu"].status == "ok"
     assert commands[-1].startswith("-q -rs -m gpu")
     none = found(_facts(), 89)

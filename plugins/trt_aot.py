@@ -245,6 +245,7 @@ def _experts_sizes(shapes: Shapes, attributes: Attributes) -> Sizes:
         stack = shapes["fc2_codes" if codes else "fc2"]
         sizes |= {"units": _known(stack[2]), "dim": _known(stack[1])}
         scale = shapes.get("fc2_scale")
+    sizes["experts"] = _known(stack[0])
     return sizes | ({} if scale is None else {"blocks": _known(scale[2])})
 
 

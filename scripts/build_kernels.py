@@ -151,7 +151,9 @@ def _compiled(variant: Variant, gpu: int, output: Path) -> dict[str, Any]:
     tuned = variant.tuned(gpu)
     module, function = variant.source.split(":")
     source = getattr(import_module(f"mythos_edge.plugins.kernels.{module}"), function)
-    types = dict(variant.arguments) | dict.fromkeys(tuned.constants, "constexpr")
+    # One source serves plain weights and codes.
+    types = {name.removesuffix("_codes"): kind for name, kind in variant.arguments}
+    types |= dict.fromkeys(tuned.constants, "constexpr")
     assert [*types] == source.arg_names, f"{variant.name}: the table says {[*types]}, the source {source.arg_names}"
     hints = _hints(variant)
     made = compiled(

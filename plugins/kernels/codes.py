@@ -28,9 +28,16 @@ def number_pairs(code):
 
 
 @triton.jit
-def unit(WEIGHTS: tl.constexpr):
-    """What ``numbers`` must be multiplied by."""
-    return 256.0 if WEIGHTS == "fp8" else 1.0
+def group_scales(scale, index, length, blocks, start, inside, WEIGHTS: tl.constexpr, DEPTH: tl.constexpr):
+    """The scales (rows, DEPTH / 32) of what ``numbers`` makes of rows ``index`` from ``start`` on, in groups of 32.
+
+    A row of ``length`` codes has ``blocks`` of them; ``inside`` says which rows there are.
+    """
+    column = start + 32 * tl.arange(0, DEPTH // 32)
+    mask = inside[:, None] & (column < length)[None, :]
+    block = column // (length // blocks)
+    each = tl.load(scale + index[:, None] * blocks + block[None, :], mask=mask, other=0.0).to(tl.float32)
+    return each * 256.0 if WEIGHTS == "fp8" else each
 
 
 @triton.jit

@@ -1,52 +1,20 @@
 """Routed experts for few rows: every chosen matrix streams through once, with no sum left to the order of programs.
 
 ``fc1 (E, 2F, D)`` interleaves gate and up rows, ``fc2 (E, D, F)``; ``hidden (N*K, F)`` float32 lies between the two.
-Codes are scaled in groups of 32, so a scale's block must be a multiple of 32 (one scale a row is such a block).
+They are plain, or codes with ``fc1_scale (E, 2F, blocks)`` and ``fc2_scale (E, D, blocks)``. Codes are scaled in groups
+of 32, so a scale's block must be a multiple of 32 (one scale a row is such a block).
 """
 
 import triton
 import triton.language as tl
 
-from mythos_edge.plugins.kernels.codes import number_pairs, numbers, silu, unit
+from mythos_edge.plugins.kernels.codes import group_scales, number_pairs, numbers, silu
 
 
 @triton.jit
-def decode_gate_up(x, chosen, fc1, hidden, top_k, dim, units, UNITS: tl.constexpr, DEPTH: tl.constexpr):
-    """``hidden``: SwiGLU of UNITS hidden units for one (row, choice)."""
-    pair = tl.program_id(0).to(tl.int64)
-    first = tl.program_id(1) * UNITS
-    expert = tl.load(chosen + pair).to(tl.int64)
-    both = 2 * first + tl.arange(0, 2 * UNITS)
-    rows = fc1 + (expert * 2 * units + both[:, None]) * dim
-    sums = tl.zeros((2 * UNITS, DEPTH), tl.float32)
-    for start in range(0, dim, DEPTH):
-        column = start + tl.arange(0, DEPTH)
-        inside = (both < 2 * units)[:, None] & (column < dim)[None, :]
-        weight = tl.load(rows + column[None, :], mask=inside, other=0.0)
-        value = tl.load(x + pair // top_k * dim + column, mask=column < dim, other=0.0)
-        sums += weight.to(tl.float32) * value.to(tl.float32)[None, :]
-    gate, up = tl.split(tl.reshape(tl.sum(sums, axis=1), (UNITS, 2)))
-    own = first + tl.arange(0, UNITS)
-    tl.store(hidden + pair * units + own, silu(gate) * up, mask=own < units)
-
-
-@triton.jit
-def decode_down(hidden, chosen, weights, fc2, y, top_k, dim, units, CHANNELS: tl.constexpr, DEPTH: tl.constexpr):
-    """``y``: CHANNELS channels of one row, the weighted sum over its choices."""
-    row = tl.program_id(0).to(tl.int64)
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    sums = tl.zeros((CHANNELS, DEPTH), tl.float32)
-    for choice in range(top_k):
-        pair = row * top_k + choice
-        expert, share = tl.load(chosen + pair).to(tl.int64), tl.load(weights + pair)
-        rows = fc2 + (expert * dim + channel[:, None]) * units
-        for start in range(0, units, DEPTH):
-            column = start + tl.arange(0, DEPTH)
-            inside = (channel < dim)[:, None] & (column < units)[None, :]
-            weight = tl.load(rows + column[None, :], mask=inside, other=0.0)
-            value = tl.load(hidden + pair * units + column, mask=column < units, other=0.0) * share
-            sums += weight.to(tl.float32) * value[None, :]
-    tl.store(y + row * dim + channel, tl.sum(sums, axis=1).to(y.dtype.element_ty), mask=channel < dim)
+def chosen_expert(chosen, pair, experts):
+    """The expert of a (row, choice). TensorRT times plugins on inputs nobody has written: the nearest there is."""
+    return tl.minimum(tl.maximum(tl.load(chosen + pair), 0), experts - 1).to(tl.int64)
 
 
 @triton.jit
@@ -69,71 +37,103 @@ def group_sums(
 
 
 @triton.jit
-def group_scales(scale, index, length, blocks, start, inside, DEPTH: tl.constexpr):
-    """The scales (ROWS, DEPTH / 32) of those groups."""
-    column = start + 32 * tl.arange(0, DEPTH // 32)
-    mask = inside[:, None] & (column < length)[None, :]
-    block = column // (length // blocks)
-    return tl.load(scale + index[:, None] * blocks + block[None, :], mask=mask, other=0.0).to(tl.float32)
+def no_sums(WEIGHTS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr):
+    """What ``dot_rows`` begins with: a sum for each column, or each group of codes, of a tile of weights."""
+    return tl.zeros((ROWS, DEPTH if WEIGHTS == "plain" else DEPTH // 32), tl.float32)
 
 
 @triton.jit
-def decode_gate_up_codes(
+def dot_rows(
+    sums,
+    values,
+    pair,
+    pairs,
+    share,
+    weights,
+    scale,
+    index,
+    inside,
+    length,
+    blocks,
+    WEIGHTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """``sums`` and what adds up to rows ``index`` of the weights times the pair's row of ``values`` times ``share``.
+
+    All are ``length`` long. Each row of ``values`` serves ``pairs`` pairs.
+    """
+    for start in range(0, length, DEPTH):
+        if WEIGHTS == "plain":
+            column = start + tl.arange(0, DEPTH)
+            mask = inside[:, None] & (column < length)[None, :]
+            weight = tl.load(weights + index[:, None] * length + column[None, :], mask=mask, other=0.0)
+            # Found before the loop, the row costs kernels for unaligned rows 50 registers more.
+            value = tl.load(values + pair // pairs * length + column, mask=column < length, other=0.0)
+            sums += weight.to(tl.float32) * (value.to(tl.float32) * share)[None, :]
+        else:
+            row = values + pair // pairs * length
+            part = group_sums(weights, row, index, length, start, inside, WEIGHTS, ROWS, DEPTH)
+            sums += part * (share * group_scales(scale, index, length, blocks, start, inside, WEIGHTS, DEPTH))
+    return sums
+
+
+@triton.jit
+def decode_gate_up(
     x,
     chosen,
-    fc1_codes,
-    fc1_scale,
+    fc1,
     hidden,
+    experts,
     top_k,
     dim,
     units,
+    fc1_scale,
     blocks,
     WEIGHTS: tl.constexpr,
     UNITS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """As ``decode_gate_up``, from codes with ``fc1_scale (E, 2F, blocks)``."""
+    """``hidden``: SwiGLU of UNITS hidden units for one (row, choice)."""
     pair = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * UNITS
-    expert = tl.load(chosen + pair).to(tl.int64)
     both = 2 * first + tl.arange(0, 2 * UNITS)
+    index = chosen_expert(chosen, pair, experts) * 2 * units + both
     inside = both < 2 * units
-    index = expert * 2 * units + both
-    sums = tl.zeros((2 * UNITS, DEPTH // 32), tl.float32)
-    for start in range(0, dim, DEPTH):
-        part = group_sums(fc1_codes, x + pair // top_k * dim, index, dim, start, inside, WEIGHTS, 2 * UNITS, DEPTH)
-        sums += part * group_scales(fc1_scale, index, dim, blocks, start, inside, DEPTH)
-    gate, up = tl.split(tl.reshape(tl.sum(sums, axis=1) * unit(WEIGHTS), (UNITS, 2)))
+    sums = no_sums(WEIGHTS, 2 * UNITS, DEPTH)
+    sums = dot_rows(sums, x, pair, top_k, 1.0, fc1, fc1_scale, index, inside, dim, blocks, WEIGHTS, 2 * UNITS, DEPTH)
+    gate, up = tl.split(tl.reshape(tl.sum(sums, axis=1), (UNITS, 2)))
     own = first + tl.arange(0, UNITS)
     tl.store(hidden + pair * units + own, silu(gate) * up, mask=own < units)
 
 
 @triton.jit
-def decode_down_codes(
+def decode_down(
     hidden,
     chosen,
     weights,
-    fc2_codes,
-    fc2_scale,
+    fc2,
     y,
+    experts,
     top_k,
     dim,
     units,
+    fc2_scale,
     blocks,
     WEIGHTS: tl.constexpr,
     CHANNELS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """As ``decode_down``, from codes with ``fc2_scale (E, D, blocks)``."""
+    """``y``: CHANNELS channels of one row, the weighted sum over its choices."""
     row = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < dim
-    sums = tl.zeros((CHANNELS, DEPTH // 32), tl.float32)
+    sums = no_sums(WEIGHTS, CHANNELS, DEPTH)
     for choice in range(top_k):
         pair = row * top_k + choice
-        index = tl.load(chosen + pair).to(tl.int64) * dim + channel
-        share = tl.load(weights + pair) * unit(WEIGHTS)
-        for start in range(0, units, DEPTH):
-            part = group_sums(fc2_codes, hidden + pair * units, index, units, start, inside, WEIGHTS, CHANNELS, DEPTH)
-            sums += part * (share * group_scales(fc2_scale, index, units, blocks, start, inside, DEPTH))
+        index = chosen_expert(chosen, pair, experts) * dim + channel
+        share = tl.load(weights + pair)
+        sums = dot_rows(
+            sums, hidden, pair, 1, share, fc2, fc2_scale, index, inside, units, blocks, WEIGHTS, CHANNELS, DEPTH
+        )
     tl.store(y + row * dim + channel, tl.sum(sums, axis=1).to(y.dtype.element_ty), mask=inside)

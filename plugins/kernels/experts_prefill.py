@@ -8,7 +8,7 @@ expert before it, so each program of ``group_pairs`` knows its tiles from its ow
 import triton
 import triton.language as tl
 
-from mythos_edge.plugins.kernels.codes import number_pairs, numbers, silu, unit
+from mythos_edge.plugins.kernels.codes import group_scales, number_pairs, numbers, silu
 
 
 @triton.jit
@@ -73,12 +73,47 @@ def scaled_tile(
     else:
         mask = inside[:, None] & (column < length)[None, :]
         number = numbers(tl.load(codes + index[:, None] * length + column[None, :], mask=mask, other=0), WEIGHTS)
-    group = start + 32 * tl.arange(0, DEPTH // 32)
-    mask = inside[:, None] & (group < length)[None, :]
-    block = group // (length // blocks)
-    each = tl.load(scale + index[:, None] * blocks + block[None, :], mask=mask, other=0.0).to(tl.float32)
-    each = tl.reshape(tl.broadcast_to((each * unit(WEIGHTS))[:, :, None], (COLUMNS, DEPTH // 32, 32)), (COLUMNS, DEPTH))
+    each = group_scales(scale, index, length, blocks, start, inside, WEIGHTS, DEPTH)
+    each = tl.reshape(tl.broadcast_to(each[:, :, None], (COLUMNS, DEPTH // 32, 32)), (COLUMNS, DEPTH))
     return tl.trans((number * each).to(dtype))
+
+
+@triton.jit
+def product(
+    values,
+    pair,
+    pairs,
+    mine,
+    weights,
+    scale,
+    index,
+    inside,
+    length,
+    blocks,
+    WEIGHTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """Float32 (ROWS, COLUMNS): the pairs' rows of ``values`` times rows ``index`` of the weights, all ``length`` long.
+
+    Each row of ``values`` serves ``pairs`` pairs.
+    """
+    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, length, DEPTH):
+        column = start + tl.arange(0, DEPTH)
+        deep = column < length
+        mask = mine[:, None] & deep[None, :]
+        value = tl.load(values + pair[:, None] // pairs * length + column[None, :], mask=mask, other=0.0)
+        if WEIGHTS == "plain":
+            mask = inside[None, :] & deep[:, None]
+            weight = tl.load(weights + index[None, :] * length + column[:, None], mask=mask, other=0.0)
+        else:
+            weight = scaled_tile(
+                weights, scale, index, inside, length, blocks, start, value.dtype, WEIGHTS, COLUMNS, DEPTH
+            )
+        sums = tl.dot(value, weight, sums, input_precision="ieee")
+    return sums
 
 
 @triton.jit
@@ -92,6 +127,9 @@ def prefill_gate_up(
     top_k,
     dim,
     units,
+    fc1_scale,
+    blocks,
+    WEIGHTS: tl.constexpr,
     ROWS: tl.constexpr,
     UNITS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -104,58 +142,9 @@ def prefill_gate_up(
     first = tl.program_id(1) * UNITS
     both = 2 * first + tl.arange(0, 2 * UNITS)
     index = expert.to(tl.int64) * 2 * units + both
-    sums = tl.zeros((ROWS, 2 * UNITS), tl.float32)
-    for start in range(0, dim, DEPTH):
-        column = start + tl.arange(0, DEPTH)
-        deep = column < dim
-        value = tl.load(
-            x + pair[:, None] // top_k * dim + column[None, :], mask=mine[:, None] & deep[None, :], other=0.0
-        )
-        inside = (both < 2 * units)[None, :] & deep[:, None]
-        weight = tl.load(fc1 + index[None, :] * dim + column[:, None], mask=inside, other=0.0)
-        sums = tl.dot(value, weight, sums, input_precision="ieee")
-    gate, up = tl.split(tl.reshape(sums, (ROWS, UNITS, 2)))
-    own = first + tl.arange(0, UNITS)
-    inside = mine[:, None] & (own < units)[None, :]
-    made = (silu(gate) * up).to(hidden.dtype.element_ty)
-    tl.store(hidden + place[:, None] * units + own[None, :], made, mask=inside)
-
-
-@triton.jit
-def prefill_gate_up_codes(
-    x,
-    order,
-    starts,
-    tile_expert,
-    fc1_codes,
-    fc1_scale,
-    hidden,
-    top_k,
-    dim,
-    units,
-    blocks,
-    WEIGHTS: tl.constexpr,
-    ROWS: tl.constexpr,
-    UNITS: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
-    """As ``prefill_gate_up``; the weights are rounded to the type of ``x``."""
-    expert = tl.load(tile_expert + tl.program_id(0))
-    if expert < 0:
-        return
-    place, pair, mine = tile_pairs(order, starts, expert, ROWS)
-    first = tl.program_id(1) * UNITS
-    both = 2 * first + tl.arange(0, 2 * UNITS)
-    index = expert.to(tl.int64) * 2 * units + both
-    sums = tl.zeros((ROWS, 2 * UNITS), tl.float32)
-    for start in range(0, dim, DEPTH):
-        column = start + tl.arange(0, DEPTH)
-        inside = mine[:, None] & (column < dim)[None, :]
-        value = tl.load(x + pair[:, None] // top_k * dim + column[None, :], mask=inside, other=0.0)
-        weight = scaled_tile(
-            fc1_codes, fc1_scale, index, both < 2 * units, dim, blocks, start, value.dtype, WEIGHTS, 2 * UNITS, DEPTH
-        )
-        sums = tl.dot(value, weight, sums, input_precision="ieee")
+    sums = product(
+        x, pair, top_k, mine, fc1, fc1_scale, index, both < 2 * units, dim, blocks, WEIGHTS, ROWS, 2 * UNITS, DEPTH
+    )
     gate, up = tl.split(tl.reshape(sums, (ROWS, UNITS, 2)))
     own = first + tl.arange(0, UNITS)
     inside = mine[:, None] & (own < units)[None, :]
@@ -173,6 +162,9 @@ def prefill_down(
     made,
     dim,
     units,
+    fc2_scale,
+    blocks,
+    WEIGHTS: tl.constexpr,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -183,54 +175,9 @@ def prefill_down(
         return
     place, pair, mine = tile_pairs(order, starts, expert, ROWS)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    index = expert.to(tl.int64) * dim + channel
-    sums = tl.zeros((ROWS, CHANNELS), tl.float32)
-    for start in range(0, units, DEPTH):
-        column = start + tl.arange(0, DEPTH)
-        deep = column < units
-        value = tl.load(
-            hidden + place[:, None] * units + column[None, :], mask=mine[:, None] & deep[None, :], other=0.0
-        )
-        inside = (channel < dim)[None, :] & deep[:, None]
-        weight = tl.load(fc2 + index[None, :] * units + column[:, None], mask=inside, other=0.0)
-        sums = tl.dot(value, weight, sums, input_precision="ieee")
-    tl.store(made + pair[:, None] * dim + channel[None, :], sums, mask=mine[:, None] & (channel < dim)[None, :])
-
-
-@triton.jit
-def prefill_down_codes(
-    hidden,
-    order,
-    starts,
-    tile_expert,
-    fc2_codes,
-    fc2_scale,
-    made,
-    dim,
-    units,
-    blocks,
-    WEIGHTS: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
-    """As ``prefill_down``; the weights are rounded to the type of ``hidden``."""
-    expert = tl.load(tile_expert + tl.program_id(0))
-    if expert < 0:
-        return
-    place, pair, mine = tile_pairs(order, starts, expert, ROWS)
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    index = expert.to(tl.int64) * dim + channel
-    sums = tl.zeros((ROWS, CHANNELS), tl.float32)
-    for start in range(0, units, DEPTH):
-        column = start + tl.arange(0, DEPTH)
-        inside = mine[:, None] & (column < units)[None, :]
-        value = tl.load(hidden + place[:, None] * units + column[None, :], mask=inside, other=0.0)
-        weight = scaled_tile(
-            fc2_codes, fc2_scale, index, channel < dim, units, blocks, start, value.dtype, WEIGHTS, CHANNELS, DEPTH
-        )
-        sums = tl.dot(value, weight, sums, input_precision="ieee")
-    tl.store(made + pair[:, None] * dim + channel[None, :], sums, mask=mine[:, None] & (channel < dim)[None, :])
+    index, inside = expert.to(tl.int64) * dim + channel, channel < dim
+    sums = product(hidden, place, 1, mine, fc2, fc2_scale, index, inside, units, blocks, WEIGHTS, ROWS, CHANNELS, DEPTH)
+    tl.store(made + pair[:, None] * dim + channel[None, :], sums, mask=mine[:, None] & inside[None, :])
 
 
 @triton.jit

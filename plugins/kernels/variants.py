@@ -22,6 +22,12 @@ ALIGNED = 8
 RANKS = {"fp16": (64, 256, 512, 1024), "bf16": (64, 256, 512, 1024), "fp32": (64, 256, 512)}
 ANY_RANKS = (64, 512)
 ROPES, ANY_ROPES = 64, 128
+# How the weights of experts may be stored, by the end of a kernel's name, and what their rows are multiples of.
+STORED: Mapping[str, Mapping[str, int]] = {
+    "": {"dim": ALIGNED, "units": ALIGNED},
+    "_any": {},
+    **{f"_{codes}": {"dim": GROUP, "units": GROUP} for codes in CODES},
+}
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,7 @@ class Variant:
     """One compiled kernel.
 
     ``source`` is ``module:function`` in this folder; ``arguments`` are (name, type), pointers as ``*fp16``;
+    ``constants`` are what the source takes after them, None for what it does not look at.
     ``multiples`` says which integers are multiples of how much, and, when not empty, that pointers are of 16 bytes.
     ``stages`` above 1 says that there are products of tiles to overlap with loads. ``oldest`` is the first compute
     capability that has what the kernel needs.
@@ -38,7 +45,7 @@ class Variant:
     source: str
     arguments: tuple[tuple[str, str], ...]
     grid: tuple[str, str, str]
-    constants: Mapping[str, int | str]
+    constants: Mapping[str, int | str | None]
     warps: int = 4
     stages: int = 1
     multiples: Mapping[str, int] = field(default_factory=dict)
@@ -92,74 +99,58 @@ def _routers(dtype: str) -> Iterator[Variant]:
     )
 
 
-def _decode(dtype: str) -> Iterator[Variant]:
-    for suffix, multiples in (("", {"dim": ALIGNED, "units": ALIGNED}), ("_any", {})):
-        yield Variant(
-            f"decode_gate_up_{dtype}{suffix}",
-            "experts_decode:decode_gate_up",
-            _arguments("x:* chosen:*i32 fc1:* hidden:*fp32 top_k dim units", dtype),
-            ("rows*top_k", "units/8", "1"),
-            {"UNITS": 8, "DEPTH": 512},
-            multiples=multiples,
-        )
-        yield Variant(
-            f"decode_down_{dtype}{suffix}",
-            "experts_decode:decode_down",
-            _arguments("hidden:*fp32 chosen:*i32 weights:*fp32 fc2:* y:* top_k dim units", dtype),
-            ("rows", "dim/4", "1"),
-            {"CHANNELS": 4, "DEPTH": 1024},
-            multiples=multiples,
-        )
+def _weights(stack: str, ending: str) -> tuple[str, str, dict[str, int | str | None]]:
+    """How a kernel of experts takes its weights: the argument, those after the sizes, and constants."""
+    codes = ending[1:]
+    if codes in CODES:
+        return f"{stack}_codes:*i8", f"{stack}_scale:* blocks", {"WEIGHTS": codes}
+    return f"{stack}:*", "", {f"{stack}_scale": None, "blocks": None, "WEIGHTS": "plain"}
 
 
-def _decode_codes(dtype: str, codes: str) -> Iterator[Variant]:
-    multiples = {"dim": GROUP, "units": GROUP}
+def _decode(dtype: str, ending: str) -> Iterator[Variant]:
+    fc1, scale, constants = _weights("fc1", ending)
     yield Variant(
-        f"decode_gate_up_{dtype}_{codes}",
-        "experts_decode:decode_gate_up_codes",
-        _arguments("x:* chosen:*i32 fc1_codes:*i8 fc1_scale:* hidden:*fp32 top_k dim units blocks", dtype),
+        f"decode_gate_up_{dtype}{ending}",
+        "experts_decode:decode_gate_up",
+        _arguments(f"x:* chosen:*i32 {fc1} hidden:*fp32 experts top_k dim units {scale}", dtype),
         ("rows*top_k", "units/8", "1"),
-        {"WEIGHTS": codes, "UNITS": 8, "DEPTH": 512},
-        multiples=multiples,
+        constants | {"UNITS": 8, "DEPTH": 512},
+        multiples=STORED[ending],
     )
+    fc2, scale, constants = _weights("fc2", ending)
     yield Variant(
-        f"decode_down_{dtype}_{codes}",
-        "experts_decode:decode_down_codes",
-        _arguments(
-            "hidden:*fp32 chosen:*i32 weights:*fp32 fc2_codes:*i8 fc2_scale:* y:* top_k dim units blocks", dtype
-        ),
+        f"decode_down_{dtype}{ending}",
+        "experts_decode:decode_down",
+        _arguments(f"hidden:*fp32 chosen:*i32 weights:*fp32 {fc2} y:* experts top_k dim units {scale}", dtype),
         ("rows", "dim/4", "1"),
-        {"WEIGHTS": codes, "CHANNELS": 4, "DEPTH": 1024},
-        multiples=multiples,
+        constants | {"CHANNELS": 4, "DEPTH": 1024},
+        multiples=STORED[ending],
     )
 
 
-def _prefill(dtype: str, codes: str = "") -> Iterator[Variant]:
+def _prefill(dtype: str, ending: str) -> Iterator[Variant]:
     # float32 has no tensor cores of its own: small tiles keep the sums in registers.
     width, depth, stages = (16, 32, 1) if dtype == "fp32" else (64, 64, 3)
-    ending, name_end = ("_codes", f"_{codes}") if codes else ("", "")
-    scales = ("fc1_codes:*i8 fc1_scale:*", "fc2_codes:*i8 fc2_scale:*") if codes else ("fc1:*", "fc2:*")
-    blocks = " blocks" if codes else ""
-    constants: dict[str, int | str] = {"WEIGHTS": codes} if codes else {}
-    multiples = dict.fromkeys(("dim", "units"), GROUP if codes else ALIGNED)
     tiles = "order:*i32 starts:*i32 tile_expert:*i32"
+    fc1, scale, constants = _weights("fc1", ending)
     yield Variant(
-        f"prefill_gate_up_{dtype}{name_end}",
-        f"experts_prefill:prefill_gate_up{ending}",
-        _arguments(f"x:* {tiles} {scales[0]} hidden:* top_k dim units{blocks}", dtype),
+        f"prefill_gate_up_{dtype}{ending}",
+        "experts_prefill:prefill_gate_up",
+        _arguments(f"x:* {tiles} {fc1} hidden:* top_k dim units {scale}", dtype),
         ("rows*top_k/32+experts", f"units/{width}", "1"),
         constants | {"ROWS": TILE_ROWS, "UNITS": width, "DEPTH": depth},
         stages=stages,
-        multiples=multiples,
+        multiples=STORED[ending],
     )
+    fc2, scale, constants = _weights("fc2", ending)
     yield Variant(
-        f"prefill_down_{dtype}{name_end}",
-        f"experts_prefill:prefill_down{ending}",
-        _arguments(f"hidden:* {tiles} {scales[1]} made:*fp32 dim units{blocks}", dtype),
+        f"prefill_down_{dtype}{ending}",
+        "experts_prefill:prefill_down",
+        _arguments(f"hidden:* {tiles} {fc2} made:*fp32 dim units {scale}", dtype),
         ("rows*top_k/32+experts", f"dim/{2 * width}", "1"),
         constants | {"ROWS": TILE_ROWS, "CHANNELS": 2 * width, "DEPTH": depth},
         stages=stages,
-        multiples=multiples,
+        multiples=STORED[ending],
     )
 
 
@@ -201,8 +192,11 @@ def _halting(dtype: str) -> Iterator[Variant]:
 def _all() -> Iterator[Variant]:
     for dtype in FLOATS:
         yield from _routers(dtype)
-        yield from _decode(dtype)
-        yield from _prefill(dtype)
+        for ending in STORED:
+            yield from _decode(dtype, ending)
+            # Those for few rows serve all where rows are not aligned, and codes in float32, which are for comparing.
+            if ending == "" or (ending != "_any" and dtype != "fp32"):
+                yield from _prefill(dtype, ending)
         yield Variant(
             f"combine_choices_{dtype}",
             "experts_prefill:combine_choices",
@@ -211,11 +205,6 @@ def _all() -> Iterator[Variant]:
             {"CHANNELS": 512},
             multiples={"dim": ALIGNED},
         )
-        for codes in CODES:
-            yield from _decode_codes(dtype, codes)
-            # Rounded weights in a float32 engine are for comparing: the kernels for few rows serve all.
-            if dtype != "fp32":
-                yield from _prefill(dtype, codes)
         yield from _attention(dtype)
         yield from _halting(dtype)
     yield Variant(

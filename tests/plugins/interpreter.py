@@ -114,18 +114,18 @@ def _launched(launch: Launch, tensors: dict[str, Any], workspace: Any) -> None:
         "i64": torch.int64,
     }
     variant = VARIANTS[launch.kernel]
-    values: dict[str, Any] = {}
-    for (name, kind), argument in zip(variant.arguments, launch.arguments, strict=True):
+    values: list[Any] = []
+    for (_, kind), argument in zip(variant.arguments, launch.arguments, strict=True):
         match argument:
             case Pointer(pointer):
-                values[name] = tensors[pointer].view(kinds[kind[1:]])
+                values.append(tensors[pointer].view(kinds[kind[1:]]))
             case Workspace(offset):
-                values[name] = workspace[offset : workspace.numel() // 8 * 8].view(kinds[kind[1:]])
+                values.append(workspace[offset : workspace.numel() // 8 * 8].view(kinds[kind[1:]]))
             case Integer(value) | Float(value):
-                values[name] = value
+                values.append(value)
     module, function = variant.source.split(":")
     kernel = getattr(import_module(f"mythos_edge.plugins.kernels.{module}"), function)
-    kernel[launch.grid](**values, **variant.constants)
+    kernel[launch.grid](*values, **variant.constants)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The Triton kernels, through the launch programs that the plugins will run, against the float64 oracle."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 from plugins.interpreter import Interpreter, narrowed, widened
 
 from mythos_edge.plugins import reference
-from mythos_edge.plugins.launches import program
+from mythos_edge.plugins.kernels.variants import VARIANTS
+from mythos_edge.plugins.launches import Launch, Pointer, Program, program
 
 # Rounding of the inputs is in the oracle too; what is left is rounding of the result, and in the kernels with
 # products of tiles of what lies between two of them.
@@ -201,6 +203,23 @@ def _codes(random: np.random.Generator, kind: str, shape: tuple[int, ...]) -> tu
     return bits.astype(np.uint8).view(np.int8), np.where(bits & 0x80, -size, size)
 
 
+def _coded(
+    case: tuple[int, ...], kind: str, dtype: str, random: np.random.Generator
+) -> tuple[dict[str, np.ndarray], dict[str, str], dict[str, tuple[int, ...]], dict[str, np.ndarray]]:
+    """Arrays, dtypes and logical shapes of an op's inputs, and the numbers of the codes; no ``kind``, no codes."""
+    arrays = _experts_case(random, case[:5], dtype)
+    numbers: dict[str, np.ndarray] = {}
+    shapes = {name: array.shape for name, array in arrays.items()}
+    for name, count in zip(("fc1", "fc2"), case[5:], strict=True) if kind else ():
+        del arrays[name]
+        shape = shapes.pop(name)
+        shapes[f"{name}_codes"], shapes[f"{name}_scale"] = shape, (*shape[:2], count)
+        arrays[f"{name}_codes"], numbers[f"{name}_codes"] = _codes(random, kind, shape)
+        small = {"int8": 60.0, "int4": 4.0, "fp8": 60.0}[kind] * np.sqrt(shape[-1])
+        arrays[f"{name}_scale"] = narrowed(random.uniform(0.5, 1.5, (*shape[:2], count)) / small, dtype)
+    return arrays, {name: kind if name.endswith("_codes") else dtype for name in arrays}, shapes, numbers
+
+
 CODED = [
     # rows, dim, experts, top-k, hidden units, blocks of fc1 and fc2
     (1, 64, 4, 2, 32, 1, 1),
@@ -221,23 +240,72 @@ CODED = [
 def test_quantized_sparse_moe(
     case: tuple[int, ...], kind: str, dtype: str, interpreter: Interpreter, random: np.random.Generator
 ) -> None:
-    rows, top_k, blocks = case[0], case[3], case[5:]
+    rows, top_k = case[0], case[3]
     many = rows > 8 and dtype != "fp32"
-    arrays = _experts_case(random, case[:5], dtype)
-    numbers: dict[str, np.ndarray] = {}
-    logical: dict[str, tuple[int, ...]] = {}
-    for name, count in zip(("fc1", "fc2"), blocks, strict=True):
-        shape = arrays.pop(name).shape
-        logical[f"{name}_codes"] = shape
-        arrays[f"{name}_codes"], numbers[f"{name}_codes"] = _codes(random, kind, shape)
-        small = {"int8": 60.0, "int4": 4.0, "fp8": 60.0}[kind] * np.sqrt(shape[-1])
-        arrays[f"{name}_scale"] = narrowed(random.uniform(0.5, 1.5, (*shape[:2], count)) / small, dtype)
-    dtypes = {name: kind if name.endswith("_codes") else dtype for name in arrays}
-    got, kernels = _mixed(interpreter, "QuantizedSparseMoE", arrays, dtypes, top_k, logical)
+    arrays, dtypes, shapes, numbers = _coded(case, kind, dtype, random)
+    got, kernels = _mixed(interpreter, "QuantizedSparseMoE", arrays, dtypes, top_k, shapes)
     wide = {name: widened(array, dtype) for name, array in arrays.items() if name not in numbers}
     wanted = reference.quantized_sparse_moe(**wide, **numbers, top_k=top_k)
     assert _far(got, wanted) < TOLERANCE[dtype]
     assert many == ("group_pairs" in kernels)
+
+
+def _launched_on(
+    interpreter: Interpreter, launches: Sequence[Launch], arrays: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """``arrays`` after ``launches``, which find in them what else would be workspace."""
+    named = []
+    for launch in launches:
+        kinds = zip(VARIANTS[launch.kernel].arguments, launch.arguments, strict=True)
+        arguments = (Pointer(name) if kind.startswith("*") else number for (name, kind), number in kinds)
+        named.append(replace(launch, arguments=tuple(arguments)))
+    return interpreter.run(Program(tuple(named), 0), arrays)
+
+
+@pytest.mark.parametrize("kind", ["", "int8", "int4", "fp8"])
+def test_experts_nobody_chose_stay_inside(kind: str, interpreter: Interpreter, random: np.random.Generator) -> None:
+    """TensorRT times plugins of one kernel so: the nearest expert there is computes, and nothing beyond is read."""
+    rows, dim, experts, top_k, units = 3, 64, 4, 2, 32
+    op = "QuantizedSparseMoE" if kind else "SparseMoE"
+    arrays, dtypes, shapes, _ = _coded((rows, dim, experts, top_k, units, 1, 1), kind, "fp32", random)
+    made = program(op, shapes, dtypes, {"top_k": top_k}).launches[2:]
+    assert [launch.kernel.split("_fp32")[0] for launch in made] == ["decode_gate_up", "decode_down"]
+    arrays |= {"weights": np.ones((rows, top_k), np.float32), "hidden": np.zeros((rows * top_k, units), np.float32)}
+    arrays["y"] = np.full((rows, dim), np.nan, np.float32)
+    chosen = np.array([[-1, experts], [0, experts - 1], [-(2**31), 2**31 - 1]], np.int32)
+    got = _launched_on(interpreter, made, arrays | {"chosen": chosen})
+    wanted = _launched_on(interpreter, made, arrays | {"chosen": np.clip(chosen, 0, experts - 1)})
+    for name in ("hidden", "y"):
+        assert np.isfinite(got[name]).all()
+        assert (got[name] == wanted[name]).all()
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 5])
+def test_any_logits_choose_different_experts_there_are(top_k: int, interpreter: Interpreter) -> None:
+    """Kernels for many rows sort by what is chosen, and all read weights there."""
+    inf, nan = np.inf, np.nan
+    logits = np.array(
+        [
+            [nan, nan, nan, nan, nan],
+            [inf, inf, inf, inf, inf],
+            [-inf, -inf, -inf, -inf, -inf],
+            [nan, inf, -inf, nan, 0.0],
+            [-inf, nan, -inf, 1.0, nan],
+            [0.0, -0.0, 3e38, -3e38, 1e-45],
+        ],
+        np.float32,
+    )
+    rows, experts = logits.shape
+    shapes = {"x": (rows, 8), "router": (experts, 8), "router_bias": (experts,)}
+    shapes |= {"fc1": (experts, 16, 8), "fc2": (experts, 8, 8)}
+    (launch,) = program("SparseMoE", shapes, dict.fromkeys(shapes, "fp32"), {"top_k": top_k}).launches[1:2]
+    for bias in ([0.0] * 5, [inf, -inf, inf, 1.0, 0.0], [nan, 3e38, -inf, -3e38, nan]):
+        arrays = {"logits": logits, "router_bias": np.array(bias, np.float32)}
+        arrays["chosen"] = np.full((rows, top_k), experts, np.int32)
+        arrays["weights"] = np.full((rows, top_k), nan, np.float32)
+        chosen = _launched_on(interpreter, [launch], arrays)["chosen"]
+        assert ((chosen >= 0) & (chosen < experts)).all()
+        assert all(len(set(row)) == top_k for row in chosen.tolist())
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,7 @@ def test_few_rows_of_experts() -> None:
         made.launches[1].arguments[2],
         Pointer("fc1"),
         hidden,
+        Integer(8),
         Integer(2),
         Integer(64),
         Integer(48),

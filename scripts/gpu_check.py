@@ -172,7 +172,9 @@ def _cell(value: Any) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gpu_check", description="Checks and measures everything that needs a GPU.")
-    parser.add_argument("--folder", type=Path, default=Path("out/gpu-check"), help="where the report goes")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("out/gpu-check"), help="where the report goes (default: %(default)s)"
+    )
     parser.add_argument("--device", type=_number, default=0, metavar="N", help="number of the GPU (default: 0)")
     parser.add_argument(
         "--shapes",

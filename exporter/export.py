@@ -24,6 +24,7 @@ from mythos_edge.exporter.weights import (
     write_weights,
 )
 from mythos_edge.model.bundle import (
+    CPU_PROVIDER,
     STAGES,
     TARGET,
     Bundle,
@@ -159,7 +160,9 @@ def _mapped_target(lowered: ort_target.Lowered, dtype: str, identity: str) -> Ta
     """The target every export has: float32 weights that stay mapped in the bundle's file."""
     note = "" if dtype == "fp32" else f"weights are stored in {dtype}; the CPU has no fast {dtype} and computes in fp32"
     sizes = (lowered.fixed_bytes, lowered.step_bytes)
-    return TargetSpec(lowered.graphs, "fp32", "fp32", 0, "none", (), False, *sizes, identity, note, None)
+    return TargetSpec(
+        lowered.graphs, "fp32", "fp32", 0, "none", (), False, *sizes, identity, note, None, (CPU_PROVIDER,)
+    )
 
 
 def _source(checkpoint: Checkpoint, hashes: WeightsHashes) -> Source:

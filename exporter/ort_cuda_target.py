@@ -4,8 +4,9 @@
     ort-cuda-fp16         the large matrices in float16, all else in float32
     ort-cuda-fp16-int8    the large matrices rounded to 8 or 4 bits, products in float16
     ort-cuda-fp16-int4
+    ort-cuda-fp32-tensorrt    as ort-cuda-fp32, for ONNX Runtime's TensorRT provider before the CUDA provider
 
-Building needs neither a GPU nor onnxruntime-gpu; running them does (``runtime.ort_cuda_backend``).
+Building needs neither a GPU nor onnxruntime-gpu; running them does (``runtime.ort_gpu_session``).
 """
 
 from collections.abc import Mapping
@@ -18,7 +19,16 @@ from mythos_edge.exporter.narrowing import plan_narrow, write_narrow
 from mythos_edge.exporter.ort_target import BITS, Progress, matrices_of, round_weights, write_graphs
 from mythos_edge.exporter.rounding import RoundedFile, Rounding, plan_rounded
 from mythos_edge.exporter.target_files import files_beside, install, weights_file
-from mythos_edge.model.bundle import CUDA_TARGET, STAGES, Bundle, TargetSpec, open_bundle, require_free_space
+from mythos_edge.model.bundle import (
+    CUDA_PROVIDER,
+    CUDA_TARGET,
+    STAGES,
+    TENSORRT_PROVIDER,
+    Bundle,
+    TargetSpec,
+    open_bundle,
+    require_free_space,
+)
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import BuildError
 from mythos_edge.plugins.ort_cuda_lowering import Narrowed, lower_for_ort_cuda
@@ -31,9 +41,14 @@ _METHODS = {"int8": "rtn", "int4": "search"}
 _NOTE = "activations of the large products are float16: beyond 65504 they overflow"
 
 
-def target_name(dtype: str, weights: str = "none") -> str:
+# By the name that is asked for: what ONNX Runtime offers each node to, in this order.
+PROVIDERS = {"cuda": (CUDA_PROVIDER,), "tensorrt": (TENSORRT_PROVIDER, CUDA_PROVIDER)}
+
+
+def target_name(dtype: str, weights: str = "none", provider: str = "cuda") -> str:
     """``ort-cuda-fp16``, ``ort-cuda-fp16-int4`` and so on."""
-    return f"{CUDA_TARGET}-{dtype}" + ("" if weights == "none" else f"-{weights}")
+    parts = [CUDA_TARGET, dtype, "" if weights == "none" else weights, "" if provider == "cuda" else provider]
+    return "-".join(filter(None, parts))
 
 
 def build_ort_cuda_target(
@@ -42,9 +57,10 @@ def build_ort_cuda_target(
     dtype: str = "fp16",
     weights: str = "none",
     block: int | None = None,
+    provider: str = "cuda",
     progress: Progress = lambda phase, fraction: None,
 ) -> Bundle:
-    """The bundle at ``path`` with the target ``ort-cuda-<dtype>[-<weights>]`` added, or made again.
+    """The bundle at ``path`` with the target ``ort-cuda-<dtype>[-<weights>][-tensorrt]`` added, or made again.
 
     ``block`` values share a scale: by default 64 for int4 and 128 for int8, or 64 where the model's rows want it.
     Nothing of the bundle changes before the target is whole. Raises BuildError, BundleError, and ExportError without
@@ -52,7 +68,8 @@ def build_ort_cuda_target(
     """
     bundle = open_bundle(path)
     _check(dtype, weights, block, bundle.manifest.config)
-    manifest, name = bundle.manifest, target_name(dtype, weights)
+    _check_provider(provider, dtype)
+    manifest, name = bundle.manifest, target_name(dtype, weights, provider)
     stages = {stage: ir.load(bundle.file(f"{stage}.onnx")) for stage in STAGES}
     with files_beside(bundle, name) as folder:
         rounded = _rounded(bundle, name, folder, weights, block, progress)
@@ -74,6 +91,7 @@ def build_ort_cuda_target(
             bundle=manifest.identity,
             note=_NOTE if dtype == "fp16" else "",
             engine=None,
+            providers=PROVIDERS[provider],
         )
         return install(bundle, folder, name, target)
 
@@ -95,6 +113,16 @@ def _check(dtype: str, weights: str, block: int | None, config: MythosConfig) ->
         raise BuildError(
             f"the experts' rows of {config.dim} values do not divide into blocks of {block or min(BLOCKS)}, which the "
             "CUDA kernel wants: build with --weights none"
+        )
+
+
+def _check_provider(provider: str, dtype: str) -> None:
+    if provider not in PROVIDERS:
+        raise BuildError(f"provider is {provider!r}, expected one of {', '.join(PROVIDERS)} for {CUDA_TARGET}")
+    if provider == "tensorrt" and dtype != "fp32":
+        raise BuildError(
+            "the provider tensorrt lets TensorRT choose the type of each layer, router and halting included, once a "
+            f"graph has float16 in it: build --provider tensorrt with --dtype fp32, or {dtype} with --provider cuda"
         )
 
 

@@ -25,6 +25,7 @@ from mythos_edge.exporter.rounding import (
 from mythos_edge.exporter.target_files import files_beside, install, weights_file
 from mythos_edge.exporter.weights import WEIGHTS_FILE, bytes_read
 from mythos_edge.model.bundle import (
+    CPU_PROVIDER,
     MAX_TOGETHER,
     STAGES,
     TARGET,
@@ -146,6 +147,7 @@ def build_target(
             bundle=manifest.identity,
             note="",
             engine=None,
+            providers=(CPU_PROVIDER,),
         )
         return install(bundle, folder, name, target)
 

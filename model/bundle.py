@@ -20,12 +20,16 @@ from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import BundleError, ConfigError, ExportError
 from mythos_edge.model.typed_json import dataclass_from_json
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MANIFEST_FILE = "manifest.json"
 # What every export has; built targets add what their weights are.
 TARGET = "ort-cpu"
 # What the targets of ONNX Runtime's CUDA provider begin with.
 CUDA_TARGET = "ort-cuda"
+# ONNX Runtime's names of what runs a graph's nodes.
+CPU_PROVIDER = "CPUExecutionProvider"
+CUDA_PROVIDER = "CUDAExecutionProvider"
+TENSORRT_PROVIDER = "TensorrtExecutionProvider"
 STAGES = ("prelude", "step", "coda")
 # Sequences that one run of a target's ``.many`` graphs can serve.
 MAX_TOGETHER = 8
@@ -93,7 +97,8 @@ class TargetSpec:
     they were rounded, and ``kept`` names the parts that stay fp32. ``prepacked`` weights are copied into the kernels'
     own layout when loaded, others are read from the mapped file. ``fixed_bytes`` of weights are read once a token,
     ``step_bytes`` at each loop step (of the experts, the chosen ones). ``bundle`` is the identity of the bundle it was
-    built from. ``engine`` is there for TensorRT targets, whose graphs are engines: one a stage, or ``model`` alone.
+    built from. ``providers`` of ONNX Runtime run it, the first that can each node; none for TensorRT's targets, which
+    have ``engine`` and whose graphs are engines: one a stage, or ``model`` alone.
     """
 
     graphs: dict[str, str]
@@ -108,6 +113,7 @@ class TargetSpec:
     bundle: str
     note: str
     engine: EngineSpec | None
+    providers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

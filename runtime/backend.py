@@ -7,7 +7,6 @@ Exceptions of ONNX Runtime are translated here and nowhere else.
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -16,7 +15,7 @@ import numpy as np
 from mythos_edge.model.bundle import MAX_TOGETHER, STAGES, TARGET, Bundle
 from mythos_edge.model.errors import BackendUnavailable, BundleError, MythosEdgeError, UsageError
 from mythos_edge.plugins.processor import has_integer_dot_products
-from mythos_edge.runtime.memory import HostMemory, Memory
+from mythos_edge.runtime.memory import HostMemory, Memory, Rows
 from mythos_edge.runtime.packing import ROWS, Array, Arrays, Call, packed, unpack
 
 
@@ -60,9 +59,18 @@ class OrtBackend:
     max_context: int | None = None
 
     def __init__(
-        self, bundle: Bundle, target: str = TARGET, threads: int = 0, make_session: "SessionMaker | None" = None
+        self,
+        bundle: Bundle,
+        target: str = TARGET,
+        threads: int = 0,
+        *,
+        memory: Memory | None = None,
+        open_graph: "Callable[[Path], BoundGraph] | None" = None,
     ) -> None:
-        self.memory = HostMemory()
+        self.memory = memory or HostMemory()
+        self._stages: dict[str, BoundGraph] = {}
+        # Loaded when several sequences run together for the first time.
+        self._many: dict[str, BoundGraph] = {}
         spec = bundle.target(target)
         if spec.engine is not None:
             raise UsageError(f"target {target!r} is TensorRT's, and an ort-cpu one is needed here: choose another")
@@ -74,13 +82,11 @@ class OrtBackend:
                 "exactly (no VNNI, no Arm dot products)",
                 f"mythos-edge build {bundle.path} --weights int8 --block 128",
             )
-        make = partial(make_session or ort_session, threads=threads, prepack=spec.prepacked)
-        self._open = partial(_BoundGraph, make=make)
+        self._open = open_graph or (lambda path: BoundGraph(path, ort_session(path, threads, spec.prepacked)))
         self._bundle, self._spec = bundle, spec
         self._positions = np.zeros((1, 1), np.int64)
-        # Loaded when several sequences run together for the first time.
-        self._many: dict[str, _BoundGraph] = {}
-        self._stages = {stage: self._open(bundle.file(spec.graphs[stage])) for stage in STAGES}
+        for stage in STAGES:
+            self._stages[stage] = self._open(bundle.file(spec.graphs[stage]))
 
     def run(self, stage: str, feeds: Arrays, outputs: Arrays) -> None:
         start, count = int(feeds["length"]), feeds[ROWS[stage]].shape[1]
@@ -93,7 +99,7 @@ class OrtBackend:
     def run_together(self, stage: str, calls: Sequence[Call]) -> None:
         if stage not in self._many:
             self._many[stage] = self._open(self._bundle.file(self._spec.graphs[f"{stage}.many"]))
-        whole = packed(stage, calls, MAX_TOGETHER)
+        whole = packed(stage, calls, MAX_TOGETHER, self.memory)
         self._many[stage].run(*whole)
         # Not one of these arrays comes again, and bound they would stay in memory.
         self._many[stage].forget()
@@ -106,6 +112,8 @@ class OrtBackend:
         return sum(graph.seconds for graph in graphs)
 
     def close(self) -> None:
+        for graph in (*self._stages.values(), *self._many.values()):
+            graph.close()
         self._stages, self._many = {}, {}
 
     def __enter__(self) -> Self:
@@ -115,38 +123,49 @@ class OrtBackend:
         self.close()
 
 
-class _BoundGraph:
+class BoundGraph:
     """One session whose inputs and outputs are bound once and again only when another array is passed."""
 
-    def __init__(self, path: Path, make: Callable[[Path], Any]) -> None:
+    def __init__(self, path: Path, session: Any, run_options: Any = None) -> None:
         self._name = path.name
-        self._session = make(path)
-        self._binding = self._session.io_binding()
-        self._bound: dict[str, Array] = {}
+        self._session, self._run_options = session, run_options
+        self._binding = session.io_binding()
+        self._bound: dict[str, Rows] = {}
         self.seconds = 0.0
 
     def run(self, feeds: Arrays, outputs: Arrays) -> None:
-        bound, binding = self._bound, self._binding
+        bound = self._bound
         try:
             for name, array in feeds.items():
                 if bound.get(name) is not array:
-                    binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, _address(array))
+                    self._binding.bind_input(name, *self._place(array))
                     bound[name] = array
             for name, array in outputs.items():
                 if bound.get(name) is not array:
-                    binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, _address(array))
+                    self._binding.bind_output(name, *self._place(array))
                     bound[name] = array
             started = time.perf_counter()
-            self._session.run_with_iobinding(binding)
+            self._session.run_with_iobinding(self._binding, self._run_options)
             self.seconds += time.perf_counter() - started
         except Exception as error:  # onnxruntime's exceptions have no common base but this
-            raise MythosEdgeError(f"{self._name}: ONNX Runtime failed: {one_line(error)}") from error
+            # Its frames would keep the session alive after ``close``.
+            cause = error.with_traceback(None)
+            raise MythosEdgeError(f"{self._name}: ONNX Runtime failed: {one_line(error)}") from cause
 
     def forget(self) -> None:
         """Lets go of every array that is bound."""
         self._bound.clear()
         self._binding.clear_binding_inputs()
         self._binding.clear_binding_outputs()
+
+    def close(self) -> None:
+        """Lets go of the session, also where an exception still holds this graph."""
+        self._bound.clear()
+        self._session = self._binding = None
+
+    def _place(self, array: Rows) -> tuple[str, int, type, tuple[int, ...], int]:
+        """Where an array is, as ONNX Runtime is told: device, its number, type of the values, shape, address."""
+        return "cpu", 0, array.dtype.type, array.shape, _address(array)
 
 
 def ort_session(path: Path, threads: int = 0, prepack: bool = False) -> Any:
@@ -159,12 +178,8 @@ def ort_session(path: Path, threads: int = 0, prepack: bool = False) -> Any:
     options = session_options(ort, threads, prepack)
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # see _BoundGraph.run
+    except Exception as error:  # see BoundGraph.run
         raise BundleError(f"{path.name}: ONNX Runtime can not load it: {one_line(error)}") from error
-
-
-# ``make(path, threads=..., prepack=...)`` as ``ort_session`` is.
-SessionMaker = Callable[..., Any]
 
 
 def session_options(ort: Any, threads: int, prepack: bool) -> Any:
@@ -189,7 +204,7 @@ def graph_runner(path: Path, threads: int = 0) -> Callable[[Arrays], list[Array]
     def run(feeds: Arrays) -> list[Array]:
         try:
             outputs: list[Array] = session.run(None, dict(feeds))
-        except Exception as error:  # see _BoundGraph.run
+        except Exception as error:  # see BoundGraph.run
             raise MythosEdgeError(f"{path.name}: ONNX Runtime failed: {one_line(error)}") from error
         return outputs
 

@@ -8,8 +8,8 @@ stop the GPU.
 import ctypes
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -17,7 +17,8 @@ from numpy.typing import DTypeLike, NDArray
 from mythos_edge.model.errors import CapacityError, MythosEdgeError
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.plugins.kernel_launch import PreparedProgram
-from mythos_edge.plugins.launches import Program, program
+from mythos_edge.plugins.launches import program
+from mythos_edge.runtime.gpu import Gpu
 from mythos_edge.runtime.memory import Rows, Watch
 
 # numpy has no bfloat16; nothing here computes with it.
@@ -28,8 +29,6 @@ STATE_DTYPES: dict[str, np.dtype[Any]] = {
 }
 _SMALLEST_BYTES = 512
 _MOST_PREPARED = 1024
-# Loads the kernels of one of the programs of ``launches`` that answer the runtime.
-Prepare = Callable[[Program], PreparedProgram]
 
 
 class DeviceArray:
@@ -71,58 +70,67 @@ class DeviceArray:
         else:
             self._memory.fill(place, value)
 
+    def followed_by(self, columns: Self) -> Self:
+        """This and the ``columns`` that lie right behind it as one array."""
+        assert columns.pointer == self.pointer + self.nbytes
+        assert (columns.shape[2:], columns.dtype) == (self.shape[2:], self.dtype)
+        shape = (1, self.shape[1] + columns.shape[1], *self.shape[2:])
+        return type(self)(self._memory, self.pointer, shape, self.dtype, self.base or self)
+
     def copy(self) -> "DeviceArray":
         made: DeviceArray = self._memory.empty(self.shape, self.dtype)
         made[...] = self
         return made
 
 
+class Room(NamedTuple):
+    """What all ``columns`` of an engine's memory have, so that it meets one shape; the last are for padded rows."""
+
+    columns: int
+    padding: int
+
+
 class DeviceMemory:
     """The memory of one GPU and the stream all its work is queued in; ``Memory`` says what it is for.
 
-    ``columns`` have always the same room, so that an engine meets one shape; the last ``padding`` of it are for the
-    padded rows of a chunk. Raises CapacityError when the GPU has no room left.
+    Without a fixed ``room`` there is as much for columns as is asked for. ``updates_in_place``: see ``Memory``.
+    Raises CapacityError when the GPU has no room left.
     """
 
-    updates_in_place = True
-
-    def __init__(
-        self,
-        driver: Driver,
-        device: int,
-        dtype: str,
-        room: int,
-        padding: int,
-        prepare: Prepare,
-    ) -> None:
+    def __init__(self, gpu: Gpu, dtype: str, room: Room | None = None, *, updates_in_place: bool = False) -> None:
         self.dtype, self._dtype_name = STATE_DTYPES[dtype], dtype
-        self._device = device
-        self.driver, self.stream = driver, driver.stream()
-        self._room, self._padding = room, padding
-        self._prepare, self._prepared = prepare, dict[tuple[Any, ...], PreparedProgram]()
+        self.updates_in_place = updates_in_place
+        self.device = gpu.device
+        self.driver, self.stream = gpu.driver, gpu.driver.stream()
+        self._room = room
+        self._prepare, self._prepared = gpu.prepare, dict[tuple[Any, ...], PreparedProgram]()
         self._spare: dict[int, list[int]] = defaultdict(list)
         self._held: set[int] = set()
         self._thresholds: dict[float, DeviceArray] = {}
         # Logits come every token; copies to memory that is not pinned are slow.
         self._pinned, self._pinned_bytes = 0, 0
-        self._staging = _Staging(driver, self.stream)
+        self._staging = _Staging(self.driver, self.stream)
+        # Copies to what an ended watch had may still be queued, so it is kept for the next.
+        self._watches: list[_WatchPlace] = []
+        self._spare_watches: list[_WatchPlace] = []
         self._closed = False
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> DeviceArray:
         return self._array(shape, np.dtype(dtype))
 
     def columns(self, count: int, width: int) -> DeviceArray:
-        if not count:
-            return self._array((1, 0, width), self.dtype)
-        assert count <= self._room - self._padding
-        array = self._array((1, self._room, width), self.dtype)
+        if self._room is None or not count:
+            return self._array((1, count, width), self.dtype)
+        usable = self._room.columns - self._room.padding
+        assert count <= usable
+        array = self._array((1, self._room.columns, width), self.dtype)
         # What an engine reads beyond the filled columns is multiplied with zero, and must not be infinite.
         array[...] = 0
-        array.shape = (1, self._room - self._padding, width)
+        array.shape = (1, usable, width)
         return array
 
     def room_of(self, count: int) -> int:
-        return self._room
+        return count if self._room is None else self._room.columns
 
     def from_host(self, array: NDArray[Any]) -> DeviceArray:
         source = np.ascontiguousarray(array)
@@ -131,7 +139,7 @@ class DeviceMemory:
         return made
 
     def to_host(self, rows: Rows) -> NDArray[Any]:
-        self.driver.use_context(self._device)
+        self.driver.use_context(self.device)
         host = np.empty(rows.shape, rows.dtype)
         if host.nbytes > self._pinned_bytes:
             if self._pinned_bytes:
@@ -168,7 +176,7 @@ class DeviceMemory:
         self.answer("OutputSoFar", arrays)
 
     def free_bytes(self) -> int | None:
-        self.driver.use_context(self._device)
+        self.driver.use_context(self.device)
         spare = sum(size * len(pointers) for size, pointers in self._spare.items())
         return self.driver.memory_info()[0] + spare
 
@@ -223,12 +231,16 @@ class DeviceMemory:
         self._spare.clear()
         if self._pinned_bytes:
             self.driver.free_pinned(self._pinned)
+        for place in self._watches:
+            self.driver.free_pinned(place.pinned)
+            for event in place.events:
+                self.driver.destroy_event(event)
         self._staging.close()
         self.driver.destroy_stream(self.stream)
 
     def _array(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceArray:
         # Whatever a thread does here begins with an array.
-        self.driver.use_context(self._device)
+        self.driver.use_context(self.device)
         size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         if not size:
             return DeviceArray(self, 0, shape, dtype)
@@ -261,10 +273,25 @@ class DeviceMemory:
             self._held.discard(pointer)
             self._spare[size].append(pointer)
 
+    def _watch_place(self) -> "_WatchPlace":
+        if not self._spare_watches:
+            self._watches.append(
+                _WatchPlace(self.driver.allocate_pinned(2 * 4), (self.driver.event(), self.driver.event()))
+            )
+            return self._watches[-1]
+        return self._spare_watches.pop()
+
     def _threshold(self, threshold: float) -> DeviceArray:
         if threshold not in self._thresholds:
             self._thresholds[threshold] = self.from_host(np.array(threshold, np.float32))
         return self._thresholds[threshold]
+
+
+class _WatchPlace(NamedTuple):
+    """Two numbers that a watch reads on the host, and when each is there."""
+
+    pinned: int
+    events: tuple[int, int]
 
 
 class _Staging:
@@ -305,13 +332,12 @@ class _DeviceWatch:
     """Has the device say which columns run; one that may lag reads what it said one call before, which is known."""
 
     def __init__(self, memory: DeviceMemory, threshold: DeviceArray, may_lag: bool) -> None:
-        driver, self._may_lag = memory.driver, may_lag
-        self._memory, self._threshold = memory, threshold
+        self._memory, self._threshold, self._may_lag = memory, threshold, may_lag
         self._flags = [memory.empty((1,), np.int32) for _ in range(2)]
-        self._pinned = driver.allocate_pinned(2 * 4)
-        self._events = [driver.event() for _ in range(2)]
+        place = memory._watch_place()
+        self._pinned, self._events = place
         self._turn = 0
-        weakref.finalize(self, _end_watch, driver, self._pinned, self._events)
+        weakref.finalize(self, _give_watch_back, weakref.ref(memory), place)
 
     def __call__(self, halt_mass: Rows, *, begins: bool) -> int:
         driver, stream, turn = self._memory.driver, self._memory.stream, self._turn
@@ -341,7 +367,7 @@ def _give_back(memory: "weakref.ref[DeviceMemory]", pointer: int, size: int) -> 
         alive._release(pointer, size)
 
 
-def _end_watch(driver: Driver, pinned: int, events: Sequence[int]) -> None:
-    driver.free_pinned(pinned)
-    for event in events:
-        driver.destroy_event(event)
+def _give_watch_back(memory: "weakref.ref[DeviceMemory]", place: _WatchPlace) -> None:
+    alive = memory()
+    if alive is not None:
+        alive._spare_watches.append(place)

@@ -30,7 +30,7 @@ class LoopEngine:
         self.config, self._max_rows = bundle.manifest.config, spec.engine.max_rows
         self._runtime = Runtime(bundle, target, driver, device)
         self._engine = self._runtime.load("model", trust)
-        self._memory = DeviceMemory(self._runtime.driver, device, spec.compute_dtype, 0, 0, self._runtime.prepare)
+        self._memory = DeviceMemory(self._runtime.gpu, spec.compute_dtype)
 
     @classmethod
     def open(cls, path: Path | str, target: str, *, trust: bool = False) -> Self:
@@ -60,7 +60,7 @@ class LoopEngine:
     def _sequence(
         self, ids: NDArray[np.int64], max_depth: int, threshold: float
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        self._runtime.use_gpu()
+        self._runtime.gpu.use()
         memory, rows = self._memory, ids.shape[1]
         feeds: dict[str, NDArray[Any]] = {
             "input_ids": ids,

@@ -1,111 +1,161 @@
-"""ONNX Runtime on a GPU: the same graphs' protocol as ``backend``, on the CUDA provider and never quietly without it.
+"""The stages on ONNX Runtime's CUDA provider: caches and states stay on the GPU, all work is in one stream.
 
-ONNX Runtime itself goes on with the CPU when its CUDA provider can not be loaded, and gives single nodes to the CPU
-when it has no kernel for them. Both are errors here. ``session.disable_cpu_ep_fallback`` would refuse every graph:
-arithmetic on shapes belongs on the CPU, so what was placed where is read and checked instead.
-
-A first version: caches are host memory (``HostMemory``), and what is bound is copied to the GPU at each run.
+A run is queued and not waited for. What is bound are addresses: outputs are written where the caller wants them, and
+what the host decides is put beside them first. Several sequences run together as on the CPU.
 """
 
-import contextlib
-import ctypes
-import io
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from mythos_edge.model.bundle import Bundle
-from mythos_edge.model.errors import BackendUnavailable, BundleError
-from mythos_edge.runtime.backend import OrtBackend, import_onnxruntime, one_line, session_options
+import numpy as np
 
-PROVIDER = "CUDAExecutionProvider"
-# pip does not know that the two are one module: side by side, the one installed last wins.
-INSTALL = "pip install --upgrade 'onnxruntime-gpu[cuda,cudnn]'"
-REPLACE = "pip uninstall --yes onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'"
-# Its kernels were looked at. Before 1.28 MoE computed another SwiGLU than it was asked for.
-OLDEST = (1, 31)
-# What the CPU may do: arithmetic on shapes, a few integers each.
-_ON_SHAPES = frozenset(["Concat", "Greater", "Reshape", "Shape", "Split", "Squeeze", "Sub", "Unsqueeze"])
+from mythos_edge.model.bundle import CUDA_PROVIDER, Bundle
+from mythos_edge.model.errors import BackendUnavailable
+from mythos_edge.plugins import kernel_store
+from mythos_edge.plugins.cuda_driver import Driver
+from mythos_edge.runtime.backend import BoundGraph, OrtBackend
+from mythos_edge.runtime.device import DeviceArray, DeviceMemory
+from mythos_edge.runtime.gpu import Gpu
+from mythos_edge.runtime.memory import Rows
+from mythos_edge.runtime.ort_gpu_session import Providers, gpu_session, import_gpu_onnxruntime
+from mythos_edge.runtime.packing import Array, Arrays
+
+# What ONNX Runtime allocates itself is aligned to this, and so its kernels may expect it.
+_ALIGNMENT = 256
 
 
 class OrtCudaBackend(OrtBackend):
-    """One of the bundle's ``ort-cuda`` targets.
+    """One of the bundle's ``ort-cuda`` targets on one GPU.
 
-    Raises BackendUnavailable without a working CUDA provider, BundleError when a graph can not be loaded.
+    Raises BackendUnavailable without a working CUDA provider, driver or GPU, BundleError when a graph can not be
+    loaded.
     """
 
-    def __init__(self, bundle: Bundle, target: str, threads: int = 0) -> None:
-        super().__init__(bundle, target, threads, ort_cuda_session)
+    memory: DeviceMemory
+
+    def __init__(
+        self, bundle: Bundle, target: str, threads: int = 0, *, device: int = 0, driver: Driver | None = None
+    ) -> None:
+        spec = bundle.target(target)
+        ort = import_gpu_onnxruntime(*spec.providers)
+        self._gpu = Gpu(driver, device)
+        try:
+            _check_kernels(self._gpu)
+            # Only large matrices are narrow in these targets. ONNX Runtime writes outputs while it still reads inputs.
+            memory = DeviceMemory(self._gpu, "fp32")
+        except BaseException:
+            self._gpu.close()
+            raise
+        run_options = ort.RunOptions()
+        # Nothing waits but what reads.
+        run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+
+        def open_graph(path: Path) -> BoundGraph:
+            session = gpu_session(path, self._providers(bundle, target, memory), threads, spec.prepacked)
+            return _DeviceGraph(path, session, run_options, memory)
+
+        try:
+            super().__init__(bundle, target, threads, memory=memory, open_graph=open_graph)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Gives everything back to the GPU; again is nothing."""
+        self._gpu.use()
+        if self._stages:
+            # Its graphs may still be running.
+            self.memory.driver.synchronize(self.memory.stream)
+        super().close()
+        self.memory.close()
+        self._gpu.close()
+
+    def _providers(self, bundle: Bundle, target: str, memory: DeviceMemory) -> Providers:
+        """What runs the nodes of the target's graphs, each with its options."""
+        del bundle, target
+        return {CUDA_PROVIDER: cuda_options(memory)}
 
 
-def ort_cuda_session(path: Path, threads: int = 0, prepack: bool = True) -> Any:
-    """An onnxruntime.InferenceSession on the CUDA provider, with no node but shapes' arithmetic on the CPU."""
-    ort = import_cuda_onnxruntime()
-    options = session_options(ort, threads, prepack)
-    # 4: only what is fatal. That the provider was not loaded is told below, in one line.
-    options.log_severity_level = 4
-    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    try:
-        session = ort.InferenceSession(str(path), options, providers=[PROVIDER])
-    except Exception as error:  # onnxruntime's exceptions have no common base but this
-        raise BundleError(f"{path.name}: ONNX Runtime can not load it on the GPU: {one_line(error)}") from error
-    if PROVIDER not in session.get_providers():
-        raise BackendUnavailable(f"ONNX Runtime could not load its {PROVIDER}: {_why_not_loaded(ort)}", INSTALL)
-    on_cpu = nodes_on_cpu(session.get_provider_graph_assignment_info())
-    if on_cpu:
+def stream_options(memory: DeviceMemory) -> dict[str, str]:
+    """The provider's options that have it work in the stream of ``memory``."""
+    return {
+        "device_id": str(memory.device),
+        "has_user_compute_stream": "1",
+        "user_compute_stream": str(memory.stream),
+    }
+
+
+def cuda_options(memory: DeviceMemory) -> dict[str, str]:
+    """The options of the CUDA provider."""
+    # On by default, it would leave products of float32 10 bits.
+    return stream_options(memory) | {"use_tf32": "0"}
+
+
+def _check_kernels(gpu: Gpu) -> None:
+    """The runtime asks the GPU by kernels of this package which columns still run."""
+    known = kernel_store.compute_capabilities()
+    if gpu.compute_capability not in known:
+        names = ", ".join(f"sm{number}" for number in known)
         raise BackendUnavailable(
-            f"{path.name}: onnxruntime-gpu {ort.__version__} has no CUDA kernel for {', '.join(on_cpu)}, and computing "
-            "them on the CPU was not asked for",
-            INSTALL,
+            f"this GPU ({gpu.name}) is sm{gpu.compute_capability}, and there are kernels for {names}: use the target "
+            "ort-cpu, and see what this machine can run",
+            "mythos-edge doctor",
         )
-    return session
 
 
-def import_cuda_onnxruntime() -> Any:
-    """The onnxruntime module with a CUDA provider of a version that is known to compute right.
+class _DeviceGraph(BoundGraph):
+    """A session on the GPU. An array of the host is put on the device when its values have changed.
 
-    Raises BackendUnavailable.
+    ONNX Runtime itself would copy it once, when it is bound, and outside the stream.
     """
-    try:
-        ort = import_onnxruntime()
-    except BackendUnavailable as error:
-        raise BackendUnavailable("onnxruntime-gpu is not installed", REPLACE) from error
-    if PROVIDER not in ort.get_available_providers():
-        raise BackendUnavailable(
-            f"onnxruntime {ort.__version__} is the build for CPUs (it has no {PROVIDER}); onnxruntime-gpu replaces it",
-            REPLACE,
-        )
-    if version_of(ort.__version__) < OLDEST:
-        wanted = ".".join(map(str, OLDEST))
-        raise BackendUnavailable(
-            f"onnxruntime-gpu is {ort.__version__}, expected {wanted} or newer: older ones compute experts otherwise",
-            INSTALL,
-        )
-    # What it logs by itself, about CUDA that is missing, is an error below.
-    ort.set_default_logger_severity(4)
-    # Finds CUDA's libraries where pip put them; what it can not find it prints, and the session says why it fails.
-    with contextlib.redirect_stdout(io.StringIO()):
-        ort.preload_dlls()
-    return ort
+
+    def __init__(self, path: Path, session: Any, run_options: Any, memory: DeviceMemory) -> None:
+        super().__init__(path, session, run_options)
+        self._memory = memory
+        places = zip(session.get_inputs(), session.get_input_memory_infos(), strict=True)
+        self._on_host = {given.name for given, info in places if info.name == "Cpu"}
+        # By input: its values when they were put last, and where.
+        self._put: dict[str, tuple[Array, DeviceArray]] = {}
+        # An address for what is empty, which must not be 0.
+        self._nowhere = memory.empty((1,), np.uint8)
+
+    def run(self, feeds: Arrays, outputs: Arrays) -> None:
+        memory = self._memory
+        memory.driver.use_context(memory.device)
+        given = {name: self._given(name, array) for name, array in feeds.items()}
+        made = {
+            name: array if _is_aligned(array) else memory.empty(array.shape, array.dtype)
+            for name, array in outputs.items()
+        }
+        super().run(given, made)
+        for name, array in outputs.items():
+            if made[name] is not array:
+                array[...] = made[name]
+
+    def _given(self, name: str, array: Rows) -> Rows:
+        """``array`` where the session wants it."""
+        if name in self._on_host:
+            return array if isinstance(array, np.ndarray) else self._memory.to_host(array)
+        if isinstance(array, np.ndarray):
+            return self._on_device(name, array)
+        return array if _is_aligned(array) else array.copy()
+
+    def _on_device(self, name: str, array: Array) -> DeviceArray:
+        before, place = self._put.get(name, (None, None))
+        if before is None or place is None or before.shape != array.shape:
+            place = self._memory.empty(array.shape, array.dtype)
+        elif np.array_equal(before, array):
+            return place
+        self._memory.upload(place.pointer, np.ascontiguousarray(array))
+        self._put[name] = array.copy(), place
+        return place
+
+    def _place(self, array: Rows) -> tuple[str, int, type, tuple[int, ...], int]:
+        if isinstance(array, np.ndarray):
+            return super()._place(array)
+        pointer = array.pointer or self._nowhere.pointer
+        return "cuda", self._memory.device, array.dtype.type, array.shape, pointer
 
 
-def version_of(text: str) -> tuple[int, int]:
-    """Major and minor of a version."""
-    major, minor = text.split(".")[:2]
-    return int(major), int(minor)
-
-
-def nodes_on_cpu(assignment: Iterable[Any]) -> list[str]:
-    """The ops placed on the CPU that are no arithmetic on shapes, from a session's assignment information."""
-    ops = {node.op_type for part in assignment if part.ep_name != PROVIDER for node in part.get_nodes()}
-    return sorted(ops - _ON_SHAPES)
-
-
-def _why_not_loaded(ort: Any) -> str:
-    """ONNX Runtime writes the reason to its log only; the loader tells it again."""
-    library = Path(ort.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
-    try:
-        ctypes.CDLL(str(library))
-    except OSError as error:
-        return f"{one_line(error)} (CUDA or cuDNN is not installed, or not found)"
-    return "it found no usable GPU or driver"
+def _is_aligned(array: DeviceArray) -> bool:
+    return not array.nbytes or array.pointer % _ALIGNMENT == 0

@@ -9,13 +9,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mythos_edge.runtime.memory import Rows
+from mythos_edge.runtime.memory import Memory, Rows
 
 Array = NDArray[Any]
 Arrays = Mapping[str, Rows]
 # The input that has every new row, and what else is given row by row.
 ROWS = {"prelude": "input_ids", "step": "h", "coda": "out"}
-_BY_ROW = ("input_ids", "h", "e", "step_index", "out")
+_BY_ROW = ("h", "e", "out")
+# Row by row as well, and always the host's.
+_OF_HOST = ("input_ids", "step_index")
 # Given only for the last rows of a chunk, the ones still running; earlier rows are marked as halted.
 _ACTIVE = {"out": 0.0, "halt_mass": np.inf, "depth": 0}
 
@@ -27,11 +29,11 @@ class Call(NamedTuple):
     outputs: Arrays
 
 
-def packed(stage: str, calls: Sequence[Call], jobs: int) -> Call:
-    """What ``<stage>.many`` reads and fresh memory for what it writes; ``unpack`` hands that out."""
+def packed(stage: str, calls: Sequence[Call], jobs: int, memory: Memory) -> Call:
+    """What ``<stage>.many`` reads and fresh ``memory`` for what it writes; ``unpack`` hands that out."""
     assert len(calls) <= jobs
     counts = [call.feeds[ROWS[stage]].shape[1] for call in calls]
-    feeds: dict[str, Array] = {"row_counts": np.array(counts + [0] * (jobs - len(calls)), np.int64)}
+    feeds: dict[str, Rows] = {"row_counts": np.array(counts + [0] * (jobs - len(calls)), np.int64)}
     starts = [int(call.feeds["length"]) for call in calls]
     spans = [np.arange(start, start + count) for start, count in zip(starts, counts, strict=True)]
     feeds["positions"] = np.concatenate(spans)[:, None]
@@ -40,20 +42,23 @@ def packed(stage: str, calls: Sequence[Call], jobs: int) -> Call:
     for name in first.keys() - {"length", "first"}:
         given = [call.feeds[name] for call in calls]
         if name.startswith("past"):
-            nothing = np.zeros((1, 0, given[0].shape[2]), np.float32)
+            nothing = memory.columns(0, given[0].shape[2])
             feeds |= {f"{name}@{job}": given[job] if job < len(given) else nothing for job in range(jobs)}
         elif name == "logit_rows":
             feeds[name] = np.concatenate([rows + offset for rows, offset in zip(given, offsets, strict=False)])
         elif stage == "step" and name in _ACTIVE:
-            feeds[name] = np.concatenate(list(map(_filled, given, counts, [_ACTIVE[name]] * len(given))), axis=1)
+            filled = [_filled(memory, *both, _ACTIVE[name]) for both in zip(given, counts, strict=True)]
+            feeds[name] = memory.join(filled)
         elif name in _BY_ROW:
+            feeds[name] = memory.join(given)
+        elif name in _OF_HOST:
             feeds[name] = np.concatenate(given, axis=1)
         else:  # scalars of the request
             assert all(np.array_equal(array, given[0]) for array in given), f"{name} differs between the sequences"
             feeds[name] = given[0]
     rows = int(offsets[-1])
     outputs = {
-        name: np.empty((1, len(feeds["logit_rows"]) if name == "logits" else rows, *array.shape[2:]), array.dtype)
+        name: memory.empty((1, len(feeds["logit_rows"]) if name == "logits" else rows, *array.shape[2:]), array.dtype)
         for name, array in calls[0].outputs.items()
     }
     return Call(feeds, outputs)
@@ -70,9 +75,11 @@ def unpack(stage: str, made: Arrays, calls: Sequence[Call]) -> None:
             array[...] = made[name][:, stop - array.shape[1] : stop]
 
 
-def _filled(active: Array, count: int, filler: float) -> Array:
+def _filled(memory: Memory, active: Rows, count: int, filler: float) -> Rows:
     """``active`` with rows of ``filler`` before it, ``count`` in all."""
     missing = count - active.shape[1]
     if missing == 0:
         return active
-    return np.concatenate([np.full((1, missing, *active.shape[2:]), filler, active.dtype), active], axis=1)
+    before = memory.empty((1, missing, *active.shape[2:]), active.dtype)
+    before[...] = filler
+    return memory.join([before, active])

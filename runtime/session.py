@@ -19,9 +19,9 @@ from typing import Any, Self, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from mythos_edge.model.bundle import CUDA_TARGET, TARGET, Bundle, open_bundle
+from mythos_edge.model.bundle import CPU_PROVIDER, CUDA_PROVIDER, TARGET, TENSORRT_PROVIDER, Bundle, open_bundle
 from mythos_edge.model.config import MythosConfig
-from mythos_edge.model.errors import CapacityError, UsageError
+from mythos_edge.model.errors import BundleError, CapacityError, UsageError
 from mythos_edge.runtime import saved_state
 from mythos_edge.runtime.backend import Backend, OrtBackend
 from mythos_edge.runtime.caches import CachePlan, plan_cache, require_memory
@@ -29,6 +29,7 @@ from mythos_edge.runtime.decoding import Decoding, Generation, Options, TextSoFa
 from mythos_edge.runtime.draft_tuner import DraftTuner
 from mythos_edge.runtime.halting import ResolvedDepth, depth_of_preset
 from mythos_edge.runtime.ort_cuda_backend import OrtCudaBackend
+from mythos_edge.runtime.ort_tensorrt_backend import OrtTensorrtBackend
 from mythos_edge.runtime.sampling import Sampler
 from mythos_edge.runtime.speculation import AUTO, check_draft
 from mythos_edge.runtime.staircase import Fed, Staircase
@@ -36,6 +37,12 @@ from mythos_edge.runtime.text import Tokenizer
 from mythos_edge.runtime.together import Work, run_alone, run_together
 from mythos_edge.runtime.trt_backend import TrtBackend
 
+# By the providers that a target is for.
+_ORT_BACKENDS: dict[tuple[str, ...], Callable[[Bundle, str, int], OrtBackend]] = {
+    (CPU_PROVIDER,): OrtBackend,
+    (CUDA_PROVIDER,): OrtCudaBackend,
+    (TENSORRT_PROVIDER, CUDA_PROVIDER): OrtTensorrtBackend,
+}
 Int64 = NDArray[np.int64]
 Prompt = str | Sequence[int]
 
@@ -346,11 +353,15 @@ class Session:
 
 def open_backend(bundle: Bundle, target: str, threads: int = 0, trust: bool = False) -> OrtBackend | TrtBackend:
     """What runs a target; parameters and errors as in ``Session.open``."""
-    if bundle.target(target).engine is not None:
+    spec = bundle.target(target)
+    if spec.engine is not None:
         return TrtBackend(bundle, target, trust=trust)
-    if target.startswith(CUDA_TARGET):
-        return OrtCudaBackend(bundle, target, threads)
-    return OrtBackend(bundle, target, threads)
+    if spec.providers not in _ORT_BACKENDS:
+        raise BundleError(
+            f"{bundle.path}: target {target!r} is for {', '.join(spec.providers) or 'no provider'} of ONNX Runtime, "
+            "which this mythos-edge does not know: build it again"
+        )
+    return _ORT_BACKENDS[spec.providers](bundle, target, threads)
 
 
 def checked_ids(ids: Any, config: MythosConfig) -> Int64:

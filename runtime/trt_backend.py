@@ -14,7 +14,7 @@ import numpy as np
 from mythos_edge.model.bundle import STAGES, Bundle
 from mythos_edge.model.errors import BundleError, MythosEdgeError
 from mythos_edge.plugins.cuda_driver import Driver
-from mythos_edge.runtime.device import DeviceArray, DeviceMemory
+from mythos_edge.runtime.device import DeviceArray, DeviceMemory, Room
 from mythos_edge.runtime.packing import ROWS, Array, Arrays, Call
 from mythos_edge.runtime.trt_engine import Engine, Runtime
 
@@ -57,8 +57,9 @@ class TrtBackend:
         self._stages: dict[str, _Stage] = {}
         self._graphs: OrderedDict[_Key, int | None] = OrderedDict()
         self._capturing = True
-        driver = self._runtime.driver
-        self.memory = DeviceMemory(driver, device, spec.compute_dtype, room, rows, self._runtime.prepare)
+        self._driver = self._runtime.gpu.driver
+        # The rows of a call are at their fixed places before anything is written to where they came from.
+        self.memory = DeviceMemory(self._runtime.gpu, spec.compute_dtype, Room(room, rows), updates_in_place=True)
         try:
             for stage in STAGES:
                 self._stages[stage] = _Stage(stage, self._runtime.load(stage, trust), self.memory, rows, room)
@@ -67,7 +68,7 @@ class TrtBackend:
             raise
 
     def run(self, stage: str, feeds: Arrays, outputs: Arrays) -> None:
-        self._runtime.use_gpu()
+        self._runtime.gpu.use()
         count = feeds[ROWS[stage]].shape[1]
         most = self._stages[stage].max_rows
         # A causal chunk is the same as its parts one after the other: each finds the rows of those before it.
@@ -81,12 +82,12 @@ class TrtBackend:
 
     def close(self) -> None:
         """Gives everything back to the GPU, as far as the driver still works."""
-        self._runtime.use_gpu()
+        self._runtime.gpu.use()
         try:
             self.memory.driver.synchronize(self.memory.stream)
             for graph in self._graphs.values():
                 if graph is not None:
-                    self._runtime.driver.destroy_graph(graph)
+                    self._driver.destroy_graph(graph)
         finally:
             self._graphs.clear()
             for stage in self._stages.values():
@@ -111,7 +112,7 @@ class TrtBackend:
 
     def _execute(self, stage: "_Stage", key: _Key, count: int) -> None:
         """Queues the engine, from the third run of its like on as a graph."""
-        stream, driver = self.memory.stream, self._runtime.driver
+        stream, driver = self.memory.stream, self._driver
         if not self._capturing or key.rows not in GRAPH_ROWS:
             stage.queue(key._replace(rows=count), stream)
             return
@@ -130,7 +131,7 @@ class TrtBackend:
 
     def _capture(self, stage: "_Stage", key: _Key) -> int | None:
         """The graph of what was queued last; None where TensorRT does not allow a capture."""
-        stream, driver = self.memory.stream, self._runtime.driver
+        stream, driver = self.memory.stream, self._driver
         if not stage.capturable(key, stream):
             # It may after more runs, when all kernels of these shapes are there.
             return None

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from mythos_edge.model.bundle import Bundle
-from mythos_edge.model.errors import BackendUnavailable, BundleError, MythosEdgeError
+from mythos_edge.model.errors import BundleError, MythosEdgeError
 from mythos_edge.plugins import kernel_store, trt_bindings, trt_plugins
 from mythos_edge.plugins.cuda_driver import Driver
-from mythos_edge.plugins.kernel_launch import LoadedKernels, PreparedProgram, Scratch
-from mythos_edge.plugins.launches import Program
+from mythos_edge.plugins.kernel_launch import Scratch
+from mythos_edge.runtime.gpu import Gpu
 
 CACHE_FOLDER = "cache"
 Shapes = Mapping[str, tuple[int, ...]]
@@ -42,19 +42,16 @@ class Runtime:
         spec = bundle.target(target).engine
         assert spec is not None
         self.trt: Any = trt_bindings.load(spec.flavour)
-        self.driver = driver or Driver.load()
-        count = self.driver.device_count()
-        if not 0 <= device < count:
-            raise BackendUnavailable(f"device is {device}, expected less than {count}, the GPUs here", "nvidia-smi")
-        self.compute_capability = self.driver.compute_capability(device)
+        self.gpu = Gpu(driver, device)
         self._bundle, self._target, self.spec = bundle, target, spec
-        self._check(device)
-        if spec.plugins == "python":
-            trt_plugins.register(self.trt)
-        self._device: int | None = device
-        self.driver.retain_primary_context(device)
-        self._kernels = LoadedKernels(self.driver)
-        self._activations = Scratch(self.driver)
+        try:
+            self._check()
+            if spec.plugins == "python":
+                trt_plugins.register(self.trt)
+        except BaseException:
+            self.gpu.close()
+            raise
+        self._activations: Scratch | None = Scratch(self.gpu.driver)
         self._runtime = self.trt.Runtime(trt_bindings.logger(self.trt))
         # The default, said aloud: an engine may come from elsewhere.
         self._runtime.engine_host_code_allowed = False
@@ -62,46 +59,31 @@ class Runtime:
     def lend_memory(self, context: Any, size: int) -> None:
         """Gives a context the memory its layers work in."""
         if size:
+            assert self._activations is not None
             context.set_device_memory(self._activations.at_least(size), size)
 
-    def use_gpu(self) -> None:
-        """Makes the GPU current in the calling thread, which may not be the one that opened it."""
-        if self._device is not None:
-            self.driver.use_context(self._device)
-
     def close(self) -> None:
-        """Gives the runtime's own kernels and the GPU back."""
-        if self._device is None:
-            return
-        self._kernels.close()
+        """Gives the memory of the contexts and the GPU back; again is nothing."""
         self._runtime = None
-        del self._activations
-        self.driver.release_primary_context(self._device)
-        self._device = None
+        self._activations = None
+        self.gpu.close()
 
-    def _check(self, device: int) -> None:
-        spec, where = self.spec, f"target {self._target!r}"
+    def _check(self) -> None:
+        spec, gpu, where = self.spec, self.gpu, f"target {self._target!r}"
         again = "build it again here"
         installed = trt_bindings.version(self.trt)
         if installed != spec.version:
             raise BundleError(f"{where} was built by TensorRT {spec.version}, here is {installed}: {again}")
-        if self.compute_capability not in spec.compute_capabilities:
+        if gpu.compute_capability not in spec.compute_capabilities:
             known = ", ".join(f"sm{number}" for number in spec.compute_capabilities)
-            here = f"this GPU ({self.driver.device_name(device)}) is sm{self.compute_capability}"
+            here = f"this GPU ({gpu.name}) is sm{gpu.compute_capability}"
             raise BundleError(f"{where} was built for {known}, {here}: {again}")
         if not spec.profiles or spec.profiles[-1].max_rows < spec.max_rows:
             raise BundleError(f"{where} has no profile for {spec.max_rows} rows: it was damaged or edited: {again}")
-        if spec.device and spec.device != self.driver.device_name(device):
-            raise BundleError(
-                f"{where} was built on {spec.device}, this GPU is {self.driver.device_name(device)}: {again}"
-            )
+        if spec.device and spec.device != gpu.name:
+            raise BundleError(f"{where} was built on {spec.device}, this GPU is {gpu.name}: {again}")
         if any(spec.plugin_layers.values()) and spec.kernels != kernel_store.manifest_sha256():
             raise BundleError(f"{where} carries kernels of another mythos-edge: {again}")
-
-    def prepare(self, program: Program) -> PreparedProgram:
-        """A program of the package's own kernels, loaded. Raises BuildError for a GPU none were compiled for."""
-        built = [kernel_store.kernel(launch.kernel, self.compute_capability) for launch in program.launches]
-        return PreparedProgram(self.driver, program, self._kernels.load(built))
 
     def load(self, key: str, trust: bool = False) -> "Engine":
         """The engine of one graph of the target; with ``trust`` also one that is not the file the manifest lists."""
@@ -120,7 +102,7 @@ class Runtime:
         engine = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise BundleError(f"{path}: TensorRT can not load it: {said(self.trt)}")
-        cache = f"{self._target}.{key}.sm{self.compute_capability}.{self.spec.version}.bin"
+        cache = f"{self._target}.{key}.sm{self.gpu.compute_capability}.{self.spec.version}.bin"
         return Engine(self, engine, path.name, self._bundle.path / CACHE_FOLDER / cache)
 
 

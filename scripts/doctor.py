@@ -13,7 +13,7 @@ from mythos_edge.model.machine import free_memory_bytes
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.plugins.processor import has_integer_dot_products
 from mythos_edge.plugins.trt_bindings import rtx_compute_capabilities
-from mythos_edge.runtime import ort_cuda_backend
+from mythos_edge.runtime import ort_gpu_session
 from mythos_edge.runtime.backend import cores
 from mythos_edge.scripts.console import Console
 
@@ -37,7 +37,7 @@ _NEEDS = {
 _INSTALL = {
     "run": "pip install mythos-edge",
     "export": "pip install 'mythos-edge[export]'",
-    "ort-cuda": ort_cuda_backend.REPLACE,
+    "ort-cuda": ort_gpu_session.REPLACE,
     "tensorrt-rtx": "pip install 'mythos-edge[tensorrt-rtx]'",
     "tensorrt": "pip install 'mythos-edge[tensorrt]'",
 }

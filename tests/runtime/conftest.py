@@ -141,13 +141,19 @@ def driver(request: pytest.FixtureRequest) -> FakeDriver:
 
 
 @pytest.fixture
-def trt(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> FakeTensorRT:
-    fake = FakeTensorRT(driver)
+def fake_gpu(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+    """The driver that is found, and kernels that it can run."""
     monkeypatch.setattr(Driver, "load", lambda: driver)
+    monkeypatch.setattr(kernel_store, "kernel", _kernel)
+    return driver
+
+
+@pytest.fixture
+def trt(fake_gpu: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> FakeTensorRT:
+    fake = FakeTensorRT(fake_gpu)
     monkeypatch.setattr(trt_bindings, "load", lambda flavour: fake)
     monkeypatch.setattr(trt_bindings, "logger", lambda trt: None)
     monkeypatch.setattr(trt_bindings, "messages", lambda trt: fake.messages)
     monkeypatch.setattr(trt_plugins, "register", lambda trt: None)
-    monkeypatch.setattr(kernel_store, "kernel", _kernel)
     monkeypatch.setattr(kernel_store, "manifest_sha256", lambda: KERNELS)
     return fake

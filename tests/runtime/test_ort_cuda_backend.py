@@ -1,68 +1,54 @@
-"""The CUDA provider is there and does the work, or one line says why not: nothing falls to the CPU unsaid."""
+"""ONNX Runtime's GPU providers on a fake GPU: the host's tokens and depths, or one line that says why not.
 
+The graphs run on the CPU's kernels; see ``fake_onnxruntime`` for what is as strict as ONNX Runtime.
+"""
+
+import gc
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from fake_driver import FakeDriver
+from fake_onnxruntime import FakeOnnxruntime, Part
 
 from mythos_edge.exporter.ort_cuda_target import build_ort_cuda_target
-from mythos_edge.model.errors import BackendUnavailable
-from mythos_edge.runtime import ort_cuda_backend
+from mythos_edge.model.bundle import CPU_PROVIDER, CUDA_PROVIDER, TENSORRT_PROVIDER, open_bundle, update_manifest
+from mythos_edge.model.errors import BackendUnavailable, BundleError, CapacityError, MythosEdgeError, UsageError
+from mythos_edge.plugins import trt_bindings
+from mythos_edge.plugins.cuda_driver import Driver
+from mythos_edge.runtime import ort_gpu_session, ort_tensorrt_backend, parity
 from mythos_edge.runtime.backend import OrtBackend, import_onnxruntime
-from mythos_edge.runtime.ort_cuda_backend import PROVIDER, OrtCudaBackend, ort_cuda_session
+from mythos_edge.runtime.ort_cuda_backend import OrtCudaBackend
+from mythos_edge.runtime.ort_gpu_session import gpu_session
+from mythos_edge.runtime.ort_tensorrt_backend import OrtTensorrtBackend
 from mythos_edge.runtime.session import Session
 
-CPU = "CPUExecutionProvider"
+CUDA, TENSORRT = "ort-cuda-fp32", "ort-cuda-fp32-tensorrt"
+PROMPT = [90, 90, 91, 15]
 
 
-@dataclass
-class _Part:
-    """What a session says of the nodes placed on one provider."""
-
-    ep_name: str
-    ops: list[str]
-
-    def get_nodes(self) -> list[SimpleNamespace]:
-        return [SimpleNamespace(op_type=op) for op in self.ops]
+@pytest.fixture(scope="module")
+def golden_targets(golden_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random network, sensitive on purpose, with both targets."""
+    return _with_targets(golden_bundle, tmp_path_factory.mktemp("golden"))
 
 
-@dataclass
-class _FakeOnnxruntime:
-    """onnxruntime-gpu as far as sessions are made with it; the graphs run on the CPU's kernels of the real one."""
+@pytest.fixture(scope="module")
+def targets(mla_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, of one of the networks."""
+    return _with_targets(mla_bundle, tmp_path_factory.mktemp("mla"))
 
-    __version__: str = "1.31.1"
-    available: tuple[str, ...] = (PROVIDER, CPU)
-    used: tuple[str, ...] = (PROVIDER, CPU)
-    parts: tuple[_Part, ...] = (_Part(PROVIDER, ["Gemm", "MoE"]), _Part(CPU, ["Squeeze", "Concat"]))
-    asked: list[tuple[list[str], dict[str, str]]] = field(default_factory=list)
-    __file__: str = "/nowhere/onnxruntime/__init__.py"
 
-    def get_available_providers(self) -> list[str]:
-        return list(self.available)
-
-    def preload_dlls(self) -> None:
-        print("Failed to load libcublasLt.so.13")
-
-    def set_default_logger_severity(self, severity: int) -> None:
-        assert severity == 4
-
-    def SessionOptions(self) -> Any:
-        return import_onnxruntime().SessionOptions()
-
-    def InferenceSession(self, path: str, options: Any, providers: list[str]) -> Any:
-        entry = "session.record_ep_graph_assignment_info"
-        self.asked.append((providers, {entry: options.get_session_config_entry(entry)}))
-        real = import_onnxruntime().InferenceSession(path, options, providers=[CPU])
-        return SimpleNamespace(
-            get_providers=lambda: list(self.used),
-            get_provider_graph_assignment_info=lambda: self.parts,
-            io_binding=real.io_binding,
-            run_with_iobinding=real.run_with_iobinding,
-        )
+def _with_targets(bundle: Path, folder: Path) -> Path:
+    path = Path(shutil.copytree(bundle, folder / "with.bundle"))
+    for provider in ("cuda", "tensorrt"):
+        build_ort_cuda_target(path, dtype="fp32", provider=provider)
+    return path
 
 
 @pytest.fixture
@@ -73,61 +59,338 @@ def bundle(demo_bundle: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., _FakeOnnxruntime]:
-    def install(**options: Any) -> _FakeOnnxruntime:
-        fake = _FakeOnnxruntime(**options)
-        monkeypatch.setattr(ort_cuda_backend, "import_onnxruntime", lambda: fake)
+def installed(
+    fake_gpu: FakeDriver, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[Callable[..., FakeOnnxruntime]]:
+    """``installed(**options)``: onnxruntime-gpu as ``FakeOnnxruntime`` is; all that it opened is given back."""
+
+    def install(**options: Any) -> FakeOnnxruntime:
+        fake = FakeOnnxruntime(fake_gpu, **options)
+        monkeypatch.setattr(ort_gpu_session, "import_onnxruntime", lambda: fake)
         return fake
 
-    return install
+    def none(flavour: str) -> None:
+        raise BackendUnavailable("tensorrt can not be imported", "pip install tensorrt")
+
+    monkeypatch.setattr(trt_bindings, "load", none)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "")
+    # Chunks of a few rows, so that small prompts have parts.
+    monkeypatch.setattr(ort_tensorrt_backend, "MAX_ROWS", 5)
+    yield install
+    gc.collect()
+    assert fake_gpu.live_bytes == 0
 
 
-def test_the_target_name_decides_the_backend(
-    bundle: Path, installed: Callable[..., _FakeOnnxruntime], capsys: pytest.CaptureFixture[str]
+def _prompt(session: Session, count: int) -> list[int]:
+    return np.random.default_rng(3).integers(0, session.config.vocab_size, count).tolist()
+
+
+@pytest.fixture(params=[CUDA, TENSORRT])
+def target(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.mark.parametrize("policy", ["exact", "full", "last"])
+def test_tokens_are_those_of_the_host(
+    policy: str, target: str, targets: Path, installed: Callable[..., FakeOnnxruntime]
+) -> None:
+    installed()
+    with Session.open(targets) as host, Session.open(targets, target=target) as session:
+        # The caches grow beyond their first columns.
+        options: dict[str, Any] = {"max_new_tokens": 9, "policy": policy}
+        for count in (11, 70):
+            wanted, made = (one.generate(_prompt(host, count), **options) for one in (host, session))
+            assert (made.ids, made.depths) == (wanted.ids, wanted.depths)
+            more = [one.generate(_prompt(host, 60), resume=True, **options).ids for one in (host, session)]
+            assert more[0] == more[1]
+
+
+def test_scores_are_those_of_the_reference(
+    target: str, golden_targets: Path, golden: dict[str, np.ndarray], installed: Callable[..., FakeOnnxruntime]
+) -> None:
+    """Both attentions, in one chunk and one position at a time."""
+    installed()
+    allowed = parity.NOISE_FACTOR * golden["upstream_fp32_error"].max()
+    with Session.open(golden_targets, target=target) as session:
+        for prefill in (None, int(golden["prefill"])):
+            score = session.score(golden["ids"], prefill=prefill, max_depth=int(golden["n_loops"]))
+            assert np.abs(score.logits - golden["logits"]).max() <= allowed
+            assert (score.depth == golden["depth"]).all()
+
+
+def test_several_sequences_share_runs_as_on_the_host(
+    target: str, targets: Path, installed: Callable[..., FakeOnnxruntime]
+) -> None:
+    installed()
+    with Session.open(targets) as host, Session.open(targets, target=target) as session:
+        prompts = [_prompt(host, count) for count in (3, 8, 1, 12)]
+        wanted, made = (one.generate(prompts, max_new_tokens=6, policy="full") for one in (host, session))
+        assert [one.ids for one in made] == [one.ids for one in wanted]
+        shared = sum(call == "run" for call in session.backend.memory.driver.calls)
+        wanted, made = (one.generate(prompts, max_new_tokens=6) for one in (host, session))
+        assert [(one.ids, one.depths) for one in made] == [(one.ids, one.depths) for one in wanted]
+        if target == CUDA:
+            # Whoever runs alone takes as many for each sequence.
+            assert shared < 2 * sum(one.block_calls for one in made)
+
+
+def test_drafts_are_those_of_the_host(target: str, targets: Path, installed: Callable[..., FakeOnnxruntime]) -> None:
+    installed()
+    options: dict[str, Any] = {"max_new_tokens": 12, "draft_depth": 1, "draft_tokens": 3}
+    with Session.open(targets) as host, Session.open(targets, target=target) as session:
+        wanted, made = (one.generate(_prompt(host, 9), **options) for one in (host, session))
+        assert (made.ids, made.depths) == (wanted.ids, wanted.depths)
+        assert made.drafted > 0
+
+
+def test_a_saved_sequence_goes_on_here_and_on_the_host(
+    target: str, targets: Path, installed: Callable[..., FakeOnnxruntime], tmp_path: Path
+) -> None:
+    installed()
+    with Session.open(targets, target=target) as session:
+        whole = session.generate(_prompt(session, 5), max_new_tokens=8).ids
+        first = session.generate(_prompt(session, 5), max_new_tokens=4).ids
+        session.save(tmp_path / "saved.npz")
+    for one in (target, None):
+        with Session.open(targets, target=one) as session:
+            session.restore(tmp_path / "saved.npz")
+            assert first + session.generate([], resume=True, max_new_tokens=4).ids == whole
+
+
+def test_nothing_is_waited_for_between_the_steps_of_a_token(
+    bundle: Path, installed: Callable[..., FakeOnnxruntime], driver: FakeDriver
+) -> None:
+    installed()
+    with Session.open(bundle, target=CUDA) as session:
+        session.generate(PROMPT, max_new_tokens=6, policy="full", stop_ids=())
+        driver.calls.clear()
+        made = session.generate([], resume=True, max_new_tokens=5, policy="full", stop_ids=())
+        # Logits and depth of each token, and no more.
+        assert driver.calls.count("synchronize") == 2 * len(made.ids)
+        assert driver.calls.count("copy_to_host") == 2 * len(made.ids)
+        assert driver.calls.count("wait") == 0
+        assert "copy from memory that is not pinned" not in driver.calls
+        session.generate(PROMPT, max_new_tokens=6, stop_ids=())
+        driver.calls.clear()
+        made = session.generate([], resume=True, max_new_tokens=5, stop_ids=())
+        assert 0 < driver.calls.count("wait") <= made.block_calls + len(made.ids)
+
+
+def test_columns_cost_what_is_asked_for(
+    bundle: Path, installed: Callable[..., FakeOnnxruntime], driver: FakeDriver
+) -> None:
+    installed()
+    with Session.open(bundle, target=CUDA) as session:
+        assert session.plan(20).cache_bytes == session.plan(20).bytes_per_token * 20
+        session.generate(PROMPT, max_new_tokens=6, stop_ids=())
+        driver.total_bytes = driver.device_memory.live_bytes + 10_000
+        with pytest.raises(CapacityError, match=r"the caches of 1 x 204 tokens need .* are free"):
+            session.generate(PROMPT * 50, max_new_tokens=4)
+        driver.total_bytes = 1 << 30
+
+
+def test_another_thread_may_go_on(bundle: Path, installed: Callable[..., FakeOnnxruntime]) -> None:
+    installed()
+    with Session.open(bundle, target=CUDA) as session, ThreadPoolExecutor(1) as thread:
+        here = session.generate(PROMPT, max_new_tokens=4)
+        assert thread.submit(session.generate, PROMPT, max_new_tokens=4).result().ids == here.ids
+
+
+def test_what_sessions_are_told(
+    targets: Path, target: str, installed: Callable[..., FakeOnnxruntime], driver: FakeDriver, tmp_path: Path
 ) -> None:
     fake = installed()
-    with Session.open(bundle, target="ort-cuda-fp32") as gpu, Session.open(bundle) as cpu:
-        assert isinstance(gpu.backend, OrtCudaBackend)
+    with Session.open(targets, target=target) as session:
+        assert type(session.backend) is (OrtCudaBackend if target == CUDA else OrtTensorrtBackend)
+        shared = {
+            "device_id": "0",
+            "has_user_compute_stream": "1",
+            "user_compute_stream": str(session.backend.memory.stream),
+        }
+    cuda = {CUDA_PROVIDER: shared | {"use_tf32": "0"}}
+    if target == CUDA:
+        assert fake.asked == [(cuda, "1")] * 3
+        return
+    (folder,) = (tmp_path / "user" / "mythos-edge" / "ort-tensorrt").iterdir()
+    own = {
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": str(folder),
+        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_path": str(folder),
+    }
+    assert fake.asked == [({TENSORRT_PROVIDER: shared | own} | cuda, "1")] * 3
+    assert list(fake.asked[0][0]) == [TENSORRT_PROVIDER, CUDA_PROVIDER]
+    assert ort_gpu_session.os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
+
+
+def test_no_engine_is_built_after_the_target_was_opened(
+    targets: Path, installed: Callable[..., FakeOnnxruntime]
+) -> None:
+    fake = installed()
+    with Session.open(targets, target=TENSORRT) as session:
+        # One at the least and one that reaches to the largest shapes, for each stage.
+        assert fake.builds == 6
+        for policy in ("exact", "full", "last"):
+            session.generate(_prompt(session, 23), max_new_tokens=5, policy=policy, chunk=9)
+            session.generate(_prompt(session, 9), max_new_tokens=5, draft_depth=1, draft_tokens=3)
+        most = open_bundle(targets).manifest.max_context
+        assert session.generate(_prompt(session, most - 1), max_new_tokens=9, chunk=most).finish_reason == "context"
+        assert fake.builds == 6
+
+
+def test_engines_of_other_weights_or_gpus_are_not_shared(
+    targets: Path, bundle: Path, installed: Callable[..., FakeOnnxruntime], driver: FakeDriver, tmp_path: Path
+) -> None:
+    fake = installed()
+    build_ort_cuda_target(bundle, dtype="fp32", provider="tensorrt")
+
+    def folders() -> int:
+        return len(list((tmp_path / "user" / "mythos-edge" / "ort-tensorrt").iterdir()))
+
+    counts = []
+    for path, version in ((targets, "1.31.1"), (targets, "1.31.1"), (bundle, "1.31.1"), (bundle, "1.32.0")):
+        fake.__version__ = version
+        Session.open(path, target=TENSORRT).close()
+        counts.append(folders())
+    assert counts == [1, 1, 2, 3]
+
+
+def test_the_cache_must_be_writable(targets: Path, installed: Callable[..., FakeOnnxruntime], tmp_path: Path) -> None:
+    installed()
+    (tmp_path / "user").write_text("a file")
+    with pytest.raises(UsageError, match="can not be written: Not a directory: set XDG_CACHE_HOME"):
+        Session.open(targets, target=TENSORRT)
+
+
+def test_the_providers_decide_the_backend(
+    bundle: Path, installed: Callable[..., FakeOnnxruntime], capsys: pytest.CaptureFixture[str]
+) -> None:
+    installed()
+    with Session.open(bundle) as cpu:
         assert type(cpu.backend) is OrtBackend
-        wanted, found = (one.generate([90, 90, 91, 15], max_new_tokens=4, stop_ids=()).ids for one in (cpu, gpu))
-        assert found == wanted
-    assert fake.asked == [([PROVIDER], {"session.record_ep_graph_assignment_info": "1"})] * 3
+    opened = open_bundle(bundle)
+    targets = opened.manifest.targets
+    update_manifest(opened, targets={**targets, "ort-cpu": replace(targets[CUDA])})
+    with Session.open(bundle) as gpu:
+        assert type(gpu.backend) is OrtCudaBackend
+    update_manifest(opened, targets={**targets, CUDA: replace(targets[CUDA], providers=("TpuExecutionProvider",))})
+    with pytest.raises(BundleError, match=f"'{CUDA}' is for TpuExecutionProvider of ONNX Runtime, which this mythos"):
+        Session.open(bundle, target=CUDA)
     assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"available": (CPU,)}, r"is the build for CPUs .*: run `pip uninstall --yes onnxruntime && pip install"),
+        ({"available": (CPU_PROVIDER,)}, r"is the build for CPUs .*: run `pip uninstall --yes onnxruntime && pip inst"),
         ({"__version__": "1.27.2"}, r"onnxruntime-gpu is 1.27.2, expected 1.31 or newer.*run `pip install --upgrade"),
-        ({"used": (CPU,)}, r"could not load its CUDAExecutionProvider: .*No such file.*run `pip install"),
+        ({"without": (CUDA_PROVIDER,)}, r"could not load its CUDAExecutionProvider: .*No such file.*run `pip install"),
         (
-            {"parts": (_Part(PROVIDER, ["Gemm"]), _Part(CPU, ["Squeeze", "QMoE", "Gather"]))},
+            {"parts": (Part(CUDA_PROVIDER, ["Gemm"]), Part(CPU_PROVIDER, ["Squeeze", "QMoE", "Gather"]))},
             r"(step|prelude).*onnxruntime-gpu 1.31.1 has no CUDA kernel for Gather, QMoE, and",
         ),
+        ({"parts": (Part(CPU_PROVIDER, ["Squeeze"]),)}, "CUDAExecutionProvider takes no node of it"),
     ],
 )
 def test_what_is_missing_is_said_in_one_line(
-    bundle: Path, installed: Callable[..., _FakeOnnxruntime], options: dict[str, Any], message: str
+    bundle: Path, installed: Callable[..., FakeOnnxruntime], options: dict[str, Any], message: str
 ) -> None:
     installed(**options)
     with pytest.raises(BackendUnavailable, match=message) as caught:
-        Session.open(bundle, target="ort-cuda-fp32")
+        Session.open(bundle, target=CUDA)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"without": (TENSORRT_PROVIDER,)}, r"could not load its Tensorrt.*: run `pip install 'tensorrt<11'`"),
+        ({"parts": (Part(CUDA_PROVIDER, ["Gemm"]),)}, r"prelude.*TensorrtExecutionProvider takes no node of it: build"),
+    ],
+)
+def test_a_tensorrt_that_does_nothing_is_said_in_one_line(
+    targets: Path, installed: Callable[..., FakeOnnxruntime], options: dict[str, Any], message: str
+) -> None:
+    installed(**options)
+    with pytest.raises(BackendUnavailable, match=message) as caught:
+        Session.open(targets, target=TENSORRT)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_gpu_without_kernels_and_no_gpu_are_one_line(
+    bundle: Path, installed: Callable[..., FakeOnnxruntime], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = installed()
+    opened = open_bundle(bundle)
+    with pytest.raises(
+        BackendUnavailable, match=r"this GPU \(Fake GPU 0\) is sm61, and there are kernels for sm75, sm"
+    ):
+        OrtCudaBackend(opened, CUDA, driver=FakeDriver([61]))  # type: ignore[arg-type]
+    with pytest.raises(BackendUnavailable, match="device is 1, expected less than 1"):
+        OrtCudaBackend(opened, CUDA, device=1)
+
+    def none() -> None:
+        raise BackendUnavailable("no NVIDIA driver", "nvidia-smi")
+
+    monkeypatch.setattr(Driver, "load", none)
+    with pytest.raises(BackendUnavailable, match="no NVIDIA driver"):
+        Session.open(bundle, target=CUDA)
+    assert not fake.sessions
+
+
+def test_a_failing_run_is_one_line_and_everything_is_given_back(
+    bundle: Path, installed: Callable[..., FakeOnnxruntime]
+) -> None:
+    fake = installed()
+    with Session.open(bundle, target=CUDA) as session:
+        session.generate(PROMPT, max_new_tokens=2)
+        fake.fails_at = "step"
+        with pytest.raises(
+            MythosEdgeError, match=r"step\.ort-cuda-fp32\.onnx: ONNX Runtime failed: an illegal address"
+        ):
+            session.generate(PROMPT, max_new_tokens=2)
+
+
+def test_closing_gives_everything_back_once(
+    bundle: Path, installed: Callable[..., FakeOnnxruntime], driver: FakeDriver
+) -> None:
+    fake = installed()
+    session = Session.open(bundle, target=CUDA)
+    session.generate(PROMPT, max_new_tokens=4)
+    session.close()
+    session.close()
+    gc.collect()
+    assert [one() for one in fake.sessions] == [None] * 3
+    assert driver.live_bytes == 0
+    assert not driver._streams
+    assert not driver.modules
 
 
 def test_the_build_for_cpus_is_refused(bundle: Path) -> None:
     """With the onnxruntime that is really installed here."""
-    if PROVIDER in import_onnxruntime().get_available_providers():
+    if CUDA_PROVIDER in import_onnxruntime().get_available_providers():
         pytest.skip("onnxruntime-gpu is installed")
     with pytest.raises(BackendUnavailable, match="onnxruntime-gpu"):
-        ort_cuda_session(bundle / "step.ort-cuda-fp32.onnx")
+        gpu_session(bundle / "step.ort-cuda-fp32.onnx", {CUDA_PROVIDER: {}})
 
 
 @pytest.mark.gpu
-def test_parity_on_the_gpu(bundle: Path) -> None:
-    if PROVIDER not in import_onnxruntime().get_available_providers():
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_parity_on_the_gpu(provider: str, bundle: Path) -> None:
+    if CUDA_PROVIDER not in import_onnxruntime().get_available_providers():
         pytest.skip("onnxruntime-gpu is not installed")
-    with Session.open(bundle, target="ort-cuda-fp32") as gpu, Session.open(bundle) as cpu:
+    build_ort_cuda_target(bundle, dtype="fp32", provider=provider)
+    name = CUDA if provider == "cuda" else TENSORRT
+    try:
+        gpu = Session.open(bundle, target=name)
+    except BackendUnavailable as error:
+        if provider == "cuda":
+            raise
+        pytest.skip(str(error))
+    with gpu, Session.open(bundle) as cpu:
         wanted, found = (one.score([[90, 90, 91, 15, 3]], policy="full").logits for one in (cpu, gpu))
-    assert abs(found - wanted).max() < 1e-3 * abs(wanted).max()
+        assert abs(found - wanted).max() < 1e-3 * abs(wanted).max()
+        options: dict[str, Any] = {"max_new_tokens": 9, "stop_ids": ()}
+        wanted_ids, found_ids = (one.generate([PROMPT, PROMPT[:2]], **options) for one in (cpu, gpu))
+        assert [one.ids for one in found_ids] == [one.ids for one in wanted_ids]

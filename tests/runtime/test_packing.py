@@ -14,6 +14,7 @@ from mythos_edge.exporter.ort_target import build_target
 from mythos_edge.model.bundle import MAX_TOGETHER, open_bundle
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.runtime.backend import OrtBackend
+from mythos_edge.runtime.memory import HostMemory
 from mythos_edge.runtime.packing import Call, packed, unpack
 
 # Rows of another chunk change the blocking of float32 sums; what is rounded to 8 bits may then fall to the next code.
@@ -120,7 +121,7 @@ def test_codas_of_several_sequences(backend: Any, shapes: list[tuple[int, float,
 def test_rows_go_back_to_their_sequence(random: np.random.Generator, mla_bundle: Path) -> None:
     config = open_bundle(mla_bundle).manifest.config
     calls = [_step(config, random, rows, active, 3, 0) for rows, active in ((2, 1), (1, 1), (3, 0))]
-    whole = packed("step", calls, MAX_TOGETHER)
+    whole = packed("step", calls, MAX_TOGETHER, HostMemory())
     assert whole.feeds["row_counts"].tolist() == [2, 1, 3, 0, 0, 0, 0, 0]
     assert whole.feeds["positions"][:, 0].tolist() == [3, 4, 3, 3, 4, 5]
     assert np.isinf(whole.feeds["halt_mass"][0]).tolist() == [True, False, False, True, True, True]

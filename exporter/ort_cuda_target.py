@@ -67,8 +67,8 @@ def build_ort_cuda_target(
     room on the disk.
     """
     bundle = open_bundle(path)
+    _check_provider(provider, dtype, weights)
     _check(dtype, weights, block, bundle.manifest.config)
-    _check_provider(provider, dtype)
     manifest, name = bundle.manifest, target_name(dtype, weights, provider)
     stages = {stage: ir.load(bundle.file(f"{stage}.onnx")) for stage in STAGES}
     with files_beside(bundle, name) as folder:
@@ -116,13 +116,13 @@ def _check(dtype: str, weights: str, block: int | None, config: MythosConfig) ->
         )
 
 
-def _check_provider(provider: str, dtype: str) -> None:
+def _check_provider(provider: str, dtype: str, weights: str) -> None:
     if provider not in PROVIDERS:
         raise BuildError(f"provider is {provider!r}, expected one of {', '.join(PROVIDERS)} for {CUDA_TARGET}")
-    if provider == "tensorrt" and dtype != "fp32":
+    if provider == "tensorrt" and (dtype, weights) != ("fp32", "none"):
         raise BuildError(
-            "the provider tensorrt lets TensorRT choose the type of each layer, router and halting included, once a "
-            f"graph has float16 in it: build --provider tensorrt with --dtype fp32, or {dtype} with --provider cuda"
+            "with float16 in a graph the provider tensorrt leaves the type of every layer to TensorRT, router and "
+            "halting included: build it with --dtype fp32 --weights none, or leave --provider out"
         )
 
 

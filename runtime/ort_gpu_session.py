@@ -22,6 +22,7 @@ from mythos_edge.runtime.backend import import_onnxruntime, one_line, session_op
 INSTALL = "pip install --upgrade 'onnxruntime-gpu[cuda,cudnn]'"
 REPLACE = "pip uninstall --yes onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'"
 # Its TensorRT provider is linked with libnvinfer.so.10, which no later TensorRT has.
+TENSORRT_MAJOR = "10"
 INSTALL_TENSORRT = "pip install 'tensorrt<11'"
 # Its kernels were looked at. Before 1.28 MoE computed another SwiGLU than it was asked for.
 OLDEST = (1, 31)

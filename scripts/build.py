@@ -19,7 +19,7 @@ _CPU, _CUDA = "ort-cpu", "ort-cuda"
 # What each kind of target understands besides --weights.
 _UNDERSTANDS = {
     _CPU: ("block", "keep", "method", "calibrate"),
-    _CUDA: ("dtype", "block"),
+    _CUDA: ("dtype", "block", "provider"),
     "TensorRT": ("dtype", "layout", "max_context", "max_rows", "plugins"),
 }
 
@@ -31,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     weights = "ort-cpu: fp32, int8, int4; ort-cuda: none, int8, int4; TensorRT: none, int8, int4, fp8"
     parser.add_argument("--weights", choices=("none", "fp32", "int8", "int4", "fp8"), help=weights)
     parser.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), help="what is computed in, on GPUs (fp16)")
+    providers = "what runs ort-cuda: its CUDA provider, or TensorRT (10, fp32 alone) before it"
+    parser.add_argument("--provider", choices=("cuda", "tensorrt"), help=providers)
     tensorrt = parser.add_argument_group("TensorRT")
     tensorrt.add_argument("--layout", choices=("step", "loop"), help="an engine a stage (step), or one with the loop")
     tensorrt.add_argument("--max-context", type=int, metavar="N", help="longest sequence (default: the bundle's)")
@@ -100,7 +102,7 @@ def _build_for_cpu(args: argparse.Namespace, console: Console) -> None:
 def _build_for_cuda(args: argparse.Namespace, console: Console) -> None:
     from mythos_edge.exporter import ort_cuda_target
 
-    given = _given(args, "dtype", "weights", "block")
+    given = _given(args, "dtype", "weights", "block", "provider")
     bundle = ort_cuda_target.build_ort_cuda_target(args.bundle, **given, progress=console.progress)
     given.pop("block", None)
     _tell(console, bundle, ort_cuda_target.target_name(**{"dtype": "fp16", **given}))

@@ -31,6 +31,7 @@ _NEEDS = {
         "jaxtyping": "jaxtyping",
     },
     "ort-cuda": {"onnxruntime-gpu": "onnxruntime"},
+    "ort-tensorrt": {"onnxruntime-gpu": "onnxruntime", "tensorrt": "tensorrt"},
     "tensorrt-rtx": {"tensorrt-rtx-cu13": "tensorrt_rtx"},
     "tensorrt": {"tensorrt": "tensorrt"},
 }
@@ -38,6 +39,7 @@ _INSTALL = {
     "run": "pip install mythos-edge",
     "export": "pip install 'mythos-edge[export]'",
     "ort-cuda": ort_gpu_session.REPLACE,
+    "ort-tensorrt": ort_gpu_session.INSTALL_TENSORRT,
     "tensorrt-rtx": "pip install 'mythos-edge[tensorrt-rtx]'",
     "tensorrt": "pip install 'mythos-edge[tensorrt]'",
 }
@@ -89,6 +91,9 @@ def examine(load_driver: Callable[[], Driver]) -> dict[str, Any]:
         # The same module under another package's name.
         can["run"]["packages"]["onnxruntime"] = can["ort-cuda"]["packages"]["onnxruntime-gpu"]
         can["run"]["ok"] = None not in can["run"]["packages"].values()
+    # Libraries of TensorRT that pip did not bring are not seen here; opening a target tells.
+    tensorrt = can["ort-tensorrt"]["packages"]["tensorrt"]
+    can["ort-tensorrt"]["ok"] &= tensorrt is not None and tensorrt.split(".")[0] == ort_gpu_session.TENSORRT_MAJOR
     gpus, no_gpu = _gpus(load_driver)
     return {
         "mythos_edge": metadata.version("mythos-edge"),
@@ -147,6 +152,7 @@ def _targets(can: dict[str, dict[str, Any]], capabilities: list[int]) -> dict[st
     needs = {
         "ort-cpu": (export, {"run": can["run"]["ok"]}),
         "ort-cuda": (export, {"ort-cuda": can["ort-cuda"]["ok"]} | gpu),
+        "ort-tensorrt": (export, {"ort-tensorrt": can["ort-tensorrt"]["ok"]} | gpu),
         # Engines for RTX are built for any GPU on any machine, those of TensorRT on the GPU they are for.
         "rtx-smXX": (export | rtx, rtx | rtx_gpu),
         "trt-this-gpu": (export | trt | gpu, trt | gpu),

@@ -332,7 +332,7 @@ def test_torch_without_a_gpu_is_named_in_the_row() -> None:
 
 
 def _facts(*there: str) -> dict[str, Any]:
-    kinds = ("ort-cuda", "tensorrt-rtx", "tensorrt")
+    kinds = ("ort-cuda", "ort-tensorrt", "tensorrt-rtx", "tensorrt")
     return {"can": {kind: {"ok": kind in there, "install": f"pip install {kind}"} for kind in kinds}}
 
 
@@ -348,7 +348,7 @@ def test_targets_are_built_and_validated_or_skipped_with_a_reason(tmp_path: Path
         plan = list(gpu_check.planned_targets(facts, capability, tmp_path, run))
         return {section.title: section for section in gpu_check.done(plan)}
 
-    sections = found(_facts("ort-cuda", "tensorrt"), 90)
+    sections = found(_facts("ort-cuda", "ort-tensorrt", "tensorrt"), 90)
     assert sections["target rtx-sm90-fp16"].reason == "TensorRT for RTX does not serve sm90"
     assert sections["target ort-cuda-fp16"].status == sections["target trt-sm90-fp16"].status == "ok"
     assert (sections["target ort-cuda-fp16-int4"].status, sections["target ort-cuda-fp16-int4"].reason) == (
@@ -360,6 +360,8 @@ def test_targets_are_built_and_validated_or_skipped_with_a_reason(tmp_path: Path
     assert f"validate {bundle} --against fp32 --target trt-sm90-fp16" in commands
     assert f"build {bundle} --target trt-this-gpu --dtype fp16 --weights none --plugins aot" in commands
     assert f"validate {bundle} --against fp32 --target trt-sm90-fp16-int4-aot" in commands
+    assert f"build {bundle} --target ort-cuda --dtype fp32 --provider tensorrt" in commands
+    assert sections["target ort-cuda-fp32-tensorrt"].status == "ok"
     assert sections["tests marked gpu"].status == "ok"
     assert commands[-1].startswith("-q -rs -m gpu")
     none = found(_facts(), 89)

@@ -128,6 +128,8 @@ def test_build_for_tensorrt_refuses_in_one_line(mla_bundle: Path, run: Callable[
         (("--target", "rtx-sm89", "--block", 64), "--block means nothing to the target rtx-sm89"),
         (("--target", "rtx-sm89", "--keep", "head"), "--keep means nothing to the target rtx-sm89"),
         (("--target", "ort-cuda", "--layout", "loop"), "--layout means nothing to the target ort-cuda"),
+        (("--target", "ort-cuda", "--provider", "tensorrt"), "leaves the type of every layer to TensorRT, router and"),
+        (("--target", "rtx-sm89", "--provider", "cuda"), "--provider means nothing to the target rtx-sm89"),
         (("--weights", "int8", "--dtype", "fp16"), "--dtype means nothing to the target ort-cpu"),
         (("--weights", "int8", "--max-rows", 4), "--max-rows means nothing to the target ort-cpu"),
     ]:

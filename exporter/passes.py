@@ -52,10 +52,10 @@ def for_many_sequences(model: ir.Model, jobs: int) -> ir.Model:
     graph = made.graph
     counts = ir.Value(name="row_counts", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([jobs]))
     graph.inputs.append(counts)
-    used = [_has_rows(graph, counts, job) for job in range(jobs)]
+    used: list[ir.Value] = []
     for node in list(graph):
         if node.op_type in _ATTENTIONS:
-            _attend_apart(graph, node, counts, used)
+            _attend_apart(graph, node, counts, used, jobs)
         elif node.op_type == "RotaryEmbedding":
             _rotate_each_row(graph, node)
     passes.RemoveUnusedNodesPass()(made)
@@ -124,13 +124,13 @@ def _fold(model: ir.Model) -> None:
     )(model)
 
 
-def _has_rows(graph: ir.Graph, counts: ir.Value, job: int) -> ir.Value:
-    """Whether a sequence has any rows."""
-    number = ir.node("Gather", [counts, _constant(graph, f"job_{job}", [job])], name=f"row_count@{job}")
-    some = ir.node("Cast", [number.outputs[0]], {"to": ir.DataType.BOOL}, name=f"has_rows@{job}")
-    for node in (number, some):
-        node.outputs[0].name = node.name
-    graph.insert_before(graph[0], [number, some])
+def _has_rows(graph: ir.Graph, node: ir.Node, rows: ir.Value, job: int) -> ir.Value:
+    """Whether a sequence has any rows: of their shape, which the host knows where values are a GPU's."""
+    number = ir.node("Shape", [rows], {"start": 1, "end": 2}, name=f"row_count@{job}")
+    some = ir.node("Greater", [number.outputs[0], _constant(graph, "none", [0])], name=f"has_rows@{job}")
+    for made in (number, some):
+        made.outputs[0].name = made.name
+    graph.insert_before(node, [number, some])
     return some.outputs[0]
 
 
@@ -150,14 +150,18 @@ def _rotate_each_row(graph: ir.Graph, node: ir.Node) -> None:
     node.outputs[0].shape = ir.Shape(["chunk", 1, width])
 
 
-def _attend_apart(graph: ir.Graph, node: ir.Node, counts: ir.Value, used: list[ir.Value]) -> None:
-    """Replaces an attention node by one for each sequence that has rows, over its own cache."""
+def _attend_apart(graph: ir.Graph, node: ir.Node, counts: ir.Value, used: list[ir.Value], jobs: int) -> None:
+    """Replaces an attention node by one for each sequence that has rows, over its own cache.
+
+    ``used`` says which have; the first node fills it.
+    """
     q, rows, past = node.inputs[:3]
     assert q is not None
     assert rows is not None
     assert past is not None
     name, output = str(node.outputs[0].name), node.outputs[0]
-    parts = [_split_rows(graph, node, value, counts, len(used)) for value in (q, rows)]
+    parts = [_split_rows(graph, node, value, counts, jobs) for value in (q, rows)]
+    used[:] = used or [_has_rows(graph, node, parts[1][job], job) for job in range(jobs)]
     attended = []
     for job, has_rows in enumerate(used):
         assert past.shape is not None

@@ -90,6 +90,21 @@ def test_only_ops_that_have_a_cuda_kernel(bundle: Path, dtype: str, weights: str
     assert ("QMoE" if weights != "none" else "MoE") in used
 
 
+def test_the_host_knows_who_has_rows(bundle: Path) -> None:
+    """A branch on a value that the GPU computes would wait for it."""
+    made = build_ort_cuda_target(bundle, dtype="fp32")
+    for stage in STAGES:
+        graph = ir.load(bundle / made.manifest.targets["ort-cuda-fp32"].graphs[f"{stage}.many"]).graph
+        (counts,) = (value for value in graph.inputs if value.name == "row_counts")
+        assert {(use.node.op_type, use.idx) for use in counts.uses()} == {("Split", 1)}
+        for node in graph.all_nodes():
+            if node.op_type == "If":
+                (condition,) = node.inputs
+                compared = condition.producer()
+                assert compared.op_type == "Greater"
+                assert compared.inputs[0].producer().op_type == "Shape"
+
+
 def test_halting_router_and_caches_stay_float32(bundle: Path) -> None:
     made = build_ort_cuda_target(bundle)
     graphs = made.manifest.targets["ort-cuda-fp16"].graphs

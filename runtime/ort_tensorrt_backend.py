@@ -26,7 +26,7 @@ from mythos_edge.runtime.packing import ROWS, Arrays, Call
 MAX_ROWS = 64
 # Given for the last rows of a chunk only, those that may still run.
 _ACTIVE = ("out", "halt_mass", "depth")
-_NO_COLUMNS = {"chunk": 1, "active": 0, "logit_count": 0, "context": 0}
+_LEAST = {"chunk": 1, "active": 0, "logit_count": 0, "context": 0}
 
 
 class OrtTensorrtBackend(OrtCudaBackend):
@@ -41,8 +41,10 @@ class OrtTensorrtBackend(OrtCudaBackend):
         super().__init__(bundle, target, threads, device=device, driver=driver)
         most = bundle.manifest.max_context
         rows = min(MAX_ROWS, most)
+        largest = {"chunk": rows, "active": rows, "logit_count": rows, "context": most}
         try:
-            for sizes in (_NO_COLUMNS, {"chunk": rows, "active": rows, "logit_count": rows, "context": most}):
+            # In this order no engine is tuned for nothing.
+            for sizes in (largest, _LEAST):
                 for stage in STAGES:
                     super().run(stage, *_idle_call(bundle, stage, sizes, self.memory))
         except BaseException:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fake_driver import FakeDriver
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +15,8 @@ from mythos_edge.exporter.ort_target import build_target
 from mythos_edge.model.bundle import MAX_TOGETHER, open_bundle
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.runtime.backend import OrtBackend
+from mythos_edge.runtime.device import DeviceMemory
+from mythos_edge.runtime.gpu import Gpu
 from mythos_edge.runtime.memory import HostMemory
 from mythos_edge.runtime.packing import Call, packed, unpack
 
@@ -118,15 +121,40 @@ def test_codas_of_several_sequences(backend: Any, shapes: list[tuple[int, float,
     assert _alone_and_together(backend, "coda", calls) < TOLERANCES[backend.name]
 
 
-def test_rows_go_back_to_their_sequence(random: np.random.Generator, mla_bundle: Path) -> None:
+@pytest.fixture(params=["host", "device"])
+def memory(request: pytest.FixtureRequest, fake_gpu: FakeDriver) -> Iterator[HostMemory | DeviceMemory]:
+    if request.param == "host":
+        yield HostMemory()
+        return
+    gpu = Gpu()
+    opened = DeviceMemory(gpu, "fp32")
+    yield opened
+    opened.close()
+    gpu.close()
+    assert fake_gpu.live_bytes == 0
+
+
+def _moved(call: Call, memory: Any) -> Call:
+    """``call`` with what is not the host's in ``memory``."""
+    of_host = ("step_index", "threshold", "min_depth", "length", "first")
+    feeds = {name: array if name in of_host else memory.from_host(array) for name, array in call.feeds.items()}
+    return Call(feeds, {name: memory.from_host(array) for name, array in call.outputs.items()})
+
+
+def test_rows_go_back_to_their_sequence(random: np.random.Generator, mla_bundle: Path, memory: Any) -> None:
     config = open_bundle(mla_bundle).manifest.config
-    calls = [_step(config, random, rows, active, 3, 0) for rows, active in ((2, 1), (1, 1), (3, 0))]
-    whole = packed("step", calls, MAX_TOGETHER, HostMemory())
+    on_host = [_step(config, random, rows, active, 3, 0) for rows, active in ((2, 1), (1, 1), (3, 0))]
+    calls = [_moved(call, memory) for call in on_host]
+    whole = packed("step", calls, MAX_TOGETHER, memory)
     assert whole.feeds["row_counts"].tolist() == [2, 1, 3, 0, 0, 0, 0, 0]
     assert whole.feeds["positions"][:, 0].tolist() == [3, 4, 3, 3, 4, 5]
-    assert np.isinf(whole.feeds["halt_mass"][0]).tolist() == [True, False, False, True, True, True]
+    assert np.isinf(memory.to_host(whole.feeds["halt_mass"])[0]).tolist() == [True, False, False, True, True, True]
+    h = np.concatenate([call.feeds["h"] for call in on_host], axis=1)
+    np.testing.assert_array_equal(memory.to_host(whole.feeds["h"]), h)
     for array in whole.outputs.values():
-        array[...] = np.arange(array.shape[1]).reshape(1, -1, *[1] * (array.ndim - 2))
+        numbers = np.arange(array.shape[1]).reshape(1, -1, *[1] * (len(array.shape) - 2))
+        array[...] = memory.from_host(np.broadcast_to(numbers, array.shape).astype(array.dtype))
     unpack("step", whole.outputs, calls)
-    assert [call.outputs["h_next"][0, :, 0].tolist() for call in calls] == [[0, 1], [2], [3, 4, 5]]
-    assert [call.outputs["depth_next"][0].tolist() for call in calls] == [[1], [2], []]
+    given_back = [{name: memory.to_host(array) for name, array in call.outputs.items()} for call in calls]
+    assert [outputs["h_next"][0, :, 0].tolist() for outputs in given_back] == [[0, 1], [2], [3, 4, 5]]
+    assert [outputs["depth_next"][0].tolist() for outputs in given_back] == [[1], [2], []]

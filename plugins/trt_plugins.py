@@ -99,7 +99,7 @@ def register(trt: ModuleType, driver_factory: Callable[[], Driver] = Driver.load
     if trt.__name__ in _REGISTERED:
         return
     trt_bindings.require_fields(trt)
-    gpu = Gpu(driver_factory)
+    gpu = GpuKernels(driver_factory)
     creators = [creator_class(trt)(spec, gpu) for spec in PLUGINS]
     registry = trt.get_plugin_registry()
     for creator in creators:
@@ -114,7 +114,7 @@ def register(trt: ModuleType, driver_factory: Callable[[], Driver] = Driver.load
 _REGISTERED: dict[str, list[Any]] = {}
 
 
-class Gpu:
+class GpuKernels:
     """The driver and the loaded kernels that all plugins of a process share, made when first needed."""
 
     def __init__(self, driver_factory: Callable[[], Driver]) -> None:
@@ -146,7 +146,7 @@ def _remembered(method: Callable[..., Any]) -> Callable[..., Any]:
 class OpPlugin:
     """What a plugin does, without TensorRT's base classes; see ``plugin_class``."""
 
-    def __init__(self, trt: ModuleType, spec: OpSpec, attributes: Mapping[str, int | float], gpu: Gpu) -> None:
+    def __init__(self, trt: ModuleType, spec: OpSpec, attributes: Mapping[str, int | float], gpu: GpuKernels) -> None:
         self.trt, self.spec, self.gpu = trt, spec, gpu
         self.attributes = dict(attributes)
         self.layer = ""
@@ -321,7 +321,7 @@ def creator_class(trt: ModuleType) -> Any:
     """Makes plugins of one op: from a node's attributes while building, from a plan's blob while running."""
 
     class Creator(trt.IPluginCreatorV3One):  # type: ignore[name-defined, misc]
-        def __init__(self, spec: OpSpec, gpu: Gpu) -> None:
+        def __init__(self, spec: OpSpec, gpu: GpuKernels) -> None:
             trt.IPluginCreatorV3One.__init__(self)
             self.trt, self.spec, self.gpu, self.title = trt, spec, gpu, spec.name
             self.name, self.plugin_namespace, self.plugin_version = spec.name, NAMESPACE, str(VERSION)

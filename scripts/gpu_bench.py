@@ -39,7 +39,7 @@ def _giving_back(give_back: Callable[[], object]) -> Iterator[None]:
     give_back()
 
 
-class Gpu:
+class MeasuredGpu:
     """One GPU with its kernels; ``device`` its number. A context manager that gives everything back.
 
     ``lost`` is the error that made the GPU useless to this process, which an illegal address does for good.
@@ -67,7 +67,7 @@ class Gpu:
         with quiet, _giving_back(lambda: self.driver.release_primary_context(self.device)):
             self.driver.destroy_stream(self.stream)
 
-    def __enter__(self) -> "Gpu":
+    def __enter__(self) -> "MeasuredGpu":
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -119,7 +119,7 @@ class Prepared:
     """A case that can be run."""
 
     def __init__(
-        self, gpu: Gpu, case: Case, program: PreparedProgram, pointers: Mapping[str, int], workspace: int
+        self, gpu: MeasuredGpu, case: Case, program: PreparedProgram, pointers: Mapping[str, int], workspace: int
     ) -> None:
         self._gpu, self._case, self._program = gpu, case, program
         self._pointers, self._workspace = dict(pointers), workspace
@@ -134,7 +134,7 @@ class Prepared:
         return self._gpu.fetched(self._pointers[self._case.output], self._case.output_shape, kind)
 
 
-def check(gpu: Gpu, case: Case) -> dict[str, Any]:
+def check(gpu: MeasuredGpu, case: Case) -> dict[str, Any]:
     """One row of the report: a kernel against the oracle."""
     with gpu.prepared(case) as prepared:
         prepared.run()
@@ -143,7 +143,7 @@ def check(gpu: Gpu, case: Case) -> dict[str, Any]:
     return {"case": case.label, "error": error, "allowed": allowed, "ok": error <= allowed}
 
 
-def measure(gpu: Gpu, case: Case, copy_bytes_per_s: float) -> dict[str, Any]:
+def measure(gpu: MeasuredGpu, case: Case, copy_bytes_per_s: float) -> dict[str, Any]:
     """One row of the report: how fast a kernel is, and what share of the copy bandwidth its bytes come to."""
     name, count = case.turns
     turns = max(1, min(count, _MAX_RUNS))
@@ -166,7 +166,7 @@ def measure(gpu: Gpu, case: Case, copy_bytes_per_s: float) -> dict[str, Any]:
     return row | ({"target": BANDWIDTH_TARGET, "reached": share >= BANDWIDTH_TARGET} if case.decode else {})
 
 
-def copy_bandwidth(gpu: Gpu, size: int = _COPY_BYTES) -> float:
+def copy_bandwidth(gpu: MeasuredGpu, size: int = _COPY_BYTES) -> float:
     """Bytes read and written a second by copies inside device memory: median of many."""
     with gpu.memory(size) as source, gpu.memory(size) as target:
         gpu.driver.fill(source, 1, size, gpu.stream)
@@ -178,7 +178,7 @@ def copy_bandwidth(gpu: Gpu, size: int = _COPY_BYTES) -> float:
         return 4 * 2 * size / _seconds_of_graph(gpu, copies)
 
 
-def _seconds_of_graph(gpu: Gpu, queue: Any) -> float:
+def _seconds_of_graph(gpu: MeasuredGpu, queue: Any) -> float:
     """Median time of a CUDA graph of what ``queue`` queues."""
     driver, stream = gpu.driver, gpu.stream
     queue()  # what is done at a first run only

@@ -17,7 +17,7 @@ from mythos_edge.model.config import VARIANTS
 from mythos_edge.model.errors import MythosEdgeError
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.scripts import gpu_bench
-from mythos_edge.scripts.gpu_bench import Gpu
+from mythos_edge.scripts.gpu_bench import MeasuredGpu
 from mythos_edge.scripts.kernel_cases import GROUPS, Case, cases_of
 
 TORCH = ("none", "eager", "best")
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None, load_driver: Callable[[], Driver] = 
     """Writes the rows, one JSON object a line; 1 when the group could not begin, with the reason on stderr."""
     args = _parser().parse_args(argv)
     try:
-        with args.rows.open("w", encoding="utf-8") as file, Gpu(load_driver()) as gpu:
+        with args.rows.open("w", encoding="utf-8") as file, MeasuredGpu(load_driver()) as gpu:
             made = cases_of(args.group, args.shape, VARIANTS[args.shape])
             for row in rows(gpu, made, torch_comparison(args.torch)):
                 file.write(json.dumps(row) + "\n")
@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def rows(gpu: Gpu, made: Iterable[Case], compared: Compared) -> Iterator[dict[str, Any]]:
+def rows(gpu: MeasuredGpu, made: Iterable[Case], compared: Compared) -> Iterator[dict[str, Any]]:
     """The copy bandwidth, then a row for each case, whatever happens to it. Raises what the copies raise."""
     bandwidth = gpu_bench.copy_bandwidth(gpu)
     yield {"case": "copy on the device", "gb_per_s": round(bandwidth / 1e9, 1)}

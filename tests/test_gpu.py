@@ -27,7 +27,7 @@ from mythos_edge.runtime.loop_engine import LoopEngine
 from mythos_edge.runtime.session import Score, Session
 from mythos_edge.runtime.trt_backend import TrtBackend
 from mythos_edge.scripts import addition, gpu_bench
-from mythos_edge.scripts.gpu_bench import Gpu
+from mythos_edge.scripts.gpu_bench import MeasuredGpu
 from mythos_edge.scripts.kernel_cases import NUMPY, TOLERANCES, Case, attention, experts, relative_error
 
 FLOATS, CODES = ("fp16", "bf16", "fp32"), ("int8", "int4", "fp8")
@@ -61,10 +61,10 @@ def lost() -> list[str]:
 
 
 @pytest.fixture
-def gpu(driver: Driver, lost: list[str]) -> Iterator[Gpu]:
+def gpu(driver: Driver, lost: list[str]) -> Iterator[MeasuredGpu]:
     if lost:
         pytest.skip(f"an earlier test made the GPU useless: {lost[0]}")
-    with Gpu(driver) as opened:
+    with MeasuredGpu(driver) as opened:
         yield opened
         if not opened.still_works():
             lost.append(str(opened.lost))
@@ -153,7 +153,7 @@ def test_every_kernel_is_in_a_case() -> None:
     assert {launch.kernel for launch in launches} == set(variants.VARIANTS)
 
 
-def assert_right(gpu: Gpu, made: Iterator[Case]) -> None:
+def assert_right(gpu: MeasuredGpu, made: Iterator[Case]) -> None:
     wrong = [row for row in (gpu_bench.check(gpu, case) for case in made) if not row["ok"]]
     assert not wrong
 
@@ -161,28 +161,28 @@ def assert_right(gpu: Gpu, made: Iterator[Case]) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("codes", ["", *CODES])
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_experts_on_the_gpu(dtype: str, codes: str, gpu: Gpu) -> None:
+def test_experts_on_the_gpu(dtype: str, codes: str, gpu: MeasuredGpu) -> None:
     require(gpu.capability, dtype)
     assert_right(gpu, expert_cases(dtype, codes))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_attention_on_the_gpu(dtype: str, gpu: Gpu) -> None:
+def test_attention_on_the_gpu(dtype: str, gpu: MeasuredGpu) -> None:
     require(gpu.capability, dtype)
     assert_right(gpu, attention_cases(dtype))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_output_so_far_on_the_gpu(dtype: str, gpu: Gpu) -> None:
+def test_output_so_far_on_the_gpu(dtype: str, gpu: MeasuredGpu) -> None:
     require(gpu.capability, dtype)
     assert_right(gpu, iter([output_so_far(dtype)]))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mass", RUNNING, ids=len)
-def test_running_columns_on_the_gpu(mass: list[float], gpu: Gpu) -> None:
+def test_running_columns_on_the_gpu(mass: list[float], gpu: MeasuredGpu) -> None:
     case = running_columns(mass)
     with gpu.prepared(case) as prepared:
         prepared.run()
@@ -190,7 +190,7 @@ def test_running_columns_on_the_gpu(mass: list[float], gpu: Gpu) -> None:
 
 
 @pytest.mark.gpu
-def test_a_graph_of_a_kernel_gives_what_the_kernel_does(gpu: Gpu) -> None:
+def test_a_graph_of_a_kernel_gives_what_the_kernel_does(gpu: MeasuredGpu) -> None:
     case = experts("small", SMALL, 1, "fp16", "")
     with gpu.prepared(case) as prepared:
         prepared.run()
@@ -240,7 +240,7 @@ def host(demo_bundle: Path) -> Host:
 
 
 @pytest.fixture(params=["rtx-python", "trt-python", "trt-aot"])
-def wish(request: pytest.FixtureRequest, gpu: Gpu) -> tuple[str, str]:
+def wish(request: pytest.FixtureRequest, gpu: MeasuredGpu) -> tuple[str, str]:
     """The target to ask for with either TensorRT, and the kind of plugins."""
     flavour, plugins = request.param.split("-")
     try:
@@ -296,7 +296,7 @@ def test_engines_on_the_gpu(
     dtype: str,
     weights: str,
     wish: tuple[str, str],
-    gpu: Gpu,
+    gpu: MeasuredGpu,
     demo_bundle: Path,
     host: Host,
     tmp_path: Path,

@@ -54,7 +54,7 @@ class Maker:
     def __init__(self, trt: ModuleType, driver: FakeDriver | None = None) -> None:
         self.trt, self.driver = trt, driver or FakeDriver()
         self.loads = 0
-        self._gpu = trt_plugins.Gpu(self._load)
+        self._gpu = trt_plugins.GpuKernels(self._load)
         self._alive: list[Any] = []
 
     def _load(self) -> Any:

@@ -19,7 +19,7 @@ from mythos_edge.model.errors import BackendUnavailable, MythosEdgeError
 from mythos_edge.plugins import kernel_store
 from mythos_edge.plugins.launches import program
 from mythos_edge.scripts import gpu_bench, gpu_check, gpu_kernels, kernel_cases, torch_kernels
-from mythos_edge.scripts.gpu_bench import Gpu
+from mythos_edge.scripts.gpu_bench import MeasuredGpu
 from mythos_edge.scripts.kernel_cases import NUMPY, Case
 
 
@@ -28,14 +28,14 @@ def _no_gpu() -> Any:
 
 
 @pytest.fixture
-def gpu() -> Iterator[Gpu]:
+def gpu() -> Iterator[MeasuredGpu]:
     driver = FakeDriver()
-    with Gpu(driver, load_kernel=fake_kernel) as opened:  # type: ignore[arg-type]
+    with MeasuredGpu(driver, load_kernel=fake_kernel) as opened:  # type: ignore[arg-type]
         yield opened
     assert driver.live_bytes == 0
 
 
-def _answering(gpu: Gpu, case: Case, answer: np.ndarray) -> None:
+def _answering(gpu: MeasuredGpu, case: Case, answer: np.ndarray) -> None:
     """Makes the last kernel of a case write ``answer``, whatever it is given."""
     last = program(case.op, case.shapes, case.dtypes, case.attributes).launches[-1]
     place = next(i for i, argument in enumerate(last.arguments) if getattr(argument, "name", "") == case.output)
@@ -105,7 +105,7 @@ def test_rows_of_repeated_weights_differ() -> None:
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
 @pytest.mark.parametrize("kind", ["attention", "", "int8", "int4", "fp8"])
-def test_right_answers_pass_and_wrong_ones_do_not(gpu: Gpu, dtype: str, kind: str) -> None:
+def test_right_answers_pass_and_wrong_ones_do_not(gpu: MeasuredGpu, dtype: str, kind: str) -> None:
     case = (
         kernel_cases.attention("small", SMALL, 3, dtype, 40)
         if kind == "attention"
@@ -122,7 +122,7 @@ def test_right_answers_pass_and_wrong_ones_do_not(gpu: Gpu, dtype: str, kind: st
     assert gpu_bench.check(gpu, case)["error"] == float("inf")
 
 
-def test_times_come_from_a_graph_of_runs_with_other_inputs(gpu: Gpu) -> None:
+def test_times_come_from_a_graph_of_runs_with_other_inputs(gpu: MeasuredGpu) -> None:
     case = kernel_cases.experts("small", SMALL, 1, "fp16", "int8")
     row = gpu_bench.measure(gpu, case, copy_bytes_per_s=1e9)
     assert row["us"] > 0
@@ -136,7 +136,7 @@ def test_times_come_from_a_graph_of_runs_with_other_inputs(gpu: Gpu) -> None:
     assert "target" not in gpu_bench.measure(gpu, kernel_cases.experts("small", SMALL, 64, "fp16", ""), 1e9)
 
 
-def test_copies_are_counted_as_read_and_written(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_are_counted_as_read_and_written(gpu: MeasuredGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_bench, "_seconds_of_graph", lambda gpu, queue: 2.0)
     assert gpu_bench.copy_bandwidth(gpu, size=1000) == 4 * 2 * 1000 / 2.0
 
@@ -165,7 +165,7 @@ def small_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_bench.copy_bandwidth, "__defaults__", (1 << 16,))
 
 
-def test_a_kernel_that_is_missing_fails_its_row_only(gpu: Gpu, small_copies: None) -> None:
+def test_a_kernel_that_is_missing_fails_its_row_only(gpu: MeasuredGpu, small_copies: None) -> None:
     good = kernel_cases.experts("small", SMALL, 1, "fp16", "")
     bad = dataclasses.replace(good, label="bad", op="NoSuchOp")
     copy, *made = gpu_kernels.rows(gpu, [bad, good], _torchless)
@@ -224,7 +224,7 @@ class BrokenDriver(FakeDriver):
 @pytest.mark.parametrize("good", [0, 1, 4, 20])
 def test_after_an_illegal_address_the_rest_of_a_group_is_skipped(good: int, small_copies: None) -> None:
     case = kernel_cases.experts("small", SMALL, 1, "fp16", "")
-    with Gpu(BrokenDriver(good), load_kernel=fake_kernel) as gpu:  # type: ignore[arg-type]
+    with MeasuredGpu(BrokenDriver(good), load_kernel=fake_kernel) as gpu:  # type: ignore[arg-type]
         _, first, second = gpu_kernels.rows(gpu, [case, dataclasses.replace(case, label="second")], _torchless)
     assert first["why"] == "CUDA_ERROR_ILLEGAL_ADDRESS (an illegal memory access was encountered)"
     assert not first["ok"]
@@ -237,17 +237,17 @@ def test_after_an_illegal_address_the_rest_of_a_group_is_skipped(good: int, smal
 def test_closing_does_not_hide_the_first_error() -> None:
     driver = BrokenDriver(0)
 
-    def lose(gpu: Gpu) -> None:
+    def lose(gpu: MeasuredGpu) -> None:
         with gpu.memory(1):
             driver.broken = True
             raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError), Gpu(driver, load_kernel=fake_kernel) as gpu:  # type: ignore[arg-type]
+    with pytest.raises(ZeroDivisionError), MeasuredGpu(driver, load_kernel=fake_kernel) as gpu:  # type: ignore[arg-type]
         lose(gpu)
     driver = BrokenDriver(0)
     with (
         pytest.raises(MythosEdgeError, match="ILLEGAL_ADDRESS"),
-        Gpu(driver, load_kernel=fake_kernel) as gpu,  # type: ignore[arg-type]
+        MeasuredGpu(driver, load_kernel=fake_kernel) as gpu,  # type: ignore[arg-type]
     ):
         driver.broken = True
 
@@ -255,7 +255,7 @@ def test_closing_does_not_hide_the_first_error() -> None:
 @pytest.fixture
 def group_of_one(monkeypatch: pytest.MonkeyPatch, small_copies: None) -> None:
     """Each group is a small case."""
-    monkeypatch.setattr(gpu_kernels, "Gpu", lambda driver: Gpu(driver, load_kernel=fake_kernel))
+    monkeypatch.setattr(gpu_kernels, "MeasuredGpu", lambda driver: MeasuredGpu(driver, load_kernel=fake_kernel))
     monkeypatch.setattr(
         gpu_kernels, "cases_of", lambda group, *_: [kernel_cases.experts(group, SMALL, 1, "fp16", "")] * 2
     )

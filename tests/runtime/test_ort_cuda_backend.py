@@ -16,7 +16,7 @@ import pytest
 from fake_driver import FakeDriver
 from fake_onnxruntime import FakeOnnxruntime, Part
 
-from mythos_edge.exporter.ort_cuda_target import build_ort_cuda_target
+from mythos_edge.exporter.ort_cuda_target import build_ort_cuda_target, target_name
 from mythos_edge.model.bundle import CPU_PROVIDER, CUDA_PROVIDER, TENSORRT_PROVIDER, open_bundle, update_manifest
 from mythos_edge.model.errors import BackendUnavailable, BundleError, CapacityError, MythosEdgeError, UsageError
 from mythos_edge.plugins import trt_bindings
@@ -27,6 +27,7 @@ from mythos_edge.runtime.ort_cuda_backend import OrtCudaBackend
 from mythos_edge.runtime.ort_gpu_session import gpu_session
 from mythos_edge.runtime.ort_tensorrt_backend import OrtTensorrtBackend
 from mythos_edge.runtime.session import Session
+from mythos_edge.scripts import cli
 
 CUDA, TENSORRT = "ort-cuda-fp32", "ort-cuda-fp32-tensorrt"
 PROMPT = [90, 90, 91, 15]
@@ -104,6 +105,18 @@ def test_tokens_are_those_of_the_host(
             assert (made.ids, made.depths) == (wanted.ids, wanted.depths)
             more = [one.generate(_prompt(host, 60), resume=True, **options).ids for one in (host, session)]
             assert more[0] == more[1]
+
+
+@pytest.mark.parametrize(("dtype", "weights"), [("fp32", "none"), ("fp16", "none"), ("fp16", "int8")])
+def test_validate_compares_with_fp32(
+    dtype: str, weights: str, demo_bundle: Path, tmp_path: Path, installed: Callable[..., FakeOnnxruntime]
+) -> None:
+    """The quality gate reads states from the GPU, and asks what the router makes of them on the CPU."""
+    installed()
+    path = Path(shutil.copytree(demo_bundle, tmp_path / "demo.bundle"))
+    build_ort_cuda_target(path, dtype=dtype, weights=weights)
+    name = target_name(dtype, weights)
+    assert cli.main(["validate", str(path), "--against", "fp32", "--target", name, "--demo-streams", "2"]) == 0
 
 
 def test_scores_are_those_of_the_reference(

@@ -246,15 +246,16 @@ def _plugins(job: EngineJob, trt: Any) -> Iterator[None]:
     """Around the build: our plugins take part, and what fails in one of them is the error."""
     from mythos_edge.plugins import trt_aot, trt_plugins
 
-    if job.plugins == "aot":
-        (gpu,) = job.compute_capabilities
-        trt_aot.register(trt, gpu)
-        yield
-        return
-    trt_plugins.register(trt)
     try:
-        with trt_plugins.carrying(job.compute_capabilities, job.max_rows):
+        if job.plugins == "aot":
+            (gpu,) = job.compute_capabilities
+            trt_aot.register(trt, gpu)
             yield
+            trt_plugins.raise_failures(BuildError)
+        else:
+            trt_plugins.register(trt)
+            with trt_plugins.carrying(job.compute_capabilities, job.max_rows):
+                yield
     except BuildError as error:
         # TensorRT tells only that a callback failed.
         failures = trt_plugins.take_failures()

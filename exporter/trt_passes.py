@@ -32,6 +32,14 @@ _INT4_BLOCKS = (64, 32)
 # TensorScatter, with which TensorRT updates a cache in place, is of this opset.
 _NATIVE_OPSET = 24
 _PIECE_TYPES = {"fp32": ir.TensorType(ir.DataType.FLOAT), "int32": ir.TensorType(ir.DataType.INT32)}
+# What launches call the types.
+_DTYPES = {
+    ir.DataType.FLOAT: "fp32",
+    ir.DataType.FLOAT16: "fp16",
+    ir.DataType.BFLOAT16: "bf16",
+    ir.DataType.INT64: "int64",
+    **{dtype: name for name, dtype in CODES.items()},
+}
 _ATTENTIONS = (ops.LATENT_ATTENTION.name, ops.GROUPED_QUERY_ATTENTION.name)
 
 
@@ -144,19 +152,25 @@ def use_body(model: ir.Model, op: str) -> None:
 
 
 def into_pieces(model: ir.Model, columns: int, rows: int) -> None:
-    """See above, for caches of up to ``columns`` columns and chunks of up to ``rows`` rows."""
+    """See above, for caches of up to ``columns`` columns and chunks of up to ``rows`` rows.
+
+    The attribute ``kernel`` of a piece names the kernel that computes it. Raises BuildError where there is none.
+    """
     for node in [node for node in model.graph if node.op_type in CHAINS]:
         spec, writer = ops.OPS[node.op_type], _Writer(model.graph, node, str(node.outputs[0].name))
         tensors: dict[str, ir.Value | None] = dict(zip(spec.inputs, node.inputs, strict=True))
         attributes: dict[str, Any] = {name: node.attributes[name].value for name in spec.attributes}
+        shapes = {name: _shape_or_free(value) for name, value in tensors.items()}
+        dtypes = {name: _DTYPES[value.dtype] for name, value in tensors.items() if value and value.dtype}
+        kernels = launches.chain(spec.name, shapes, dtypes, attributes)
         if spec is ops.LATENT_ATTENTION:
-            q = node.inputs[0]
-            assert q is not None
-            attributes["splits"] = launches.fixed_splits(_shape(q)[-2], attributes["value_dim"], columns, rows)
-        for piece in CHAINS[spec.name]:
+            heads, values = shapes["q"][-2], attributes["value_dim"]
+            attributes["splits"] = launches.fixed_splits(heads, values, columns, rows)
+        for piece, kernel in zip(CHAINS[spec.name], kernels, strict=True):
             if piece is MERGE_SPLITS and attributes["splits"] == 1:
                 continue
-            own = {name: attributes[name] for name in piece.attributes} | {"plugin_namespace": ops.DOMAIN}
+            own = {name: attributes[name] for name in piece.attributes}
+            own |= {"kernel": kernel, "plugin_namespace": ops.DOMAIN}
             given = [tensors[name] for name in piece.inputs]
             made = writer.many(piece.name, given, len(piece.outputs), ops.DOMAIN, **own)
             for name, value in zip(piece.outputs, made, strict=True):
@@ -294,6 +308,13 @@ def _codes_and_scale(
             graph.register_initializer(value)
         made.append(graph.initializers[name])
     return made
+
+
+def _shape_or_free(value: ir.Value | None) -> tuple[int, ...]:
+    """The shape, -1 for a free axis."""
+    assert value is not None
+    assert value.shape is not None
+    return tuple(size if isinstance(size, int) else -1 for size in value.shape)
 
 
 def _shape(value: ir.Value) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from mythos_edge.plugins.kernels.variants import VARIANTS, grid_size
 DECODE_ROWS = 8
 # Programs that keep a large GPU busy, and the least context worth a program of its own.
 _PROGRAMS, _SPLIT_COLUMNS = 256, 64
+_LONG = 1 << 20
 _MOST_PARTIAL_BYTES = 64 << 20
 _WORKSPACE_ALIGNMENT = 256
 _BYTES = {"fp16": 2, "bf16": 2, "fp32": 4, "i32": 4}
@@ -83,6 +84,11 @@ def program(op: str, shapes: Shapes, dtypes: Dtypes, attributes: Attributes) -> 
     return _PROGRAMS_OF[op](shapes, dtypes, attributes)
 
 
+def chain(op: str, shapes: Shapes, dtypes: Dtypes, attributes: Attributes) -> tuple[str, ...]:
+    """The kernels, in order, of ``program`` for one row over a long context; sizes that a call changes may be -1."""
+    return tuple(launch.kernel for launch in program(op, _resized(shapes, 1, _LONG), dtypes, attributes).launches)
+
+
 def variants(op: str, shapes: Shapes, dtypes: Dtypes, attributes: Attributes, max_rows: int) -> tuple[str, ...]:
     """The kernels ``program`` may ask for with 1 to ``max_rows`` rows and any context, in order of their names.
 
@@ -90,18 +96,23 @@ def variants(op: str, shapes: Shapes, dtypes: Dtypes, attributes: Attributes, ma
     """
     names: set[str] = set()
     for rows in {1, min(max_rows, DECODE_ROWS), max_rows}:
-        for context in (0, 1 << 20):
-            sized = {name: _resized(name, shape, rows, context) for name, shape in shapes.items()}
+        for context in (0, _LONG):
+            sized = _resized(shapes, rows, context)
             names |= {launch.kernel for launch in program(op, sized, dtypes, attributes).launches}
     return tuple(sorted(names))
 
 
-def _resized(name: str, shape: tuple[int, ...], rows: int, context: int) -> tuple[int, ...]:
-    if name == "x":
-        return (rows, *shape[1:])
-    if name in ("q", "rows", "past", "out", "halt_mass"):
-        return (1, context if name == "past" else rows, *shape[2:])
-    return (1,) if name == "first" else shape
+def _resized(shapes: Shapes, rows: int, context: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of a call with so many rows and columns."""
+
+    def resized(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if name == "x":
+            return (rows, *shape[1:])
+        if name in ("q", "rows", "past", "out", "halt_mass"):
+            return (1, context if name == "past" else rows, *shape[2:])
+        return (1,) if name == "first" else shape
+
+    return {name: resized(name, shape) for name, shape in shapes.items()}
 
 
 class _Writer:

@@ -9,7 +9,6 @@ attention over a long context is split into is fixed when the graph is made. Ten
 
 import importlib
 import inspect
-import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mythos_edge.model.errors import BackendUnavailable, BuildError
-from mythos_edge.plugins import kernel_store, launches, op_pieces
+from mythos_edge.model.errors import BackendUnavailable
+from mythos_edge.plugins import kernel_store, op_pieces, trt_plugins
 from mythos_edge.plugins.kernels import variants
 from mythos_edge.plugins.kernels.variants import VARIANTS
 from mythos_edge.plugins.ops import DOMAIN, FLOAT_ATTRIBUTES, OpSpec
@@ -37,116 +36,99 @@ Divide = Callable[[Size, Size], Size]
 
 
 @dataclass(frozen=True)
-class Piece:
-    """How one kernel computes an op of ``op_pieces``; inputs it does not take only lend their shape or dtype.
+class PiecePlugin:
+    """The plugin of a piece: one kernel, which the node's attribute ``kernel`` names.
 
-    ``sizes`` and ``kernel`` say what the kernel's rule for its grid and its integers are made of, and which kernel it
-    is; ``shapes`` are those of the outputs.
+    ``sizes`` are what the kernel's rule for its grid and its integers are made of, ``shapes`` those of the outputs.
+    Inputs the kernel does not take only lend their shape or dtype.
     """
 
     spec: OpSpec
     sizes: Callable[[Shapes, Attributes], Sizes]
-    kernel: Callable[[Mapping[str, str], Sizes], str]
     shapes: Callable[[Sizes], tuple[tuple[Size, ...], ...]]
 
 
 @dataclass(frozen=True)
 class PieceLaunch:
-    """The kernel of a piece, its grid, and its scalars by name, in the order of its arguments."""
+    """The grid of a kernel, and its scalars by name, in the order of its arguments."""
 
-    kernel: str
     grid: tuple[Size, Size, Size]
     scalars: dict[str, Size]
 
 
-def launch_of(
-    piece: Piece, shapes: Shapes, dtypes: Mapping[str, str], attributes: Attributes, divide: Divide
-) -> PieceLaunch:
-    """What ``piece`` launches; ``divide`` rounds up. Raises BuildError where there is no kernel."""
-    sizes = piece.sizes(shapes, attributes)
-    kernel = piece.kernel({**dtypes, "": dtypes[piece.spec.typed_by]}, sizes)
-    if kernel not in VARIANTS:
-        raise BuildError(f"{piece.spec.name}: there is no kernel {kernel}: build with another --dtype or --weights")
-    variant = VARIANTS[kernel]
-    x, y, z = (_extent(rule, sizes, divide) for rule in variant.grid)
+def launch_of(plugin: PiecePlugin, kernel: str, shapes: Shapes, attributes: Attributes, divide: Divide) -> PieceLaunch:
+    """What ``plugin`` launches; ``divide`` rounds up and gets at least one expression."""
+    sizes, variant = plugin.sizes(shapes, attributes), VARIANTS[kernel]
+    x, y, z = (variants.grid_size(rule, sizes, divide) for rule in variant.grid)
     scalars = {name: sizes[name] for name, kind in variant.arguments if not kind.startswith("*")}
-    return PieceLaunch(kernel, (x, y, z), scalars)
+    return PieceLaunch((x, y, z), scalars)
 
 
-def ptx_of(piece: Piece, kernel: str, compute_capability: int) -> str:
-    """The PTX of ``kernel`` with parameters as TensorRT gives them to ``piece``."""
+def ptx_of(spec: OpSpec, kernel: str, compute_capability: int) -> str:
+    """The PTX of ``kernel`` with parameters as TensorRT gives them to the plugin of ``spec``."""
     names = [name for name, _ in VARIANTS[kernel].arguments]
     scalars = [number for number, (_, kind) in enumerate(VARIANTS[kernel].arguments) if not kind.startswith("*")]
-    inputs = [names.index(name) if name in names else None for name in piece.spec.inputs]
-    outputs = [names.index(name) if name in names else None for name in piece.spec.outputs]
+    inputs = [names.index(name) if name in names else None for name in spec.inputs]
+    outputs = [names.index(name) if name in names else None for name in spec.outputs]
     entry = kernel_store.kernel(kernel, compute_capability).entry
     return rearranged(kernel_store.ptx(kernel, compute_capability), entry, [*inputs, *scalars, *outputs])
 
 
 def register(trt: ModuleType, compute_capability: int) -> None:
-    """Declares all pieces to the bindings ``trt``, with the PTX for one GPU; once a process.
+    """Declares the plugins of all pieces to the bindings ``trt``, with the PTX for one GPU; not twice in a process.
 
-    Raises BackendUnavailable for a TensorRT without ahead-of-time plugins.
+    Raises BackendUnavailable for a TensorRT without ahead-of-time plugins. What fails in a plugin while an engine is
+    built is kept for ``trt_plugins.take_failures``.
     """
     if not hasattr(trt, "QuickPluginCreationRequest"):
         raise BackendUnavailable(
             f"{trt.__name__} {version(trt)} has no ahead-of-time plugins, TensorRT 10.9 and newer have",
             "pip install 'mythos-edge[tensorrt]'",
         )
-    plugin = importlib.import_module(f"{trt.__name__}.plugin")
-    for piece in PIECES:
-        name = f"{DOMAIN}::{piece.spec.name}"
-        plugin.register(name)(_description(piece, trt, plugin))
-        plugin.aot_impl(name)(_implementation(piece, plugin, compute_capability))
+    bindings = importlib.import_module(f"{trt.__name__}.plugin")
+    for plugin in PLUGINS:
+        name = f"{DOMAIN}::{plugin.spec.name}"
+        bindings.register(name)(_description(plugin, trt, bindings))
+        bindings.aot_impl(name)(_implementation(plugin, trt, bindings, compute_capability))
 
 
-def _description(piece: Piece, trt: ModuleType, plugin: Any) -> Callable[..., Any]:
-    """The function that tells TensorRT shapes and types of a piece's outputs."""
-    members = {name: getattr(trt.DataType, member) for member, name in DTYPES.items()}
-    several: Any = tuple.__class_getitem__((plugin.TensorDesc,) * len(piece.spec.outputs))
-    signature = inspect.Signature(
-        _parameters(piece, plugin), return_annotation=several if len(piece.spec.outputs) > 1 else plugin.TensorDesc
-    )
+def _description(plugin: PiecePlugin, trt: ModuleType, bindings: Any) -> Callable[..., Any]:
+    """The function that tells TensorRT shapes and types of a plugin's outputs."""
+    spec, members = plugin.spec, {name: getattr(trt.DataType, member) for member, name in DTYPES.items()}
+    several: Any = tuple.__class_getitem__((bindings.TensorDesc,) * len(spec.outputs))
+    result = several if len(spec.outputs) > 1 else bindings.TensorDesc
 
-    def describe(*tensors: Any, **attributes: Any) -> Any:
-        given = _bound(piece, signature, *tensors, **attributes)
-        sizes = piece.sizes({name: given[name].shape_expr for name in piece.spec.inputs}, given)
-        kinds = [piece.spec.types.get(name) for name in piece.spec.outputs]
+    def describe(given: Mapping[str, Any]) -> Any:
+        sizes = plugin.sizes({name: given[name].shape_expr for name in spec.inputs}, given)
+        kinds = [spec.types.get(name) for name in spec.outputs]
         made = tuple(
-            plugin.from_shape_expr(shape, members[kind] if kind else given[piece.spec.typed_by].dtype)
-            for shape, kind in zip(piece.shapes(sizes), kinds, strict=True)
+            bindings.from_shape_expr(shape, members[kind] if kind else given[spec.typed_by].dtype)
+            for shape, kind in zip(plugin.shapes(sizes), kinds, strict=True)
         )
         return made if len(made) > 1 else made[0]
 
-    return _signed(describe, signature)
+    return _callback(trt, spec, describe, inspect.Signature(_parameters(spec, bindings), return_annotation=result))
 
 
-def _implementation(piece: Piece, plugin: Any, compute_capability: int) -> Callable[..., Any]:
-    """The function that gives TensorRT a piece's kernel and how to launch it."""
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+def _implementation(plugin: PiecePlugin, trt: ModuleType, bindings: Any, compute_capability: int) -> Callable[..., Any]:
+    """The function that gives TensorRT a plugin's kernel and how to launch it."""
+    spec, kind = plugin.spec, inspect.Parameter.POSITIONAL_OR_KEYWORD
     own = [inspect.Parameter("outputs", kind), inspect.Parameter("tactic", kind, annotation=int)]
-    result = tuple[str, str, plugin.KernelLaunchParams, plugin.SymIntExprs]
-    signature = inspect.Signature([*_parameters(piece, plugin), *own], return_annotation=result)
+    result = tuple[str, str, bindings.KernelLaunchParams, bindings.SymIntExprs]
 
-    def implement(*arguments: Any) -> Any:
-        given = _bound(piece, signature, *arguments)
-        tensors = {name: given[name] for name in piece.spec.inputs}
-        launch = launch_of(
-            piece,
-            {name: tensor.shape_expr for name, tensor in tensors.items()},
-            {name: DTYPES.get(tensor.dtype.name, "") for name, tensor in tensors.items()},
-            given,
-            plugin.cdiv,
-        )
-        kernel = kernel_store.kernel(launch.kernel, compute_capability)
+    def implement(given: Mapping[str, Any]) -> Any:
+        shapes = {name: given[name].shape_expr for name in spec.inputs}
+        launch = launch_of(plugin, given["kernel"], shapes, given, bindings.cdiv)
+        kernel = kernel_store.kernel(given["kernel"], compute_capability)
         grid = dict(zip(("grid_x", "grid_y", "grid_z"), launch.grid, strict=True))
-        parameters = plugin.KernelLaunchParams(**grid, block_x=kernel.threads, shared_mem=kernel.shared_bytes)
-        scalars = plugin.SymIntExprs(len(launch.scalars))
+        parameters = bindings.KernelLaunchParams(**grid, block_x=kernel.threads, shared_mem=kernel.shared_bytes)
+        scalars = bindings.SymIntExprs(len(launch.scalars))
         for index, value in enumerate(launch.scalars.values()):
-            scalars[index] = plugin.SymInt32(bits_of(value) if isinstance(value, float) else value)
-        return kernel.entry, ptx_of(piece, launch.kernel, compute_capability), parameters, scalars
+            scalars[index] = bindings.SymInt32(bits_of(value) if isinstance(value, float) else value)
+        return kernel.entry, ptx_of(spec, kernel.name, compute_capability), parameters, scalars
 
-    return _signed(implement, signature)
+    signature = inspect.Signature([*_parameters(spec, bindings), *own], return_annotation=result)
+    return _callback(trt, spec, implement, signature)
 
 
 def bits_of(value: float) -> int:
@@ -155,56 +137,38 @@ def bits_of(value: float) -> int:
     return number
 
 
-def _bound(piece: Piece, signature: inspect.Signature, *arguments: Any, **named: Any) -> dict[str, Any]:
-    """Tensors and attributes by name."""
-    given = signature.bind(*arguments, **named).arguments
-    return given | {name: given[name].item() for name in piece.spec.attributes}
-
-
-def _parameters(piece: Piece, plugin: Any) -> list[inspect.Parameter]:
+def _parameters(spec: OpSpec, bindings: Any) -> list[inspect.Parameter]:
+    """What TensorRT calls a plugin's functions with: tensors, then attributes."""
     # Arrays of one number: TensorRT up to 10.16 makes int and float of them in a way that NumPy refuses since 2.4.
-    attributes = {
-        name: NDArray[np.float32] if name in FLOAT_ATTRIBUTES else NDArray[np.int32] for name in piece.spec.attributes
-    }
-    types = {**dict.fromkeys(piece.spec.inputs, plugin.TensorDesc), **attributes}
+    numbers = {name: NDArray[np.float32] if name in FLOAT_ATTRIBUTES else NDArray[np.int32] for name in spec.attributes}
+    types = {**dict.fromkeys(spec.inputs, bindings.TensorDesc), **numbers, "kernel": str}
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     return [inspect.Parameter(name, kind, annotation=of) for name, of in types.items()]
 
 
-def _signed(function: Callable[..., Any], signature: inspect.Signature) -> Callable[..., Any]:
-    """``function`` with the signature that TensorRT's decorators read a plugin's inputs and attributes from."""
+def _callback(
+    trt: ModuleType, spec: OpSpec, function: Callable[[Mapping[str, Any]], Any], signature: inspect.Signature
+) -> Callable[..., Any]:
+    """``function`` of what is given by name, as TensorRT calls it; its decorators read ``signature``."""
+
+    def called(*arguments: Any, **named: Any) -> Any:
+        try:
+            given = signature.bind(*arguments, **named).arguments
+            numbers = {name: given[name].item() for name in spec.attributes}
+            # The parser gives strings with their end.
+            return function(given | numbers | {"kernel": given["kernel"].rstrip("\0")})
+        except Exception as error:  # whatever it is, TensorRT may drop it; it goes on below
+            trt_plugins.remember(trt, f"{spec.name} ({function.__name__})", error)
+            raise
+
     # inspect honours it on any callable; the type of functions does not list it.
-    function.__signature__ = signature  # type: ignore[attr-defined]
-    return function
-
-
-def _extent(rule: str, sizes: Sizes, divide: Divide) -> Size:
-    """``variants.grid_size`` for numbers and expressions; these want to stand left of their operators."""
-    total, operation = None, ""
-    for token in re.findall(r"\w+|[*/+]", rule):
-        if token in "*/+":
-            operation = token
-            continue
-        value = int(token) if token.isdigit() else sizes[token]
-        if total is None:
-            total = value
-        elif operation == "/":
-            numbers = isinstance(total, int) and isinstance(value, int)
-            total = -(-total // value) if numbers else divide(total, value)
-        else:
-            left, right = (value, total) if isinstance(total, int) else (total, value)
-            total = left * right if operation == "*" else left + right
-    return total
+    called.__signature__ = signature  # type: ignore[attr-defined]
+    return called
 
 
 def _known(size: Size) -> Size:
     """The number of an axis that is fixed when the engine is built; while TensorRT asks for types, nothing is."""
     return size if isinstance(size, int) or size.is_fake else int(size.constant_value())
-
-
-def _aligned(*sizes: Size) -> str:
-    """The end of the names of kernels for rows that do, or do not, begin at multiples of 16 bytes."""
-    return "" if all(_known(size) % variants.ALIGNED == 0 for size in sizes) else "_any"
 
 
 def _attention_sizes(shapes: Shapes, attributes: Attributes) -> Sizes:
@@ -217,14 +181,6 @@ def _attention_sizes(shapes: Shapes, attributes: Attributes) -> Sizes:
         "splits": splits,
         "scale": float(attributes["scale"]),
     }
-
-
-def _attention_kernel(dtypes: Mapping[str, str], sizes: Sizes) -> str:
-    heads, width = _known(sizes["heads"]), sizes["values"] + sizes["ropes"]
-    shapes = {"q": (1, 1, heads, width), "rows": (1, 1, width), "past": (1, 0, width), "length": (), "first": (1,)}
-    kinds = dict.fromkeys(shapes, dtypes[""])
-    attributes = {"scale": sizes["scale"], "value_dim": sizes["values"]}
-    return launches.program("LatentAttention", shapes, kinds, attributes).launches[0].kernel
 
 
 def _merge_sizes(shapes: Shapes, attributes: Attributes) -> Sizes:
@@ -249,66 +205,49 @@ def _experts_sizes(shapes: Shapes, attributes: Attributes) -> Sizes:
     return sizes | ({} if scale is None else {"blocks": _known(scale[2])})
 
 
-def _experts_piece(spec: OpSpec) -> Piece:
-    """``gate_up`` (x -> hidden) or ``down`` (hidden -> y) of the chosen experts."""
-    half = "gate_up" if "x" in spec.inputs else "down"
-    codes = next((name for name, kind in spec.types.items() if kind == "codes"), None)
-
-    def kernel(dtypes: Mapping[str, str], sizes: Sizes) -> str:
-        end = f"_{dtypes[codes]}" if codes else _aligned(sizes["dim"], sizes["units"])
-        return f"decode_{half}_{dtypes['']}{end}"
-
-    return Piece(
-        spec,
-        sizes=_experts_sizes,
-        kernel=kernel,
-        shapes=lambda sizes: (
-            ((sizes["rows"] * sizes["top_k"], sizes["units"]),)
-            if half == "gate_up"
-            else ((sizes["rows"], sizes["dim"]),)
-        ),
-    )
+def _part_shapes(sizes: Sizes) -> tuple[tuple[Size, ...], ...]:
+    rows = (sizes["batch"], sizes["chunk"], sizes["heads"])
+    if sizes["splits"] == 1:
+        # Nobody reads or writes what is beside ``mixed``.
+        return (*rows, sizes["values"]), (1,) * 5, (1,) * 4
+    return (*rows, sizes["values"]), (*rows, sizes["splits"], sizes["values"]), (*rows, sizes["splits"])
 
 
-PIECES = (
-    Piece(
-        op_pieces.LATENT_ATTENTION_PART,
-        sizes=_attention_sizes,
-        kernel=_attention_kernel,
-        shapes=lambda sizes: (
-            (sizes["batch"], sizes["chunk"], sizes["heads"], sizes["values"]),
-            (sizes["batch"], sizes["chunk"], sizes["heads"], sizes["splits"], sizes["values"]),
-            (sizes["batch"], sizes["chunk"], sizes["heads"], sizes["splits"]),
-        ),
-    ),
-    Piece(
+def _hidden_shapes(sizes: Sizes) -> tuple[tuple[Size, ...], ...]:
+    return ((sizes["rows"] * sizes["top_k"], sizes["units"]),)
+
+
+def _output_shapes(sizes: Sizes) -> tuple[tuple[Size, ...], ...]:
+    return ((sizes["rows"], sizes["dim"]),)
+
+
+PLUGINS = (
+    PiecePlugin(op_pieces.LATENT_ATTENTION_PART, _attention_sizes, _part_shapes),
+    PiecePlugin(
         op_pieces.MERGE_SPLITS,
-        sizes=_merge_sizes,
-        kernel=lambda dtypes, sizes: f"merge_splits_{dtypes['']}",
-        shapes=lambda sizes: ((sizes["batch"], sizes["chunk"], sizes["heads"], sizes["values"]),),
+        _merge_sizes,
+        lambda sizes: ((sizes["batch"], sizes["chunk"], sizes["heads"], sizes["values"]),),
     ),
-    Piece(
+    PiecePlugin(
         op_pieces.ROUTER_LOGITS,
-        sizes=lambda shapes, attributes: {
+        lambda shapes, attributes: {
             "rows": shapes["x"][0],
             "dim": _known(shapes["router"][1]),
             "experts": _known(shapes["router"][0]),
         },
-        kernel=lambda dtypes, sizes: f"router_logits_{dtypes['']}{_aligned(sizes['dim'])}",
-        shapes=lambda sizes: ((sizes["rows"], sizes["experts"]),),
+        lambda sizes: ((sizes["rows"], sizes["experts"]),),
     ),
-    Piece(
+    PiecePlugin(
         op_pieces.ROUTER_TOP_K,
-        sizes=lambda shapes, attributes: {
+        lambda shapes, attributes: {
             "rows": shapes["logits"][0],
             "experts": _known(shapes["router_bias"][0]),
             "top_k": int(attributes["top_k"]),
         },
-        kernel=lambda dtypes, sizes: f"router_top_k_{dtypes['']}",
-        shapes=lambda sizes: ((sizes["rows"], sizes["top_k"]),) * 2,
+        lambda sizes: ((sizes["rows"], sizes["top_k"]),) * 2,
     ),
-    _experts_piece(op_pieces.EXPERTS_GATE_UP),
-    _experts_piece(op_pieces.EXPERTS_DOWN),
-    _experts_piece(op_pieces.EXPERTS_GATE_UP_CODES),
-    _experts_piece(op_pieces.EXPERTS_DOWN_CODES),
+    PiecePlugin(op_pieces.EXPERTS_GATE_UP, _experts_sizes, _hidden_shapes),
+    PiecePlugin(op_pieces.EXPERTS_DOWN, _experts_sizes, _output_shapes),
+    PiecePlugin(op_pieces.EXPERTS_GATE_UP_CODES, _experts_sizes, _hidden_shapes),
+    PiecePlugin(op_pieces.EXPERTS_DOWN_CODES, _experts_sizes, _output_shapes),
 )

@@ -83,6 +83,14 @@ def take_failures() -> tuple[str, ...]:
     return taken
 
 
+def remember(trt: ModuleType, where: str, error: Exception) -> None:
+    """Logs what a callback raised and keeps it for ``take_failures``."""
+    reason = str(error) if isinstance(error, MythosEdgeError) else f"{type(error).__name__}: {error}"
+    line = f"{where}: {' '.join(reason.split())}"
+    _failures.append(line)
+    trt_bindings.logger(trt).log(trt.ILogger.Severity.ERROR, line)
+
+
 def raise_failures(error: type[MythosEdgeError]) -> None:
     """Raises ``error`` with the first of ``take_failures``, if there is one."""
     failures = take_failures()
@@ -134,10 +142,7 @@ def _remembered(method: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return method(self, *arguments)
         except Exception as error:  # whatever it is, TensorRT may drop it; it goes on below
-            reason = str(error) if isinstance(error, MythosEdgeError) else f"{type(error).__name__}: {error}"
-            line = f"{self.title} ({method.__name__}): {' '.join(reason.split())}"
-            _failures.append(line)
-            trt_bindings.logger(self.trt).log(self.trt.ILogger.Severity.ERROR, line)
+            remember(self.trt, f"{self.title} ({method.__name__})", error)
             raise
 
     return guarded

@@ -13,7 +13,7 @@ import tensorrt as trt
 from plugin_graphs import ATTRIBUTES, CASES, dtypes, sized
 from tensorrt.plugin import _lib, _tensor
 
-from mythos_edge.plugins import kernel_store, launches, trt_aot
+from mythos_edge.plugins import kernel_store, launches, trt_aot, trt_plugins
 from mythos_edge.plugins.launches import Float, Integer
 from mythos_edge.plugins.op_pieces import CHAINS, MERGE_SPLITS, PIECES
 from mythos_edge.plugins.ops import DOMAIN, FLOAT_ATTRIBUTES, OpSpec
@@ -73,6 +73,7 @@ def main() -> None:
     _tensor.SymExprImpl = lambda expression: SimpleNamespace(expr=expression._expr)
     trt_aot.register(trt, 89)
     assert {f"{DOMAIN}::{name}" for name in PIECES} == set(_lib.QDP_REGISTRY), set(_lib.QDP_REGISTRY)
+    check_that_failures_are_kept()
     for op, dtype, codes in CASES:
         for rows, context in ((1, 1), (1, 300), (5, 64), (8, 200)):
             check_chain(op, dtype, codes, rows, context)
@@ -84,10 +85,13 @@ def check_chain(op: str, dtype: str, codes: str, rows: int, context: int) -> Non
     free = {name: tuple(size < 0 for size in shape) for name, shape in sized(op, -1, -1).items()}
     program = launches.program(op, shapes, kinds, attributes)
     chain = [piece for piece in CHAINS[op] if piece is not MERGE_SPLITS or len(program.launches) > 1]
+    assert launches.chain(op, sized(op, -1, -1), kinds, attributes)[: len(chain)] == tuple(
+        launch.kernel for launch in program.launches
+    )
     if op == "LatentAttention":
         attributes["splits"] = numbers(program.launches[0])[-1]
     for piece, launch in zip(chain, program.launches, strict=True):
-        plugin = created(piece, attributes)
+        plugin = created(piece, attributes, launch.kernel)
         made = plugin.get_output_data_types([MEMBERS[kinds[name]] for name in piece.inputs], ranks(piece, shapes))
         inputs = [expressions(shapes[name], free[name]) for name in piece.inputs]
         outputs = plugin.get_output_shapes(inputs, [], Builder())
@@ -111,18 +115,33 @@ def check_chain(op: str, dtype: str, codes: str, rows: int, context: int) -> Non
         assert f".entry {name}(".encode() in ptx, piece.name
 
 
+def check_that_failures_are_kept() -> None:
+    """What TensorRT may drop is there when the build ends."""
+    plugin = created(PIECES["RouterTopK"], {"top_k": 2}, "no_such_kernel")
+    try:
+        plugin.register_function(1, 2, **plugin.attrs)
+    except AttributeError:
+        (kept,) = trt_plugins.take_failures()
+        assert kept.startswith("RouterTopK (describe): AttributeError: "), kept
+    else:
+        raise AssertionError("numbers are no tensors")
+
+
 def numbers(launch: launches.Launch) -> list[int]:
     """The numbers a kernel is given, as TensorRT gives them: floats by their bits."""
     values = [argument.value for argument in launch.arguments if isinstance(argument, Integer | Float)]
     return [value if isinstance(value, int) else int(np.float32(value).view(np.int32)) for value in values]
 
 
-def created(piece: OpSpec, attributes: dict[str, Any]) -> Any:
+def created(piece: OpSpec, attributes: dict[str, Any], kernel: str) -> Any:
     """TensorRT's plugin of ``piece``, from the fields that its parser makes of a node's attributes."""
     types = {name: np.float32 if name in FLOAT_ATTRIBUTES else np.int32 for name in piece.attributes}
-    creator = _lib._TemplatePluginCreator(piece.name, DOMAIN, {name: (False, kind) for name, kind in types.items()})
+    creator = _lib._TemplatePluginCreator(
+        piece.name, DOMAIN, {name: (False, kind) for name, kind in types.items()} | {"kernel": (True, str)}
+    )
     kinds = {np.float32: trt.PluginFieldType.FLOAT32, np.int32: trt.PluginFieldType.INT32}
     fields = [trt.PluginField(name, np.array([attributes[name]], kind), kinds[kind]) for name, kind in types.items()]
+    fields.append(trt.PluginField("kernel", kernel.encode() + b"\0", trt.PluginFieldType.CHAR))
     request = trt.QuickPluginCreationRequest.UNKNOWN
     return creator.create_plugin(
         piece.name, DOMAIN, trt.PluginFieldCollection(fields), trt.TensorRTPhase.BUILD, request

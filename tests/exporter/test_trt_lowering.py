@@ -25,6 +25,7 @@ from mythos_edge.model.layout import load_network
 from mythos_edge.model.loop import Halting, LoopState
 from mythos_edge.model.network import Network
 from mythos_edge.plugins import launches
+from mythos_edge.plugins.kernels.variants import VARIANTS
 from mythos_edge.plugins.op_pieces import PIECES
 from mythos_edge.runtime.backend import ort_session
 
@@ -431,8 +432,16 @@ def test_what_becomes_an_ahead_of_time_plugin(lower: Lower, monkeypatch: pytest.
         assert Counter(node.op_type for node in pieces) == wanted
         assert sum(lowered.plugins.values()) == len(pieces)
         assert {node.attributes["plugin_namespace"].as_string() for node in pieces} == {"mythos"}
+        assert {node.attributes["kernel"].as_string() for node in pieces} <= set(VARIANTS)
         parts = [node for node in pieces if node.op_type == "LatentAttentionPart"]
         assert {node.attributes["splits"].as_int() for node in parts} <= {splits}
+
+
+def test_a_piece_without_a_kernel_is_refused(lower: Lower, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is for plugins in Python."""
+    monkeypatch.setattr(launches.table, "MAX_EXPERTS", 2)
+    with pytest.raises(BuildError, match="the best 2 of 6 experts have no kernel, expected at most 2 experts"):
+        lower("mla-small", "fp16", "step", "fp8", "aot")
 
 
 def test_rules_of_the_loop(lower: Lower) -> None:

@@ -14,11 +14,11 @@ from mythos_edge.model.errors import BackendUnavailable, BuildError
 from mythos_edge.plugins import kernel_store, launches, ptx_parameters, trt_aot
 from mythos_edge.plugins.kernels.variants import VARIANTS
 from mythos_edge.plugins.launches import Float, Integer
-from mythos_edge.plugins.op_pieces import CHAINS
+from mythos_edge.plugins.op_pieces import CHAINS, PIECES
 from mythos_edge.plugins.ops import OPS
-from mythos_edge.plugins.trt_aot import PIECES, launch_of, ptx_of
+from mythos_edge.plugins.trt_aot import PLUGINS, launch_of, ptx_of
 
-BY_NAME = {piece.spec.name: piece for piece in PIECES}
+BY_NAME = {plugin.spec.name: plugin for plugin in PLUGINS}
 
 
 def _never_divided(first: Any, second: Any) -> Any:
@@ -36,14 +36,14 @@ def test_a_chain_is_the_program_of_its_op(op: str, dtype: str, codes: str, rows:
         attributes["splits"] = _numbers(program.launches[0])[-1]
     chain = CHAINS[op][: len(program.launches)]
     for spec, launch in zip(chain, program.launches, strict=True):
-        piece = BY_NAME[spec.name]
+        plugin = BY_NAME[spec.name]
         given = {name: shapes[name] for name in spec.inputs}
         own = {name: attributes[name] for name in spec.attributes}
-        made = launch_of(piece, given, kinds, own, _never_divided)
-        assert (made.kernel, made.grid) == (launch.kernel, launch.grid)
+        made = launch_of(plugin, launch.kernel, given, own, _never_divided)
+        assert made.grid == launch.grid
         assert list(made.scalars.values()) == _numbers(launch)
-        sizes = piece.sizes(given, own)
-        for output, shape in zip(spec.outputs, piece.shapes(sizes), strict=True):
+        sizes = plugin.sizes(given, own)
+        for output, shape in zip(spec.outputs, plugin.shapes(sizes), strict=True):
             shapes[output], kinds[output] = shape, spec.types.get(output, dtype)
     wanted = (1, rows, HEADS, VALUE_DIM) if op == "LatentAttention" else (rows, DIM)
     assert shapes[OPS[op].output] == wanted
@@ -71,8 +71,8 @@ def test_parameters_are_inputs_then_integers_then_outputs() -> None:
     pairs = _kernels_of_pieces()
     assert {piece for piece, _ in pairs} == set(BY_NAME)
     for name, kernel in pairs:
-        piece, arguments = BY_NAME[name], VARIANTS[kernel].arguments
-        text = ptx_of(piece, kernel, 89)
+        spec, arguments = PIECES[name], VARIANTS[kernel].arguments
+        text = ptx_of(spec, kernel, 89)
         entry = kernel_store.kernel(kernel, 89).entry
         (declared,) = re.findall(rf"\.entry {entry}\(\n(.*?)\n\)", text, re.DOTALL)
         found = re.findall(r"\.param \.(\w+) .*?(\w+)(?=,|$)", declared, re.MULTILINE)
@@ -80,12 +80,10 @@ def test_parameters_are_inputs_then_integers_then_outputs() -> None:
         numbers = [int(place.rsplit("_", 1)[1]) if "_param_" in place else None for place in taken]
         names = [None if number is None else arguments[number][0] for number in numbers]
         scalars = [argument for argument, kind in arguments if not kind.startswith("*")]
-        first, last = len(piece.spec.inputs), len(piece.spec.inputs) + len(scalars)
-        assert [given or wanted for given, wanted in zip(names[:first], piece.spec.inputs, strict=True)] == list(
-            piece.spec.inputs
-        )
+        first, last = len(spec.inputs), len(spec.inputs) + len(scalars)
+        assert [given or wanted for given, wanted in zip(names[:first], spec.inputs, strict=True)] == list(spec.inputs)
         assert names[first:last] == scalars
-        assert names[last:] == list(piece.spec.outputs)
+        assert names[last:] == list(spec.outputs)
         assert [kind for kind, _ in found[:first]] == ["u64"] * first
         assert {kind for kind, _ in found[first:last]} <= {"u32", "f32"}
         # Nothing the kernel takes is left out but Triton's scratch memory.
@@ -104,7 +102,7 @@ def test_the_rearranged_ptx_assembles(tmp_path: Path) -> None:
         ("ExpertsDownCodes", "decode_down_fp16_int4"),
     ):
         source = tmp_path / f"{kernel}.ptx"
-        source.write_text(ptx_of(BY_NAME[piece], kernel, 89))
+        source.write_text(ptx_of(PIECES[piece], kernel, 89))
         command = [str(assembler), "-arch=sm_89", str(source), "-o", str(source.with_suffix(".cubin"))]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
@@ -119,12 +117,6 @@ def test_a_parameter_that_is_read_can_not_be_left_out() -> None:
         ptx_parameters.rearranged(ptx, "f", [0])
     with pytest.raises(BuildError, match=r"no kernel g .*reinstall mythos-edge$"):
         ptx_parameters.rearranged(ptx, "g", [0])
-
-
-def test_a_missing_kernel_names_the_options() -> None:
-    shapes, kinds = {"logits": (1, 8), "router_bias": (8,)}, {"logits": "fp32", "router_bias": "fp8"}
-    with pytest.raises(BuildError, match=r"RouterTopK: there is no kernel router_top_k_fp8: .*--dtype or --weights$"):
-        launch_of(BY_NAME["RouterTopK"], shapes, kinds, {"top_k": 2}, _never_divided)
 
 
 def test_a_float_travels_as_its_bits() -> None:

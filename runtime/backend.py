@@ -134,16 +134,9 @@ class BoundGraph:
         self.seconds = 0.0
 
     def run(self, feeds: Arrays, outputs: Arrays) -> None:
-        bound = self._bound
         try:
-            for name, array in feeds.items():
-                if bound.get(name) is not array:
-                    self._binding.bind_input(name, *self._place(array))
-                    bound[name] = array
-            for name, array in outputs.items():
-                if bound.get(name) is not array:
-                    self._binding.bind_output(name, *self._place(array))
-                    bound[name] = array
+            self._bind(self._binding.bind_input, feeds)
+            self._bind(self._binding.bind_output, outputs)
             started = time.perf_counter()
             self._session.run_with_iobinding(self._binding, self._run_options)
             self.seconds += time.perf_counter() - started
@@ -162,6 +155,14 @@ class BoundGraph:
         """Lets go of the session, also where an exception still holds this graph."""
         self._bound.clear()
         self._session = self._binding = None
+
+    def _bind(self, bind: Callable[..., None], arrays: Arrays) -> None:
+        for name, array in arrays.items():
+            if self._bound.get(name) is not array:
+                # Interrupted while it is bound, it is not known which one is.
+                self._bound.pop(name, None)
+                bind(name, *self._place(array))
+                self._bound[name] = array
 
     def _place(self, array: Rows) -> tuple[str, int, type, tuple[int, ...], int]:
         """Where an array is, as ONNX Runtime is told: device, its number, type of the values, shape, address."""

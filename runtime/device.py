@@ -9,6 +9,7 @@ import ctypes
 import weakref
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -18,7 +19,7 @@ from mythos_edge.model.errors import CapacityError, MythosEdgeError
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.plugins.kernel_launch import PreparedProgram
 from mythos_edge.plugins.launches import program
-from mythos_edge.runtime.gpu import Gpu
+from mythos_edge.runtime.gpu import Gpu, give_back
 from mythos_edge.runtime.memory import Rows, Watch
 
 # numpy has no bfloat16; nothing here computes with it.
@@ -219,24 +220,22 @@ class DeviceMemory:
             self.upload(array.pointer, np.full(array.shape, value, array.dtype))
 
     def close(self) -> None:
-        """Gives everything back; arrays that are still held must not be used again."""
+        """Gives everything back, see ``give_back``; arrays that are still held must not be used again."""
         if self._closed:
             return
         self._closed = True
         self._thresholds.clear()
-        self.driver.synchronize(self.stream)
-        for pointer in [*self._held, *(pointer for spare in self._spare.values() for pointer in spare)]:
-            self.driver.free(pointer)
+        driver = self.driver
+        give_back(lambda: driver.synchronize(self.stream))
+        device = [*self._held, *(pointer for spare in self._spare.values() for pointer in spare)]
         self._held.clear()
         self._spare.clear()
-        if self._pinned_bytes:
-            self.driver.free_pinned(self._pinned)
-        for place in self._watches:
-            self.driver.free_pinned(place.pinned)
-            for event in place.events:
-                self.driver.destroy_event(event)
+        pinned = [place.pinned for place in self._watches] + [self._pinned] * bool(self._pinned_bytes)
+        give_back(*(partial(driver.free, pointer) for pointer in device))
+        give_back(*(partial(driver.free_pinned, pointer) for pointer in pinned))
+        give_back(*(partial(driver.destroy_event, event) for place in self._watches for event in place.events))
         self._staging.close()
-        self.driver.destroy_stream(self.stream)
+        give_back(lambda: driver.destroy_stream(self.stream))
 
     def _array(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceArray:
         # Whatever a thread does here begins with an array.
@@ -323,9 +322,8 @@ class _Staging:
         return place
 
     def close(self) -> None:
-        self._driver.free_pinned(self._pinned)
-        for event in self._events:
-            self._driver.destroy_event(event)
+        driver = self._driver
+        give_back(partial(driver.free_pinned, self._pinned), *(partial(driver.destroy_event, e) for e in self._events))
 
 
 class _DeviceWatch:

@@ -1,6 +1,9 @@
 """One GPU as a backend holds it: its context, and the package's own kernels that answer the runtime."""
 
-from mythos_edge.model.errors import BackendUnavailable
+import contextlib
+from collections.abc import Callable
+
+from mythos_edge.model.errors import BackendUnavailable, MythosEdgeError
 from mythos_edge.plugins import kernel_store
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.plugins.kernel_launch import LoadedKernels, PreparedProgram
@@ -39,5 +42,15 @@ class Gpu:
         if self._closed:
             return
         self._closed = True
-        self._kernels.close()
-        self.driver.release_primary_context(self.device)
+        give_back(self._kernels.close, lambda: self.driver.release_primary_context(self.device))
+
+
+def give_back(*actions: Callable[[], object]) -> None:
+    """Does each of ``actions``, as far as the driver still works.
+
+    After an error of CUDA it refuses everything. Whoever waited for the work was told; here that must neither keep the
+    rest from being given back nor take the first error's place.
+    """
+    for action in actions:
+        with contextlib.suppress(MythosEdgeError):
+            action()

@@ -15,7 +15,7 @@ from mythos_edge.plugins import kernel_store
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.runtime.backend import BoundGraph, OrtBackend
 from mythos_edge.runtime.device import DeviceArray, DeviceMemory
-from mythos_edge.runtime.gpu import Gpu
+from mythos_edge.runtime.gpu import Gpu, give_back
 from mythos_edge.runtime.memory import Rows
 from mythos_edge.runtime.ort_gpu_session import Providers, gpu_session, import_gpu_onnxruntime
 from mythos_edge.runtime.packing import Array, Arrays
@@ -61,11 +61,11 @@ class OrtCudaBackend(OrtBackend):
             raise
 
     def close(self) -> None:
-        """Gives everything back to the GPU; again is nothing."""
-        self._gpu.use()
+        """Gives everything back to the GPU, see ``give_back``; again is nothing."""
+        give_back(self._gpu.use)
         if self._stages:
             # Its graphs may still be running.
-            self.memory.driver.synchronize(self.memory.stream)
+            give_back(lambda: self.memory.driver.synchronize(self.memory.stream))
         super().close()
         self.memory.close()
         self._gpu.close()
@@ -142,10 +142,12 @@ class _DeviceGraph(BoundGraph):
 
     def _on_device(self, name: str, array: Array) -> DeviceArray:
         before, place = self._put.get(name, (None, None))
-        if before is None or place is None or before.shape != array.shape:
-            place = self._memory.empty(array.shape, array.dtype)
-        elif np.array_equal(before, array):
+        if place is not None and np.array_equal(before, array):
             return place
+        if place is None or place.shape != array.shape:
+            place = self._memory.empty(array.shape, array.dtype)
+        # Interrupted from here on, it is not known what is there.
+        self._put.pop(name, None)
         self._memory.upload(place.pointer, np.ascontiguousarray(array))
         self._put[name] = array.copy(), place
         return place

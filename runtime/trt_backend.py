@@ -7,6 +7,7 @@ wants it: so that a run of few rows is the same CUDA graph every time, but for t
 import gc
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -15,6 +16,7 @@ from mythos_edge.model.bundle import STAGES, Bundle
 from mythos_edge.model.errors import BundleError, MythosEdgeError
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.runtime.device import DeviceArray, DeviceMemory, Room
+from mythos_edge.runtime.gpu import give_back
 from mythos_edge.runtime.packing import ROWS, Array, Arrays, Call
 from mythos_edge.runtime.trt_engine import Engine, Runtime
 
@@ -81,20 +83,18 @@ class TrtBackend:
             self.run(stage, *call)
 
     def close(self) -> None:
-        """Gives everything back to the GPU, as far as the driver still works."""
-        self._runtime.gpu.use()
-        try:
-            self.memory.driver.synchronize(self.memory.stream)
-            for graph in self._graphs.values():
-                if graph is not None:
-                    self._driver.destroy_graph(graph)
-        finally:
-            self._graphs.clear()
-            for stage in self._stages.values():
-                stage.close()
-            self._stages = {}
-            self.memory.close()
-            self._runtime.close()
+        """Gives everything back to the GPU, see ``give_back``; again is nothing."""
+        graphs = [graph for graph in self._graphs.values() if graph is not None]
+        give_back(self._runtime.gpu.use)
+        if self._stages:
+            give_back(lambda: self.memory.driver.synchronize(self.memory.stream))
+        give_back(*(partial(self._driver.destroy_graph, graph) for graph in graphs))
+        self._graphs.clear()
+        for stage in self._stages.values():
+            stage.close()
+        self._stages = {}
+        self.memory.close()
+        self._runtime.close()
 
     def __enter__(self) -> Self:
         return self

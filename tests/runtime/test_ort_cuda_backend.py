@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from mythos_edge.model.errors import BackendUnavailable, BundleError, CapacityEr
 from mythos_edge.plugins import trt_bindings
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.runtime import ort_gpu_session, ort_tensorrt_backend, parity
-from mythos_edge.runtime.backend import OrtBackend, import_onnxruntime
+from mythos_edge.runtime.backend import BoundGraph, OrtBackend, import_onnxruntime
 from mythos_edge.runtime.ort_cuda_backend import OrtCudaBackend
 from mythos_edge.runtime.ort_gpu_session import gpu_session
 from mythos_edge.runtime.ort_tensorrt_backend import OrtTensorrtBackend
@@ -365,6 +366,54 @@ def test_a_failing_run_is_one_line_and_everything_is_given_back(
             session.generate(PROMPT, max_new_tokens=2)
 
 
+def test_an_interrupted_call_leaves_nothing_stale(
+    bundle: Path, installed: Callable[..., FakeOnnxruntime], driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C right after what the host decides was sent to the device."""
+    installed()
+    copy, left = driver.copy_to_device, 0
+
+    def interrupting(*arguments: int) -> None:
+        nonlocal left
+        copy(*arguments)
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(driver, "copy_to_device", interrupting)
+    with Session.open(bundle, target=CUDA) as session:
+        # One token, so that the next request sends arrays of the shapes that are there already.
+        wanted = session.generate(PROMPT, max_new_tokens=1).ids
+        for number in range(1, 5):
+            left = number
+            with pytest.raises(KeyboardInterrupt):
+                session.generate(PROMPT[::-1], max_new_tokens=1)
+            assert session.generate(PROMPT, max_new_tokens=1).ids == wanted
+
+
+def test_an_interrupted_binding_is_bound_again() -> None:
+    bound: dict[str, int] = {}
+    interrupts = False
+
+    def bind(name: str, *place: Any) -> None:
+        bound[name] = place[-1]
+        if interrupts:
+            raise KeyboardInterrupt
+
+    binding = SimpleNamespace(bind_input=bind, bind_output=bind)
+    session = SimpleNamespace(io_binding=lambda: binding, run_with_iobinding=lambda binding, options: None)
+    graph = BoundGraph(Path("step.onnx"), session)
+    first, other, made = (np.zeros(1) for _ in range(3))
+    graph.run({"x": first}, {"y": made})
+    for feeds, outputs in (({"x": other}, {}), ({"x": first}, {"y": other})):
+        interrupts = True
+        with pytest.raises(KeyboardInterrupt):
+            graph.run(feeds, outputs)
+        interrupts = False
+        graph.run({"x": first}, {"y": made})
+        assert bound == {"x": first.ctypes.data, "y": made.ctypes.data}
+
+
 def test_closing_gives_everything_back_once(
     bundle: Path, installed: Callable[..., FakeOnnxruntime], driver: FakeDriver
 ) -> None:
@@ -378,6 +427,25 @@ def test_closing_gives_everything_back_once(
     assert driver.live_bytes == 0
     assert not driver._streams
     assert not driver.modules
+
+
+def test_after_an_error_of_cuda_the_first_is_told_and_the_rest_given_back(
+    bundle: Path, installed: Callable[..., FakeOnnxruntime], driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error in a kernel comes back from every call that waits."""
+    installed()
+
+    def broken(stream: int) -> None:
+        raise MythosEdgeError("cuStreamSynchronize failed: CUDA_ERROR_ILLEGAL_ADDRESS")
+
+    session = Session.open(bundle, target=CUDA)
+    with pytest.raises(MythosEdgeError, match="the first"), session:
+        session.generate(PROMPT, max_new_tokens=2)
+        monkeypatch.setattr(driver, "synchronize", broken)
+        raise MythosEdgeError("the first")
+    gc.collect()
+    assert (driver.live_bytes, driver._streams, driver.modules) == (0, {}, {})
+    assert not any(driver._retained.values())
 
 
 def test_the_build_for_cpus_is_refused(bundle: Path) -> None:

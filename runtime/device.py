@@ -181,6 +181,14 @@ class DeviceMemory:
         spare = sum(size * len(pointers) for size, pointers in self._spare.items())
         return self.driver.memory_info()[0] + spare
 
+    def trim(self) -> None:
+        """Gives back to the driver what nobody holds: others allocate from what is free there."""
+        # Work that is queued may use it.
+        self.driver.synchronize(self.stream)
+        for spare in self._spare.values():
+            while spare:
+                self.driver.free(spare.pop())
+
     def answer(self, question: str, arrays: Mapping[str, "DeviceArray"]) -> None:
         """Queues one of the runtime's own programs on arrays by the names of its arguments."""
         shapes = {name: array.shape for name, array in arrays.items()}
@@ -255,9 +263,7 @@ class DeviceMemory:
             return self.driver.allocate(size)
         except MythosEdgeError as error:
             # What is spare in other sizes may be enough.
-            for spare in self._spare.values():
-                while spare:
-                    self.driver.free(spare.pop())
+            self.trim()
             try:
                 return self.driver.allocate(size)
             except MythosEdgeError:

@@ -142,7 +142,7 @@ class _DeviceGraph(BoundGraph):
 
     def _on_device(self, name: str, array: Array) -> DeviceArray:
         before, place = self._put.get(name, (None, None))
-        if place is not None and np.array_equal(before, array):
+        if before is not None and place is not None and np.array_equal(before, array):
             return place
         if place is None or place.shape != array.shape:
             place = self._memory.empty(array.shape, array.dtype)

@@ -1,32 +1,40 @@
 """The stages on ONNX Runtime's TensorRT provider, which builds engines here, and the CUDA provider for the rest.
 
 The provider makes an engine for the range of shapes that it has met, and a wider one whenever a shape lies outside. So
-each stage is run at its least and its largest shapes when the target is opened, and no call asks for more later: rows
-beyond are calls of their own. Engines are native code and are kept in the user's own cache, never in the bundle.
+each stage is run at the least and the largest shapes of all its branches when the target is opened, and no call asks
+for more later: rows beyond are calls of their own. Engines are native code and are kept in the user's own cache, never
+in the bundle.
 """
 
+import contextlib
+import ctypes
 import hashlib
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+import os
+import shutil
+from collections.abc import Sequence
 
 import numpy as np
 
-from mythos_edge.model.bundle import CUDA_PROVIDER, STAGES, TENSORRT_PROVIDER, Bundle, TensorSpec
-from mythos_edge.model.errors import BackendUnavailable, UsageError
+from mythos_edge.model.bundle import (
+    CUDA_PROVIDER,
+    STAGES,
+    TENSORRT_PROVIDER,
+    Bundle,
+    TensorSpec,
+    remove_partials,
+    verify_hashes,
+)
+from mythos_edge.model.errors import BackendUnavailable, MythosEdgeError, UsageError
 from mythos_edge.plugins import trt_bindings
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.runtime.device import DeviceMemory
 from mythos_edge.runtime.memory import Rows
 from mythos_edge.runtime.ort_cuda_backend import OrtCudaBackend, cuda_options, stream_options
-from mythos_edge.runtime.ort_gpu_session import Providers, import_gpu_onnxruntime
-from mythos_edge.runtime.packing import ROWS, Arrays, Call
+from mythos_edge.runtime.ort_gpu_session import TENSORRT_MAJOR, Providers, import_gpu_onnxruntime
+from mythos_edge.runtime.packing import Arrays, Call, parts
 
 # The most rows of one call: enough for a prompt, and few enough for the scores of a long context.
 MAX_ROWS = 64
-# Given for the last rows of a chunk only, those that may still run.
-_ACTIVE = ("out", "halt_mass", "depth")
-_LEAST = {"chunk": 1, "active": 0, "logit_count": 0, "context": 0}
 
 
 class OrtTensorrtBackend(OrtCudaBackend):
@@ -38,21 +46,21 @@ class OrtTensorrtBackend(OrtCudaBackend):
     def __init__(
         self, bundle: Bundle, target: str, threads: int = 0, *, device: int = 0, driver: Driver | None = None
     ) -> None:
-        super().__init__(bundle, target, threads, device=device, driver=driver)
-        most = bundle.manifest.max_context
-        rows = min(MAX_ROWS, most)
-        largest = {"chunk": rows, "active": rows, "logit_count": rows, "context": most}
+        self._engines: _EngineFolder | None = None
         try:
-            # In this order no engine is tuned for nothing.
-            for sizes in (largest, _LEAST):
-                for stage in STAGES:
-                    super().run(stage, *_idle_call(bundle, stage, sizes, self.memory))
-        except BaseException:
-            self.close()
-            raise
+            super().__init__(bundle, target, threads, device=device, driver=driver)
+            self._build_engines(bundle)
+        except MythosEdgeError as error:
+            if self._engines is None or self._engines.is_new or isinstance(error, BackendUnavailable):
+                raise
+            raise MythosEdgeError(
+                f"{error} (with engines of an earlier time: if they are why, delete {self._engines.path})"
+            ) from error
+        finally:
+            if self._engines is not None:
+                self._engines.discard()
 
     def run(self, stage: str, feeds: Arrays, outputs: Arrays) -> None:
-        # A causal chunk is the same as its parts one after the other: each finds the rows of those before it.
         for part in parts(stage, Call(feeds, outputs), MAX_ROWS):
             super().run(stage, *part)
 
@@ -61,8 +69,23 @@ class OrtTensorrtBackend(OrtCudaBackend):
         for call in calls:
             self.run(stage, *call)
 
+    def _build_engines(self, bundle: Bundle) -> None:
+        try:
+            for sizes in _sizes_to_meet(bundle.manifest.max_context):
+                for stage in STAGES:
+                    super().run(stage, *_idle_call(bundle, stage, sizes, self.memory))
+            assert self._engines is not None
+            # What was queued may fail only here.
+            self.memory.trim()
+            self._engines.keep()
+        except BaseException:
+            self.close()
+            raise
+
     def _providers(self, bundle: Bundle, target: str, memory: DeviceMemory) -> Providers:
-        folder = str(self._cache_folder(bundle, target))
+        if self._engines is None:
+            self._engines = _EngineFolder(self._key(bundle, target))
+        folder = str(self._engines.path)
         own = {
             "trt_engine_cache_enable": "1",
             "trt_engine_cache_path": folder,
@@ -71,71 +94,62 @@ class OrtTensorrtBackend(OrtCudaBackend):
         }
         return {TENSORRT_PROVIDER: stream_options(memory) | own, CUDA_PROVIDER: cuda_options(memory)}
 
-    def _cache_folder(self, bundle: Bundle, target: str) -> Path:
-        """Where engines for these weights and graphs, this GPU and these libraries are kept."""
-        spec = bundle.target(target)
-        parts = [bundle.manifest.identity, target, self._gpu.name]
-        parts += [bundle.manifest.files[file].sha256 for _, file in sorted(spec.graphs.items())]
-        parts += [import_gpu_onnxruntime(*spec.providers).__version__, _tensorrt_version()]
-        key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-        folder = trt_bindings.cache_folder() / "ort-tensorrt" / key
+    def _key(self, bundle: Bundle, target: str) -> str:
+        """Of what engines are made of and for: graphs and weights, this GPU and these libraries."""
+        files = bundle.files_of(target)
+        # Other weights than the manifest says would be in the engines of every bundle that says the same.
+        verify_hashes(bundle, trusted=bundle.manifest.files.keys() - files.keys())
+        ort = import_gpu_onnxruntime(*bundle.target(target).providers)
+        parts = [f"{name} {record.sha256}" for name, record in sorted(files.items())]
+        parts += [self._gpu.name, ort.__version__, str(tensorrt_version())]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+class _EngineFolder:
+    """Where ONNX Runtime keeps engines: ``path`` is the folder of a key, or until all are built a private one beside.
+
+    So the folder of a key is whole, whoever is killed, and whoever builds the same at the same time.
+    """
+
+    def __init__(self, key: str) -> None:
+        parent = trt_bindings.cache_folder() / "ort-tensorrt"
+        self.path = self._whole = parent / key
+        self.is_new = not self._whole.is_dir()
+        if not self.is_new:
+            return
+        self.path = parent / f".{key}.partial-{os.getpid()}"
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            remove_partials(parent, key)
+            self.path.mkdir(mode=0o700)
         except OSError as error:
             raise UsageError(
-                f"{folder}: can not be written: {error.strerror}: set XDG_CACHE_HOME to a folder that can"
+                f"{parent}: can not be written: {error.strerror}: set XDG_CACHE_HOME to a folder that can"
             ) from error
-        return folder
+
+    def keep(self) -> None:
+        """Makes a private folder the key's, unless another process has been faster: then that one's is as good."""
+        if self.is_new:
+            with contextlib.suppress(OSError):
+                self.path.rename(self._whole)
+
+    def discard(self) -> None:
+        """Removes a private folder that was not kept."""
+        if self.is_new:
+            shutil.rmtree(self.path, ignore_errors=True)
 
 
-def parts(stage: str, call: Call, most: int) -> Iterator[Call]:
-    """A call as several of up to ``most`` rows each, to be run in this order.
+def _sizes_to_meet(most: int) -> list[dict[str, int]]:
+    """Of calls after which no engine is built any more, in a context of up to ``most`` columns.
 
-    Its new rows have to lie right behind the cached ones, which then are one array with those of earlier parts.
+    A graph has branches for one row and for several, with and without cached rows, each perhaps with engines of its
+    own: every one meets the least and the most of its rows, columns, rows still running and rows that ran before.
     """
-    feeds, outputs = call
-    count = feeds[ROWS[stage]].shape[1]
-    if count <= most:
-        yield call
-        return
-    for start in range(0, count, most):
-        stop = min(count, start + most)
-        yield Call(
-            {name: _part_of_feed(stage, call, name, start, stop) for name in feeds},
-            {name: _part_of_output(stage, call, name, start, stop) for name in outputs},
-        )
-
-
-def _part_of_feed(stage: str, call: Call, name: str, start: int, stop: int) -> Rows:
-    given, count = call.feeds[name], call.feeds[ROWS[stage]].shape[1]
-    if name == "length":
-        return given + start
-    if name.startswith("past"):
-        return given.followed_by(call.outputs[name.replace("past", "rows")][:, :start])
-    if name == "logit_rows":
-        return given[_inside(given, start, stop)] - start
-    if name in ("first", "threshold", "min_depth"):
-        return given
-    missing = count - given.shape[1] if stage == "step" and name in _ACTIVE else 0
-    return _between(given, start - missing, stop - missing)
-
-
-def _part_of_output(stage: str, call: Call, name: str, start: int, stop: int) -> Rows:
-    wanted, count = call.outputs[name], call.feeds[ROWS[stage]].shape[1]
-    if name == "logits":
-        return wanted[:, _inside(call.feeds["logit_rows"], start, stop)]
-    missing = count - wanted.shape[1]
-    return _between(wanted, start - missing, stop - missing)
-
-
-def _between(rows: Rows, start: int, stop: int) -> Rows:
-    return rows[:, max(0, start) : max(0, stop)]
-
-
-def _inside(rows: Any, start: int, stop: int) -> slice:
-    """Which of ``rows``, in ascending order, lie between ``start`` and ``stop``."""
-    first, end = np.searchsorted(rows, (start, stop))
-    return slice(int(first), int(end))
+    rows = min(MAX_ROWS, most)
+    met = [(rows, most, rows), (1, 0, 0), (rows, 0, 0), (min(2, rows), 0, 0), (1, 1, 1)]
+    return [
+        {"chunk": chunk, "context": context, "active": active, "logit_count": active} for chunk, context, active in met
+    ]
 
 
 def _idle_call(bundle: Bundle, stage: str, sizes: dict[str, int], memory: DeviceMemory) -> Call:
@@ -155,8 +169,14 @@ def _idle_call(bundle: Bundle, stage: str, sizes: dict[str, int], memory: Device
     return Call(feeds, {tensor.name: zeros(tensor) for tensor in graph.outputs})
 
 
-def _tensorrt_version() -> str:
+def tensorrt_version() -> int:
+    """Of the library that the provider loads, from wherever it comes; 0 where there is none.
+
+    The session that finds none says why.
+    """
+    with contextlib.suppress(BackendUnavailable):
+        trt_bindings.load("trt")
     try:
-        return trt_bindings.version(trt_bindings.load("trt"))
-    except BackendUnavailable:
-        return ""
+        return int(ctypes.CDLL(f"libnvinfer.so.{TENSORRT_MAJOR}").getInferLibVersion())
+    except OSError:
+        return 0

@@ -1,9 +1,10 @@
-"""The calls of several sequences as one run of a stage: rows side by side, each sequence with its own cached rows.
+"""Calls of a stage put together and cut apart by rows.
 
-The graphs ``<stage>.many`` of a target take a fixed number of sequences; those left over have no rows.
+Several sequences as one run: rows side by side, each sequence with its own cached rows. The graphs ``<stage>.many`` of
+a target take a fixed number of sequences; those left over have no rows. And one call as several of fewer rows.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,6 +74,56 @@ def unpack(stage: str, made: Arrays, calls: Sequence[Call]) -> None:
         for name, array in call.outputs.items():
             stop = logits_end if name == "logits" else end
             array[...] = made[name][:, stop - array.shape[1] : stop]
+
+
+def parts(stage: str, call: Call, most: int) -> Iterator[Call]:
+    """A call as several of up to ``most`` rows each, to be run in this order: a causal chunk is the same as they are.
+
+    Its new rows have to lie right behind the cached ones, which then are one array with those of earlier parts.
+    """
+    feeds, outputs = call
+    count = feeds[ROWS[stage]].shape[1]
+    if count <= most:
+        yield call
+        return
+    for start in range(0, count, most):
+        stop = min(count, start + most)
+        yield Call(
+            {name: _part_of_feed(stage, call, name, start, stop) for name in feeds},
+            {name: _part_of_output(stage, call, name, start, stop) for name in outputs},
+        )
+
+
+def _part_of_feed(stage: str, call: Call, name: str, start: int, stop: int) -> Rows:
+    given, count = call.feeds[name], call.feeds[ROWS[stage]].shape[1]
+    if name == "length":
+        return given + start
+    if name.startswith("past"):
+        return given.followed_by(call.outputs[name.replace("past", "rows")][:, :start])
+    if name == "logit_rows":
+        return given[_inside(given, start, stop)] - start
+    if name in ("first", "threshold", "min_depth"):
+        return given
+    missing = count - given.shape[1] if stage == "step" and name in _ACTIVE else 0
+    return _between(given, start - missing, stop - missing)
+
+
+def _part_of_output(stage: str, call: Call, name: str, start: int, stop: int) -> Rows:
+    wanted, count = call.outputs[name], call.feeds[ROWS[stage]].shape[1]
+    if name == "logits":
+        return wanted[:, _inside(call.feeds["logit_rows"], start, stop)]
+    missing = count - wanted.shape[1]
+    return _between(wanted, start - missing, stop - missing)
+
+
+def _between(rows: Rows, start: int, stop: int) -> Rows:
+    return rows[:, max(0, start) : max(0, stop)]
+
+
+def _inside(rows: Any, start: int, stop: int) -> slice:
+    """Which of ``rows``, in ascending order, lie between ``start`` and ``stop``."""
+    first, end = np.searchsorted(rows, (start, stop))
+    return slice(int(first), int(end))
 
 
 def _filled(memory: Memory, active: Rows, count: int, filler: float) -> Rows:

@@ -18,6 +18,7 @@ from fake_driver import FakeDriver
 
 from mythos_edge.model.bundle import CPU_PROVIDER, CUDA_PROVIDER, TENSORRT_PROVIDER
 from mythos_edge.runtime.backend import import_onnxruntime
+from mythos_edge.runtime.packing import ROWS
 
 _ALIGNMENT = 256
 
@@ -38,7 +39,8 @@ class FakeOnnxruntime:
     """The module. ``asked`` are the providers of each session with their options, and its own config entry.
 
     ``without`` providers can not be loaded. ``on_host`` are inputs that graphs read on the host. ``builds`` counts the
-    engines that the TensorRT provider makes for a wider range of shapes. Runs of the stage ``fails_at`` fail.
+    engines that the TensorRT provider makes for a wider range of shapes, each a file. ``ran`` are the files of the
+    graphs that ran. Runs of the stage ``fails_at`` fail.
     """
 
     driver: FakeDriver
@@ -54,6 +56,7 @@ class FakeOnnxruntime:
     asked: list[tuple[dict[str, dict[str, str]], str]] = field(default_factory=list)
     sessions: list["weakref.ref[FakeSession]"] = field(default_factory=list)
     builds: int = 0
+    ran: list[str] = field(default_factory=list)
     fails_at: str | None = None
     __file__: str = "/nowhere/onnxruntime/__init__.py"
 
@@ -80,14 +83,15 @@ class FakeOnnxruntime:
             (dict(providers), options.get_session_config_entry("session.record_ep_graph_assignment_info"))
         )
         real = import_onnxruntime().InferenceSession(path, options, providers=[CPU_PROVIDER])
-        session = FakeSession(self, real, dict(providers), Path(path).name.split(".")[0])
+        session = FakeSession(self, real, dict(providers), Path(path).name)
         self.sessions.append(weakref.ref(session))
         return session
 
 
 class FakeSession:
-    def __init__(self, ort: FakeOnnxruntime, real: Any, providers: dict[str, dict[str, str]], stage: str) -> None:
-        self.ort, self.real, self.driver, self._providers, self._stage = ort, real, ort.driver, providers, stage
+    def __init__(self, ort: FakeOnnxruntime, real: Any, providers: dict[str, dict[str, str]], name: str) -> None:
+        self.ort, self.real, self.driver, self._providers, self._name = ort, real, ort.driver, providers, name
+        self._stage = name.partition(".")[0]
         streams = {
             int(options["user_compute_stream"])
             for options in providers.values()
@@ -97,7 +101,7 @@ class FakeSession:
         shared = all("user_compute_stream" in options for options in providers.values()) and len(streams) == 1
         self.stream = streams.pop() if shared else None
         assert self.stream is None or self.stream in self.driver._streams
-        self._ranges: dict[tuple[str, int], tuple[int, int]] = {}
+        self._ranges: dict[str, dict[str, tuple[int, int]]] = {}
 
     def __del__(self) -> None:
         assert self.stream is None or self.stream in self.driver._streams, "a session outlives its stream"
@@ -125,6 +129,7 @@ class FakeSession:
         entry = "disable_synchronize_execution_providers"
         if self._stage == self.ort.fails_at:
             raise RuntimeError("an illegal\naddress")
+        self.ort.ran.append(self._name)
         waits = run_options is None or run_options.get_run_config_entry(entry) != "1"
         inputs, outputs = dict(binding.inputs), dict(binding.outputs)
         for output, other in itertools.product(outputs, [*inputs, *outputs]):
@@ -148,16 +153,35 @@ class FakeSession:
                 self.driver.synchronize(self.stream)
 
     def _widen(self, inputs: dict[str, "Place"]) -> None:
-        """The TensorRT provider's engine for the range of shapes that it has met."""
+        """The TensorRT provider's engines, each for the range of sizes that it has met: one for what always runs.
+
+        And one for each branch of the attention, as far as that would go: with cached columns or without, and among
+        several rows or for one. What is a size in one graph is a value in another, as the rows that ran before.
+        """
         if TENSORRT_PROVIDER not in self._providers:
             return
-        wider = False
-        for name, place in inputs.items():
-            for axis, size in enumerate(place.shape):
-                least, most = self._ranges.get((name, axis), (size, size))
-                wider |= (name, axis) not in self._ranges or not least <= size <= most
-                self._ranges[name, axis] = min(least, size), max(most, size)
-        self.ort.builds += wider
+        shapes = {name: place.shape for name, place in inputs.items()}
+        always = {f"{name}.{axis}": size for name, shape in shapes.items() for axis, size in enumerate(shape)}
+        chunk = shapes[ROWS[self._stage]][1]
+        context = next(shape[1] for name, shape in shapes.items() if name.startswith("past"))
+        if self._stage == "step":
+            always["rows before"] = chunk - shapes["depth"][1]
+        cached = {"chunk": chunk, "context": context, "both": chunk + context}
+        met = {
+            "always": always,
+            "cached" if context else "alone": cached,
+            "several rows" if chunk > 1 else "one row": {"chunk": chunk},
+        }
+        for branch, sizes in met.items():
+            before = self._ranges.get(branch, {})
+            self._ranges[branch] = {
+                name: (min(size, before.get(name, (size, size))[0]), max(size, before.get(name, (size, size))[1]))
+                for name, size in sizes.items()
+            }
+            if self._ranges[branch] != before:
+                self.ort.builds += 1
+                folder = Path(self._providers[TENSORRT_PROVIDER]["trt_engine_cache_path"])
+                (folder / f"{self._stage} {branch}.engine").write_bytes(b"")
 
 
 @dataclass(frozen=True)

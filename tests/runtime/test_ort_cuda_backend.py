@@ -4,6 +4,7 @@ The graphs run on the CPU's kernels; see ``fake_onnxruntime`` for what is as str
 """
 
 import gc
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,12 +19,20 @@ from fake_driver import FakeDriver
 from fake_onnxruntime import FakeOnnxruntime, Part
 
 from mythos_edge.exporter.ort_cuda_target import build_ort_cuda_target, target_name
-from mythos_edge.model.bundle import CPU_PROVIDER, CUDA_PROVIDER, TENSORRT_PROVIDER, open_bundle, update_manifest
+from mythos_edge.model.bundle import (
+    CPU_PROVIDER,
+    CUDA_PROVIDER,
+    TENSORRT_PROVIDER,
+    open_bundle,
+    record_of,
+    update_manifest,
+)
 from mythos_edge.model.errors import BackendUnavailable, BundleError, CapacityError, MythosEdgeError, UsageError
 from mythos_edge.plugins import trt_bindings
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.runtime import ort_gpu_session, ort_tensorrt_backend, parity
 from mythos_edge.runtime.backend import BoundGraph, OrtBackend, import_onnxruntime
+from mythos_edge.runtime.device import DeviceMemory
 from mythos_edge.runtime.ort_cuda_backend import OrtCudaBackend
 from mythos_edge.runtime.ort_gpu_session import gpu_session
 from mythos_edge.runtime.ort_tensorrt_backend import OrtTensorrtBackend
@@ -136,17 +145,22 @@ def test_scores_are_those_of_the_reference(
 def test_several_sequences_share_runs_as_on_the_host(
     target: str, targets: Path, installed: Callable[..., FakeOnnxruntime]
 ) -> None:
-    installed()
+    fake = installed()
     with Session.open(targets) as host, Session.open(targets, target=target) as session:
         prompts = [_prompt(host, count) for count in (3, 8, 1, 12)]
         wanted, made = (one.generate(prompts, max_new_tokens=6, policy="full") for one in (host, session))
         assert [one.ids for one in made] == [one.ids for one in wanted]
-        shared = sum(call == "run" for call in session.backend.memory.driver.calls)
+        fake.ran.clear()
         wanted, made = (one.generate(prompts, max_new_tokens=6) for one in (host, session))
         assert [(one.ids, one.depths) for one in made] == [(one.ids, one.depths) for one in wanted]
+        steps = [name for name in fake.ran if name.startswith("step.")]
+        shared = [name for name in steps if name.endswith(".many.onnx")]
         if target == CUDA:
-            # Whoever runs alone takes as many for each sequence.
-            assert shared < 2 * sum(one.block_calls for one in made)
+            # Whoever runs alone takes one for each call.
+            assert shared
+            assert len(steps) < sum(one.block_calls for one in made)
+        else:
+            assert not shared
 
 
 def test_drafts_are_those_of_the_host(target: str, targets: Path, installed: Callable[..., FakeOnnxruntime]) -> None:
@@ -226,16 +240,21 @@ def test_what_sessions_are_told(
     if target == CUDA:
         assert fake.asked == [(cuda, "1")] * 3
         return
-    (folder,) = (tmp_path / "user" / "mythos-edge" / "ort-tensorrt").iterdir()
+    (folder,) = _kept(tmp_path)
+    private = str(folder.with_name(f".{folder.name}.partial-{os.getpid()}"))
     own = {
         "trt_engine_cache_enable": "1",
-        "trt_engine_cache_path": str(folder),
+        "trt_engine_cache_path": private,
         "trt_timing_cache_enable": "1",
-        "trt_timing_cache_path": str(folder),
+        "trt_timing_cache_path": private,
     }
     assert fake.asked == [({TENSORRT_PROVIDER: shared | own} | cuda, "1")] * 3
     assert list(fake.asked[0][0]) == [TENSORRT_PROVIDER, CUDA_PROVIDER]
     assert ort_gpu_session.os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
+    # Whoever comes later finds them.
+    Session.open(targets, target=target).close()
+    assert fake.asked[3][0][TENSORRT_PROVIDER]["trt_engine_cache_path"] == str(folder)
+    assert _kept(tmp_path) == [folder]
 
 
 def test_no_engine_is_built_after_the_target_was_opened(
@@ -243,31 +262,112 @@ def test_no_engine_is_built_after_the_target_was_opened(
 ) -> None:
     fake = installed()
     with Session.open(targets, target=TENSORRT) as session:
-        # One at the least and one that reaches to the largest shapes, for each stage.
-        assert fake.builds == 6
+        built = fake.builds
+        assert built > 0
+        for count in (1, 2, 4):
+            session.generate(_prompt(session, count), max_new_tokens=3)
         for policy in ("exact", "full", "last"):
             session.generate(_prompt(session, 23), max_new_tokens=5, policy=policy, chunk=9)
             session.generate(_prompt(session, 9), max_new_tokens=5, draft_depth=1, draft_tokens=3)
         most = open_bundle(targets).manifest.max_context
         assert session.generate(_prompt(session, most - 1), max_new_tokens=9, chunk=most).finish_reason == "context"
-        assert fake.builds == 6
+        assert fake.builds == built
 
 
-def test_engines_of_other_weights_or_gpus_are_not_shared(
-    targets: Path, bundle: Path, installed: Callable[..., FakeOnnxruntime], driver: FakeDriver, tmp_path: Path
+def test_engines_of_other_weights_gpus_or_libraries_are_not_shared(
+    bundle: Path,
+    installed: Callable[..., FakeOnnxruntime],
+    driver: FakeDriver,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fake = installed()
     build_ort_cuda_target(bundle, dtype="fp32", provider="tensorrt")
 
-    def folders() -> int:
-        return len(list((tmp_path / "user" / "mythos-edge" / "ort-tensorrt").iterdir()))
+    def kept() -> int:
+        Session.open(bundle, target=TENSORRT).close()
+        return len(_kept(tmp_path))
 
-    counts = []
-    for path, version in ((targets, "1.31.1"), (targets, "1.31.1"), (bundle, "1.31.1"), (bundle, "1.32.0")):
-        fake.__version__ = version
-        Session.open(path, target=TENSORRT).close()
-        counts.append(folders())
-    assert counts == [1, 1, 2, 3]
+    assert [kept(), kept()] == [1, 1]
+    fake.__version__ = "1.32.0"
+    assert kept() == 2
+    monkeypatch.setattr(ort_tensorrt_backend, "tensorrt_version", lambda: 101600)
+    assert kept() == 3
+    monkeypatch.setattr(driver, "device_name", lambda device: "Another GPU")
+    assert kept() == 4
+    # All that the manifest says of the bundle stays the same but the weights' hash.
+    opened, weights = open_bundle(bundle), bundle / "weights.safetensors"
+    _flip_last_byte(weights)
+    update_manifest(opened, files={**opened.manifest.files, weights.name: record_of(weights)})
+    assert open_bundle(bundle).manifest.identity == opened.manifest.identity
+    assert kept() == 5
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "step.ort-cuda-fp32-tensorrt.onnx"])
+def test_no_engine_is_built_of_files_that_have_changed(
+    name: str, bundle: Path, installed: Callable[..., FakeOnnxruntime], tmp_path: Path
+) -> None:
+    """It would be taken for that of every bundle with the same manifest."""
+    installed()
+    build_ort_cuda_target(bundle, dtype="fp32", provider="tensorrt")
+    _flip_last_byte(bundle / name)
+    with pytest.raises(BundleError, match=f"{name}: has changed"):
+        Session.open(bundle, target=TENSORRT)
+    assert not _kept(tmp_path)
+
+
+def test_engines_are_kept_when_all_are_there(
+    targets: Path, installed: Callable[..., FakeOnnxruntime], tmp_path: Path
+) -> None:
+    fake = installed()
+    fake.fails_at = "coda"
+    with pytest.raises(MythosEdgeError, match=r"an illegal address$"):
+        Session.open(targets, target=TENSORRT)
+    assert fake.builds > 0
+    assert not _kept(tmp_path)
+    fake.fails_at = None
+    Session.open(targets, target=TENSORRT).close()
+    (folder,) = _kept(tmp_path)
+    assert len(list(folder.iterdir())) == 15
+    fake.fails_at = "coda"
+    with pytest.raises(MythosEdgeError, match=f"engines of an earlier time: if they are why, delete {folder}"):
+        Session.open(targets, target=TENSORRT)
+    assert _kept(tmp_path) == [folder]
+
+
+def test_engines_of_whoever_was_faster_stay(
+    targets: Path, installed: Callable[..., FakeOnnxruntime], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed()
+    trim = DeviceMemory.trim
+
+    def while_another_ends(memory: DeviceMemory) -> None:
+        trim(memory)
+        (mine,) = _folder(tmp_path).iterdir()
+        theirs = mine.with_name(mine.name.removeprefix(".").partition(".")[0])
+        theirs.mkdir()
+        (theirs / "theirs.engine").write_bytes(b"")
+
+    monkeypatch.setattr(DeviceMemory, "trim", while_another_ends)
+    with Session.open(targets, target=TENSORRT) as session:
+        session.generate(_prompt(session, 3), max_new_tokens=2)
+    (folder,) = _kept(tmp_path)
+    assert [file.name for file in folder.iterdir()] == ["theirs.engine"]
+
+
+def _folder(tmp_path: Path) -> Path:
+    return tmp_path / "user" / "mythos-edge" / "ort-tensorrt"
+
+
+def _kept(tmp_path: Path) -> list[Path]:
+    """The folders of engines, whole or not."""
+    return list(_folder(tmp_path).iterdir()) if _folder(tmp_path).exists() else []
+
+
+def _flip_last_byte(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
 
 
 def test_the_cache_must_be_writable(targets: Path, installed: Callable[..., FakeOnnxruntime], tmp_path: Path) -> None:
@@ -439,10 +539,10 @@ def test_after_an_error_of_cuda_the_first_is_told_and_the_rest_given_back(
         raise MythosEdgeError("cuStreamSynchronize failed: CUDA_ERROR_ILLEGAL_ADDRESS")
 
     session = Session.open(bundle, target=CUDA)
-    with pytest.raises(MythosEdgeError, match="the first"), session:
-        session.generate(PROMPT, max_new_tokens=2)
-        monkeypatch.setattr(driver, "synchronize", broken)
-        raise MythosEdgeError("the first")
+    session.generate(PROMPT, max_new_tokens=2)
+    monkeypatch.setattr(driver, "synchronize", broken)
+    with pytest.raises(UsageError, match="the first"), session:
+        raise UsageError("the first")
     gc.collect()
     assert (driver.live_bytes, driver._streams, driver.modules) == (0, {}, {})
     assert not any(driver._retained.values())

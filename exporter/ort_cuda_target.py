@@ -77,7 +77,8 @@ def build_ort_cuda_target(
         narrowed = None if dtype == "fp32" else _narrowed(bundle, name, folder, stages, tuple(packs), progress)
         progress("graphs", 0.0)
         lower = partial(lower_for_ort_cuda, narrowed=narrowed, packs=packs)
-        lowered = write_graphs(stages, folder, name, manifest.config, lower)
+        # The engines of TensorRT's provider are for one sequence.
+        lowered = write_graphs(stages, folder, name, manifest.config, lower, together=provider != "tensorrt")
         target = TargetSpec(
             graphs=lowered.graphs,
             compute_dtype=dtype,

@@ -79,12 +79,18 @@ def write_graphs(
     name: str,
     config: MythosConfig,
     lower: Callable[[ir.Model], ir.Model] = lower_for_ort,
+    *,
+    together: bool = True,
 ) -> Lowered:
-    """Lowers the traced stages and writes them to ``folder`` as ``<stage>.<name>.onnx`` and ``.many.onnx``."""
+    """Lowers the traced stages and writes them to ``folder`` as ``<stage>.<name>.onnx``.
+
+    ``together``: also as ``.many.onnx``, for several sequences.
+    """
     graphs, sizes = {}, {}
     for stage in STAGES:
         one = for_one_sequence(stages[stage])
-        for key, model in ((stage, one), (f"{stage}.many", for_many_sequences(one, MAX_TOGETHER))):
+        models = {stage: one} | ({f"{stage}.many": for_many_sequences(one, MAX_TOGETHER)} if together else {})
+        for key, model in models.items():
             lowered = lower(model)
             add_functions(lowered)
             graphs[key] = f"{stage}.{name}{key.removeprefix(stage)}.onnx"

@@ -55,7 +55,10 @@ def for_many_sequences(model: ir.Model, jobs: int) -> ir.Model:
     used: list[ir.Value] = []
     for node in list(graph):
         if node.op_type in _ATTENTIONS:
-            _attend_apart(graph, node, counts, used, jobs)
+            q, rows = (_split_rows(graph, node, value, counts, jobs) for value in node.inputs[:2])
+            # The first says it for all.
+            used = used or [_has_rows(graph, node, part, job) for job, part in enumerate(rows)]
+            _attend_apart(graph, node, q, rows, used)
         elif node.op_type == "RotaryEmbedding":
             _rotate_each_row(graph, node)
     passes.RemoveUnusedNodesPass()(made)
@@ -150,24 +153,22 @@ def _rotate_each_row(graph: ir.Graph, node: ir.Node) -> None:
     node.outputs[0].shape = ir.Shape(["chunk", 1, width])
 
 
-def _attend_apart(graph: ir.Graph, node: ir.Node, counts: ir.Value, used: list[ir.Value], jobs: int) -> None:
-    """Replaces an attention node by one for each sequence that has rows, over its own cache.
+def _attend_apart(
+    graph: ir.Graph, node: ir.Node, q: Sequence[ir.Value], rows: Sequence[ir.Value], used: Sequence[ir.Value]
+) -> None:
+    """Replaces an attention node by one for each sequence: on its part of ``q`` and ``rows``, over its own cache.
 
-    ``used`` says which have; the first node fills it.
+    ``used`` says which sequences have rows.
     """
-    q, rows, past = node.inputs[:3]
-    assert q is not None
-    assert rows is not None
+    past = node.inputs[2]
     assert past is not None
     name, output = str(node.outputs[0].name), node.outputs[0]
-    parts = [_split_rows(graph, node, value, counts, jobs) for value in (q, rows)]
-    used[:] = used or [_has_rows(graph, node, parts[1][job], job) for job in range(jobs)]
     attended = []
     for job, has_rows in enumerate(used):
         assert past.shape is not None
         own = ir.Value(name=f"{past.name}@{job}", type=past.type, shape=ir.Shape([1, f"context_{job}", past.shape[2]]))
         graph.inputs.append(own)
-        inputs = [parts[0][job], parts[1][job], own, *node.inputs[3:]]
+        inputs = [q[job], rows[job], own, *node.inputs[3:]]
         one = ir.node(node.op_type, inputs, node.attributes, domain=node.domain, name=f"{name}@{job}")
         then = ir.Graph([], one.outputs, nodes=[one], name=f"{name}@{job}/rows")
         _insert_window(then, one, graph)
@@ -189,8 +190,11 @@ def _attend_apart(graph: ir.Graph, node: ir.Node, counts: ir.Value, used: list[i
     graph.inputs.remove(past)
 
 
-def _split_rows(graph: ir.Graph, node: ir.Node, value: ir.Value, counts: ir.Value, jobs: int) -> Sequence[ir.Value]:
+def _split_rows(
+    graph: ir.Graph, node: ir.Node, value: ir.Value | None, counts: ir.Value, jobs: int
+) -> Sequence[ir.Value]:
     """``value (1, chunk, ...)`` cut into the rows of each sequence."""
+    assert value is not None
     cut = ir.node("Split", [value, counts], {"axis": 1}, num_outputs=jobs, name=f"{node.outputs[0].name}.{value.name}")
     for job, part in enumerate(cut.outputs):
         part.name, part.type = f"{cut.name}@{job}", value.type

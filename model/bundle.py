@@ -30,6 +30,8 @@ CUDA_TARGET = "ort-cuda"
 CPU_PROVIDER = "CPUExecutionProvider"
 CUDA_PROVIDER = "CUDAExecutionProvider"
 TENSORRT_PROVIDER = "TensorrtExecutionProvider"
+# What the names of nodes begin with that compute with shapes alone: of a graph for a GPU, what the CPU may run.
+ON_SHAPES = "on_shapes/"
 STAGES = ("prelude", "step", "coda")
 # Sequences that one run of a target's ``.many`` graphs can serve.
 MAX_TOGETHER = 8
@@ -92,7 +94,7 @@ class TargetSpec:
     """The stages lowered for one backend: stage name -> file.
 
     ``prelude``, ``step`` and ``coda`` have the inputs and outputs of the portable graph of their stage, for a batch of
-    one; ``prelude.many`` and so on run the rows of several sequences at once.
+    one; ``prelude.many`` and so on, where there are any, run the rows of several sequences at once.
     ``weights`` is fp32, int8 or int4, in blocks of ``block`` values that share a scale (0 for fp32), ``method`` how
     they were rounded, and ``kept`` names the parts that stay fp32. ``prepacked`` weights are copied into the kernels'
     own layout when loaded, others are read from the mapped file. ``fixed_bytes`` of weights are read once a token,

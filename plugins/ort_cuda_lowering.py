@@ -19,6 +19,7 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
+from mythos_edge.model.bundle import ON_SHAPES
 from mythos_edge.plugins import ops
 from mythos_edge.plugins.ort_cuda_attention import grouped_query_attention, latent_attention
 from mythos_edge.plugins.ort_lowering import Lowering, Packs, Rule, bias_matters, lowered_by, stored_name
@@ -34,6 +35,8 @@ CUDA_KERNELS = {
     "QMoE": ("FLOAT16",),
     "QuickGelu": ("FLOAT", "FLOAT16"),
 }
+# ONNX Runtime leaves these to the CPU where they are arithmetic on shapes, a few integers each.
+_SHAPE_OPS = frozenset(["Concat", "Greater", "Reshape", "Shape", "Split", "Squeeze", "Sub", "Unsqueeze"])
 # The float16 number that the router's kernel turns into a weight of 0.
 _NEVER_CHOSEN = -65504.0
 
@@ -47,7 +50,23 @@ def lower_for_ort_cuda(model: ir.Model, narrowed: Narrowed | None = None, packs:
     are replaced by those, which takes float16: the CUDA kernel of QMoE has no float32 form.
     """
     assert not packs or narrowed is not None, "rounded weights take float16"
-    return lowered_by(lambda graph: _CudaLowering(graph, narrowed, packs or {}), model)
+    made = lowered_by(lambda graph: _CudaLowering(graph, narrowed, packs or {}), model)
+    for node in made.graph.all_nodes():
+        if _is_on_shapes(node):
+            node.name = f"{ON_SHAPES}{node.name}"
+    return made
+
+
+def _is_on_shapes(node: ir.Node) -> bool:
+    return node.op_type == "Shape" or (node.op_type in _SHAPE_OPS and all(map(_is_integer, node.inputs)))
+
+
+def _is_integer(value: ir.Value | None) -> bool:
+    """Whether a value is known to be integers; what is written here has no type, but comes of what has."""
+    if value is None or value.dtype is not None:
+        return value is None or value.dtype == ir.DataType.INT64
+    node = value.producer()
+    return node is not None and _is_on_shapes(node)
 
 
 class _CudaLowering(Lowering):

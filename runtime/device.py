@@ -72,20 +72,23 @@ class DeviceArray:
             self._memory.fill(place, value)
 
     def followed_by(self, columns: Self) -> Self:
-        """This and the ``columns`` that lie right behind it as one array."""
+        """A view (1, S + columns, ...) of this (1, S, ...) and the ``columns (1, columns, ...)`` right behind it."""
         assert columns.pointer == self.pointer + self.nbytes
         assert (columns.shape[2:], columns.dtype) == (self.shape[2:], self.dtype)
         shape = (1, self.shape[1] + columns.shape[1], *self.shape[2:])
         return type(self)(self._memory, self.pointer, shape, self.dtype, self.base or self)
 
     def copy(self) -> "DeviceArray":
+        """An array of its own with the same values, copied in the stream."""
         made: DeviceArray = self._memory.empty(self.shape, self.dtype)
         made[...] = self
         return made
 
 
 class Room(NamedTuple):
-    """What all ``columns`` of an engine's memory have, so that it meets one shape; the last are for padded rows."""
+    """How many ``columns`` every cache of an engine has, so that it meets one shape; the last ``padding`` of them are
+    for padded rows.
+    """
 
     columns: int
     padding: int
@@ -181,13 +184,16 @@ class DeviceMemory:
         spare = sum(size * len(pointers) for size, pointers in self._spare.items())
         return self.driver.memory_info()[0] + spare
 
-    def trim(self) -> None:
-        """Gives back to the driver what nobody holds: others allocate from what is free there."""
+    def trim(self) -> bool:
+        """Gives back to the driver what nobody holds, for others to allocate; whether that was anything."""
         # Work that is queued may use it.
         self.driver.synchronize(self.stream)
+        given_back = False
         for spare in self._spare.values():
             while spare:
                 self.driver.free(spare.pop())
+                given_back = True
+        return given_back
 
     def answer(self, question: str, arrays: Mapping[str, "DeviceArray"]) -> None:
         """Queues one of the runtime's own programs on arrays by the names of its arguments."""

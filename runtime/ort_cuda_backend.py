@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mythos_edge.model.bundle import CUDA_PROVIDER, Bundle
-from mythos_edge.model.errors import BackendUnavailable
+from mythos_edge.model.errors import BackendUnavailable, MythosEdgeError
 from mythos_edge.plugins import kernel_store
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.runtime.backend import BoundGraph, OrtBackend
@@ -51,6 +51,7 @@ class OrtCudaBackend(OrtBackend):
         run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
         def open_graph(path: Path) -> BoundGraph:
+            memory.trim()
             session = gpu_session(path, self._providers(bundle, target, memory), threads, spec.prepacked)
             return _DeviceGraph(path, session, run_options, memory)
 
@@ -127,7 +128,13 @@ class _DeviceGraph(BoundGraph):
             name: array if _is_aligned(array) else memory.empty(array.shape, array.dtype)
             for name, array in outputs.items()
         }
-        super().run(given, made)
+        try:
+            super().run(given, made)
+        except MythosEdgeError:
+            # ONNX Runtime may have found no memory for itself. No output is an input, so it can begin again.
+            if not memory.trim():
+                raise
+            super().run(given, made)
         for name, array in outputs.items():
             if made[name] is not array:
                 array[...] = made[name]

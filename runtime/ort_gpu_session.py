@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mythos_edge.model.bundle import CUDA_PROVIDER, TENSORRT_PROVIDER
-from mythos_edge.model.errors import BackendUnavailable, BundleError
+from mythos_edge.model.bundle import CUDA_PROVIDER, ON_SHAPES, TENSORRT_PROVIDER
+from mythos_edge.model.errors import BackendUnavailable, BundleError, UsageError
 from mythos_edge.plugins import trt_bindings
 from mythos_edge.runtime.backend import import_onnxruntime, one_line, session_options
 
@@ -26,8 +26,10 @@ TENSORRT_MAJOR = "10"
 INSTALL_TENSORRT = "pip install 'tensorrt<11'"
 # Its kernels were looked at. Before 1.28 MoE computed another SwiGLU than it was asked for.
 OLDEST = (1, 31)
-# What the CPU may do: arithmetic on shapes, a few integers each.
-_ON_SHAPES = frozenset(["Concat", "Greater", "Reshape", "Shape", "Split", "Squeeze", "Sub", "Unsqueeze"])
+# Without one of these TensorRT has nothing worth an engine.
+_PRODUCTS = {"Gemm", "MatMul"}
+# Set to anything else, TensorRT rounds products of float32.
+_TF32 = "NVIDIA_TF32_OVERRIDE"
 # Each provider's library, and what brings it.
 _LIBRARIES = {
     CUDA_PROVIDER: ("libonnxruntime_providers_cuda.so", INSTALL),
@@ -73,7 +75,8 @@ def gpu_session(path: Path, providers: Providers, threads: int = 0, prepack: boo
 def import_gpu_onnxruntime(*providers: str) -> Any:
     """The onnxruntime module with ``providers``, of a version that is known to compute right.
 
-    Raises BackendUnavailable.
+    For the whole process it mutes ONNX Runtime's log, and for TensorRT's provider it sets ``NVIDIA_TF32_OVERRIDE`` to
+    0, which every library of CUDA reads. Raises BackendUnavailable, UsageError where that is set to something else.
     """
     try:
         ort = import_onnxruntime()
@@ -98,7 +101,11 @@ def import_gpu_onnxruntime(*providers: str) -> Any:
         ort.preload_dlls()
     if TENSORRT_PROVIDER in providers:
         # A TensorRT network is float32 with TF32 allowed, products of 10 bits, and the provider has no option for it.
-        os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
+        if os.environ.get(_TF32, "") not in ("", "0"):
+            raise UsageError(
+                f"{_TF32} is {os.environ[_TF32]!r}, expected 0 for float32 on {TENSORRT_PROVIDER}: unset it"
+            )
+        os.environ[_TF32] = "0"
         # Where pip put TensorRT its module finds the libraries; elsewhere the loader does.
         with contextlib.suppress(BackendUnavailable):
             trt_bindings.load("trt")
@@ -112,10 +119,10 @@ def version_of(text: str) -> tuple[int, int]:
 
 
 def nodes_elsewhere(assignment: Iterable[Any], providers: Iterable[str]) -> list[str]:
-    """The ops placed on none of ``providers`` that are no arithmetic on shapes."""
+    """The ops placed on none of ``providers`` that are no arithmetic on shapes, as the lowering has named it."""
     known = set(providers)
-    ops = {node.op_type for part in assignment if part.ep_name not in known for node in part.get_nodes()}
-    return sorted(ops - _ON_SHAPES)
+    nodes = [node for part in assignment if part.ep_name not in known for node in part.get_nodes()]
+    return sorted({node.op_type for node in nodes if not node.name.startswith(ON_SHAPES)})
 
 
 def _check_assignment(ort: Any, path: Path, providers: Providers, assignment: Any) -> None:
@@ -126,11 +133,12 @@ def _check_assignment(ort: Any, path: Path, providers: Providers, assignment: An
             "them on the CPU was not asked for",
             INSTALL,
         )
-    at_work = {part.ep_name for part in assignment if part.get_nodes()}
     for name in providers:
-        if name not in at_work:
+        ops = {node.op_type for part in assignment if part.ep_name == name for node in part.get_nodes()}
+        if not (ops & _PRODUCTS if name == TENSORRT_PROVIDER else ops):
+            what = "product" if ops else "node"
             raise BackendUnavailable(
-                f"{path.name}: {name} takes no node of it: build the target without it, or look for another version",
+                f"{path.name}: {name} takes no {what} of it: build the target without it, or look for another version",
                 _LIBRARIES[name][1],
             )
 

@@ -77,9 +77,10 @@ def unpack(stage: str, made: Arrays, calls: Sequence[Call]) -> None:
 
 
 def parts(stage: str, call: Call, most: int) -> Iterator[Call]:
-    """A call as several of up to ``most`` rows each, to be run in this order: a causal chunk is the same as they are.
+    """A call as several, each of ``most`` rows of its chunk or fewer, to be run in this order.
 
-    Its new rows have to lie right behind the cached ones, which then are one array with those of earlier parts.
+    A causal chunk is the same as its parts: each finds the rows of those before it. Its new rows have to lie right
+    behind the cached ones, which then are one array with those of earlier parts.
     """
     feeds, outputs = call
     count = feeds[ROWS[stage]].shape[1]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mythos_edge.model.bundle import TARGET, open_bundle
+from mythos_edge.model.bundle import CPU_PROVIDER, TARGET, open_bundle
 from mythos_edge.model.errors import UsageError
 from mythos_edge.runtime.backend import OrtBackend, cores, graph_runner
 from mythos_edge.runtime.session import Session
@@ -95,13 +95,15 @@ def run(args: argparse.Namespace, console: Console) -> int:
 def _targets(args: argparse.Namespace) -> list[str]:
     if args.weights is not None:
         return [f"{TARGET}-{weights}" for weights in args.weights.split(",")]
-    names = list(open_bundle(args.bundle).manifest.targets) if args.target == "all" else args.target.split(",")
-    on_gpu = [name for name in names if name and not name.startswith(TARGET)]
+    bundle = open_bundle(args.bundle)
+    names = list(bundle.manifest.targets) if args.target == "all" else [name for name in args.target.split(",") if name]
+    # There runs are queued: what a graph takes is not seen from here.
+    on_gpu = [name for name in names if bundle.target(name).providers != (CPU_PROVIDER,)]
     if on_gpu and args.target != "all":
         raise UsageError(
             f"bench compares with the memory of a CPU, and {on_gpu[0]!r} is for a GPU: run scripts/gpu_check"
         )
-    return [name for name in names if name and name not in on_gpu]
+    return [name for name in names if name not in on_gpu]
 
 
 def _measure(

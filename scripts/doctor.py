@@ -78,7 +78,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         console.say(f"{'gpu':15} {gpu['name']}, sm{gpu['compute_capability']}, {gpu['memory_gb']} GB -> {targets}")
     for target, found in report["targets"].items():
         answers = ", ".join(f"{verb}: {found[verb]}" for verb in ("build", "run"))
-        console.say(f"{target:15} {answers}")
+        console.say(f"{target:22} {answers}")
     console.result(report)
     return 0 if can["run"]["ok"] else 1
 
@@ -152,7 +152,7 @@ def _targets(can: dict[str, dict[str, Any]], capabilities: list[int]) -> dict[st
     needs = {
         "ort-cpu": (export, {"run": can["run"]["ok"]}),
         "ort-cuda": (export, {"ort-cuda": can["ort-cuda"]["ok"]} | gpu),
-        "ort-tensorrt": (export, {"ort-tensorrt": can["ort-tensorrt"]["ok"]} | gpu),
+        "ort-cuda-fp32-tensorrt": (export, {"ort-tensorrt": can["ort-tensorrt"]["ok"]} | gpu),
         # Engines for RTX are built for any GPU on any machine, those of TensorRT on the GPU they are for.
         "rtx-smXX": (export | rtx, rtx | rtx_gpu),
         "trt-this-gpu": (export | trt | gpu, trt | gpu),

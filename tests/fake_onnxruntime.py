@@ -25,13 +25,13 @@ _ALIGNMENT = 256
 
 @dataclass
 class Part:
-    """What a session says of the nodes placed on one provider."""
+    """What a session says of the nodes placed on one provider, which have the names ``ops``: the end is their op."""
 
     ep_name: str
     ops: list[str]
 
     def get_nodes(self) -> list[SimpleNamespace]:
-        return [SimpleNamespace(op_type=op) for op in self.ops]
+        return [SimpleNamespace(name=name, op_type=name.rpartition("/")[2]) for name in self.ops]
 
 
 @dataclass
@@ -40,7 +40,7 @@ class FakeOnnxruntime:
 
     ``without`` providers can not be loaded. ``on_host`` are inputs that graphs read on the host. ``builds`` counts the
     engines that the TensorRT provider makes for a wider range of shapes, each a file. ``ran`` are the files of the
-    graphs that ran. Runs of the stage ``fails_at`` fail.
+    graphs that ran. Runs of the stage ``fails_at`` fail, and all where less than ``scratch_bytes`` are free.
     """
 
     driver: FakeDriver
@@ -50,7 +50,7 @@ class FakeOnnxruntime:
     parts: tuple[Part, ...] = (
         Part(TENSORRT_PROVIDER, ["MatMul"]),
         Part(CUDA_PROVIDER, ["Gemm", "MoE"]),
-        Part(CPU_PROVIDER, ["Squeeze", "Concat"]),
+        Part(CPU_PROVIDER, ["on_shapes/Squeeze", "on_shapes/x/Concat"]),
     )
     on_host: frozenset[str] = frozenset(["row_counts"])
     asked: list[tuple[dict[str, dict[str, str]], str]] = field(default_factory=list)
@@ -58,6 +58,7 @@ class FakeOnnxruntime:
     builds: int = 0
     ran: list[str] = field(default_factory=list)
     fails_at: str | None = None
+    scratch_bytes: int = 0
     __file__: str = "/nowhere/onnxruntime/__init__.py"
 
     def get_available_providers(self) -> list[str]:
@@ -129,6 +130,8 @@ class FakeSession:
         entry = "disable_synchronize_execution_providers"
         if self._stage == self.ort.fails_at:
             raise RuntimeError("an illegal\naddress")
+        if self.driver.memory_info()[0] < self.ort.scratch_bytes:
+            raise RuntimeError("Failed to allocate memory")
         self.ort.ran.append(self._name)
         waits = run_options is None or run_options.get_run_config_entry(entry) != "1"
         inputs, outputs = dict(binding.inputs), dict(binding.outputs)

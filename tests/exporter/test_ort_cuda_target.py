@@ -12,15 +12,17 @@ from conftest import ROOT
 
 from mythos_edge.exporter import narrowing
 from mythos_edge.exporter.ort_cuda_target import build_ort_cuda_target
-from mythos_edge.model.bundle import STAGES, open_bundle, verify_hashes
+from mythos_edge.model.bundle import ON_SHAPES, STAGES, open_bundle, verify_hashes
 from mythos_edge.model.errors import BuildError
 from mythos_edge.plugins import ops
 from mythos_edge.plugins.ort_cuda_lowering import CUDA_KERNELS
 from mythos_edge.plugins.ort_writer import MICROSOFT
-from mythos_edge.runtime.backend import OrtBackend
+from mythos_edge.runtime.backend import OrtBackend, ort_session
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import addition
 
+# Seen over a stub of the CUDA libraries.
+_ON_THE_CPU = {"Concat", "Greater", "Reshape", "Squeeze", "Sub"}
 FORMS = [("fp32", "none"), ("fp16", "none"), ("fp16", "int8"), ("fp16", "int4")]
 
 
@@ -77,6 +79,12 @@ def test_both_attentions_from_an_empty_cache_on(
             assert (lowered.score(ids).depth == exact.score(ids).depth).all()
 
 
+def test_the_tensorrt_provider_gets_no_graphs_for_several(bundle: Path) -> None:
+    """Its engines are for one sequence."""
+    made = build_ort_cuda_target(bundle, dtype="fp32", provider="tensorrt")
+    assert tuple(made.manifest.targets["ort-cuda-fp32-tensorrt"].graphs) == STAGES
+
+
 @pytest.mark.parametrize(("dtype", "weights"), FORMS)
 def test_only_ops_that_have_a_cuda_kernel(bundle: Path, dtype: str, weights: str) -> None:
     made = build_ort_cuda_target(bundle, dtype=dtype, weights=weights)
@@ -103,6 +111,27 @@ def test_the_host_knows_who_has_rows(bundle: Path) -> None:
                 compared = condition.producer()
                 assert compared.op_type == "Greater"
                 assert compared.inputs[0].producer().op_type == "Shape"
+
+
+@pytest.mark.parametrize("name", ["mla-small", "gqa-small"])
+def test_what_the_cpu_may_run_is_integers(exported: Callable[..., Path], tmp_path: Path, name: str) -> None:
+    """Of the ops that ONNX Runtime gives to the CPU: those named so have no other outputs, and the others have."""
+    path = Path(shutil.copytree(exported(ROOT / "tests" / "fixtures" / name), tmp_path / "copy.bundle"))
+    made = build_ort_cuda_target(path, dtype="fp32")
+    seen = set()
+    for file in made.manifest.targets["ort-cuda-fp32"].graphs.values():
+        model = ir.load(path / file)
+        nodes = [node for node in model.graph if node.op_type in _ON_THE_CPU]
+        model.graph.outputs.extend(value for node in nodes for value in node.outputs)
+        ir.save(model, path / "with_outputs.onnx")
+        # ONNX Runtime knows the type of everything.
+        session = ort_session(path / "with_outputs.onnx")
+        types = {output.name: output.type for output in session.get_outputs()}
+        for node in nodes:
+            integers = {types[str(value.name)] for value in node.outputs} <= {"tensor(int64)", "tensor(bool)"}
+            assert str(node.name).startswith(ON_SHAPES) == integers, node
+        seen |= {node.op_type for node in model.graph.all_nodes() if str(node.name).startswith(ON_SHAPES)}
+    assert seen >= _ON_THE_CPU
 
 
 def test_halting_router_and_caches_stay_float32(bundle: Path) -> None:

@@ -401,10 +401,15 @@ def test_the_providers_decide_the_backend(
         ({"__version__": "1.27.2"}, r"onnxruntime-gpu is 1.27.2, expected 1.31 or newer.*run `pip install --upgrade"),
         ({"without": (CUDA_PROVIDER,)}, r"could not load its CUDAExecutionProvider: .*No such file.*run `pip install"),
         (
-            {"parts": (Part(CUDA_PROVIDER, ["Gemm"]), Part(CPU_PROVIDER, ["Squeeze", "QMoE", "Gather"]))},
-            r"(step|prelude).*onnxruntime-gpu 1.31.1 has no CUDA kernel for Gather, QMoE, and",
+            {
+                "parts": (
+                    Part(CUDA_PROVIDER, ["Gemm"]),
+                    Part(CPU_PROVIDER, ["on_shapes/Squeeze", "QMoE", "Gather", "x/Concat"]),
+                )
+            },
+            r"(step|prelude).*onnxruntime-gpu 1.31.1 has no CUDA kernel for Concat, Gather, QMoE, and",
         ),
-        ({"parts": (Part(CPU_PROVIDER, ["Squeeze"]),)}, "CUDAExecutionProvider takes no node of it"),
+        ({"parts": (Part(CPU_PROVIDER, ["on_shapes/Squeeze"]),)}, "CUDAExecutionProvider takes no node of it"),
     ],
 )
 def test_what_is_missing_is_said_in_one_line(
@@ -421,6 +426,10 @@ def test_what_is_missing_is_said_in_one_line(
     [
         ({"without": (TENSORRT_PROVIDER,)}, r"could not load its Tensorrt.*: run `pip install 'tensorrt<11'`"),
         ({"parts": (Part(CUDA_PROVIDER, ["Gemm"]),)}, r"prelude.*TensorrtExecutionProvider takes no node of it: build"),
+        (
+            {"parts": (Part(CUDA_PROVIDER, ["Gemm"]), Part(TENSORRT_PROVIDER, ["Add"]))},
+            r"prelude.*TensorrtExecutionProvider takes no product of it: build",
+        ),
     ],
 )
 def test_a_tensorrt_that_does_nothing_is_said_in_one_line(
@@ -464,6 +473,41 @@ def test_a_failing_run_is_one_line_and_everything_is_given_back(
             MythosEdgeError, match=r"step\.ort-cuda-fp32\.onnx: ONNX Runtime failed: an illegal address"
         ):
             session.generate(PROMPT, max_new_tokens=2)
+
+
+def test_memory_that_is_kept_is_there_for_onnxruntime(
+    bundle: Path, installed: Callable[..., FakeOnnxruntime], driver: FakeDriver
+) -> None:
+    fake = installed()
+    with Session.open(bundle, target=CUDA) as session:
+        wanted = session.generate(PROMPT * 10, max_new_tokens=3, stop_ids=()).ids
+        more = session.generate([], resume=True, max_new_tokens=60, stop_ids=()).ids
+        session.generate(PROMPT, max_new_tokens=1, stop_ids=())
+        # No more than what larger caches have left behind.
+        fake.scratch_bytes = 100_000
+        driver.total_bytes = driver.device_memory.live_bytes + fake.scratch_bytes // 2
+        assert session.generate(PROMPT * 10, max_new_tokens=3, stop_ids=()).ids == wanted
+        assert session.generate([], resume=True, max_new_tokens=60, stop_ids=()).ids == more
+        driver.total_bytes = 1 << 30
+
+
+def test_warming_up_keeps_no_caches(
+    targets: Path, installed: Callable[..., FakeOnnxruntime], driver: FakeDriver
+) -> None:
+    installed()
+    with Session.open(targets, target=TENSORRT) as session:
+        # What is kept counts as free here, and is not for ONNX Runtime.
+        assert session.backend.memory.free_bytes() == driver.memory_info()[0]
+
+
+def test_float32_stays_whole_whatever_the_user_has_set(
+    targets: Path, installed: Callable[..., FakeOnnxruntime], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed()
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    with pytest.raises(UsageError, match=r"NVIDIA_TF32_OVERRIDE is '1', expected 0 for float32 on Tens.*: unset it"):
+        Session.open(targets, target=TENSORRT)
+    assert ort_gpu_session.os.environ["NVIDIA_TF32_OVERRIDE"] == "1"
 
 
 def test_an_interrupted_call_leaves_nothing_stale(
@@ -561,15 +605,11 @@ def test_the_build_for_cpus_is_refused(bundle: Path) -> None:
 def test_parity_on_the_gpu(provider: str, bundle: Path) -> None:
     if CUDA_PROVIDER not in import_onnxruntime().get_available_providers():
         pytest.skip("onnxruntime-gpu is not installed")
+    if provider == "tensorrt" and not ort_tensorrt_backend.tensorrt_version():
+        pytest.skip("TensorRT 10 is not installed")
     build_ort_cuda_target(bundle, dtype="fp32", provider=provider)
     name = CUDA if provider == "cuda" else TENSORRT
-    try:
-        gpu = Session.open(bundle, target=name)
-    except BackendUnavailable as error:
-        if provider == "cuda":
-            raise
-        pytest.skip(str(error))
-    with gpu, Session.open(bundle) as cpu:
+    with Session.open(bundle, target=name) as gpu, Session.open(bundle) as cpu:
         wanted, found = (one.score([[90, 90, 91, 15, 3]], policy="full").logits for one in (cpu, gpu))
         assert abs(found - wanted).max() < 1e-3 * abs(wanted).max()
         options: dict[str, Any] = {"max_new_tokens": 9, "stop_ids": ()}

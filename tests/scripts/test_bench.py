@@ -6,12 +6,14 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mythos_edge.exporter.ort_target import build_target
+from mythos_edge.model.bundle import CUDA_PROVIDER, open_bundle, update_manifest
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import cli, measuring
 from mythos_edge.scripts.bench import threshold_of_mean_depth
@@ -100,6 +102,15 @@ def test_kernels_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(len(times) == 2 and min(times) > 0 for times in report["ms"].values())
 
 
-def test_a_gpu_is_not_compared_with_the_memory_of_a_cpu(demo_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["bench", str(demo_bundle), "--target", "ort-cpu,rtx-sm89-fp16"]) == 1
-    assert "'rtx-sm89-fp16' is for a GPU: run scripts/gpu_check" in capsys.readouterr().err
+def test_a_gpu_is_not_compared_with_the_memory_of_a_cpu(
+    demo_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By what runs a target, not by its name."""
+    path = Path(shutil.copytree(demo_bundle, tmp_path / "demo.bundle"))
+    opened = open_bundle(path)
+    targets = opened.manifest.targets
+    on_gpu = {"ort-cpu-x": replace(targets["ort-cpu"], providers=(CUDA_PROVIDER,))}
+    update_manifest(opened, targets=targets | on_gpu)
+    for name, message in (("ort-cpu-x", "is for a GPU: run scripts/gpu_check"), ("typo", "has no target 'typo'")):
+        assert cli.main(["bench", str(path), "--target", f"ort-cpu,{name}"]) == 1
+        assert message in capsys.readouterr().err

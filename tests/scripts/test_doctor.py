@@ -31,7 +31,7 @@ def test_a_machine_without_a_gpu_still_builds(installed: Any) -> None:
     assert report["targets"] == {
         "ort-cpu": {"build": "yes", "run": "yes"},
         "ort-cuda": {"build": "yes", "run": "no (needs ort-cuda and a GPU of sm75 or newer)"},
-        "ort-tensorrt": {"build": "yes", "run": "no (needs ort-tensorrt and a GPU of sm75 or newer)"},
+        "ort-cuda-fp32-tensorrt": {"build": "yes", "run": "no (needs ort-tensorrt and a GPU of sm75 or newer)"},
         "rtx-smXX": {"build": "yes", "run": "no (needs a GPU of TensorRT for RTX)"},
         "trt-this-gpu": {
             "build": "no (needs tensorrt and a GPU of sm75 or newer)",
@@ -67,7 +67,7 @@ def test_the_tensorrt_provider_wants_tensorrt_10(monkeypatch: pytest.MonkeyPatch
     there = {"onnxruntime-gpu": "1.31.1", "tensorrt": version}
     monkeypatch.setattr(doctor, "version_of", lambda package, module: there.get(package))
     report = doctor.examine(lambda: FakeDriver(devices=(89,)))  # type: ignore[arg-type, return-value]
-    assert report["targets"]["ort-tensorrt"]["run"] == answer
+    assert report["targets"]["ort-cuda-fp32-tensorrt"]["run"] == answer
     assert report["can"]["ort-tensorrt"]["install"] == "pip install 'tensorrt<11'"
 
 

@@ -31,7 +31,7 @@ from mythos_edge.runtime.device import DeviceMemory
 from mythos_edge.runtime.memory import Rows
 from mythos_edge.runtime.ort_cuda_backend import OrtCudaBackend, cuda_options, stream_options
 from mythos_edge.runtime.ort_gpu_session import TENSORRT_MAJOR, Providers, import_gpu_onnxruntime
-from mythos_edge.runtime.packing import Arrays, Call, parts
+from mythos_edge.runtime.packing import ON_HOST, Arrays, Call, parts
 
 # The most rows of one call: enough for a prompt, and few enough for the scores of a long context.
 MAX_ROWS = 64
@@ -159,7 +159,7 @@ def _idle_call(bundle: Bundle, stage: str, sizes: dict[str, int], memory: Device
 
     def zeros(tensor: TensorSpec) -> Rows:
         shape = tuple(size if isinstance(size, int) else free[size] for size in tensor.shape)
-        if tensor.name in ("length", "first", "input_ids", "step_index", "threshold", "min_depth", "logit_rows"):
+        if tensor.name in ON_HOST:
             return np.zeros(shape, tensor.dtype)
         made = memory.empty(shape, tensor.dtype)
         made[...] = 0

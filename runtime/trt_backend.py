@@ -17,14 +17,12 @@ from mythos_edge.model.errors import BundleError, MythosEdgeError
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.runtime.device import DeviceArray, DeviceMemory, Room
 from mythos_edge.runtime.gpu import give_back
-from mythos_edge.runtime.packing import ROWS, Array, Arrays, Call
+from mythos_edge.runtime.packing import ROWS, Array, Arrays, Call, parts
 from mythos_edge.runtime.trt_engine import Engine, Runtime
 
 # Rows of a chunk are padded up to one of these and run as a CUDA graph; more rows are worth their launches.
 GRAPH_ROWS = (1, 2, 4, 8, 16)
 _MOST_GRAPHS = 512
-# Given for the last rows of a chunk only, those that may still run.
-_ACTIVE = ("out", "halt_mass", "depth")
 
 
 class _Key(NamedTuple):
@@ -71,11 +69,8 @@ class TrtBackend:
 
     def run(self, stage: str, feeds: Arrays, outputs: Arrays) -> None:
         self._runtime.gpu.use()
-        count = feeds[ROWS[stage]].shape[1]
-        most = self._stages[stage].max_rows
-        # A causal chunk is the same as its parts one after the other: each finds the rows of those before it.
-        for start in range(0, count, most):
-            self._run_part(stage, feeds, outputs, start, min(count, start + most))
+        for part in parts(stage, Call(feeds, outputs), self._stages[stage].max_rows):
+            self._run_part(self._stages[stage], part)
 
     def run_together(self, stage: str, calls: Sequence[Call]) -> None:
         """One after the other: the engines are for one sequence."""
@@ -102,13 +97,13 @@ class TrtBackend:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _run_part(self, name: str, feeds: Arrays, outputs: Arrays, start: int, stop: int) -> None:
-        stage, count = self._stages[name], stop - start
+    def _run_part(self, stage: "_Stage", part: Call) -> None:
+        count = part.feeds[ROWS[stage.name]].shape[1]
         rows = next((bucket for bucket in GRAPH_ROWS if count <= bucket <= stage.max_rows), count)
-        logits = stage.place(feeds, start, stop)
-        key = _Key(name, rows, logits, stage.caches_of(feeds))
+        logits = stage.place(part.feeds, count)
+        key = _Key(stage.name, rows, logits, stage.caches_of(part.feeds))
         self._execute(stage, key, count)
-        stage.hand_out(feeds, outputs, start, stop)
+        stage.hand_out(part.outputs, count)
 
     def _execute(self, stage: "_Stage", key: _Key, count: int) -> None:
         """Queues the engine, from the third run of its like on as a graph."""
@@ -187,49 +182,31 @@ class _Stage:
             place[...] = 0
             self._places[tensor.name] = place
 
-    def place(self, feeds: Arrays, start: int, stop: int) -> int:
-        """Copies the rows ``start .. stop`` of a call to the places; returns how many logits are asked of them."""
-        count, chunk = stop - start, feeds[ROWS[self.name]].shape[1]
+    def place(self, feeds: Arrays, count: int) -> int:
+        """Copies the ``count`` rows of a call to the places; returns how many logits are asked of them."""
         logits = 0
         for name, place in self._places.items():
-            if name == "length":
-                self._put_scalar(name, feeds[name] + start)
-            elif name in ("threshold", "min_depth"):
+            if name in ("length", "threshold", "min_depth"):
                 self._put_scalar(name, feeds[name])
             elif name == "logit_rows":
-                wanted = feeds[name]
                 # The engine makes one row of logits at least; nobody looks at it.
-                inside = wanted[(wanted >= start) & (wanted < stop)] - start
-                logits = max(1, len(inside))
-                self._memory.upload(place.pointer, inside if len(inside) else np.zeros(1, np.int64))
+                wanted = feeds[name] if len(feeds[name]) else np.zeros(1, np.int64)
+                logits = len(wanted)
+                self._memory.upload(place.pointer, np.ascontiguousarray(wanted))
             elif name in ("input_ids", "step_index"):
-                self._memory.upload(place.pointer, np.ascontiguousarray(feeds[name][:, start:stop]))
+                self._memory.upload(place.pointer, np.ascontiguousarray(feeds[name]))
             elif name in feeds:
-                given = feeds[name]
                 # Rows before the active ones are as they were left: nothing that comes of them is looked at.
-                missing = chunk - given.shape[1] if name in _ACTIVE and self.name == "step" else 0
-                first = max(0, missing - start)
-                if first < count:
-                    place[:, first:count] = given[:, start + first - missing : stop - missing]
+                place[:, count - feeds[name].shape[1] : count] = feeds[name]
         return logits
 
-    def hand_out(self, feeds: Arrays, outputs: Arrays, start: int, stop: int) -> None:
-        """Copies what the engine made of the rows ``start .. stop`` to where the caller wants it."""
-        count, chunk = stop - start, feeds[ROWS[self.name]].shape[1]
+    def hand_out(self, outputs: Arrays, count: int) -> None:
+        """Copies what the engine made of ``count`` rows to where the caller wants it."""
         for name, wanted in outputs.items():
             if name.startswith("rows") and self.engine.in_place:
                 continue
-            place = self._places[name]
-            if name == "logits":
-                rows = feeds["logit_rows"]
-                inside = np.flatnonzero((rows >= start) & (rows < stop))
-                for number, row in enumerate(inside):
-                    wanted[:, row : row + 1] = place[:, number : number + 1]
-                continue
-            missing = chunk - wanted.shape[1]
-            first = max(0, missing - start)
-            if first < count:
-                wanted[:, start + first - missing : stop - missing] = place[:, first:count]
+            end = wanted.shape[1] if name == "logits" else count
+            wanted[...] = self._places[name][:, end - wanted.shape[1] : end]
 
     def caches_of(self, feeds: Arrays) -> tuple[int, ...]:
         """The address of every cache of a call."""

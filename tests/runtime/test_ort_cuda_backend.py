@@ -32,10 +32,9 @@ from mythos_edge.plugins import trt_bindings
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.runtime import ort_gpu_session, ort_tensorrt_backend, parity
 from mythos_edge.runtime.backend import BoundGraph, OrtBackend, import_onnxruntime
-from mythos_edge.runtime.device import DeviceMemory
 from mythos_edge.runtime.ort_cuda_backend import OrtCudaBackend
 from mythos_edge.runtime.ort_gpu_session import gpu_session
-from mythos_edge.runtime.ort_tensorrt_backend import OrtTensorrtBackend
+from mythos_edge.runtime.ort_tensorrt_backend import OrtTensorrtBackend, _EngineFolder
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import cli
 
@@ -339,16 +338,15 @@ def test_engines_of_whoever_was_faster_stay(
     targets: Path, installed: Callable[..., FakeOnnxruntime], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     installed()
-    trim = DeviceMemory.trim
+    keep = _EngineFolder.keep
 
-    def while_another_ends(memory: DeviceMemory) -> None:
-        trim(memory)
-        (mine,) = _folder(tmp_path).iterdir()
-        theirs = mine.with_name(mine.name.removeprefix(".").partition(".")[0])
+    def after_another(folder: _EngineFolder) -> None:
+        theirs = folder.path.with_name(folder.path.name.removeprefix(".").partition(".")[0])
         theirs.mkdir()
         (theirs / "theirs.engine").write_bytes(b"")
+        keep(folder)
 
-    monkeypatch.setattr(DeviceMemory, "trim", while_another_ends)
+    monkeypatch.setattr(_EngineFolder, "keep", after_another)
     with Session.open(targets, target=TENSORRT) as session:
         session.generate(_prompt(session, 3), max_new_tokens=2)
     (folder,) = _kept(tmp_path)

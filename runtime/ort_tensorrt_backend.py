@@ -24,7 +24,7 @@ from mythos_edge.model.bundle import (
     remove_partials,
     verify_hashes,
 )
-from mythos_edge.model.errors import BackendUnavailable, MythosEdgeError, UsageError
+from mythos_edge.model.errors import BackendUnavailable, CapacityError, MythosEdgeError, UsageError
 from mythos_edge.plugins import trt_bindings
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.runtime.device import DeviceMemory
@@ -51,7 +51,8 @@ class OrtTensorrtBackend(OrtCudaBackend):
             super().__init__(bundle, target, threads, device=device, driver=driver)
             self._build_engines(bundle)
         except MythosEdgeError as error:
-            if self._engines is None or self._engines.is_new or isinstance(error, BackendUnavailable):
+            others = (BackendUnavailable, CapacityError, UsageError)
+            if self._engines is None or self._engines.is_new or isinstance(error, others):
                 raise
             raise MythosEdgeError(
                 f"{error} (with engines of an earlier time: if they are why, delete {self._engines.path})"
@@ -100,9 +101,9 @@ class OrtTensorrtBackend(OrtCudaBackend):
         # Other weights than the manifest says would be in the engines of every bundle that says the same.
         verify_hashes(bundle, trusted=bundle.manifest.files.keys() - files.keys())
         ort = import_gpu_onnxruntime(*bundle.target(target).providers)
-        parts = [f"{name} {record.sha256}" for name, record in sorted(files.items())]
-        parts += [self._gpu.name, ort.__version__, str(tensorrt_version())]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+        made_of = [f"{name} {record.sha256}" for name, record in sorted(files.items())]
+        made_of += [self._gpu.name, ort.__version__, str(tensorrt_version())]
+        return hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:16]
 
 
 class _EngineFolder:

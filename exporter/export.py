@@ -18,7 +18,6 @@ from mythos_edge.exporter.sample import golden_sample
 from mythos_edge.exporter.tracing import tracing
 from mythos_edge.exporter.weights import (
     STORAGE_TYPES,
-    WEIGHTS_FILE,
     WeightsHashes,
     plan_weights,
     write_weights,
@@ -27,6 +26,7 @@ from mythos_edge.model.bundle import (
     CPU_PROVIDER,
     STAGES,
     TARGET,
+    WEIGHTS_FILE,
     Bundle,
     BundleWriter,
     FileRecord,

@@ -10,8 +10,8 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from mythos_edge.exporter.weights import ALIGNMENT, WEIGHTS_FILE, laid_out
-from mythos_edge.model.bundle import Bundle
+from mythos_edge.exporter.weights import ALIGNMENT, laid_out
+from mythos_edge.model.bundle import WEIGHTS_FILE, Bundle
 from mythos_edge.model.checkpoint import Checkpoint
 from mythos_edge.model.errors import BuildError
 from mythos_edge.model.layout import PIECE_BYTES, Recipe, recipes

@@ -23,12 +23,13 @@ from mythos_edge.exporter.rounding import (
     write_rounded,
 )
 from mythos_edge.exporter.target_files import files_beside, install, weights_file
-from mythos_edge.exporter.weights import WEIGHTS_FILE, bytes_read
+from mythos_edge.exporter.weights import bytes_read
 from mythos_edge.model.bundle import (
     CPU_PROVIDER,
     MAX_TOGETHER,
     STAGES,
     TARGET,
+    WEIGHTS_FILE,
     Bundle,
     TargetSpec,
     open_bundle,
@@ -126,8 +127,8 @@ def build_target(
             "block, keep, method and calibration are for rounding, and fp32 rounds nothing: leave them out"
         )
     manifest, name = bundle.manifest, target_name(weights)
-    stages = {stage: ir.load(bundle.file(f"{stage}.onnx")) for stage in STAGES}
-    with files_beside(bundle, name) as folder:
+    with files_beside(bundle, name, progress) as folder:
+        stages = {stage: ir.load(bundle.file(f"{stage}.onnx")) for stage in STAGES}
         plan = None
         if weights != "fp32":
             if block is None:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mythos_edge.exporter.weights import WEIGHTS_FILE, WeightsPlan
-from mythos_edge.model.bundle import GoldenSample
+from mythos_edge.exporter.weights import WeightsPlan
+from mythos_edge.model.bundle import WEIGHTS_FILE, GoldenSample
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.network import Network
 

@@ -5,11 +5,20 @@ Shared by every target builder. Not here: what the files are.
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mythos_edge.model.bundle import Bundle, TargetSpec, open_bundle, record_of, remove_partials, update_manifest
+from mythos_edge.model.bundle import (
+    TARGET,
+    Bundle,
+    TargetSpec,
+    open_bundle,
+    record_of,
+    remove_partials,
+    update_manifest,
+    verify_hashes,
+)
 from mythos_edge.model.errors import BuildError
 
 
@@ -24,11 +33,16 @@ def log_file(name: str) -> str:
 
 
 @contextmanager
-def files_beside(bundle: Bundle, name: str) -> Iterator[Path]:
-    """A folder inside the bundle for files that are not whole yet, removed at the end with what is left in it."""
+def files_beside(bundle: Bundle, name: str, progress: Callable[[str, float], None]) -> Iterator[Path]:
+    """A folder inside the bundle for files that are not whole yet, removed at the end with what is left in it.
+
+    Raises BundleError when the export is not what it was: nothing sound can be built from it.
+    """
+    bundle.target(TARGET)
+    verify_hashes(bundle, lambda file: progress("hashing the export", 0.0), bundle.manifest.files_of(TARGET))
     folder = bundle.path / f".{name}.partial-{os.getpid()}"
     try:
-        remove_partials(bundle.path, name)
+        remove_partials(bundle.path)
         folder.mkdir()
         yield folder
     except OSError as error:
@@ -64,7 +78,7 @@ def _without(bundle: Bundle, name: str) -> Bundle:
     manifest = bundle.manifest
     if name not in manifest.targets:
         return bundle
-    own = {*manifest.targets[name].graphs.values(), *bundle.own_weights(name), log_file(name)}
+    own = manifest.files_of(name)
     return update_manifest(
         bundle,
         targets={other: spec for other, spec in manifest.targets.items() if other != name},

@@ -148,7 +148,7 @@ def build_trt_target(
     options = options_from(bundle, **options_given)
     check_gpus(gpus, options)
     name = target_name(gpus, options)
-    with files_beside(bundle, name) as folder:
+    with files_beside(bundle, name, progress) as folder:
         graphs = folder / "graphs"
         graphs.mkdir()
         lowered = lower(bundle, graphs, options, progress)
@@ -229,7 +229,9 @@ def _build_all(
         log = Path(file.name)
     try:
         reports = {stage: build_engine(job, log, progress) for stage, job in jobs.items()}
-        shutil.move(log, folder / log_name)
+        # Copied, for a temporary file is for its owner's eyes only.
+        shutil.copyfile(log, folder / log_name)
+        log.unlink()
     except BaseException as error:
         if not isinstance(error, BuildError) or error.log is None:
             log.unlink(missing_ok=True)

@@ -16,8 +16,8 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from mythos_edge.exporter.weights import ALIGNMENT, WEIGHTS_FILE, is_unwritten
-from mythos_edge.model.bundle import Bundle
+from mythos_edge.exporter.weights import ALIGNMENT, is_unwritten
+from mythos_edge.model.bundle import WEIGHTS_FILE, Bundle
 from mythos_edge.model.checkpoint import Checkpoint
 from mythos_edge.model.errors import BuildError
 from mythos_edge.model.layout import PIECE_BYTES, TensorReader

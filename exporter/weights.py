@@ -17,11 +17,11 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from mythos_edge.model.bundle import WEIGHTS_FILE
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import CheckpointError, ExportError
 from mythos_edge.model.layout import Recipe, TensorReader, recipes
 
-WEIGHTS_FILE = "weights.safetensors"
 # Vector loads of the CPU kernels want no more; the safetensors format allows no holes between tensors.
 ALIGNMENT = 64
 _MAX_PIECES_IN_FLIGHT = 4

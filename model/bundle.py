@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ SCHEMA_VERSION = 4
 MANIFEST_FILE = "manifest.json"
 # What every export has; built targets add what their weights are.
 TARGET = "ort-cpu"
+WEIGHTS_FILE = "weights.safetensors"
+# What the large weights can be stored in.
+STORAGE_DTYPES = ("fp32", "fp16", "bf16")
 # What the targets of ONNX Runtime's CUDA provider begin with.
 CUDA_TARGET = "ort-cuda"
 # ONNX Runtime's names of what runs a graph's nodes.
@@ -186,16 +190,30 @@ class Manifest:
         """Equal for bundles whose caches mean the same: same weights as stored, config and longest context."""
         return bundle_identity(self.source, self.dtype, self.max_context, self.config)
 
+    def files_of(self, target: str) -> set[str]:
+        """The files that were built with a target; for ``TARGET`` those of the export, which every target may read."""
+        if target == TARGET:
+            built = [self.files_of(name) for name in self.targets if name != TARGET]
+            return set(self.files).difference(*built) | self._exported()
+        graphs = set(self.targets[target].graphs.values())
+        beginnings = (f"weights.{target}.", f"build.{target}.")
+        return graphs | {name for name in self.files if name.startswith(beginnings)}
+
+    def _exported(self) -> set[str]:
+        graphs = self.targets[TARGET].graphs.values() if TARGET in self.targets else ()
+        tokenizer = () if self.tokenizer is None else (self.tokenizer,)
+        return {WEIGHTS_FILE, *(graph.file for graph in self.graphs.values()), *graphs, *tokenizer}
+
     def __post_init__(self) -> None:
-        used = [graph.file for graph in self.graphs.values()]
-        used += [name for target in self.targets.values() for name in target.graphs.values()]
-        used += [self.tokenizer] if self.tokenizer is not None else []
+        if self.dtype not in STORAGE_DTYPES:
+            raise BundleError(f"dtype is {self.dtype!r}, expected one of {', '.join(STORAGE_DTYPES)}")
+        used = self._exported().union(*(target.graphs.values() for target in self.targets.values()))
         for name in [*self.files, *used]:
             _check_name(name, "file")
         # Files of a target are named after it.
         for name in self.targets:
             _check_name(name, "target")
-        unlisted = sorted(set(used) - set(self.files))
+        unlisted = sorted(used - set(self.files))
         if unlisted:
             raise BundleError(f"files does not list {unlisted[0]!r}, which the manifest uses")
         for name, record in self.files.items():
@@ -243,21 +261,35 @@ def _check_name(name: str, kind: str) -> None:
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: where it is and what it says."""
+    """An opened bundle: where it is and what it says.
+
+    With ``trust_engines`` TensorRT engines may be other files than those listed.
+    """
 
     path: Path
     manifest: Manifest
+    trust_engines: bool = False
 
     def target(self, name: str) -> TargetSpec:
-        """The target of that name. Raises BundleError when there is none, or it was built from another bundle."""
-        targets = self.manifest.targets
+        """The target of that name, with the presence and size of its own files checked.
+
+        Raises BundleError when there is none, it was built from another bundle or a file of it is damaged.
+        """
+        targets, identity = self.manifest.targets, self.manifest.identity
         if name not in targets:
             known = ", ".join(targets) or "none"
             raise BundleError(f"{self.path}: has no target {name!r}, only {known}: mythos-edge build makes one")
-        if targets[name].bundle != self.manifest.identity:
+        if TARGET in targets and targets[TARGET].bundle != identity:
+            raise BundleError(
+                f"{self.path / MANIFEST_FILE}: config, dtype, max_context or source are not those of the export: "
+                "export the bundle again"
+            )
+        if targets[name].bundle != identity:
             raise BundleError(
                 f"{self.path}: target {name!r} was built from another version of this bundle: build it again"
             )
+        if name != TARGET:
+            _check_files(self, self.manifest.files_of(name))
         return targets[name]
 
     def weights_identity(self, target: str) -> str:
@@ -302,61 +334,94 @@ class Bundle:
 
 
 def open_bundle(path: Path | str, hashes: bool = False, trust_engines: bool = False) -> Bundle:
-    """The bundle at ``path``, with the presence and size of every file checked, and on request its sha256.
+    """The bundle at ``path``, with the presence and size of the export's files checked, and on request every sha256.
 
-    With ``trust_engines`` TensorRT engines may be other files than those listed. Raises BundleError.
+    A built target's own files are checked by ``Bundle.target``: a damaged one keeps no other from running, and can be
+    built again. With ``trust_engines`` TensorRT engines may be other files than those listed. Raises BundleError.
     """
     path = Path(path)
     manifest_path = path / MANIFEST_FILE
-    if not manifest_path.is_file():
+    if not has_manifest(path):
         what = "has no manifest.json" if path.is_dir() else "is no bundle folder" if path.exists() else "does not exist"
         raise BundleError(f"{path} {what}: make a bundle with mythos-edge export")
     try:
         values = json.loads(manifest_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise BundleError(f"{manifest_path}: can not be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{manifest_path}: can not be read: {error}") from error
     if not isinstance(values, dict):
         raise BundleError(f"{manifest_path}: expected a JSON object, got {type(values).__name__}")
-    bundle = Bundle(path, manifest_from_dict(values, origin=str(manifest_path)))
-    trusted = engine_files(bundle.manifest) if trust_engines else set()
-    _check_sizes(bundle, trusted)
+    bundle = Bundle(path, manifest_from_dict(values, origin=str(manifest_path)), trust_engines)
+    _check_files(bundle, bundle.manifest.files_of(TARGET))
     if hashes:
-        verify_hashes(bundle, trusted=trusted)
+        verify_hashes(bundle)
     return bundle
 
 
-def engine_files(manifest: Manifest) -> set[str]:
-    """The files that are TensorRT engines: native code."""
-    engines = [target for target in manifest.targets.values() if target.engine is not None]
-    return {name for target in engines for name in target.graphs.values()}
+def has_manifest(path: Path) -> bool:
+    """Whether ``path`` is a folder with a manifest. Raises BundleError when it does not let itself be looked into."""
+    try:
+        return stat.S_ISREG((path / MANIFEST_FILE).stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise BundleError(f"{path}: can not be read: {error.strerror}") from error
 
 
-def _check_sizes(bundle: Bundle, trusted: Collection[str] = ()) -> None:
-    for name, record in bundle.manifest.files.items():
-        file = bundle.file(name)
+def _trusted(bundle: Bundle) -> set[str]:
+    """The files that may differ from those listed."""
+    engines = [spec for spec in bundle.manifest.targets.values() if bundle.trust_engines and spec.engine is not None]
+    return {name for spec in engines for name in spec.graphs.values()}
+
+
+def _check_files(bundle: Bundle, names: Collection[str]) -> None:
+    """Raises BundleError unless the files are there, can be read and have the sizes listed."""
+    trusted = _trusted(bundle)
+    for name in sorted(names):
+        file, listed = bundle.file(name), bundle.manifest.files[name].bytes
         try:
-            size = file.stat().st_size if file.is_file() else None
+            size = _size(file)
         except OSError as error:
-            raise BundleError(f"{file}: can not be read: {error.strerror}") from None
+            raise BundleError(f"{file}: can not be read: {error.strerror}") from error
         if size is None:
-            raise BundleError(f"{file}: is missing: export the bundle again")
-        if size != record.bytes and name not in trusted:
-            raise BundleError(f"{file}: has {size} bytes, the manifest says {record.bytes}: export the bundle again")
+            raise BundleError(f"{file}: is missing: {_mend(bundle, name)}")
+        if size != listed and name not in trusted:
+            raise BundleError(f"{file}: has {size} bytes, the manifest says {listed}: {_mend(bundle, name)}")
+
+
+def _size(file: Path) -> int | None:
+    """Bytes of a file that can be opened; None where there is none. Raises OSError."""
+    if not file.is_file():
+        return None
+    # Native code that maps it would say less clearly that it may not.
+    with file.open("rb") as opened:
+        return os.fstat(opened.fileno()).st_size
+
+
+def _mend(bundle: Bundle, name: str) -> str:
+    """What brings a file back."""
+    exported = name in bundle.manifest.files_of(TARGET)
+    return "export the bundle again" if exported else "build the target again"
 
 
 def verify_hashes(
-    bundle: Bundle, progress: Callable[[str], None] = lambda name: None, trusted: Collection[str] = ()
+    bundle: Bundle, progress: Callable[[str], None] = lambda name: None, names: Collection[str] | None = None
 ) -> None:
-    """Reads every file and compares its sha256; ``progress`` is told each name. Raises BundleError."""
-    for name, record in bundle.manifest.files.items():
-        if name in trusted:
-            continue
+    """Reads the files, all unless named, and compares each sha256; ``progress`` hears the names. Raises BundleError."""
+    names = set(bundle.manifest.files if names is None else names)
+    _check_files(bundle, names)
+    for name in sorted(names - _trusted(bundle)):
         progress(name)
-        found = sha256_of(bundle.file(name))
-        if found != record.sha256:
+        try:
+            found = sha256_of(bundle.file(name))
+        except OSError as error:
+            raise BundleError(f"{bundle.path / name}: can not be read: {error.strerror}") from error
+        listed = bundle.manifest.files[name].sha256
+        if found != listed:
             raise BundleError(
-                f"{bundle.path / name}: has changed: sha256 {found[:12]}..., the manifest says "
-                f"{record.sha256[:12]}...: export the bundle again"
+                f"{bundle.path / name}: has changed: sha256 {found[:12]}..., the manifest says {listed[:12]}...: "
+                f"{_mend(bundle, name)}"
             )
 
 
@@ -424,7 +489,7 @@ class BundleWriter:
         path = self._path
         if not path.exists() and not path.is_symlink():
             return
-        replaceable = path.is_dir() and ((path / MANIFEST_FILE).is_file() or not any(path.iterdir()))
+        replaceable = path.is_dir() and (has_manifest(path) or not any(path.iterdir()))
         if not self._force:
             mend = "choose another folder" + (" or pass --force" if replaceable else "")
             raise ExportError(f"{path} exists: {mend}")
@@ -434,9 +499,9 @@ class BundleWriter:
             )
 
 
-def remove_partials(folder: Path, name: str) -> None:
-    """Removes ``.<name>.partial-<pid>`` folders of writers that were killed before they could clean up."""
-    for partial in folder.glob(f".{glob.escape(name)}.partial-*"):
+def remove_partials(folder: Path, name: str | None = None) -> None:
+    """Removes ``.<name>.partial-<pid>`` folders, of any name without one, whose writers were killed meanwhile."""
+    for partial in folder.glob(f".{'*' if name is None else glob.escape(name)}.partial-*"):
         pid = partial.name.rpartition("-")[2]
         if pid.isdigit() and (int(pid) == os.getpid() or not _is_alive(int(pid))):
             shutil.rmtree(partial, ignore_errors=True)
@@ -465,8 +530,9 @@ def update_manifest(bundle: Bundle, **changes: Any) -> Bundle:
 
     Files that the changes name must be in the folder already. Raises BundleError, and then nothing has changed.
     """
-    updated = Bundle(bundle.path, dataclasses.replace(bundle.manifest, **changes))
-    _check_sizes(updated)
+    updated = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, **changes))
+    files, known = updated.manifest.files, bundle.manifest.files
+    _check_files(updated, {name for name, record in files.items() if record != known.get(name)})
     partial = bundle.path / f".{MANIFEST_FILE}.partial-{os.getpid()}"
     try:
         _write_manifest(updated.manifest, partial)

@@ -356,9 +356,13 @@ def open_backend(bundle: Bundle, target: str, threads: int = 0, trust: bool = Fa
     spec = bundle.target(target)
     if spec.engine is not None:
         return TrtBackend(bundle, target, trust=trust)
+    if not spec.providers:
+        raise BundleError(
+            f"{bundle.path}: target {target!r} has neither an engine nor providers of ONNX Runtime: build it again"
+        )
     if spec.providers not in _ORT_BACKENDS:
         raise BundleError(
-            f"{bundle.path}: target {target!r} is for {', '.join(spec.providers) or 'no provider'} of ONNX Runtime, "
+            f"{bundle.path}: target {target!r} is for {', '.join(spec.providers)} of ONNX Runtime, "
             "which this mythos-edge does not know: build it again"
         )
     return _ORT_BACKENDS[spec.providers](bundle, target, threads)

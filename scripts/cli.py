@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 an expected error or a parity failure, 2 wrong usage of th
 
 import argparse
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -85,6 +86,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def entry() -> NoReturn:
+    # An end that is asked for, as by a container or a job's time limit, cleans up like Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())
 
 

@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from mythos_edge.model.bundle import manifest_to_dict, open_bundle
+from mythos_edge.model.bundle import has_manifest, manifest_to_dict, open_bundle
 from mythos_edge.model.errors import BackendUnavailable, BundleError, UsageError
 from mythos_edge.runtime.caches import plan_cache
 from mythos_edge.scripts.console import Console
@@ -21,12 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     path = args.path
-    if not path.exists():
-        raise UsageError(f"{path}: no such file or folder")
-    if path.suffix == ".onnx":
-        found = _onnx(path)
-    elif (path / "manifest.json").is_file():
+    if has_manifest(path):
         found = _bundle(path)
+    elif not path.exists():
+        raise UsageError(f"{path}: no such file or folder")
+    elif path.suffix == ".onnx":
+        found = _onnx(path)
     else:
         found = _checkpoint(path, args.config)
     _show(console, found)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mythos_edge.model.bundle import Bundle, GoldenSample, engine_files, open_bundle, verify_hashes
+from mythos_edge.model.bundle import Bundle, GoldenSample, open_bundle, verify_hashes
 from mythos_edge.model.errors import BackendUnavailable, CapacityError, UsageError
 from mythos_edge.model.machine import free_memory_bytes
 from mythos_edge.runtime import parity
@@ -47,8 +47,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     ids = _tokens(args, bundle)
     if args.target is not None:
         bundle.target(args.target)  # before minutes of hashing
-    trusted = engine_files(bundle.manifest) if args.trust else set()
-    verify_hashes(bundle, lambda name: console.progress("hashing the files", 0.0), trusted)
+    verify_hashes(bundle, lambda name: console.progress("hashing the files", 0.0))
     console.progress("self-test", 0.0)
     with Session.open(args.bundle, trust=args.trust) as session:
         sample = bundle.manifest.sample

@@ -23,7 +23,7 @@ from mythos_edge.model.config import VARIANTS
 CONTENTS = {
     "step.onnx": b"graph",
     "step.ort.onnx": b"lowered graph",
-    "weights.bin": bytes(range(256)),
+    "weights.safetensors": bytes(range(256)),
     "tok.json": b"{}",
 }
 RECORDS = {name: FileRecord(len(data), hashlib.sha256(data).hexdigest()) for name, data in CONTENTS.items()}
@@ -36,7 +36,7 @@ def sample_manifest(files: dict[str, FileRecord] = RECORDS, **changes: Any) -> M
     )
     values: dict[str, Any] = {
         "config": VARIANTS["1b"],
-        "dtype": "float16",
+        "dtype": "fp16",
         "max_context": 512,
         "graphs": {
             "step": GraphSpec(

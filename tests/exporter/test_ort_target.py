@@ -1,6 +1,7 @@
 """Targets added to a bundle: whole or not at all, what they say of themselves, and how near to float32 they stay."""
 
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -222,11 +223,14 @@ def test_presets_added_during_a_build_stay(bundle: Path, monkeypatch: pytest.Mon
 
 
 def test_leftovers_of_a_killed_build_are_removed(bundle: Path) -> None:
-    leftover = bundle / ".ort-cpu-int8.partial-999999999"
-    leftover.mkdir()
-    (leftover / "weights").write_bytes(b"x")
+    """Whatever they were of; a build that is still under way keeps its own."""
+    dead = [bundle / f".{name}.partial-999999999" for name in ("ort-cpu-int8", "rtx-sm89-fp16")]
+    alive = bundle / f".rtx-sm89-fp16.partial-{os.getppid()}"
+    for folder in (*dead, alive):
+        folder.mkdir()
+        (folder / "weights").write_bytes(b"x")
     build_target(bundle, "int8")
-    assert not leftover.exists()
+    assert [folder.exists() for folder in (*dead, alive)] == [False, False, True]
 
 
 @pytest.mark.parametrize(("target", "points"), [("ort-cpu-int8", 0.2), ("ort-cpu-int4", 1.0)])

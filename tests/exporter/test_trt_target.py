@@ -1,5 +1,6 @@
 """TensorRT targets in a bundle: names, refusals, whole or not at all. Graphs are stand-ins without plugins."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from mythos_edge.exporter.trt_lowering import EngineOptions, LoweredForTensorRT
 from mythos_edge.exporter.trt_target import Gpus, build_trt_target, gpus_from_name, options_from, target_name
 from mythos_edge.model import bundle as bundle_module
 from mythos_edge.model.bundle import Bundle, Profile, open_bundle, verify_hashes
-from mythos_edge.model.errors import BackendUnavailable, BuildError, ExportError
+from mythos_edge.model.errors import BackendUnavailable, BuildError, BundleError, ExportError
 from mythos_edge.plugins.cuda_driver import Driver
 
 pytest.importorskip("tensorrt_rtx")
@@ -96,7 +97,18 @@ def test_engines_are_added_and_the_rest_stays(bundle: Path, logs: Path) -> None:
     assert all(after[file] == content for file, content in before.items() if file != "manifest.json")
     assert b"== coda.onnx" in after[f"build.{name}.log"]
     assert not list(logs.iterdir())
+    modes = {(bundle / file).stat().st_mode for file in (*target.graphs.values(), f"build.{name}.log", "manifest.json")}
+    assert len(modes) == 1
     assert build(bundle, "rtx-sm86+sm89", dtype="bf16", max_rows=1).bundle.manifest.targets[name].engine != engine
+
+
+@pytest.mark.parametrize("file", ["coda.rtx-sm89-fp16.engine", "build.rtx-sm89-fp16.log"])
+def test_a_damaged_engine_is_built_again(bundle: Path, file: str) -> None:
+    name = build(bundle).name
+    os.truncate(bundle / file, 10)
+    with pytest.raises(BundleError, match=rf"{file}: has 10 bytes, .*: build the target again"):
+        open_bundle(bundle).target(name)
+    verify_hashes(build(bundle).bundle)
 
 
 def test_a_build_that_fails_leaves_the_bundle_as_it_was_and_its_log(bundle: Path, logs: Path) -> None:

@@ -27,8 +27,8 @@ def test_an_opened_bundle_knows_its_files(made: Path) -> None:
     for opened in (open_bundle(made), open_bundle(str(made), hashes=True)):
         assert opened.path == made
         assert opened.manifest == sample_manifest()
-        assert opened.file("weights.bin").read_bytes() == CONTENTS["weights.bin"]
-        for name in ("unlisted.bin", MANIFEST_FILE, "../some.bundle/weights.bin"):
+        assert opened.file("weights.safetensors").read_bytes() == CONTENTS["weights.safetensors"]
+        for name in ("unlisted.bin", MANIFEST_FILE, "../some.bundle/weights.safetensors"):
             with pytest.raises(BundleError, match="lists no file"):
                 opened.file(name)
 
@@ -111,14 +111,14 @@ def test_the_hash_is_over_all_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_link_out_of_the_folder_is_refused_and_one_within_is_not(made: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
-    outside.write_bytes(CONTENTS["weights.bin"])
-    weights = made / "weights.bin"
+    outside.write_bytes(CONTENTS["weights.safetensors"])
+    weights = made / "weights.safetensors"
     weights.unlink()
     weights.symlink_to(outside)
     with pytest.raises(BundleError, match="link out of the bundle's folder"):
         open_bundle(made)
     weights.unlink()
-    (made / "real.bin").write_bytes(CONTENTS["weights.bin"])
+    (made / "real.bin").write_bytes(CONTENTS["weights.safetensors"])
     weights.symlink_to("real.bin")
     open_bundle(made, hashes=True)
 
@@ -131,16 +131,16 @@ def test_a_linked_bundle_opens(made: Path, tmp_path: Path) -> None:
 def test_a_folder_beside_with_the_same_beginning_is_outside(made: Path) -> None:
     beside = made.with_name(made.name + "-evil")
     beside.mkdir()
-    (beside / "weights.bin").write_bytes(CONTENTS["weights.bin"])
-    (made / "weights.bin").unlink()
-    (made / "weights.bin").symlink_to(beside / "weights.bin")
+    (beside / "weights.safetensors").write_bytes(CONTENTS["weights.safetensors"])
+    (made / "weights.safetensors").unlink()
+    (made / "weights.safetensors").symlink_to(beside / "weights.safetensors")
     with pytest.raises(BundleError, match="link out of"):
         open_bundle(made)
 
 
 def _link_to_itself(made: Path) -> None:
-    (made / "weights.bin").unlink()
-    (made / "weights.bin").symlink_to("weights.bin")
+    (made / "weights.safetensors").unlink()
+    (made / "weights.safetensors").symlink_to("weights.safetensors")
 
 
 def _long_name(made: Path) -> None:

@@ -47,9 +47,9 @@ def test_known_hashes_are_used_and_the_others_are_read(tmp_path: Path, monkeypat
     with BundleWriter(tmp_path / "b") as writer:
         for name, data in CONTENTS.items():
             (writer.folder / name).write_bytes(data)
-        writer.finish(make, known={"weights.bin": "12" * 32})
-    assert sorted(read) == sorted(set(CONTENTS) - {"weights.bin"})
-    assert records == {**RECORDS, "weights.bin": FileRecord(256, "12" * 32)}
+        writer.finish(make, known={"weights.safetensors": "12" * 32})
+    assert sorted(read) == sorted(set(CONTENTS) - {"weights.safetensors"})
+    assert records == {**RECORDS, "weights.safetensors": FileRecord(256, "12" * 32)}
 
 
 def test_an_existing_bundle_is_refused_without_force(made: Path) -> None:
@@ -131,10 +131,10 @@ def test_leaving_early_leaves_nothing_and_the_old_bundle_as_it_was(made: Path, e
 
 def test_leaving_without_finish_leaves_nothing(tmp_path: Path) -> None:
     with BundleWriter(tmp_path / "new" / "folders" / "b") as writer:
-        (writer.folder / "weights.bin").write_bytes(b"half")
+        (writer.folder / "weights.safetensors").write_bytes(b"half")
     assert list(tmp_path.iterdir()) == []
     with BundleWriter(tmp_path / "b") as writer:
-        (writer.folder / "weights.bin").write_bytes(b"half")
+        (writer.folder / "weights.safetensors").write_bytes(b"half")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -142,7 +142,7 @@ def test_a_manifest_that_fails_leaves_the_old_bundle(made: Path) -> None:
     before = tree(made.parent)
     with pytest.raises(BundleError, match="does not list"):
         # The manifest needs files that were not written.
-        write_bundle(made, {"weights.bin": b"w"}, force=True)
+        write_bundle(made, {"weights.safetensors": b"w"}, force=True)
     assert tree(made.parent) == before
 
 

@@ -64,7 +64,7 @@ def test_a_manifest_survives_the_way_through_json(changes: dict[str, Any]) -> No
         (("graphs", "step"), "manifest.graphs.step"),
         (("graphs", "step", "inputs", 1), "manifest.graphs.step.inputs"),
         (("targets", "ort-cpu"), "manifest.targets.ort-cpu"),
-        (("files", "weights.bin"), "manifest.files.weights.bin"),
+        (("files", "weights.safetensors"), "manifest.files.weights.safetensors"),
     ],
 )
 def test_unknown_and_missing_fields_are_refused_at_every_level(path: tuple[str | int, ...], where: str) -> None:
@@ -104,9 +104,9 @@ def test_unknown_and_missing_fields_are_refused_at_every_level(path: tuple[str |
         (("graphs", "step", "inputs", 0, "shape", 0), True),
         (("graphs", "step", "file"), None),
         (("targets", "ort-cpu", "graphs", "step"), 3),
-        (("files", "weights.bin", "bytes"), "256"),
-        (("files", "weights.bin", "bytes"), 256.0),
-        (("files", "weights.bin"), None),
+        (("files", "weights.safetensors", "bytes"), "256"),
+        (("files", "weights.safetensors", "bytes"), 256.0),
+        (("files", "weights.safetensors"), None),
         (("versions", "torch"), 2.13),
         (("source", "step"), 1.5),
         (("source", "step"), False),
@@ -133,6 +133,12 @@ def test_a_wrong_type_is_named_with_its_place(path: tuple[str | int, ...], value
     assert last_name in message
 
 
+@pytest.mark.parametrize("dtype", ["fp64", "float16", ""])
+def test_a_dtype_that_is_none_is_refused(dtype: str) -> None:
+    with pytest.raises(BundleError, match=f"here.json: dtype is '{dtype}', expected one of fp32, fp16, bf16"):
+        _read(_changed("dtype", value=dtype))
+
+
 def test_a_newer_schema_asks_for_an_upgrade() -> None:
     with pytest.raises(BundleError, match=r"newer mythos-edge .* upgrade"):
         # Its fields may be others: the version comes first.
@@ -151,11 +157,11 @@ def test_a_schema_version_that_is_no_number_is_refused(version: Any) -> None:
 
 @pytest.mark.parametrize("sha", ["", "ab" * 31, "ab" * 33, "AB" * 32, "g" * 64, "ab" * 31 + " a", "０" * 64])
 def test_a_hash_must_be_64_small_hexadecimal_digits(sha: str) -> None:
-    with pytest.raises(BundleError, match=r"files\.weights\.bin\.sha256 .* 64 hexadecimal digits"):
-        _read(_changed("files", "weights.bin", "sha256", value=sha))
+    with pytest.raises(BundleError, match=r"files\.weights\.safetensors\.sha256 .* 64 hexadecimal digits"):
+        _read(_changed("files", "weights.safetensors", "sha256", value=sha))
 
 
-@pytest.mark.parametrize("name", ["step.onnx", "step.ort.onnx", "tok.json"])
+@pytest.mark.parametrize("name", ["step.onnx", "step.ort.onnx", "tok.json", "weights.safetensors"])
 def test_every_file_in_use_must_be_listed(name: str) -> None:
     values = _as_json(sample_manifest())
     del values["files"][name]

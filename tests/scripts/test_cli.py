@@ -49,8 +49,11 @@ def test_wrong_usage_is_exit_code_2(argv: tuple[str, ...], run: Callable[..., Ra
 # --- processes ----------------------------------------------------------------------------------------------------
 
 
-def test_ctrl_c_leaves_nothing_half_written(tmp_path: Path) -> None:
-    """As a terminal sends it: to the whole process group, tracing children too."""
+@pytest.mark.parametrize(("sent", "send"), [(signal.SIGINT, os.killpg), (signal.SIGTERM, os.kill)])
+def test_an_interrupt_leaves_nothing_half_written(
+    tmp_path: Path, sent: signal.Signals, send: Callable[[int, int], None]
+) -> None:
+    """Ctrl-C as a terminal sends it, to the whole process group, tracing children too; SIGTERM to the process alone."""
     output = tmp_path / "out.bundle"
     process = subprocess.Popen(
         [*PROGRAM, "export", str(CHECKPOINT), "-o", str(output)],
@@ -65,7 +68,7 @@ def test_ctrl_c_leaves_nothing_half_written(tmp_path: Path) -> None:
         time.sleep(0.1)
     assert partial.is_dir()
     time.sleep(1.0)
-    os.killpg(process.pid, signal.SIGINT)
+    send(process.pid, sent)
     out, err = process.communicate(timeout=60)
     refused(Ran(process.returncode, out, err), "interrupted")
     assert list(tmp_path.iterdir()) == []

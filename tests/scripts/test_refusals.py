@@ -98,7 +98,10 @@ def test_build_refuses_in_one_line(mla_bundle: Path, tmp_path: Path, run: Callab
             ("--weights", "int4", "--block", 64),
             "rows of 96 values do not divide into blocks of 64: choose",
         ),
-        (("--weights", "int4", "--block", 7), "block is 7, expected one of 32, 64, 128"),
+        (("--weights", "int8", "--block", 7), "block is 7, expected one of 32, 64, 128 or 0 (a whole row) for int8"),
+        (("--weights", "int4", "--block", 0), "expected one of 32, 64, 128 for int4 (0, a whole row, is for int8)"),
+        (("--weights", "int4", "--keep", ""), "--keep is '', expected parts or names of tensors"),
+        (("--weights", "fp8"), "expected one of fp32, int8, int4 for ort-cpu: fp8 is for TensorRT's targets"),
         (("--weights", "int4", "--keep", "tail"), "--keep tail fits no matrix of this model"),
         (("--weights", "int8", "--calibrate", tmp_path / "foreign.npy"), "token id 5000 is out of range"),
         (("--weights", "int8", "--calibrate", tmp_path / "long.npy"), "the ids have 300 positions"),
@@ -116,7 +119,13 @@ def test_build_refuses_in_one_line(mla_bundle: Path, tmp_path: Path, run: Callab
 def test_build_for_tensorrt_refuses_in_one_line(mla_bundle: Path, run: Callable[..., Ran]) -> None:
     before = sorted(file.name for file in mla_bundle.iterdir())
     for words, message in [
-        (("--target", "rtx"), "target is 'rtx', expected rtx-sm89"),
+        (("--target", "rtx"), "target is 'rtx', expected ort-cpu, ort-cuda, rtx-sm89 (or several GPUs"),
+        (("--target", "ort-cpu-int8"), "ask for it with --target ort-cpu --weights int8"),
+        (("--target", "ort-cpu-fp32"), "ask for it with --target ort-cpu --weights fp32"),
+        (("--target", "rtx-sm86+sm89-fp16-loop"), "with --target rtx-sm86+sm89 --dtype fp16 --layout loop"),
+        (("--target", "ort-cuda-fp16-int4"), "with --target ort-cuda --dtype fp16 --weights int4"),
+        (("--target", "trt-sm87-bf16-aot"), "with --target trt-this-gpu --dtype bf16 --plugins aot"),
+        (("--target", "rtx-sm89-quick"), "target is 'rtx-sm89-quick', expected ort-cpu"),
         (("--target", "rtx-sm87"), "for Jetson Orin use trt-this-gpu there"),
         (("--target", "rtx-sm75", "--dtype", "bf16"), "sm75 has no bf16, which begins with sm80"),
         (("--target", "rtx-sm80", "--weights", "int4"), "sm80 has no int4, which begins with sm86"),

@@ -148,6 +148,9 @@ def test_build_and_what_uses_it(mla_bundle: Path, tmp_path: Path, run: Callable[
     assert len(plain["ids"]) == len(rounded["ids"]) == 4
     assert plain["logprobs"] != rounded["logprobs"]
     assert run("validate", bundle).code == 0
+    assert ran.json["replaced"] is False
+    again = run("build", bundle, "--weights", "int4").out
+    assert "replaces the one before (int4, blocks of 32, calibrated, head kept, coda kept)" in again
 
 
 def test_build_for_tensorrt(mla_bundle: Path, tmp_path: Path, run: Callable[..., Ran]) -> None:

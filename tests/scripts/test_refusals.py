@@ -1,5 +1,6 @@
 """One line for every mistake: in a request, in a bundle, and in what is to be exported."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -11,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 from command_line import CHECKPOINT, Ran, refused
+from conftest import FIXTURES
 from tiny_checkpoint import Evil
 
-from mythos_edge.model.bundle import SCHEMA_VERSION
+from mythos_edge.model.bundle import SCHEMA_VERSION, EngineSpec
+from mythos_edge.scripts import score, validate
 
 # --- a request ----------------------------------------------------------------------------------------------------
 
@@ -31,6 +34,7 @@ REQUESTS = {
     "threshold": (["--ids", "1", "--threshold", "nan"], "threshold is nan, expected a finite number above 0"),
     "temperature": (["--ids", "1", "--temperature", "-1"], "temperature is -1.0, expected 0 or more"),
     "top p": (["--ids", "1", "--top-p", "0"], "top_p is 0.0, expected more than 0"),
+    "stop id": (["--ids", "1", "--stop-id", "5000"], "stop id 5000 is out of range: this model knows 0 .. "),
     "threads": (["--ids", "1", "--threads", "-3"], "threads is -3, expected"),
     "stop without tokenizer": (["--ids", "1", "--stop", "x"], "stop strings need a tokenizer"),
 }
@@ -45,16 +49,20 @@ def test_a_bad_request_is_one_line(case: str, mla_bundle: Path, run: Callable[..
     assert message in ran.json["error"]
 
 
-def test_ids_files_that_are_none(mla_bundle: Path, tmp_path: Path, run: Callable[..., Ran]) -> None:
+def test_ids_files_that_are_none(
+    mla_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., Ran]
+) -> None:
     output = tmp_path / "out.npz"
     np.save(tmp_path / "flat.npy", np.arange(4))
+    np.save(tmp_path / "empty.npy", np.zeros((0, 4), np.int64))
     np.save(tmp_path / "wide.npy", np.array([[1, 5000]]))
     np.save(tmp_path / "floats.npy", np.zeros((1, 4)))
     (tmp_path / "text.npy").write_text("1,2,3")
     np.savez(tmp_path / "archive.npz", a=np.arange(3))
     for name, message in {
         "absent.npy": "can not read the ids: No such file",
-        "flat.npy": "expected integers (batch, positions)",
+        "flat.npy": "expected integers (batch, positions): ids[None] makes a batch of them",
+        "empty.npy": "ids are empty, of shape (0, 4): expected at least one token",
         "wide.npy": "token id 5000 is out of range",
         "floats.npy": "expected integers (batch, positions)",
         "text.npy": "not a .npy file",
@@ -63,7 +71,10 @@ def test_ids_files_that_are_none(mla_bundle: Path, tmp_path: Path, run: Callable
         refused(run("score", mla_bundle, "--ids", tmp_path / name, "-o", output), message)
         refused(run("validate", mla_bundle, "--against", CHECKPOINT, "--ids", tmp_path / name), message)
     np.save(tmp_path / "good.npy", np.array([[1, 2, 3]]))
-    refused(run("score", mla_bundle, "--ids", tmp_path / "good.npy", "-o", tmp_path / "no" / "out.npz"), "No such file")
+    monkeypatch.setattr(score, "_score", lambda *_: pytest.fail("scored before the place was looked at"))
+    for place, message in ((tmp_path / "no" / "out.npz", "No such file"), (tmp_path, "is a folder")):
+        refused(run("score", mla_bundle, "--ids", tmp_path / "good.npy", "-o", place), message)
+    monkeypatch.undo()
     refused(run("score", mla_bundle, "--ids", tmp_path / "good.npy", "-o", output, "--prefill", 4), "prefill is 4")
     assert not output.exists()
 
@@ -80,6 +91,22 @@ def test_requests_that_can_not_fit_are_one_line(mla_bundle: Path, run: Callable[
     refused(run("demo", "add", "9" * 5000, 1), "a number has 5000 digits, the demo adds up to 200")
     short = run("validate", mla_bundle, "--against", CHECKPOINT, "--positions", 5, "--json")
     assert short.code == 0, short.err
+
+
+def test_what_can_not_be_compared_is_refused_before_the_hashing(
+    damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., Ran]
+) -> None:
+    def with_loop(manifest: dict[str, Any]) -> None:
+        engine = EngineSpec("rtx", "1.7", (89,), "", "loop", 256, 256, (), "python", {}, "")
+        loop = {"graphs": {"model": "model.onnx"}, "engine": dataclasses.asdict(engine), "providers": []}
+        manifest["targets"]["rtx-sm89-fp16-loop"] = {**manifest["targets"]["ort-cpu"], **loop}
+
+    _edit(damaged, with_loop)
+    monkeypatch.setattr(validate, "verify_hashes", lambda *_: pytest.fail("hashed before looking"))
+    loop = run("validate", damaged, "--target", "rtx-sm89-fp16-loop", "--against", "fp32")
+    refused(loop, "is one engine with the loop inside, which keeps no cache: score with it")
+    refused(run("validate", damaged, "--against", tmp_path / "nope.pt"), "nope.pt: no such file")
+    refused(run("validate", damaged, "--against", FIXTURES / "gqa-small"), "has another config than the bundle")
 
 
 def test_debug_shows_where(mla_bundle: Path, run: Callable[..., Ran]) -> None:
@@ -112,7 +139,7 @@ def test_build_refuses_in_one_line(mla_bundle: Path, tmp_path: Path, run: Callab
     refused(run("build", tmp_path / "absent", "--weights", "int8"), "does not exist")
     refused(run("build", mla_bundle), "say with --weights fp32, int8 or int4 what to add")
     refused(run("generate", mla_bundle, "--ids", "1", "--target", "ort-cpu-int8"), "has no target 'ort-cpu-int8'")
-    refused(run("generate", mla_bundle, "--ids", "1", "--preset", "knee"), "has no preset 'knee'")
+    refused(run("generate", mla_bundle, "--ids", "1", "--preset", "knee"), "'knee', as it has no presets: mythos-edge")
     assert sorted(file.name for file in mla_bundle.iterdir()) == before
 
 
@@ -277,6 +304,7 @@ def test_checkpoints_that_are_refused(tmp_path: Path, run: Callable[..., Ran]) -
 
 def test_an_output_that_exists_is_left_alone(mla_bundle: Path, tmp_path: Path, run: Callable[..., Ran]) -> None:
     refused(run("export", CHECKPOINT, "-o", mla_bundle), "exists", "--force")
+    refused(run("export", tmp_path / "absent.pt", "-o", mla_bundle), "exists", "--force")  # known before it is read
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"cat")
     refused(run("export", CHECKPOINT, "-o", tmp_path / "photos", "--force"), "exists", "is not a bundle")

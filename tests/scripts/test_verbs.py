@@ -69,6 +69,9 @@ def test_generate_prints_ids_and_only_them(mla_bundle: Path, run: Callable[..., 
     ids = run("generate", mla_bundle, "--ids", "1,2,3", "--max-new-tokens", 4, "--json").json["ids"]
     assert ran.out == ",".join(map(str, ids)) + "\n"
     assert "4 tokens, mean depth" in ran.err
+    assert "context" not in ran.err
+    full = run("generate", mla_bundle, "--ids", ",".join(["1"] * 250))
+    assert "note: ended because the context is full" in full.err
 
 
 def test_generate_options_reach_the_session(mla_bundle: Path, run: Callable[..., Ran]) -> None:
@@ -151,6 +154,8 @@ def test_build_and_what_uses_it(mla_bundle: Path, tmp_path: Path, run: Callable[
     assert ran.json["replaced"] is False
     again = run("build", bundle, "--weights", "int4").out
     assert "replaces the one before (int4, blocks of 32, calibrated, head kept, coda kept)" in again
+    lost = run("export", tmp_path / "absent.pt", "-o", bundle, "--force").err
+    assert f"note: --force discards what was built in {bundle}, too: ort-cpu-int4" in lost
 
 
 def test_build_for_tensorrt(mla_bundle: Path, tmp_path: Path, run: Callable[..., Ran]) -> None:

@@ -154,12 +154,12 @@ def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
 def _tell(console: Console, before: Bundle, bundle: Bundle, name: str, **more: Any) -> None:
     target, old = bundle.manifest.targets[name], before.manifest.targets.get(name)
     console.say(
-        f"{name}: {_weights_of(target)}; a token reads {target.fixed_bytes / 1e6:.1f} MB of weights and "
+        f"{name}: {weights_of(target)}; a token reads {target.fixed_bytes / 1e6:.1f} MB of weights and "
         f"{target.step_bytes / 1e6:.1f} MB at each loop step"
     )
     if old is not None:
         lost = ", ".join(sorted(set(before.manifest.presets) - set(bundle.manifest.presets)))
-        console.say(f"replaces the one before ({_weights_of(old)})" + (f" and its presets: {lost}" if lost else ""))
+        console.say(f"replaces the one before ({weights_of(old)})" + (f" and its presets: {lost}" if lost else ""))
     if target.engine is not None:
         from mythos_edge.exporter.target_files import log_file
 
@@ -171,7 +171,7 @@ def _tell(console: Console, before: Bundle, bundle: Bundle, name: str, **more: A
     console.result({"target": name, **asdict(target), "replaced": old is not None, **more})
 
 
-def _weights_of(target: TargetSpec) -> str:
+def weights_of(target: TargetSpec) -> str:
     """What a target's weights are, as in ``int4, blocks of 64, search, head kept``."""
     parts = [target.compute_dtype if target.weights == "none" else target.weights]
     if target.method != "none":

@@ -299,6 +299,9 @@ def test_checkpoints_that_are_refused(tmp_path: Path, run: Callable[..., Ran]) -
         assert not [path for path in tmp_path.iterdir() if "out" in path.name]
         if name not in ("nan.pt",):
             refused(run("inspect", tmp_path / name), *words[:1])
+    (tmp_path / "step.engine").write_bytes(b"plan")
+    refused(run("inspect", tmp_path / "step.engine"), "or a bundle's folder, or an .onnx file")
+    refused(run("inspect", tmp_path), "no model in this folder", "or a bundle's folder, or an .onnx file")
     assert not trace.exists()
 
 

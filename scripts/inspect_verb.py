@@ -66,7 +66,7 @@ def _show_bundle(console: Console, bundle: Bundle) -> None:
     for name, text in {
         "bundle": f"{bundle.path}, {size / 1e6:.1f} MB, from {source.name} ({source.kind}{step}), {manifest.created}",
         "model": f"dim {config.dim}, vocabulary {config.vocab_size}, {config.attn_type} with {config.n_heads} heads",
-        "layers": f"prelude {config.prelude_layers}, loop of 1 up to {config.max_loop_iters} times, coda {config.coda_layers}",
+        "layers": f"prelude {config.prelude_layers}, loop 1 x {config.max_loop_iters}, coda {config.coda_layers}",
         "experts": f"{experts}, {config.n_shared_experts} shared",
         "stored as": manifest.dtype,
         "context": f"{manifest.max_context} tokens; caches of {cache}",

@@ -70,8 +70,8 @@ def build_ort_cuda_target(
     _check_provider(provider, dtype, weights)
     _check(dtype, weights, block, bundle.manifest.config)
     manifest, name = bundle.manifest, target_name(dtype, weights, provider)
-    stages = {stage: ir.load(bundle.file(f"{stage}.onnx")) for stage in STAGES}
     with files_beside(bundle, name, progress) as folder:
+        stages = {stage: ir.load(bundle.file(f"{stage}.onnx")) for stage in STAGES}
         rounded = _rounded(bundle, name, folder, weights, block, progress)
         packs = {} if rounded is None else rounded.packs(weights_file(name), folder)
         narrowed = None if dtype == "fp32" else _narrowed(bundle, name, folder, stages, tuple(packs), progress)

@@ -121,7 +121,8 @@ def build_target(
     """
     bundle = open_bundle(path)
     if weights not in BITS:
-        raise BuildError(f"weights is {weights!r}, expected one of {', '.join(BITS)}")
+        elsewhere = ": fp8 is for TensorRT's targets" if weights == "fp8" else ""
+        raise BuildError(f"weights is {weights!r}, expected one of {', '.join(BITS)} for {TARGET}{elsewhere}")
     if weights == "fp32" and (block is not None or keep or method is not None or importance is not None):
         raise BuildError(
             "block, keep, method and calibration are for rounding, and fp32 rounds nothing: leave them out"

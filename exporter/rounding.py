@@ -66,8 +66,10 @@ class Rounding:
 
     def __post_init__(self) -> None:
         if self.block not in BLOCKS and (self.block, self.bits) != (ROW, 8):
-            blocks = ", ".join(map(str, BLOCKS))
-            raise BuildError(f"block is {self.block}, expected one of {blocks}, or {ROW} (a whole row) with int8")
+            row = (
+                f"or {ROW} (a whole row) for int8" if self.bits == 8 else f"for int4 ({ROW}, a whole row, is for int8)"
+            )
+            raise BuildError(f"block is {self.block}, expected one of {', '.join(map(str, BLOCKS))} {row}")
         if self.method not in METHODS:
             raise BuildError(f"method is {self.method!r}, expected one of {', '.join(METHODS)}")
 

@@ -26,7 +26,16 @@ from mythos_edge.exporter.engine import EngineJob, EngineReport, Range
 from mythos_edge.exporter.engine_process import build_engine, plan_bytes, require_memory, weight_bytes
 from mythos_edge.exporter.target_files import files_beside, install, log_file
 from mythos_edge.exporter.trt_lowering import EngineOptions, LoweredForTensorRT, lower_for_tensorrt
-from mythos_edge.model.bundle import Bundle, EngineSpec, Profile, TargetSpec, open_bundle, require_free_space
+from mythos_edge.model.bundle import (
+    CUDA_TARGET,
+    TARGET,
+    Bundle,
+    EngineSpec,
+    Profile,
+    TargetSpec,
+    open_bundle,
+    require_free_space,
+)
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import BuildError
 from mythos_edge.plugins import kernel_store, trt_bindings
@@ -98,7 +107,8 @@ def gpus_from_name(wish: str) -> Gpus:
         return Gpus("trt", (driver.compute_capability(0),), driver.device_name(0))
     if not re.fullmatch(r"rtx-sm\d+(\+sm\d+)*", wish):
         raise BuildError(
-            f"target is {wish!r}, expected rtx-sm89 (or several GPUs, as in rtx-sm86+sm89), {THIS_GPU} or ort-cpu"
+            f"target is {wish!r}, expected {TARGET}, {CUDA_TARGET}, rtx-sm89 (or several GPUs, as in rtx-sm86+sm89) or "
+            f"{THIS_GPU}"
         )
     return Gpus("rtx", tuple(sorted({int(number) for number in re.findall(r"\d+", wish)})))
 

@@ -308,17 +308,6 @@ class Bundle:
         """The files of weights that only the target has: rounded or narrowed ones."""
         return {name: record for name, record in self.manifest.files.items() if name.startswith(f"weights.{target}.")}
 
-    def files_of(self, target: str) -> dict[str, FileRecord]:
-        """The files that running the target reads: its graphs, its own weights and those of every bundle."""
-        manifest = self.manifest
-        graphs = manifest.targets[target].graphs.values()
-        foreign = {name for other in manifest.targets if other != target for name in self.own_weights(other)}
-        return {
-            name: record
-            for name, record in manifest.files.items()
-            if name in graphs or (name.startswith("weights.") and name not in foreign)
-        }
-
     def file(self, name: str) -> Path:
         """The path of a listed file; BundleError when it is not listed or a link leads out of the folder."""
         if name not in self.manifest.files:

@@ -76,6 +76,6 @@ def depth_of_preset(manifest: Manifest, name: str) -> dict[str, Any]:
     """The fields of ``Depth`` that a preset of the bundle sets. Raises UsageError when there is none of that name."""
     preset = manifest.presets.get(name)
     if preset is None:
-        known = ", ".join(sorted(manifest.presets)) or "none"
-        raise UsageError(f"this bundle has no preset {name!r}, only {known}: mythos-edge tune makes one")
+        known = f"only {', '.join(sorted(manifest.presets))}" if manifest.presets else "as it has no presets"
+        raise UsageError(f"this bundle has no preset {name!r}, {known}: mythos-edge tune makes one")
     return {"max_depth": preset.max_depth, "threshold": preset.threshold}

@@ -18,6 +18,7 @@ import numpy as np
 from mythos_edge.model.bundle import (
     CUDA_PROVIDER,
     STAGES,
+    TARGET,
     TENSORRT_PROVIDER,
     Bundle,
     TensorSpec,
@@ -97,11 +98,12 @@ class OrtTensorrtBackend(OrtCudaBackend):
 
     def _key(self, bundle: Bundle, target: str) -> str:
         """Of what engines are made of and for: graphs and weights, this GPU and these libraries."""
-        files = bundle.files_of(target)
+        manifest = bundle.manifest
+        names = manifest.files_of(TARGET) | manifest.files_of(target)
         # Other weights than the manifest says would be in the engines of every bundle that says the same.
-        verify_hashes(bundle, trusted=bundle.manifest.files.keys() - files.keys())
+        verify_hashes(bundle, names=names)
         ort = import_gpu_onnxruntime(*bundle.target(target).providers)
-        made_of = [f"{name} {record.sha256}" for name, record in sorted(files.items())]
+        made_of = [f"{name} {manifest.files[name].sha256}" for name in sorted(names)]
         made_of += [self._gpu.name, ort.__version__, str(tensorrt_version())]
         return hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:16]
 

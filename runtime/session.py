@@ -251,6 +251,7 @@ class Session:
         encoded = [self._encode(prompt) for prompt in prompts]
         # Nothing of the session changes before everything that can be refused was.
         texts = [TextSoFar(self.tokenizer, options.stop_strings) for _ in encoded]
+        _check_range(() if options.stop_ids is None else options.stop_ids, self.config, "stop id")
         depth = options.depth.resolve(self.config)
         tuner = self._tuner(options, depth, len(encoded))
         self._take_prompts(encoded, resume, options, depth)
@@ -371,16 +372,19 @@ def open_backend(bundle: Bundle, target: str, threads: int = 0, trust: bool = Fa
 def checked_ids(ids: Any, config: MythosConfig) -> Int64:
     """``ids`` as an int64 array (batch, positions). Raises UsageError when they are no tokens of the model."""
     given = np.asarray(ids)
-    if given.ndim != 2 or 0 in given.shape or given.dtype.kind not in "iu":
-        raise UsageError(f"ids are {given.dtype} of shape {given.shape}, expected integers (batch, positions)")
+    if not given.size:
+        raise UsageError(f"ids are empty, of shape {given.shape}: expected at least one token")
+    if given.ndim != 2 or given.dtype.kind not in "iu":
+        mend = ": ids[None] makes a batch of them" if given.ndim == 1 and given.dtype.kind in "iu" else ""
+        raise UsageError(f"ids are {given.dtype} of shape {given.shape}, expected integers (batch, positions){mend}")
     _check_range(given.ravel().tolist(), config)
     return np.ascontiguousarray(given, np.int64)
 
 
-def _check_range(ids: list[int], config: MythosConfig) -> None:
+def _check_range(ids: Sequence[int], config: MythosConfig, what: str = "token id") -> None:
     wrong = next((number for number in ids if not 0 <= number < config.vocab_size), None)
     if wrong is not None:
-        raise UsageError(f"token id {wrong} is out of range: this model knows 0 .. {config.vocab_size - 1}")
+        raise UsageError(f"{what} {wrong} is out of range: this model knows 0 .. {config.vocab_size - 1}")
 
 
 def _spans(prefill: int, positions: int) -> Iterator[tuple[int, int]]:

@@ -67,10 +67,11 @@ def run(args: argparse.Namespace, console: Console) -> int:
         raise UsageError(f"--draft-tokens is {args.draft_tokens} without --draft-depth: give both")
     if args.depth is not None and (args.threshold is not None or not args.depth >= 1):
         raise UsageError(f"--depth {args.depth:g} looks for a threshold: expected 1 or more, and no --threshold")
+    names = _targets(args, console)
     threads = args.threads or cores()
     bandwidths = [measuring.stream_bandwidth(threads)]
     targets: dict[str, dict[str, Any]] = {}
-    for name in _targets(args):
+    for name in names:
         targets |= _measure(args, name, bandwidths, console)
     report = {
         "bundle": str(args.bundle),
@@ -88,11 +89,11 @@ def run(args: argparse.Namespace, console: Console) -> int:
     for name, target in targets.items():
         if target["noise"] is not None:
             console.note(f"{name}: {target['noise']}")
-    console.result(report, always=True)
+    console.result(report)
     return 0
 
 
-def _targets(args: argparse.Namespace) -> list[str]:
+def _targets(args: argparse.Namespace, console: Console) -> list[str]:
     if args.weights is not None:
         return [f"{TARGET}-{weights}" for weights in args.weights.split(",")]
     bundle = open_bundle(args.bundle)
@@ -103,6 +104,8 @@ def _targets(args: argparse.Namespace) -> list[str]:
         raise UsageError(
             f"bench compares with the memory of a CPU, and {on_gpu[0]!r} is for a GPU: run scripts/gpu_check"
         )
+    if on_gpu:
+        console.note(f"left out, as they are for a GPU: {', '.join(on_gpu)}")
     return [name for name in names if name not in on_gpu]
 
 

@@ -1,12 +1,13 @@
 """``mythos-edge build``: adds a faster target to a bundle."""
 
 import argparse
+import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mythos_edge.model.bundle import Bundle, open_bundle
+from mythos_edge.model.bundle import CUDA_TARGET, TARGET, Bundle, TargetSpec, open_bundle
 from mythos_edge.model.errors import BackendUnavailable, UsageError
 from mythos_edge.runtime.session import checked_ids
 from mythos_edge.scripts import options
@@ -15,19 +16,26 @@ from mythos_edge.scripts.console import Console
 HELP = "add a target for a backend to a bundle: rounded or prepacked weights, TensorRT engines"
 EXAMPLE = "mythos-edge build model.bundle --target rtx-sm89 --weights int4"
 
-_CPU, _CUDA = "ort-cpu", "ort-cuda"
 # What each kind of target understands besides --weights.
 _UNDERSTANDS = {
-    _CPU: ("block", "keep", "method", "calibrate"),
-    _CUDA: ("dtype", "block", "provider"),
+    TARGET: ("block", "keep", "method", "calibrate"),
+    CUDA_TARGET: ("dtype", "block", "provider"),
     "TensorRT": ("dtype", "layout", "max_context", "max_rows", "plugins"),
+}
+# What the parts of a built target's name were asked for with.
+_ASKED_WITH = {
+    **dict.fromkeys(("fp16", "bf16", "fp32"), "--dtype"),
+    **dict.fromkeys(("int8", "int4", "fp8"), "--weights"),
+    "loop": "--layout",
+    "aot": "--plugins",
+    "tensorrt": "--provider",
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path)
     names = "ort-cpu (default), ort-cuda, rtx-sm89, rtx-sm86+sm89+sm120 (several GPUs), trt-this-gpu"
-    parser.add_argument("--target", default=_CPU, metavar="NAME", help=f"what to build for: {names}")
+    parser.add_argument("--target", default=TARGET, metavar="NAME", help=f"what to build for: {names}")
     weights = "ort-cpu: fp32, int8, int4; ort-cuda: none, int8, int4; TensorRT: none, int8, int4, fp8"
     parser.add_argument("--weights", choices=("none", "fp32", "int8", "int4", "fp8"), help=weights)
     parser.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), help="what is computed in, on GPUs (fp16)")
@@ -49,18 +57,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     kind = args.target if args.target in _UNDERSTANDS else "TensorRT"
+    _refuse_built_name(args.target)
     _refuse_foreign_options(args, kind)
-    builders: dict[str, Callable[[argparse.Namespace, Console], None]] = {
-        _CPU: _build_for_cpu,
-        _CUDA: _build_for_cuda,
+    builders: dict[str, Callable[[argparse.Namespace, Bundle, Console], None]] = {
+        TARGET: _build_for_cpu,
+        CUDA_TARGET: _build_for_cuda,
         "TensorRT": _build_for_tensorrt,
     }
+    before = open_bundle(args.bundle)
     try:
-        builders[kind](args, console)
+        builders[kind](args, before, console)
     except ImportError as error:
         message = f"building a target needs {error.name}, which is not installed"
         raise BackendUnavailable(message, "pip install 'mythos-edge[export]'") from error
     return 0
+
+
+def _refuse_built_name(name: str) -> None:
+    """Raises UsageError for a name that a bundle records: it says how its target is asked for."""
+    found = re.fullmatch(r"(ort-cpu|ort-cuda|(?:rtx|trt)-sm\d+(?:\+sm\d+)*)-(.+)", name)
+    if found is None or not set(parts := found[2].split("-")) <= set(_ASKED_WITH):
+        return
+    # On a CPU everything is computed in fp32, so there it can only be said of weights.
+    asked = {**_ASKED_WITH, "fp32": "--weights"} if found[1] == TARGET else _ASKED_WITH
+    wish = "trt-this-gpu" if found[1].startswith("trt") else found[1]
+    options_of_it = "".join(f" {asked[part]} {part}" for part in parts)
+    raise UsageError(f"{name} is the name of a built target: ask for it with --target {wish}{options_of_it}")
 
 
 def _refuse_foreign_options(args: argparse.Namespace, kind: str) -> None:
@@ -75,40 +97,42 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _build_for_cpu(args: argparse.Namespace, console: Console) -> None:
+def _build_for_cpu(args: argparse.Namespace, before: Bundle, console: Console) -> None:
     if args.weights is None:
         raise UsageError("ort-cpu is what every export has: say with --weights fp32, int8 or int4 what to add")
     if args.calibrate is not None and (args.method is not None or args.weights == "fp32"):
         raise UsageError("--calibrate is a method of its own for int8 and int4: leave --method out")
+    keep = [] if args.keep is None else args.keep.split(",")
+    if "" in keep:
+        raise UsageError(f"--keep is {args.keep!r}, expected parts or names of tensors, separated by commas")
     from mythos_edge.exporter import calibration, ort_target
 
     importance = None
     if args.calibrate is not None:
-        opened = open_bundle(args.bundle)
-        ids = checked_ids(options.ids_from_file(args.calibrate), opened.manifest.config)
-        importance = calibration.collect_importance(opened, ids, console.progress).importance
+        ids = checked_ids(options.ids_from_file(args.calibrate), before.manifest.config)
+        importance = calibration.collect_importance(before, ids, console.progress).importance
     bundle = ort_target.build_target(
         args.bundle,
         args.weights,
         block=args.block,
-        keep=[part for part in (args.keep or "").split(",") if part],
+        keep=keep,
         method=args.method,
         importance=importance,
         progress=console.progress,
     )
-    _tell(console, bundle, ort_target.target_name(args.weights))
+    _tell(console, before, bundle, ort_target.target_name(args.weights))
 
 
-def _build_for_cuda(args: argparse.Namespace, console: Console) -> None:
+def _build_for_cuda(args: argparse.Namespace, before: Bundle, console: Console) -> None:
     from mythos_edge.exporter import ort_cuda_target
 
     given = _given(args, "dtype", "weights", "block", "provider")
     bundle = ort_cuda_target.build_ort_cuda_target(args.bundle, **given, progress=console.progress)
     given.pop("block", None)
-    _tell(console, bundle, ort_cuda_target.target_name(**{"dtype": "fp16", **given}))
+    _tell(console, before, bundle, ort_cuda_target.target_name(**{"dtype": "fp16", **given}))
 
 
-def _build_for_tensorrt(args: argparse.Namespace, console: Console) -> None:
+def _build_for_tensorrt(args: argparse.Namespace, before: Bundle, console: Console) -> None:
     from mythos_edge.exporter import trt_target
 
     given = _given(args, "dtype", "layout", "weights", "max_context", "max_rows", "plugins")
@@ -118,7 +142,8 @@ def _build_for_tensorrt(args: argparse.Namespace, console: Console) -> None:
             f"{stage}: engine of {report.plan_bytes / 1e6:.1f} MB from {report.layers} layers, of which "
             f"{report.plugin_layers} plugins; building took {report.peak_bytes / 1e9:.1f} GB of memory"
         )
-    _tell(console, built.bundle, built.name, engines={stage: vars(report) for stage, report in built.reports.items()})
+    engines = {stage: vars(report) for stage, report in built.reports.items()}
+    _tell(console, before, built.bundle, built.name, engines=engines)
 
 
 def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
@@ -126,16 +151,15 @@ def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
-def _tell(console: Console, bundle: Bundle, name: str, **more: Any) -> None:
-    target = bundle.manifest.targets[name]
-    # Blocks differ between the matrices of an engine.
-    blocks = "" if target.engine is not None else f", blocks of {target.block or 'a row'}"
-    rounded = "" if target.method == "none" else f"{blocks}, {target.method}"
-    weights = target.compute_dtype if target.weights == "none" else target.weights
+def _tell(console: Console, before: Bundle, bundle: Bundle, name: str, **more: Any) -> None:
+    target, old = bundle.manifest.targets[name], before.manifest.targets.get(name)
     console.say(
-        f"{name}: {weights}{rounded}; a token reads {target.fixed_bytes / 1e6:.1f} MB of weights and "
+        f"{name}: {weights_of(target)}; a token reads {target.fixed_bytes / 1e6:.1f} MB of weights and "
         f"{target.step_bytes / 1e6:.1f} MB at each loop step"
     )
+    if old is not None:
+        lost = ", ".join(sorted(set(before.manifest.presets) - set(bundle.manifest.presets)))
+        console.say(f"replaces the one before ({weights_of(old)})" + (f" and its presets: {lost}" if lost else ""))
     if target.engine is not None:
         from mythos_edge.exporter.target_files import log_file
 
@@ -144,4 +168,14 @@ def _tell(console: Console, bundle: Bundle, name: str, **more: Any) -> None:
     if target.note:
         console.say(target.note)
     console.say(f"use it with --target {name}")
-    console.result({"target": name, **asdict(target), **more})
+    console.result({"target": name, **asdict(target), "replaced": old is not None, **more})
+
+
+def weights_of(target: TargetSpec) -> str:
+    """What a target's weights are, as in ``int4, blocks of 64, search, head kept``."""
+    parts = [target.compute_dtype if target.weights == "none" else target.weights]
+    if target.method != "none":
+        # Blocks differ between the matrices of an engine.
+        parts += [] if target.engine is not None else [f"blocks of {target.block or 'a row'}"]
+        parts += [target.method, *(f"{kept} kept" for kept in target.kept)]
+    return ", ".join(parts)

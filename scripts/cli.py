@@ -1,6 +1,6 @@
 """The command ``mythos-edge``: one verb per module, one line per error.
 
-Exit codes: 0 done, 1 an expected error or a parity failure, 2 wrong usage of the command line.
+Exit codes: 0 done, 1 an expected error or a parity failure, 2 a command line that can not be read.
 """
 
 import argparse
@@ -10,47 +10,51 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from importlib import metadata
-from typing import Any, NoReturn
+from importlib import import_module
+from typing import NoReturn
 
 from mythos_edge.model.errors import MythosEdgeError
-from mythos_edge.scripts import bench, build, demo, doctor, export_verb, generate, inspect_verb, score, tune, validate
 from mythos_edge.scripts.console import Console
 
+# What takes time to import is imported by main, so that Ctrl-C meanwhile is no traceback.
 _VERBS = {
-    "doctor": doctor,
-    "inspect": inspect_verb,
-    "export": export_verb,
-    "build": build,
-    "generate": generate,
-    "score": score,
-    "validate": validate,
-    "tune": tune,
-    "bench": bench,
-    "demo": demo,
+    "doctor": "doctor",
+    "inspect": "inspect_verb",
+    "export": "export_verb",
+    "build": "build",
+    "generate": "generate",
+    "score": "score",
+    "validate": "validate",
+    "tune": "tune",
+    "bench": "bench",
+    "demo": "demo",
 }
+_INTERRUPTED = "interrupted; nothing was left half-written"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line; returns the exit code."""
-    args = _parser().parse_args(argv)
-    console = Console(args.json)
+    console, debug = Console(as_json=False), False
     try:
+        args = _parser().parse_args(argv)
+        console, debug = Console(args.json), args.debug
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: console.note(f"warning: {message}")
             code: int = args.run(args, console)
             return code
     except MythosEdgeError as error:
-        return _fail(console, args.debug, str(error))
+        return _fail(console, debug, str(error))
     except KeyboardInterrupt:
-        return _fail(console, args.debug, "interrupted; nothing was left half-written")
+        return _fail(console, debug, _INTERRUPTED)
     except BrokenPipeError:
         # The reader of stdout went away; there is nobody to tell, and Python's exit must not try to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):  # Python 3.11, while a library makes a class
+            return _fail(console, debug, _INTERRUPTED)
         what = " ".join(str(error).split()) or type(error).__name__
-        return _fail(console, args.debug, f"internal error: {type(error).__name__}: {what} (--debug shows where)")
+        return _fail(console, debug, f"internal error: {type(error).__name__}: {what} (--debug shows where)")
 
 
 def _fail(console: Console, debug: bool, message: str) -> int:
@@ -62,6 +66,8 @@ def _fail(console: Console, debug: bool, message: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from importlib import metadata
+
     parser = argparse.ArgumentParser(
         prog="mythos-edge", description="Export OpenMythos checkpoints to ONNX and run them locally."
     )
@@ -70,7 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--json", action="store_true", help="one JSON object on stdout, the rest on stderr")
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for name, module in _VERBS.items():
+    for name, module_name in _VERBS.items():
+        module = import_module(f"mythos_edge.scripts.{module_name}")
         verb = verbs.add_parser(
             name,
             help=module.HELP,
@@ -79,8 +86,7 @@ def _parser() -> argparse.ArgumentParser:
             parents=[common],
             allow_abbrev=False,
         )
-        add: Any = module.add_arguments
-        add(verb)
+        module.add_arguments(verb)
         verb.set_defaults(run=module.run)
     return parser
 

@@ -33,9 +33,9 @@ class Console:
         self.end_progress()
         print(text, file=sys.stderr, flush=True)
 
-    def result(self, values: Mapping[str, Any], *, always: bool = False) -> None:
-        """The JSON object of --json; ``always`` also prints it, as the last line, without."""
-        if self.as_json or always:
+    def result(self, values: Mapping[str, Any]) -> None:
+        """The JSON object of --json."""
+        if self.as_json:
             self.end_progress()
             print(json.dumps(_without_nan(values), allow_nan=False), flush=True)
 

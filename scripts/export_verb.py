@@ -2,9 +2,11 @@
 
 import argparse
 import time
+from contextlib import suppress
 from pathlib import Path
 
-from mythos_edge.model.errors import BackendUnavailable
+from mythos_edge.model.bundle import TARGET, BundleWriter, open_bundle
+from mythos_edge.model.errors import BackendUnavailable, BundleError
 from mythos_edge.scripts.console import Console
 
 HELP = "export a checkpoint to a bundle"
@@ -18,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="storage of large weights")
     parser.add_argument("--max-context", type=int, metavar="N", help="longest sequence (default: the checkpoint's)")
     parser.add_argument("--tokenizer", type=Path, metavar="JSON", help="Hugging Face tokenizer.json to carry along")
-    parser.add_argument("--force", action="store_true", help="replace an existing bundle")
+    parser.add_argument("--force", action="store_true", help="replace an existing bundle, targets built in it too")
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -29,6 +31,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
         message = f"exporting needs {error.name}, which is not installed"
         raise BackendUnavailable(message, "pip install 'mythos-edge[export]'") from error
 
+    BundleWriter(args.output, args.force)  # refuses a place that is taken, before the checkpoint is read
+    lost = _built_targets(args.output)
+    if lost:
+        console.note(f"note: --force discards what was built in {args.output}, too: {', '.join(lost)}")
     started = time.perf_counter()
     console.progress("reading the checkpoint", 0.0)
     with open_checkpoint(args.checkpoint, args.config) as checkpoint:
@@ -61,3 +67,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
         }
     )
     return 0
+
+
+def _built_targets(path: Path) -> list[str]:
+    """The targets that a bundle at ``path`` has beside the one of every export, none where it can not be read."""
+    with suppress(BundleError):
+        return [name for name in open_bundle(path).manifest.targets if name != TARGET]
+    return []

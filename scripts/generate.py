@@ -16,8 +16,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("-p", "--prompt", metavar="TEXT")
     prompt.add_argument("--ids", metavar="1,2,3", help="token ids instead of text")
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
-    parser.add_argument("--stop-id", type=int, action="append", metavar="ID", help="end at this token (repeatable)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
+    parser.add_argument(
+        "--stop-id",
+        type=int,
+        action="append",
+        metavar="ID",
+        help="end at this token (repeatable; default: the tokenizer's own end tokens)",
+    )
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text (repeatable)")
     parser.add_argument("--show-depth", action="store_true", help="print the depth of every token")
     options.add_depth(parser)
@@ -45,6 +51,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
             console.say(f"{shown}[{token.depth}]" if args.show_depth else shown, end="")
         console.say()
         result = session.last_generation
+    if result.finish_reason == "context":
+        console.note(
+            "note: ended because the context is full: export, or build the target, with a larger --max-context"
+        )
     if not console.as_json:
         mean_depth = sum(result.depths) / len(result.depths)
         speed = f", {result.decode_tokens_per_s:.1f} tokens/s" if result.decode_tokens_per_s else ""

@@ -5,9 +5,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from mythos_edge.model.bundle import has_manifest, manifest_to_dict, open_bundle
-from mythos_edge.model.errors import BackendUnavailable, BundleError, UsageError
-from mythos_edge.runtime.caches import plan_cache
+from mythos_edge.model.bundle import Bundle, has_manifest, manifest_to_dict, open_bundle
+from mythos_edge.model.errors import BackendUnavailable, BundleError, CheckpointError, UsageError
+from mythos_edge.runtime.caches import CachePlan, plan_cache
+from mythos_edge.scripts.build import weights_of
 from mythos_edge.scripts.console import Console
 
 HELP = "show what a checkpoint, an .onnx file or a bundle holds"
@@ -22,24 +23,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> int:
     path = args.path
     if has_manifest(path):
-        found = _bundle(path)
+        bundle = open_bundle(path)
+        _show_bundle(console, bundle)
+        found = _bundle(bundle)
     elif not path.exists():
         raise UsageError(f"{path}: no such file or folder")
-    elif path.suffix == ".onnx":
-        found = _onnx(path)
     else:
-        found = _checkpoint(path, args.config)
-    _show(console, found)
+        found = _onnx(path) if path.suffix == ".onnx" else _checkpoint(path, args.config)
+        _show(console, found)
     console.result(found)
     return 0
 
 
-def _bundle(path: Path) -> dict[str, Any]:
-    manifest = open_bundle(path).manifest
-    plan = plan_cache(manifest.config, manifest.config.max_loop_iters, manifest.max_context)
+def _bundle(bundle: Bundle) -> dict[str, Any]:
+    manifest, plan = bundle.manifest, _cache_plan(bundle)
     return {
         "kind": "bundle",
-        "path": str(path),
+        "path": str(bundle.path),
         "bytes": sum(record.bytes for record in manifest.files.values()),
         "cache": {
             "slots": plan.slots,
@@ -51,14 +51,66 @@ def _bundle(path: Path) -> dict[str, Any]:
     }
 
 
+def _cache_plan(bundle: Bundle) -> CachePlan:
+    """Of the whole context at the trained depth, in float32."""
+    config = bundle.manifest.config
+    return plan_cache(config, config.max_loop_iters, bundle.manifest.max_context)
+
+
+def _show_bundle(console: Console, bundle: Bundle) -> None:
+    manifest, config, plan = bundle.manifest, bundle.manifest.config, _cache_plan(bundle)
+    source, size = manifest.source, sum(record.bytes for record in manifest.files.values())
+    step = "" if source.step is None else f", step {source.step}"
+    experts = f"{config.n_experts} of {config.expert_dim} values, {config.n_experts_per_tok} a token"
+    cache = f"{plan.bytes_per_token / 1e3:.1f} kB a token, {plan.cache_bytes / 1e6:.1f} MB when full"
+    for name, text in {
+        "bundle": f"{bundle.path}, {size / 1e6:.1f} MB, from {source.name} ({source.kind}{step}), {manifest.created}",
+        "model": f"dim {config.dim}, vocabulary {config.vocab_size}, {config.attn_type} with {config.n_heads} heads",
+        "layers": f"prelude {config.prelude_layers}, loop 1 x {config.max_loop_iters}, coda {config.coda_layers}",
+        "experts": f"{experts}, {config.n_shared_experts} shared",
+        "stored as": manifest.dtype,
+        "context": f"{manifest.max_context} tokens; caches of {cache}",
+        "tokenizer": manifest.tokenizer or "none",
+        "presets": ", ".join(f"{name} ({one.target})" for name, one in manifest.presets.items()) or "none",
+        "graphs": ", ".join(manifest.graphs),
+    }.items():
+        console.say(f"{name:9}  {text}")
+    console.say()
+    heads = ("target", "computed by", "weights", "MB a token", "MB a loop step", "MB of files")
+    rows = [heads, *(_row(bundle, name) for name in manifest.targets)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        texts = [cell.ljust(width) for cell, width in zip(row[:3], widths[:3], strict=True)]
+        console.say("  ".join([*texts, *(cell.rjust(width) for cell, width in zip(row[3:], widths[3:], strict=True))]))
+
+
+def _row(bundle: Bundle, name: str) -> tuple[str, ...]:
+    """A target's line: the bytes are those of weights read, and of files that the target does not share."""
+    spec, files = bundle.manifest.targets[name], bundle.manifest.files
+    if spec.engine is None:
+        by = "ONNX Runtime: " + ", ".join(provider.removesuffix("ExecutionProvider") for provider in spec.providers)
+    else:
+        flavour = {"rtx": "TensorRT for RTX", "trt": "TensorRT"}.get(spec.engine.flavour, spec.engine.flavour)
+        by = f"{flavour} {spec.engine.version}, {spec.engine.layout}, context {spec.engine.max_context}"
+    own = sum(files[file].bytes for file in {*spec.graphs.values(), *bundle.own_weights(name)})
+    return name, by, weights_of(spec), *(f"{size / 1e6:.1f}" for size in (spec.fixed_bytes, spec.step_bytes, own))
+
+
 def _checkpoint(path: Path, config: Path | None) -> dict[str, Any]:
     try:
         from mythos_edge.model.checkpoint import open_checkpoint
+        from mythos_edge.model.tensor_files import EXPECTED
     except ImportError as error:
         message = f"reading a checkpoint needs {error.name}, which is not installed"
         raise BackendUnavailable(message, "pip install 'mythos-edge[export]'") from error
 
-    with open_checkpoint(path, config) as checkpoint:
+    try:
+        opened = open_checkpoint(path, config)
+    except CheckpointError as error:
+        if str(error).endswith(EXPECTED):
+            raise CheckpointError(f"{error}; or a bundle's folder, or an .onnx file") from error
+        raise
+    with opened as checkpoint:
         dtypes = sorted({str(entry.dtype).removeprefix("torch.") for entry in checkpoint.tensors.values()})
         return {
             "kind": "checkpoint",

@@ -18,25 +18,31 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "se
 
 def add_depth(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("depth")
-    group.add_argument("--policy", choices=[str(policy) for policy in Policy], default="exact")
-    group.add_argument("--min-depth", type=int, default=1, metavar="N", help="loop steps every position takes")
+    group.add_argument("--policy", choices=[str(policy) for policy in Policy], default="exact", help="default: exact")
+    group.add_argument(
+        "--min-depth", type=int, default=1, metavar="N", help="loop steps every position takes (default: 1)"
+    )
     group.add_argument("--max-depth", type=int, metavar="N", help="largest number of loop steps (default: as trained)")
-    group.add_argument("--threshold", type=float, metavar="X", help="halting mass that ends a position's loop")
+    group.add_argument(
+        "--threshold", type=float, metavar="X", help="halting mass that ends a position's loop (default: as trained)"
+    )
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling")
     group.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (default)")
-    group.add_argument("--top-k", type=int, default=0, metavar="N", help="0 is all")
-    group.add_argument("--top-p", type=float, default=1.0, metavar="X")
-    group.add_argument("--min-p", type=float, default=0.0, metavar="X")
-    group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X")
-    group.add_argument("--seed", type=int, metavar="N")
+    group.add_argument("--top-k", type=int, default=0, metavar="N", help="0 is all (default)")
+    group.add_argument("--top-p", type=float, default=1.0, metavar="X", help="1 is all (default)")
+    group.add_argument("--min-p", type=float, default=0.0, metavar="X", help="0 is all (default)")
+    group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="1 is none (default)")
+    group.add_argument("--seed", type=int, metavar="N", help="of the draws (default: another every time)")
 
 
 def add_drafts(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("self-speculation")
-    group.add_argument("--draft-depth", type=_number_or_auto, metavar="N", help="loop steps of a draft, or auto")
+    group.add_argument(
+        "--draft-depth", type=_number_or_auto, metavar="N", help="loop steps of a draft, or auto (default: none)"
+    )
     group.add_argument("--draft-tokens", type=_number_or_auto, metavar="N", help="tokens of a draft, or auto (default)")
 
 

@@ -18,7 +18,7 @@ from mythos_edge.model.errors import BackendUnavailable, UsageError
 from mythos_edge.runtime.backend import Backend, OrtBackend
 from mythos_edge.runtime.packing import Arrays, Call
 from mythos_edge.runtime.quality import Gate, QualityReport, Trace, difference, quality_report
-from mythos_edge.runtime.session import Session, open_backend
+from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import addition, options
 from mythos_edge.scripts.console import Console
 
@@ -88,11 +88,13 @@ def demo_ids(args: argparse.Namespace, bundle: Bundle) -> NDArray[np.int64]:
     return addition.random_streams(np.random.default_rng(args.seed), args.demo_streams, _DIGITS)
 
 
-def compare(args: argparse.Namespace, bundle: Bundle, ids: NDArray[np.int64], console: Console) -> dict[str, Any]:
-    """The report of ``args.target`` against fp32 on ``ids (B, S)``, told on ``console`` too."""
+def compare(
+    args: argparse.Namespace, bundle: Bundle, rounded: Backend, ids: NDArray[np.int64], console: Console
+) -> dict[str, Any]:
+    """The report of ``args.target``, opened as ``rounded``, against fp32 on ``ids (B, S)``, told on ``console`` too."""
     spec = bundle.target(args.target)
     gate = _gate(args, spec.weights)
-    with OrtBackend(bundle) as fp32, open_backend(bundle, args.target, trust=args.trust) as rounded:
+    with OrtBackend(bundle) as fp32:
         traced = (_Traced(bundle, TARGET, fp32), _Traced(bundle, args.target, rounded))
         differences = []
         for row in range(len(ids)):

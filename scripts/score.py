@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     ids = options.ids_from_file(args.ids)
+    _check_place(args.output)
     score = _score(args, ids, console)
     partial = args.output.with_name(f".{args.output.name}.partial-{os.getpid()}")
     try:
@@ -61,6 +62,15 @@ def run(args: argparse.Namespace, console: Console) -> int:
         }
     )
     return 0
+
+
+def _check_place(output: Path) -> None:
+    """Raises UsageError where no file can be written, which is better known before the work."""
+    missing = None if output.parent.is_dir() else "No such file or directory"
+    forbidden = None if os.access(output.parent, os.W_OK) else "Permission denied"
+    reason = "is a folder" if output.is_dir() else missing or forbidden
+    if reason is not None:
+        raise UsageError(f"{output}: can not write the scores: {reason}")
 
 
 def _score(args: argparse.Namespace, ids: NDArray[Any], console: Console) -> Score:

@@ -1,8 +1,10 @@
 """``mythos-edge validate``: is the bundle whole, and is it still the same model?"""
 
 import argparse
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +14,12 @@ from mythos_edge.model.errors import BackendUnavailable, CapacityError, UsageErr
 from mythos_edge.model.machine import free_memory_bytes
 from mythos_edge.runtime import parity
 from mythos_edge.runtime.backend import graph_runner
-from mythos_edge.runtime.session import Session, checked_ids
+from mythos_edge.runtime.session import Session, checked_ids, open_backend
 from mythos_edge.scripts import options, quality_gate
 from mythos_edge.scripts.console import Console
+
+if TYPE_CHECKING:
+    from mythos_edge.model.checkpoint import Checkpoint
 
 HELP = "check a bundle's files and self-test, and compare it with its checkpoint or a target with the fp32 one"
 EXAMPLE = "mythos-edge validate model.bundle --against step_0001000.pt"
@@ -45,26 +50,52 @@ def run(args: argparse.Namespace, console: Console) -> int:
     quality_gate.check_arguments(args)
     bundle = open_bundle(args.bundle, trust_engines=args.trust)
     ids = _tokens(args, bundle)
-    if args.target is not None:
-        bundle.target(args.target)  # before minutes of hashing
-    verify_hashes(bundle, lambda name: console.progress("hashing the files", 0.0))
-    console.progress("self-test", 0.0)
-    with Session.open(args.bundle, trust=args.trust) as session:
+    with ExitStack() as opened:
+        compare = _comparison(args, bundle, ids, console, opened)  # before minutes of hashing
+        verify_hashes(bundle, lambda name: console.progress("hashing the files", 0.0))
+        console.progress("self-test", 0.0)
+        session = opened.enter_context(Session.open(args.bundle, trust=args.trust))
         sample = bundle.manifest.sample
         sample_error = _self_test(session, sample)
         allowed = parity.SELF_TEST_SHARE * max(1.0, *map(abs, sample.top_logits))
         report: dict[str, Any] = {"passed": sample_error <= allowed, "self_test_max_abs": sample_error}
         console.say(f"files     whole ({len(bundle.manifest.files)} files)")
         console.say(f"self-test largest logit difference {sample_error:.2g}, allowed {allowed:.2g}")
-        if args.against is not None:
-            quality = args.against == quality_gate.FP32
-            compared = (
-                quality_gate.compare(args, bundle, ids, console) if quality else _compare(args, session, ids, console)
-            )
+        if compare is not None:
+            compared = compare(session)
             report |= compared | {"passed": report["passed"] and compared["passed"]}
     console.say("passed" if report["passed"] else "FAILED")
     console.result(report)
     return 0 if report["passed"] else 1
+
+
+def _comparison(
+    args: argparse.Namespace, bundle: Bundle, ids: NDArray[np.int64], console: Console, opened: ExitStack
+) -> Callable[[Session], dict[str, Any]] | None:
+    """What --against asks for, None without it: all of it is open already, and refused where that can not be."""
+    if args.against is None:
+        return None
+    if args.against == quality_gate.FP32:
+        rounded = open_backend(bundle, args.target, trust=args.trust)
+        opened.callback(rounded.close)
+        return lambda session: quality_gate.compare(args, bundle, rounded, ids, console)
+    try:
+        from mythos_edge.model.checkpoint import open_checkpoint
+    except ImportError as error:
+        message = f"comparing with a checkpoint needs {error.name}, which is not installed"
+        raise BackendUnavailable(message, "pip install 'mythos-edge[export]'") from error
+    checkpoint = opened.enter_context(open_checkpoint(Path(args.against), args.config))
+    if checkpoint.config != bundle.manifest.config:
+        raise UsageError(
+            f"{args.against}: has another config than the bundle: validate against the checkpoint it was made from"
+        )
+    needed, free = 8 * checkpoint.n_parameters, free_memory_bytes()
+    if free is not None and free < needed:
+        raise CapacityError(
+            f"comparing in float64 needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: "
+            "use a larger machine, or validate without --against"
+        )
+    return lambda session: _compare(args, checkpoint, session, ids, console)
 
 
 def _self_test(session: Session, sample: GoldenSample) -> float:
@@ -75,9 +106,10 @@ def _self_test(session: Session, sample: GoldenSample) -> float:
     return float(np.abs(score.logits[0, -1, list(sample.top_ids)] - np.array(sample.top_logits)).max())
 
 
-def _compare(args: argparse.Namespace, session: Session, ids: NDArray[np.int64], console: Console) -> dict[str, Any]:
-    bundle = session.bundle
-    reference, own_error = _reference(args, bundle, ids, console)
+def _compare(
+    args: argparse.Namespace, checkpoint: "Checkpoint", session: Session, ids: NDArray[np.int64], console: Console
+) -> dict[str, Any]:
+    reference, own_error = _reference(args, checkpoint, session.bundle, ids, console)
     logits, depth, margin = reference
     allowed = parity.tolerance(own_error, float(np.abs(logits).max()))
     routes: dict[str, parity.ParityReport] = {}
@@ -145,30 +177,15 @@ def _tokens(args: argparse.Namespace, bundle: Bundle) -> NDArray[np.int64]:
 
 
 def _reference(
-    args: argparse.Namespace, bundle: Bundle, ids: NDArray[np.int64], console: Console
+    args: argparse.Namespace, checkpoint: "Checkpoint", bundle: Bundle, ids: NDArray[np.int64], console: Console
 ) -> tuple[tuple[NDArray[Any], NDArray[Any], NDArray[Any]], float]:
     """Logits, depth and margin of the checkpoint in float64, and how far its own float32 run is from that."""
-    try:
-        import torch
+    import torch
 
-        from mythos_edge.model.checkpoint import open_checkpoint
-        from mythos_edge.model.layout import load_network
-    except ImportError as error:
-        message = f"comparing with a checkpoint needs {error.name}, which is not installed"
-        raise BackendUnavailable(message, "pip install 'mythos-edge[export]'") from error
+    from mythos_edge.model.layout import load_network
 
     stored = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[bundle.manifest.dtype]
-    with open_checkpoint(Path(args.against), args.config) as checkpoint, torch.no_grad():
-        if checkpoint.config != bundle.manifest.config:
-            raise UsageError(
-                f"{args.against}: has another config than the bundle: validate against the checkpoint it was made from"
-            )
-        needed, free = 8 * checkpoint.n_parameters, free_memory_bytes()
-        if free is not None and free < needed:
-            raise CapacityError(
-                f"comparing in float64 needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: "
-                "use a larger machine, or validate without --against"
-            )
+    with torch.no_grad():
         console.progress("loading the checkpoint", 0.0)
         network = load_network(checkpoint, bundle.manifest.max_context, stored=stored, dtype=torch.float64)
         console.progress("reference in float64", 0.0)

@@ -159,7 +159,11 @@ def test_a_build_over_another_that_is_interrupted_leaves_a_sound_bundle(
 @pytest.mark.parametrize(
     ("wish", "options", "message"),
     [
-        ("rtx", {}, "target is 'rtx', expected rtx-sm89 (or several GPUs, as in rtx-sm86+sm89), trt-this-gpu"),
+        (
+            "rtx",
+            {},
+            "target is 'rtx', expected ort-cpu, ort-cuda, rtx-sm89 (or several GPUs, as in rtx-sm86+sm89) or",
+        ),
         ("rtx-sm89+", {}, "target is 'rtx-sm89+'"),
         ("trt-sm87", {}, "target is 'trt-sm87'"),
         (

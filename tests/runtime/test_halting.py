@@ -72,7 +72,7 @@ def test_depth_beyond_training_warns() -> None:
 
 def test_a_preset_sets_depth_and_an_unknown_one_names_the_known(demo_bundle: Path) -> None:
     manifest = open_bundle(demo_bundle).manifest
-    with pytest.raises(UsageError, match="no preset 'fast', only none: mythos-edge tune makes one"):
+    with pytest.raises(UsageError, match="no preset 'fast', as it has no presets: mythos-edge tune makes one"):
         depth_of_preset(manifest, "fast")
     presets = {name: Preset("ort-cpu", 4, 0.5, 0.01, 0.99, 1.5, 2.0) for name in ("knee", "calm")}
     tuned = dataclasses.replace(manifest, presets=presets)

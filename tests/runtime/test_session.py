@@ -346,8 +346,12 @@ def test_a_damaged_session_file_is_refused(content: bytes, session: Session, tmp
 
 
 def test_scoring_refuses_what_is_not_ids(session: Session) -> None:
-    for ids in ([1, 2], [[0.5]], np.zeros((1, 0), np.int64)):
-        with pytest.raises(UsageError, match=r"expected integers \(batch, positions\)"):
+    for ids, message in (
+        ([1, 2], r"expected integers \(batch, positions\): ids\[None\] makes a batch"),
+        ([[0.5]], r"expected integers \(batch, positions\)$"),
+        (np.zeros((1, 0), np.int64), r"ids are empty, of shape \(1, 0\)"),
+    ):
+        with pytest.raises(UsageError, match=message):
             session.score(ids)
     with pytest.raises(UsageError, match=r"prefill is 3, expected 0 .. 2"):
         session.score([[1, 2]], prefill=3)

@@ -32,9 +32,9 @@ def _bench(*arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def test_the_last_line_is_the_report(bundle: Path) -> None:
-    shown = _bench(str(bundle), "--target", "all", "-b", "3", "--draft-depth", "2", "--draft-tokens", "3")
-    report: dict[str, Any] = json.loads(shown.splitlines()[-1])
+def test_the_report(bundle: Path) -> None:
+    drafts = ("--draft-depth", "2", "--draft-tokens", "3")
+    report: dict[str, Any] = json.loads(_bench(str(bundle), "--target", "all", "-b", "3", *drafts, "--json"))
     names = ["ort-cpu", "ort-cpu-int4"]
     assert list(report["targets"]) == [f"{name}{suffix}" for name in names for suffix in ("", " drafting")]
     assert report["stream_gb_per_s"] > 0
@@ -57,9 +57,8 @@ def test_the_last_line_is_the_report(bundle: Path) -> None:
 def test_tables_to_paste(bundle: Path) -> None:
     lines = _bench(str(bundle), "--target", "ort-cpu,ort-cpu-int4").splitlines()
     assert lines[0].split("|")[2].strip() == "ort-cpu"
-    assert {line.count("|") for line in lines[:-1]} == {4}
-    text = "\n".join(_bench(str(bundle), "--format", "csv").splitlines()[:-1])
-    rows = list(csv.DictReader(io.StringIO(text)))
+    assert {line.count("|") for line in lines} == {4}
+    rows = list(csv.DictReader(io.StringIO(_bench(str(bundle), "--format", "csv"))))
     assert {row["target"] for row in rows} == {"ort-cpu"}
     assert float(next(row for row in rows if row["figure"] == "ms_per_token")["median"]) > 0
 
@@ -103,7 +102,7 @@ def test_kernels_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_gpu_is_not_compared_with_the_memory_of_a_cpu(
-    demo_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    demo_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By what runs a target, not by its name."""
     path = Path(shutil.copytree(demo_bundle, tmp_path / "demo.bundle"))
@@ -111,6 +110,12 @@ def test_a_gpu_is_not_compared_with_the_memory_of_a_cpu(
     targets = opened.manifest.targets
     on_gpu = {"ort-cpu-x": replace(targets["ort-cpu"], providers=(CUDA_PROVIDER,))}
     update_manifest(opened, targets=targets | on_gpu)
+    monkeypatch.setattr(measuring, "stream_bandwidth", lambda _: pytest.fail("measured before the targets were known"))
     for name, message in (("ort-cpu-x", "is for a GPU: run scripts/gpu_check"), ("typo", "has no target 'typo'")):
         assert cli.main(["bench", str(path), "--target", f"ort-cpu,{name}"]) == 1
         assert message in capsys.readouterr().err
+    monkeypatch.undo()
+    assert cli.main(["bench", str(path), "--target", "all", "-p", "4", "-n", "2", "-r", "1", "--json"]) == 0
+    said = capsys.readouterr()
+    assert "left out, as they are for a GPU: ort-cpu-x" in said.err
+    assert list(json.loads(said.out)["targets"]) == ["ort-cpu"]

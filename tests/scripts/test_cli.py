@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +75,22 @@ def test_an_interrupt_leaves_nothing_half_written(
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
+
+
+def test_ctrl_c_while_libraries_are_imported_is_one_line() -> None:
+    program = """
+import sys
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "numpy":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+from mythos_edge.scripts.cli import entry
+sys.argv = ["mythos-edge", "doctor"]
+entry()
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    refused(Ran(ran.returncode, ran.stdout, ran.stderr), "interrupted")
 
 
 def test_a_disk_that_fills_up_is_one_line(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """One line for every mistake: in a request, in a bundle, and in what is to be exported."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -11,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 from command_line import CHECKPOINT, Ran, refused
+from conftest import FIXTURES
 from tiny_checkpoint import Evil
 
-from mythos_edge.model.bundle import SCHEMA_VERSION
+from mythos_edge.model.bundle import SCHEMA_VERSION, EngineSpec
+from mythos_edge.scripts import score, validate
 
 # --- a request ----------------------------------------------------------------------------------------------------
 
@@ -31,6 +34,7 @@ REQUESTS = {
     "threshold": (["--ids", "1", "--threshold", "nan"], "threshold is nan, expected a finite number above 0"),
     "temperature": (["--ids", "1", "--temperature", "-1"], "temperature is -1.0, expected 0 or more"),
     "top p": (["--ids", "1", "--top-p", "0"], "top_p is 0.0, expected more than 0"),
+    "stop id": (["--ids", "1", "--stop-id", "5000"], "stop id 5000 is out of range: this model knows 0 .. "),
     "threads": (["--ids", "1", "--threads", "-3"], "threads is -3, expected"),
     "stop without tokenizer": (["--ids", "1", "--stop", "x"], "stop strings need a tokenizer"),
 }
@@ -45,16 +49,20 @@ def test_a_bad_request_is_one_line(case: str, mla_bundle: Path, run: Callable[..
     assert message in ran.json["error"]
 
 
-def test_ids_files_that_are_none(mla_bundle: Path, tmp_path: Path, run: Callable[..., Ran]) -> None:
+def test_ids_files_that_are_none(
+    mla_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., Ran]
+) -> None:
     output = tmp_path / "out.npz"
     np.save(tmp_path / "flat.npy", np.arange(4))
+    np.save(tmp_path / "empty.npy", np.zeros((0, 4), np.int64))
     np.save(tmp_path / "wide.npy", np.array([[1, 5000]]))
     np.save(tmp_path / "floats.npy", np.zeros((1, 4)))
     (tmp_path / "text.npy").write_text("1,2,3")
     np.savez(tmp_path / "archive.npz", a=np.arange(3))
     for name, message in {
         "absent.npy": "can not read the ids: No such file",
-        "flat.npy": "expected integers (batch, positions)",
+        "flat.npy": "expected integers (batch, positions): ids[None] makes a batch of them",
+        "empty.npy": "ids are empty, of shape (0, 4): expected at least one token",
         "wide.npy": "token id 5000 is out of range",
         "floats.npy": "expected integers (batch, positions)",
         "text.npy": "not a .npy file",
@@ -63,7 +71,10 @@ def test_ids_files_that_are_none(mla_bundle: Path, tmp_path: Path, run: Callable
         refused(run("score", mla_bundle, "--ids", tmp_path / name, "-o", output), message)
         refused(run("validate", mla_bundle, "--against", CHECKPOINT, "--ids", tmp_path / name), message)
     np.save(tmp_path / "good.npy", np.array([[1, 2, 3]]))
-    refused(run("score", mla_bundle, "--ids", tmp_path / "good.npy", "-o", tmp_path / "no" / "out.npz"), "No such file")
+    monkeypatch.setattr(score, "_score", lambda *_: pytest.fail("scored before the place was looked at"))
+    for place, message in ((tmp_path / "no" / "out.npz", "No such file"), (tmp_path, "is a folder")):
+        refused(run("score", mla_bundle, "--ids", tmp_path / "good.npy", "-o", place), message)
+    monkeypatch.undo()
     refused(run("score", mla_bundle, "--ids", tmp_path / "good.npy", "-o", output, "--prefill", 4), "prefill is 4")
     assert not output.exists()
 
@@ -82,6 +93,22 @@ def test_requests_that_can_not_fit_are_one_line(mla_bundle: Path, run: Callable[
     assert short.code == 0, short.err
 
 
+def test_what_can_not_be_compared_is_refused_before_the_hashing(
+    damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., Ran]
+) -> None:
+    def with_loop(manifest: dict[str, Any]) -> None:
+        engine = EngineSpec("rtx", "1.7", (89,), "", "loop", 256, 256, (), "python", {}, "")
+        loop = {"graphs": {"model": "model.onnx"}, "engine": dataclasses.asdict(engine), "providers": []}
+        manifest["targets"]["rtx-sm89-fp16-loop"] = {**manifest["targets"]["ort-cpu"], **loop}
+
+    _edit(damaged, with_loop)
+    monkeypatch.setattr(validate, "verify_hashes", lambda *_: pytest.fail("hashed before looking"))
+    loop = run("validate", damaged, "--target", "rtx-sm89-fp16-loop", "--against", "fp32")
+    refused(loop, "is one engine with the loop inside, which keeps no cache: score with it")
+    refused(run("validate", damaged, "--against", tmp_path / "nope.pt"), "nope.pt: no such file")
+    refused(run("validate", damaged, "--against", FIXTURES / "gqa-small"), "has another config than the bundle")
+
+
 def test_debug_shows_where(mla_bundle: Path, run: Callable[..., Ran]) -> None:
     ran = run("generate", mla_bundle, "--ids", "999999", "--debug")
     assert ran.code == 1
@@ -98,7 +125,10 @@ def test_build_refuses_in_one_line(mla_bundle: Path, tmp_path: Path, run: Callab
             ("--weights", "int4", "--block", 64),
             "rows of 96 values do not divide into blocks of 64: choose",
         ),
-        (("--weights", "int4", "--block", 7), "block is 7, expected one of 32, 64, 128"),
+        (("--weights", "int8", "--block", 7), "block is 7, expected one of 32, 64, 128 or 0 (a whole row) for int8"),
+        (("--weights", "int4", "--block", 0), "expected one of 32, 64, 128 for int4 (0, a whole row, is for int8)"),
+        (("--weights", "int4", "--keep", ""), "--keep is '', expected parts or names of tensors"),
+        (("--weights", "fp8"), "expected one of fp32, int8, int4 for ort-cpu: fp8 is for TensorRT's targets"),
         (("--weights", "int4", "--keep", "tail"), "--keep tail fits no matrix of this model"),
         (("--weights", "int8", "--calibrate", tmp_path / "foreign.npy"), "token id 5000 is out of range"),
         (("--weights", "int8", "--calibrate", tmp_path / "long.npy"), "the ids have 300 positions"),
@@ -109,14 +139,20 @@ def test_build_refuses_in_one_line(mla_bundle: Path, tmp_path: Path, run: Callab
     refused(run("build", tmp_path / "absent", "--weights", "int8"), "does not exist")
     refused(run("build", mla_bundle), "say with --weights fp32, int8 or int4 what to add")
     refused(run("generate", mla_bundle, "--ids", "1", "--target", "ort-cpu-int8"), "has no target 'ort-cpu-int8'")
-    refused(run("generate", mla_bundle, "--ids", "1", "--preset", "knee"), "has no preset 'knee'")
+    refused(run("generate", mla_bundle, "--ids", "1", "--preset", "knee"), "'knee', as it has no presets: mythos-edge")
     assert sorted(file.name for file in mla_bundle.iterdir()) == before
 
 
 def test_build_for_tensorrt_refuses_in_one_line(mla_bundle: Path, run: Callable[..., Ran]) -> None:
     before = sorted(file.name for file in mla_bundle.iterdir())
     for words, message in [
-        (("--target", "rtx"), "target is 'rtx', expected rtx-sm89"),
+        (("--target", "rtx"), "target is 'rtx', expected ort-cpu, ort-cuda, rtx-sm89 (or several GPUs"),
+        (("--target", "ort-cpu-int8"), "ask for it with --target ort-cpu --weights int8"),
+        (("--target", "ort-cpu-fp32"), "ask for it with --target ort-cpu --weights fp32"),
+        (("--target", "rtx-sm86+sm89-fp16-loop"), "with --target rtx-sm86+sm89 --dtype fp16 --layout loop"),
+        (("--target", "ort-cuda-fp16-int4"), "with --target ort-cuda --dtype fp16 --weights int4"),
+        (("--target", "trt-sm87-bf16-aot"), "with --target trt-this-gpu --dtype bf16 --plugins aot"),
+        (("--target", "rtx-sm89-quick"), "target is 'rtx-sm89-quick', expected ort-cpu"),
         (("--target", "rtx-sm87"), "for Jetson Orin use trt-this-gpu there"),
         (("--target", "rtx-sm75", "--dtype", "bf16"), "sm75 has no bf16, which begins with sm80"),
         (("--target", "rtx-sm80", "--weights", "int4"), "sm80 has no int4, which begins with sm86"),
@@ -263,11 +299,15 @@ def test_checkpoints_that_are_refused(tmp_path: Path, run: Callable[..., Ran]) -
         assert not [path for path in tmp_path.iterdir() if "out" in path.name]
         if name not in ("nan.pt",):
             refused(run("inspect", tmp_path / name), *words[:1])
+    (tmp_path / "step.engine").write_bytes(b"plan")
+    refused(run("inspect", tmp_path / "step.engine"), "or a bundle's folder, or an .onnx file")
+    refused(run("inspect", tmp_path), "no model in this folder", "or a bundle's folder, or an .onnx file")
     assert not trace.exists()
 
 
 def test_an_output_that_exists_is_left_alone(mla_bundle: Path, tmp_path: Path, run: Callable[..., Ran]) -> None:
     refused(run("export", CHECKPOINT, "-o", mla_bundle), "exists", "--force")
+    refused(run("export", tmp_path / "absent.pt", "-o", mla_bundle), "exists", "--force")  # known before it is read
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"cat")
     refused(run("export", CHECKPOINT, "-o", tmp_path / "photos", "--force"), "exists", "is not a bundle")

@@ -36,7 +36,13 @@ def test_inspect_reads_a_checkpoint_a_graph_and_a_bundle(mla_bundle: Path, run: 
     assert bundle["manifest"]["schema_version"] == SCHEMA_VERSION
     with Session.open(mla_bundle) as session:
         assert bundle["cache"]["bytes_at_max_context"] == session.plan().cache_bytes
-    assert "kind: bundle" in run("inspect", mla_bundle).out
+    shown = run("inspect", mla_bundle).out.splitlines()
+    assert max(map(len, shown)) < 200
+    assert any(line.split() == ["stored", "as", "fp32"] for line in shown)
+    assert shown[-2].split()[:1] == ["target"]
+    spec = bundle["manifest"]["targets"]["ort-cpu"]
+    sizes = [f"{spec[name] / 1e6:.1f}" for name in ("fixed_bytes", "step_bytes")]
+    assert shown[-1].split()[:-1] == ["ort-cpu", "ONNX", "Runtime:", "CPU", "fp32", *sizes]
 
 
 def test_export_says_what_it_wrote(tmp_path: Path, run: Callable[..., Ran]) -> None:
@@ -69,6 +75,9 @@ def test_generate_prints_ids_and_only_them(mla_bundle: Path, run: Callable[..., 
     ids = run("generate", mla_bundle, "--ids", "1,2,3", "--max-new-tokens", 4, "--json").json["ids"]
     assert ran.out == ",".join(map(str, ids)) + "\n"
     assert "4 tokens, mean depth" in ran.err
+    assert "context" not in ran.err
+    full = run("generate", mla_bundle, "--ids", ",".join(["1"] * 250))
+    assert "note: ended because the context is full" in full.err
 
 
 def test_generate_options_reach_the_session(mla_bundle: Path, run: Callable[..., Ran]) -> None:
@@ -148,6 +157,11 @@ def test_build_and_what_uses_it(mla_bundle: Path, tmp_path: Path, run: Callable[
     assert len(plain["ids"]) == len(rounded["ids"]) == 4
     assert plain["logprobs"] != rounded["logprobs"]
     assert run("validate", bundle).code == 0
+    assert ran.json["replaced"] is False
+    again = run("build", bundle, "--weights", "int4").out
+    assert "replaces the one before (int4, blocks of 32, calibrated, head kept, coda kept)" in again
+    lost = run("export", tmp_path / "absent.pt", "-o", bundle, "--force").err
+    assert f"note: --force discards what was built in {bundle}, too: ort-cpu-int4" in lost
 
 
 def test_build_for_tensorrt(mla_bundle: Path, tmp_path: Path, run: Callable[..., Ran]) -> None:

@@ -28,7 +28,6 @@ from mythos_edge.model.bundle import (
     TARGET,
     WEIGHTS_FILE,
     Bundle,
-    BundleWriter,
     FileRecord,
     GraphSpec,
     Manifest,
@@ -37,8 +36,8 @@ from mythos_edge.model.bundle import (
     TensorSpec,
     bundle_identity,
     open_bundle,
-    require_free_space,
 )
+from mythos_edge.model.bundle_writer import BundleWriter, require_free_space
 from mythos_edge.model.checkpoint import Checkpoint
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import ConfigError, ExportError

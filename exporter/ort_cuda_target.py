@@ -27,8 +27,8 @@ from mythos_edge.model.bundle import (
     Bundle,
     TargetSpec,
     open_bundle,
-    require_free_space,
 )
+from mythos_edge.model.bundle_writer import require_free_space
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import BuildError
 from mythos_edge.plugins.ort_cuda_lowering import Narrowed, lower_for_ort_cuda

@@ -33,8 +33,8 @@ from mythos_edge.model.bundle import (
     Bundle,
     TargetSpec,
     open_bundle,
-    require_free_space,
 )
+from mythos_edge.model.bundle_writer import require_free_space
 from mythos_edge.model.checkpoint import Checkpoint
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import BuildError

@@ -9,16 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mythos_edge.model.bundle import (
-    TARGET,
-    Bundle,
-    TargetSpec,
-    open_bundle,
-    record_of,
-    remove_partials,
-    update_manifest,
-    verify_hashes,
-)
+from mythos_edge.model.bundle import TARGET, Bundle, TargetSpec, open_bundle, verify_hashes
+from mythos_edge.model.bundle_writer import record_of, remove_partials, update_manifest
 from mythos_edge.model.errors import BuildError
 
 

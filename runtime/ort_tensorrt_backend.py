@@ -15,16 +15,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mythos_edge.model.bundle import (
-    CUDA_PROVIDER,
-    STAGES,
-    TARGET,
-    TENSORRT_PROVIDER,
-    Bundle,
-    TensorSpec,
-    remove_partials,
-    verify_hashes,
-)
+from mythos_edge.model.bundle import CUDA_PROVIDER, STAGES, TARGET, TENSORRT_PROVIDER, Bundle, TensorSpec, verify_hashes
+from mythos_edge.model.bundle_writer import remove_partials
 from mythos_edge.model.errors import BackendUnavailable, CapacityError, MythosEdgeError, UsageError
 from mythos_edge.plugins import trt_bindings
 from mythos_edge.plugins.cuda_driver import Driver

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from mythos_edge.exporter.trt_target import build_trt_target
-from mythos_edge.model.bundle import require_free_space
+from mythos_edge.model.bundle_writer import require_free_space
 from mythos_edge.model.config import VARIANTS, MythosConfig
 from mythos_edge.model.shapes import expected_shapes
 from mythos_edge.runtime.backend import cores

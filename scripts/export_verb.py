@@ -5,7 +5,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from mythos_edge.model.bundle import TARGET, BundleWriter, open_bundle
+from mythos_edge.model.bundle import TARGET, open_bundle
+from mythos_edge.model.bundle_writer import BundleWriter
 from mythos_edge.model.errors import BackendUnavailable, BundleError
 from mythos_edge.scripts.console import Console
 

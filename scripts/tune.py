@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mythos_edge.model.bundle import TARGET, Bundle, Preset, open_bundle, update_manifest
+from mythos_edge.model.bundle import TARGET, Bundle, Preset, open_bundle
+from mythos_edge.model.bundle_writer import update_manifest
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import BackendUnavailable, UsageError
 from mythos_edge.runtime.halting import Depth

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from mythos_edge.model.bundle import (
-    BundleWriter,
     EngineSpec,
     FileRecord,
     GoldenSample,
@@ -18,6 +17,7 @@ from mythos_edge.model.bundle import (
     TargetSpec,
     TensorSpec,
 )
+from mythos_edge.model.bundle_writer import BundleWriter
 from mythos_edge.model.config import VARIANTS
 
 CONTENTS = {

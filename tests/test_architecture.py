@@ -23,6 +23,7 @@ IMPORT_LIGHT = [
     "model.errors",
     "model.config",
     "model.bundle",
+    "model.bundle_writer",
     "model.typed_json",
     "plugins.processor",
     "plugins.kernel_store",

@@ -18,7 +18,7 @@ from mythos_edge.exporter import export as export_module
 from mythos_edge.exporter import tracing
 from mythos_edge.exporter.export import export_bundle
 from mythos_edge.exporter.weights import plan_weights, write_weights
-from mythos_edge.model import bundle as bundle_module
+from mythos_edge.model import bundle_writer
 from mythos_edge.model.bundle import open_bundle, verify_hashes
 from mythos_edge.model.checkpoint import open_checkpoint
 from mythos_edge.model.errors import CheckpointError, ConfigError, ExportError
@@ -172,7 +172,7 @@ def test_ctrl_c_leaves_nothing(phase: str, tmp_path: Path) -> None:
 def test_a_full_disk_is_noticed_before_and_while_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(bundle_module.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+        patch.setattr(bundle_writer.shutil, "disk_usage", lambda path: usage._replace(free=1000))
         with pytest.raises(ExportError, match=r"the bundle needs \d+ MB, 0 MB are free"):
             _export(tmp_path / "out")
 

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 from mythos_edge.exporter import engine_process, trt_target
 from mythos_edge.exporter.trt_lowering import EngineOptions, LoweredForTensorRT
 from mythos_edge.exporter.trt_target import Gpus, build_trt_target, gpus_from_name, options_from, target_name
-from mythos_edge.model import bundle as bundle_module
+from mythos_edge.model import bundle_writer
 from mythos_edge.model.bundle import Bundle, Profile, open_bundle, verify_hashes
 from mythos_edge.model.errors import BackendUnavailable, BuildError, BundleError, ExportError
 from mythos_edge.plugins.cuda_driver import Driver
@@ -211,8 +211,8 @@ def test_too_little_memory_or_disk_is_refused_before_anything_is_built(
         patch.setattr(engine_process, "free_memory_bytes", lambda: 100_000_000)
         with pytest.raises(BuildError, match=r"building prelude needs about 0\.4 GB of memory, 0\.1 GB are free"):
             build(bundle)
-    usage = bundle_module.shutil.disk_usage(bundle)
-    monkeypatch.setattr(bundle_module.shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
+    usage = bundle_writer.shutil.disk_usage(bundle)
+    monkeypatch.setattr(bundle_writer.shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
     with pytest.raises(ExportError, match=r"the bundle needs .* MB, 1 MB are free"):
         build(bundle)
     assert files_of(bundle) == before

@@ -11,15 +11,9 @@ import pytest
 from sample_bundle import CONTENTS, sample_manifest, tree
 
 from mythos_edge.model import bundle as bundle_module
-from mythos_edge.model.bundle import (
-    MANIFEST_FILE,
-    FileRecord,
-    Preset,
-    open_bundle,
-    sha256_of,
-    update_manifest,
-    verify_hashes,
-)
+from mythos_edge.model import bundle_writer
+from mythos_edge.model.bundle import MANIFEST_FILE, FileRecord, Preset, open_bundle, sha256_of, verify_hashes
+from mythos_edge.model.bundle_writer import update_manifest
 from mythos_edge.model.errors import BundleError
 
 
@@ -205,7 +199,7 @@ def test_a_manifest_that_can_not_be_written_leaves_the_old_one(made: Path, monke
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(bundle_module, "_sync", full)
+    monkeypatch.setattr(bundle_writer, "_sync", full)
     with pytest.raises(BundleError, match="can not write its manifest: No space left"):
         update_manifest(open_bundle(made), presets={})
     assert tree(made) == before

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from sample_bundle import CONTENTS, RECORDS, sample_manifest, tree, write_bundle
 
-from mythos_edge.model import bundle as bundle_module
-from mythos_edge.model.bundle import MANIFEST_FILE, BundleWriter, FileRecord, Manifest, open_bundle, require_free_space
+from mythos_edge.model import bundle_writer
+from mythos_edge.model.bundle import MANIFEST_FILE, FileRecord, Manifest, open_bundle
+from mythos_edge.model.bundle_writer import BundleWriter, require_free_space
 from mythos_edge.model.errors import BundleError, ExportError
 
 
@@ -37,7 +38,7 @@ def test_known_hashes_are_used_and_the_others_are_read(tmp_path: Path, monkeypat
         read.append(path.name)
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
-    monkeypatch.setattr(bundle_module, "sha256_of", spy)
+    monkeypatch.setattr(bundle_writer, "sha256_of", spy)
     records: dict[str, FileRecord] = {}
 
     def make(found: dict[str, FileRecord]) -> Manifest:
@@ -218,7 +219,7 @@ def test_free_space_is_asked_of_the_nearest_folder_that_exists(tmp_path: Path, m
         asked.append(folder)
         return Usage()
 
-    monkeypatch.setattr(bundle_module.shutil, "disk_usage", disk_usage)
+    monkeypatch.setattr(bundle_writer.shutil, "disk_usage", disk_usage)
     require_free_space(tmp_path / "a" / "b", 3_000_000)
     require_free_space(tmp_path, 0)
     assert asked == [tmp_path, tmp_path]

@@ -14,7 +14,8 @@ from fake_tensorrt import VERSION, FakeTensorRT, plan_of
 
 from mythos_edge.exporter.trt_lowering import EngineOptions, lower_for_tensorrt
 from mythos_edge.exporter.trt_target import Gpus, target_name
-from mythos_edge.model.bundle import EngineSpec, Profile, TargetSpec, open_bundle, record_of, update_manifest
+from mythos_edge.model.bundle import EngineSpec, Profile, TargetSpec, open_bundle
+from mythos_edge.model.bundle_writer import record_of, update_manifest
 from mythos_edge.plugins import kernel_store, trt_bindings, trt_plugins
 from mythos_edge.plugins.cuda_driver import Driver
 

@@ -19,14 +19,8 @@ from fake_driver import FakeDriver
 from fake_onnxruntime import FakeOnnxruntime, Part
 
 from mythos_edge.exporter.ort_cuda_target import build_ort_cuda_target, target_name
-from mythos_edge.model.bundle import (
-    CPU_PROVIDER,
-    CUDA_PROVIDER,
-    TENSORRT_PROVIDER,
-    open_bundle,
-    record_of,
-    update_manifest,
-)
+from mythos_edge.model.bundle import CPU_PROVIDER, CUDA_PROVIDER, TENSORRT_PROVIDER, open_bundle
+from mythos_edge.model.bundle_writer import record_of, update_manifest
 from mythos_edge.model.errors import BackendUnavailable, BundleError, CapacityError, MythosEdgeError, UsageError
 from mythos_edge.plugins import trt_bindings
 from mythos_edge.plugins.cuda_driver import Driver

@@ -79,7 +79,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         if key not in made:
             path = folder / f"{checkpoint.stem}-{len(made)}.bundle"
             with open_checkpoint(checkpoint) as opened:
-                export_bundle(opened, path, **options)  # type: ignore[arg-type]
+                export_bundle(opened, path, **options)
             made[key] = path
         return made[key]
 

@@ -397,3 +397,43 @@ class FakeDriver:
 
 def _fail(call: str, error: str) -> NoReturn:
     raise MythosEdgeError(f"{call} failed: {error}")
+
+
+class BrokenDriver(FakeDriver):
+    """After ``good`` launches one meets an illegal address, and from then on no call that uses the context works."""
+
+    def __init__(self, good: int) -> None:
+        super().__init__()
+        self.good, self.broken = good, False
+
+    def __getattribute__(self, name: str) -> Any:
+        uses_context = name in (
+            "allocate",
+            "begin_capture",
+            "copy_on_device",
+            "copy_to_device",
+            "copy_to_host",
+            "destroy_graph",
+            "destroy_stream",
+            "end_capture",
+            "free",
+            "launch",
+            "launch_graph",
+            "load_module",
+            "memory_info",
+            "release_primary_context",
+            "synchronize",
+        )
+        if uses_context and self.broken:
+            return self._fail
+        return super().__getattribute__(name)
+
+    def launch(self, *arguments: Any) -> None:
+        self.good -= 1
+        if self.good < 0:
+            self.broken = True
+            self._fail("launch")
+        super().launch(*arguments)
+
+    def _fail(self, *_: Any) -> Any:
+        raise MythosEdgeError("CUDA_ERROR_ILLEGAL_ADDRESS (an illegal memory access was encountered)")

@@ -133,7 +133,7 @@ def build(trt: Any, model: bytes, op: str, compute_capabilities: Sequence[int]) 
 
 
 def main(folder: Path, wanted: Sequence[dict[str, Any]]) -> None:
-    carried_kernels.kernel_store.kernel = fake_kernel  # type: ignore[assignment]
+    carried_kernels.kernel_store.kernel = fake_kernel
     trt = trt_bindings.load("rtx")
     trt_plugins.register(trt)
     trt_plugins.register(trt)

@@ -105,7 +105,7 @@ def test_the_file_is_a_safetensors_file_of_the_rounded_matrices(
     rounding = Rounding(bits, block, "rtn")
     plan = plan_rounded(matrices, rounding)
     told: list[float] = []
-    write_rounded(plan, _Reader(tensors), tmp_path / "file", progress=told.append)  # type: ignore[arg-type]
+    write_rounded(plan, _Reader(tensors), tmp_path / "file", progress=told.append)
     assert (tmp_path / "file").stat().st_size == plan.total_bytes
     assert told == sorted(told)
     assert told[-1] == pytest.approx(1.0)
@@ -123,5 +123,5 @@ def test_the_file_is_a_safetensors_file_of_the_rounded_matrices(
 def test_large_matrices_are_read_in_pieces(tmp_path: Path) -> None:
     reader = _Reader({"linear": np.zeros((9000, 2048), np.float32)})
     plan = plan_rounded([Matrix("linear", (9000, 2048), 9000, 2048)], Rounding(8, ROW, "rtn"))
-    write_rounded(plan, reader, tmp_path / "file")  # type: ignore[arg-type]
+    write_rounded(plan, reader, tmp_path / "file")
     assert reader.most_bytes <= 16 << 20

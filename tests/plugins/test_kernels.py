@@ -48,7 +48,7 @@ def _attended(
     got = interpreter.run(made, arrays)["mixed"]
     wide = [widened(arrays[name], dtype) for name in sizes]
     padding = np.maximum(arrays["first"], 0)
-    wanted = reference.latent_attention(*wide, filled, padding, **attributes)  # type: ignore[arg-type]
+    wanted = reference.latent_attention(*wide, filled, padding, **attributes)
     return widened(got, dtype), wanted, len(made.launches)
 
 

@@ -1,7 +1,8 @@
-"""Bundles with TensorRT targets whose engines ONNX Runtime runs, on a fake GPU."""
+"""Bundles for a fake GPU: TensorRT targets whose engines ONNX Runtime runs, and targets of ONNX Runtime itself."""
 
+import gc
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,14 +11,18 @@ import numpy as np
 import pytest
 from conftest import copy_links
 from fake_driver import FakeDriver
+from fake_onnxruntime import FakeOnnxruntime
 from fake_tensorrt import VERSION, FakeTensorRT, plan_of
 
+from mythos_edge.exporter.ort_cuda_target import build_ort_cuda_target
 from mythos_edge.exporter.trt_lowering import EngineOptions, lower_for_tensorrt
 from mythos_edge.exporter.trt_target import Gpus, target_name
 from mythos_edge.model.bundle import EngineSpec, Profile, TargetSpec, open_bundle
 from mythos_edge.model.bundle_writer import record_of, update_manifest
+from mythos_edge.model.errors import BackendUnavailable
 from mythos_edge.plugins import kernel_store, trt_bindings, trt_plugins
 from mythos_edge.plugins.cuda_driver import Driver
+from mythos_edge.runtime import ort_gpu_session, ort_tensorrt_backend
 
 MAX_ROWS = 6
 MAX_CONTEXT = 48
@@ -158,3 +163,53 @@ def trt(fake_gpu: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> FakeTensorRT:
     monkeypatch.setattr(trt_plugins, "register", lambda trt: None)
     monkeypatch.setattr(kernel_store, "manifest_sha256", lambda: KERNELS)
     return fake
+
+
+@pytest.fixture(scope="module")
+def golden_targets(golden_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random network, sensitive on purpose, with both targets."""
+    return _with_targets(golden_bundle, tmp_path_factory.mktemp("golden"))
+
+
+@pytest.fixture(scope="module")
+def targets(mla_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, of one of the networks."""
+    return _with_targets(mla_bundle, tmp_path_factory.mktemp("mla"))
+
+
+def _with_targets(bundle: Path, folder: Path) -> Path:
+    path = Path(shutil.copytree(bundle, folder / "with.bundle"))
+    for provider in ("cuda", "tensorrt"):
+        build_ort_cuda_target(path, dtype="fp32", provider=provider)
+    return path
+
+
+@pytest.fixture
+def bundle(demo_bundle: Path, tmp_path: Path) -> Path:
+    path = Path(shutil.copytree(demo_bundle, tmp_path / "demo.bundle"))
+    build_ort_cuda_target(path, dtype="fp32")
+    return path
+
+
+@pytest.fixture
+def installed(
+    fake_gpu: FakeDriver, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[Callable[..., FakeOnnxruntime]]:
+    """``installed(**options)``: onnxruntime-gpu as ``FakeOnnxruntime`` is; all that it opened is given back."""
+
+    def install(**options: Any) -> FakeOnnxruntime:
+        fake = FakeOnnxruntime(fake_gpu, **options)
+        monkeypatch.setattr(ort_gpu_session, "import_onnxruntime", lambda: fake)
+        return fake
+
+    def none(flavour: str) -> None:
+        raise BackendUnavailable("tensorrt can not be imported", "pip install tensorrt")
+
+    monkeypatch.setattr(trt_bindings, "load", none)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "")
+    # Chunks of a few rows, so that small prompts have parts.
+    monkeypatch.setattr(ort_tensorrt_backend, "MAX_ROWS", 5)
+    yield install
+    gc.collect()
+    assert fake_gpu.live_bytes == 0

@@ -6,7 +6,7 @@ The graphs run on the CPU's kernels; see ``fake_onnxruntime`` for what is as str
 import gc
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -17,77 +17,20 @@ import numpy as np
 import pytest
 from fake_driver import FakeDriver
 from fake_onnxruntime import FakeOnnxruntime, Part
+from ort_gpu import CUDA, PROMPT, TENSORRT, kept_engines, random_prompt
 
 from mythos_edge.exporter.ort_cuda_target import build_ort_cuda_target, target_name
 from mythos_edge.model.bundle import CPU_PROVIDER, CUDA_PROVIDER, TENSORRT_PROVIDER, open_bundle
-from mythos_edge.model.bundle_writer import record_of, update_manifest
+from mythos_edge.model.bundle_writer import update_manifest
 from mythos_edge.model.errors import BackendUnavailable, BundleError, CapacityError, MythosEdgeError, UsageError
-from mythos_edge.plugins import trt_bindings
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.runtime import ort_gpu_session, ort_tensorrt_backend, parity
 from mythos_edge.runtime.backend import BoundGraph, OrtBackend, import_onnxruntime
 from mythos_edge.runtime.ort_cuda_backend import OrtCudaBackend
 from mythos_edge.runtime.ort_gpu_session import gpu_session
-from mythos_edge.runtime.ort_tensorrt_backend import OrtTensorrtBackend, _EngineFolder
+from mythos_edge.runtime.ort_tensorrt_backend import OrtTensorrtBackend
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import cli
-
-CUDA, TENSORRT = "ort-cuda-fp32", "ort-cuda-fp32-tensorrt"
-PROMPT = [90, 90, 91, 15]
-
-
-@pytest.fixture(scope="module")
-def golden_targets(golden_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random network, sensitive on purpose, with both targets."""
-    return _with_targets(golden_bundle, tmp_path_factory.mktemp("golden"))
-
-
-@pytest.fixture(scope="module")
-def targets(mla_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, of one of the networks."""
-    return _with_targets(mla_bundle, tmp_path_factory.mktemp("mla"))
-
-
-def _with_targets(bundle: Path, folder: Path) -> Path:
-    path = Path(shutil.copytree(bundle, folder / "with.bundle"))
-    for provider in ("cuda", "tensorrt"):
-        build_ort_cuda_target(path, dtype="fp32", provider=provider)
-    return path
-
-
-@pytest.fixture
-def bundle(demo_bundle: Path, tmp_path: Path) -> Path:
-    path = Path(shutil.copytree(demo_bundle, tmp_path / "demo.bundle"))
-    build_ort_cuda_target(path, dtype="fp32")
-    return path
-
-
-@pytest.fixture
-def installed(
-    fake_gpu: FakeDriver, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Iterator[Callable[..., FakeOnnxruntime]]:
-    """``installed(**options)``: onnxruntime-gpu as ``FakeOnnxruntime`` is; all that it opened is given back."""
-
-    def install(**options: Any) -> FakeOnnxruntime:
-        fake = FakeOnnxruntime(fake_gpu, **options)
-        monkeypatch.setattr(ort_gpu_session, "import_onnxruntime", lambda: fake)
-        return fake
-
-    def none(flavour: str) -> None:
-        raise BackendUnavailable("tensorrt can not be imported", "pip install tensorrt")
-
-    monkeypatch.setattr(trt_bindings, "load", none)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
-    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "")
-    # Chunks of a few rows, so that small prompts have parts.
-    monkeypatch.setattr(ort_tensorrt_backend, "MAX_ROWS", 5)
-    yield install
-    gc.collect()
-    assert fake_gpu.live_bytes == 0
-
-
-def _prompt(session: Session, count: int) -> list[int]:
-    return np.random.default_rng(3).integers(0, session.config.vocab_size, count).tolist()
 
 
 @pytest.fixture(params=[CUDA, TENSORRT])
@@ -104,9 +47,9 @@ def test_tokens_are_those_of_the_host(
         # The caches grow beyond their first columns.
         options: dict[str, Any] = {"max_new_tokens": 9, "policy": policy}
         for count in (11, 70):
-            wanted, made = (one.generate(_prompt(host, count), **options) for one in (host, session))
+            wanted, made = (one.generate(random_prompt(host, count), **options) for one in (host, session))
             assert (made.ids, made.depths) == (wanted.ids, wanted.depths)
-            more = [one.generate(_prompt(host, 60), resume=True, **options).ids for one in (host, session)]
+            more = [one.generate(random_prompt(host, 60), resume=True, **options).ids for one in (host, session)]
             assert more[0] == more[1]
 
 
@@ -140,7 +83,7 @@ def test_several_sequences_share_runs_as_on_the_host(
 ) -> None:
     fake = installed()
     with Session.open(targets) as host, Session.open(targets, target=target) as session:
-        prompts = [_prompt(host, count) for count in (3, 8, 1, 12)]
+        prompts = [random_prompt(host, count) for count in (3, 8, 1, 12)]
         wanted, made = (one.generate(prompts, max_new_tokens=6, policy="full") for one in (host, session))
         assert [one.ids for one in made] == [one.ids for one in wanted]
         fake.ran.clear()
@@ -160,7 +103,7 @@ def test_drafts_are_those_of_the_host(target: str, targets: Path, installed: Cal
     installed()
     options: dict[str, Any] = {"max_new_tokens": 12, "draft_depth": 1, "draft_tokens": 3}
     with Session.open(targets) as host, Session.open(targets, target=target) as session:
-        wanted, made = (one.generate(_prompt(host, 9), **options) for one in (host, session))
+        wanted, made = (one.generate(random_prompt(host, 9), **options) for one in (host, session))
         assert (made.ids, made.depths) == (wanted.ids, wanted.depths)
         assert made.drafted > 0
 
@@ -170,8 +113,8 @@ def test_a_saved_sequence_goes_on_here_and_on_the_host(
 ) -> None:
     installed()
     with Session.open(targets, target=target) as session:
-        whole = session.generate(_prompt(session, 5), max_new_tokens=8).ids
-        first = session.generate(_prompt(session, 5), max_new_tokens=4).ids
+        whole = session.generate(random_prompt(session, 5), max_new_tokens=8).ids
+        first = session.generate(random_prompt(session, 5), max_new_tokens=4).ids
         session.save(tmp_path / "saved.npz")
     for one in (target, None):
         with Session.open(targets, target=one) as session:
@@ -233,7 +176,7 @@ def test_what_sessions_are_told(
     if target == CUDA:
         assert fake.asked == [(cuda, "1")] * 3
         return
-    (folder,) = _kept(tmp_path)
+    (folder,) = kept_engines(tmp_path)
     private = str(folder.with_name(f".{folder.name}.partial-{os.getpid()}"))
     own = {
         "trt_engine_cache_enable": "1",
@@ -247,126 +190,7 @@ def test_what_sessions_are_told(
     # Whoever comes later finds them.
     Session.open(targets, target=target).close()
     assert fake.asked[3][0][TENSORRT_PROVIDER]["trt_engine_cache_path"] == str(folder)
-    assert _kept(tmp_path) == [folder]
-
-
-def test_no_engine_is_built_after_the_target_was_opened(
-    targets: Path, installed: Callable[..., FakeOnnxruntime]
-) -> None:
-    fake = installed()
-    with Session.open(targets, target=TENSORRT) as session:
-        built = fake.builds
-        assert built > 0
-        for count in (1, 2, 4):
-            session.generate(_prompt(session, count), max_new_tokens=3)
-        for policy in ("exact", "full", "last"):
-            session.generate(_prompt(session, 23), max_new_tokens=5, policy=policy, chunk=9)
-            session.generate(_prompt(session, 9), max_new_tokens=5, draft_depth=1, draft_tokens=3)
-        most = open_bundle(targets).manifest.max_context
-        assert session.generate(_prompt(session, most - 1), max_new_tokens=9, chunk=most).finish_reason == "context"
-        assert fake.builds == built
-
-
-def test_engines_of_other_weights_gpus_or_libraries_are_not_shared(
-    bundle: Path,
-    installed: Callable[..., FakeOnnxruntime],
-    driver: FakeDriver,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    fake = installed()
-    build_ort_cuda_target(bundle, dtype="fp32", provider="tensorrt")
-
-    def kept() -> int:
-        Session.open(bundle, target=TENSORRT).close()
-        return len(_kept(tmp_path))
-
-    assert [kept(), kept()] == [1, 1]
-    fake.__version__ = "1.32.0"
-    assert kept() == 2
-    monkeypatch.setattr(ort_tensorrt_backend, "tensorrt_version", lambda: 101600)
-    assert kept() == 3
-    monkeypatch.setattr(driver, "device_name", lambda device: "Another GPU")
-    assert kept() == 4
-    # All that the manifest says of the bundle stays the same but the weights' hash.
-    opened, weights = open_bundle(bundle), bundle / "weights.safetensors"
-    _flip_last_byte(weights)
-    update_manifest(opened, files={**opened.manifest.files, weights.name: record_of(weights)})
-    assert open_bundle(bundle).manifest.identity == opened.manifest.identity
-    assert kept() == 5
-
-
-@pytest.mark.parametrize("name", ["weights.safetensors", "step.ort-cuda-fp32-tensorrt.onnx"])
-def test_no_engine_is_built_of_files_that_have_changed(
-    name: str, bundle: Path, installed: Callable[..., FakeOnnxruntime], tmp_path: Path
-) -> None:
-    """It would be taken for that of every bundle with the same manifest."""
-    installed()
-    build_ort_cuda_target(bundle, dtype="fp32", provider="tensorrt")
-    _flip_last_byte(bundle / name)
-    with pytest.raises(BundleError, match=f"{name}: has changed"):
-        Session.open(bundle, target=TENSORRT)
-    assert not _kept(tmp_path)
-
-
-def test_engines_are_kept_when_all_are_there(
-    targets: Path, installed: Callable[..., FakeOnnxruntime], tmp_path: Path
-) -> None:
-    fake = installed()
-    fake.fails_at = "coda"
-    with pytest.raises(MythosEdgeError, match=r"an illegal address$"):
-        Session.open(targets, target=TENSORRT)
-    assert fake.builds > 0
-    assert not _kept(tmp_path)
-    fake.fails_at = None
-    Session.open(targets, target=TENSORRT).close()
-    (folder,) = _kept(tmp_path)
-    assert len(list(folder.iterdir())) == 15
-    fake.fails_at = "coda"
-    with pytest.raises(MythosEdgeError, match=f"engines of an earlier time: if they are why, delete {folder}"):
-        Session.open(targets, target=TENSORRT)
-    assert _kept(tmp_path) == [folder]
-
-
-def test_engines_of_whoever_was_faster_stay(
-    targets: Path, installed: Callable[..., FakeOnnxruntime], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    installed()
-    keep = _EngineFolder.keep
-
-    def after_another(folder: _EngineFolder) -> None:
-        theirs = folder.path.with_name(folder.path.name.removeprefix(".").partition(".")[0])
-        theirs.mkdir()
-        (theirs / "theirs.engine").write_bytes(b"")
-        keep(folder)
-
-    monkeypatch.setattr(_EngineFolder, "keep", after_another)
-    with Session.open(targets, target=TENSORRT) as session:
-        session.generate(_prompt(session, 3), max_new_tokens=2)
-    (folder,) = _kept(tmp_path)
-    assert [file.name for file in folder.iterdir()] == ["theirs.engine"]
-
-
-def _folder(tmp_path: Path) -> Path:
-    return tmp_path / "user" / "mythos-edge" / "ort-tensorrt"
-
-
-def _kept(tmp_path: Path) -> list[Path]:
-    """The folders of engines, whole or not."""
-    return list(_folder(tmp_path).iterdir()) if _folder(tmp_path).exists() else []
-
-
-def _flip_last_byte(file: Path) -> None:
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
-
-
-def test_the_cache_must_be_writable(targets: Path, installed: Callable[..., FakeOnnxruntime], tmp_path: Path) -> None:
-    installed()
-    (tmp_path / "user").write_text("a file")
-    with pytest.raises(UsageError, match="can not be written: Not a directory: set XDG_CACHE_HOME"):
-        Session.open(targets, target=TENSORRT)
+    assert kept_engines(tmp_path) == [folder]
 
 
 def test_the_providers_decide_the_backend(
@@ -387,12 +211,17 @@ def test_the_providers_decide_the_backend(
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("target", "options", "message"),
     [
-        ({"available": (CPU_PROVIDER,)}, r"is the build for CPUs .*: run `pip uninstall --yes onnxruntime && pip inst"),
-        ({"__version__": "1.27.2"}, r"onnxruntime-gpu is 1.27.2, expected 1.31 or newer.*run `pip install --upgrade"),
-        ({"without": (CUDA_PROVIDER,)}, r"could not load its CUDAExecutionProvider: .*No such file.*run `pip install"),
         (
+            CUDA,
+            {"available": (CPU_PROVIDER,)},
+            r"is the build for CPUs .*: run `pip uninstall --yes onnxruntime && pip",
+        ),
+        (CUDA, {"__version__": "1.27.2"}, r"onnxruntime-gpu is 1.27.2, expected 1.31 or newer.*run `pip install --upg"),
+        (CUDA, {"without": (CUDA_PROVIDER,)}, r"could not load its CUDAExec.*: .*No such file.*run `pip install"),
+        (
+            CUDA,
             {
                 "parts": (
                     Part(CUDA_PROVIDER, ["Gemm"]),
@@ -401,35 +230,30 @@ def test_the_providers_decide_the_backend(
             },
             r"(step|prelude).*onnxruntime-gpu 1.31.1 has no CUDA kernel for Concat, Gather, QMoE, and",
         ),
-        ({"parts": (Part(CPU_PROVIDER, ["on_shapes/Squeeze"]),)}, "CUDAExecutionProvider takes no node of it"),
-    ],
-)
-def test_what_is_missing_is_said_in_one_line(
-    bundle: Path, installed: Callable[..., FakeOnnxruntime], options: dict[str, Any], message: str
-) -> None:
-    installed(**options)
-    with pytest.raises(BackendUnavailable, match=message) as caught:
-        Session.open(bundle, target=CUDA)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"without": (TENSORRT_PROVIDER,)}, r"could not load its Tensorrt.*: run `pip install 'tensorrt<11'`"),
-        ({"parts": (Part(CUDA_PROVIDER, ["Gemm"]),)}, r"prelude.*TensorrtExecutionProvider takes no node of it: build"),
+        (CUDA, {"parts": (Part(CPU_PROVIDER, ["on_shapes/Squeeze"]),)}, "CUDAExecutionProvider takes no node of it"),
         (
+            TENSORRT,
+            {"without": (TENSORRT_PROVIDER,)},
+            r"could not load its Tensorrt.*: run `pip install 'tensorrt<11'`",
+        ),
+        (
+            TENSORRT,
+            {"parts": (Part(CUDA_PROVIDER, ["Gemm"]),)},
+            r"prelude.*TensorrtExecutionProvider takes no node of it: build",
+        ),
+        (
+            TENSORRT,
             {"parts": (Part(CUDA_PROVIDER, ["Gemm"]), Part(TENSORRT_PROVIDER, ["Add"]))},
             r"prelude.*TensorrtExecutionProvider takes no product of it: build",
         ),
     ],
 )
-def test_a_tensorrt_that_does_nothing_is_said_in_one_line(
-    targets: Path, installed: Callable[..., FakeOnnxruntime], options: dict[str, Any], message: str
+def test_what_is_missing_is_said_in_one_line(
+    target: str, targets: Path, installed: Callable[..., FakeOnnxruntime], options: dict[str, Any], message: str
 ) -> None:
     installed(**options)
     with pytest.raises(BackendUnavailable, match=message) as caught:
-        Session.open(targets, target=TENSORRT)
+        Session.open(targets, target=target)
     assert "\n" not in str(caught.value)
 
 
@@ -441,7 +265,7 @@ def test_a_gpu_without_kernels_and_no_gpu_are_one_line(
     with pytest.raises(
         BackendUnavailable, match=r"this GPU \(Fake GPU 0\) is sm61, and there are kernels for sm75, sm"
     ):
-        OrtCudaBackend(opened, CUDA, driver=FakeDriver([61]))  # type: ignore[arg-type]
+        OrtCudaBackend(opened, CUDA, driver=FakeDriver([61]))
     with pytest.raises(BackendUnavailable, match="device is 1, expected less than 1"):
         OrtCudaBackend(opened, CUDA, device=1)
 
@@ -481,25 +305,6 @@ def test_memory_that_is_kept_is_there_for_onnxruntime(
         assert session.generate(PROMPT * 10, max_new_tokens=3, stop_ids=()).ids == wanted
         assert session.generate([], resume=True, max_new_tokens=60, stop_ids=()).ids == more
         driver.total_bytes = 1 << 30
-
-
-def test_warming_up_keeps_no_caches(
-    targets: Path, installed: Callable[..., FakeOnnxruntime], driver: FakeDriver
-) -> None:
-    installed()
-    with Session.open(targets, target=TENSORRT) as session:
-        # What is kept counts as free here, and is not for ONNX Runtime.
-        assert session.backend.memory.free_bytes() == driver.memory_info()[0]
-
-
-def test_float32_stays_whole_whatever_the_user_has_set(
-    targets: Path, installed: Callable[..., FakeOnnxruntime], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    installed()
-    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
-    with pytest.raises(UsageError, match=r"NVIDIA_TF32_OVERRIDE is '1', expected 0 for float32 on Tens.*: unset it"):
-        Session.open(targets, target=TENSORRT)
-    assert ort_gpu_session.os.environ["NVIDIA_TF32_OVERRIDE"] == "1"
 
 
 def test_an_interrupted_call_leaves_nothing_stale(

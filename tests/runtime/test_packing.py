@@ -36,7 +36,7 @@ def backend(
         build_target(path, "int4", block=32)
     bundle = open_bundle(path)
     with OrtBackend(bundle, request.param) as opened:
-        opened.name, opened.config = request.param, bundle.manifest.config  # type: ignore[attr-defined]
+        opened.name, opened.config = request.param, bundle.manifest.config
         yield opened
 
 

@@ -31,7 +31,7 @@ def trace(random: np.random.Generator) -> Trace:
 
 
 def _with(trace: Trace, **changes: object) -> Trace:
-    return Trace(**(vars(trace) | changes))  # type: ignore[arg-type]
+    return Trace(**(vars(trace) | changes))
 
 
 def test_a_run_does_not_differ_from_itself(trace: Trace) -> None:

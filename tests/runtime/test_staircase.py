@@ -56,7 +56,7 @@ def test_exact_equals_full_after_any_schedule(
             assert fed.depth[0].tolist() == wanted.depth[0, -len(new) :].tolist()
             np.testing.assert_allclose(fed.logits, wanted.logits[:, -len(new) :], atol=2e-4)
         elif action == "rollback":
-            keep = int(float(value) * len(ids))  # type: ignore[arg-type]
+            keep = int(float(value) * len(ids))
             stairs.rollback(keep)
             del ids[keep:]
         elif action == "flush":
@@ -166,7 +166,7 @@ class Interrupting(ScriptedBackend):
 
     stop_at: tuple[str, int] | None = None
 
-    def run(self, stage, feeds, outputs):  # type: ignore[no-untyped-def]
+    def run(self, stage, feeds, outputs):
         if self.stop_at == (stage, sum(name == stage for name, _ in self.calls)):
             raise KeyboardInterrupt
         super().run(stage, feeds, outputs)

@@ -1,11 +1,11 @@
-"""The command line, run in this process."""
+"""The command line, run in this process, and a GPU's copies made small."""
 
 from collections.abc import Callable
 
 import pytest
 from command_line import Ran
 
-from mythos_edge.scripts import cli
+from mythos_edge.scripts import cli, gpu_bench
 
 
 @pytest.fixture
@@ -19,3 +19,9 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
         return Ran(code, captured.out, captured.err)
 
     return call
+
+
+@pytest.fixture
+def small_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_bench, "_COPY_BYTES", 1 << 16)
+    monkeypatch.setattr(gpu_bench.copy_bandwidth, "__defaults__", (1 << 16,))

@@ -43,7 +43,7 @@ def test_a_machine_without_a_gpu_still_builds(installed: Any) -> None:
 def test_gpus_are_named_with_the_targets_for_them(installed: Any) -> None:
     installed("numpy", "tokenizers", "onnxruntime-gpu", "tensorrt", *EXPORT)
     driver = FakeDriver(devices=(89, 90, 70), total_bytes=16 << 30)
-    report = doctor.examine(lambda: driver)  # type: ignore[arg-type, return-value]
+    report = doctor.examine(lambda: driver)
     assert [gpu["targets"] for gpu in report["gpus"]] == [
         ["rtx-sm89", "trt-this-gpu", "ort-cuda"],
         ["trt-this-gpu", "ort-cuda"],
@@ -66,7 +66,7 @@ def test_gpus_are_named_with_the_targets_for_them(installed: Any) -> None:
 def test_the_tensorrt_provider_wants_tensorrt_10(monkeypatch: pytest.MonkeyPatch, version: str, answer: str) -> None:
     there = {"onnxruntime-gpu": "1.31.1", "tensorrt": version}
     monkeypatch.setattr(doctor, "version_of", lambda package, module: there.get(package))
-    report = doctor.examine(lambda: FakeDriver(devices=(89,)))  # type: ignore[arg-type, return-value]
+    report = doctor.examine(lambda: FakeDriver(devices=(89,)))
     assert report["targets"]["ort-cuda-fp32-tensorrt"]["run"] == answer
     assert report["can"]["ort-tensorrt"]["install"] == "pip install 'tensorrt<11'"
 

@@ -4,6 +4,7 @@ A run is queued and not waited for. What is bound are addresses: outputs are wri
 what the host decides is put beside them first. Several sequences run together as on the CPU.
 """
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,11 @@ class _DeviceGraph(BoundGraph):
             super().run(given, made)
         except MythosEdgeError:
             # ONNX Runtime may have found no memory for itself. No output is an input, so it can begin again.
-            if not memory.trim():
+            trimmed = False
+            # A driver that refuses everything from now on must not take the first error's place.
+            with contextlib.suppress(MythosEdgeError):
+                trimmed = memory.trim()
+            if not trimmed:
                 raise
             super().run(given, made)
         for name, array in outputs.items():

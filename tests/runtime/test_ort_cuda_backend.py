@@ -291,6 +291,22 @@ def test_a_failing_run_is_one_line_and_everything_is_given_back(
             session.generate(PROMPT, max_new_tokens=2)
 
 
+def test_the_first_error_is_told_when_the_driver_then_refuses_everything(
+    bundle: Path, installed: Callable[..., FakeOnnxruntime], driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(stream: int) -> None:
+        raise MythosEdgeError("CUDA_ERROR_ILLEGAL_ADDRESS")
+
+    fake = installed()
+    with Session.open(bundle, target=CUDA) as session:
+        session.generate(PROMPT, max_new_tokens=2)
+        fake.fails_at = "step"
+        with monkeypatch.context() as patch:
+            patch.setattr(driver, "synchronize", broken)
+            with pytest.raises(MythosEdgeError, match=r"step\.ort-cuda-fp32\.onnx: ONNX Runtime failed: an illegal"):
+                session.generate(PROMPT, max_new_tokens=2)
+
+
 def test_memory_that_is_kept_is_there_for_onnxruntime(
     bundle: Path, installed: Callable[..., FakeOnnxruntime], driver: FakeDriver
 ) -> None:

@@ -112,6 +112,8 @@ def export_bundle(
                 source=source,
                 sample=sample,
                 tokenizer=TOKENIZER_FILE if tokenizer is not None else None,
+                end_tokens=(),
+                rope_table="config",
                 presets={},
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
             )

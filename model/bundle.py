@@ -18,11 +18,13 @@ from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import BundleError, ConfigError
 from mythos_edge.model.typed_json import dataclass_from_json
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 MANIFEST_FILE = "manifest.json"
 # What every export has; built targets add what their weights are.
 TARGET = "ort-cpu"
 WEIGHTS_FILE = "weights.safetensors"
+# Where the rotary table comes from: made from the config, or as the checkpoint stores it.
+ROPE_TABLE_SOURCES = ("config", "stored")
 # What the large weights can be stored in.
 STORAGE_DTYPES = ("fp32", "fp16", "bf16")
 # What the targets of ONNX Runtime's CUDA provider begin with.
@@ -166,6 +168,14 @@ class GoldenSample:
 
 
 @dataclass(frozen=True)
+class EndToken:
+    """A token that ends a text: its id, and what the tokenizer calls it."""
+
+    id: int
+    text: str
+
+
+@dataclass(frozen=True)
 class Manifest:
     """All there is to know about a bundle; ``dtype`` is the storage dtype of the large weights."""
 
@@ -179,6 +189,8 @@ class Manifest:
     source: Source
     sample: GoldenSample
     tokenizer: str | None
+    end_tokens: tuple[EndToken, ...]
+    rope_table: str
     presets: dict[str, Preset]
     created: str
 
@@ -204,6 +216,8 @@ class Manifest:
     def __post_init__(self) -> None:
         if self.dtype not in STORAGE_DTYPES:
             raise BundleError(f"dtype is {self.dtype!r}, expected one of {', '.join(STORAGE_DTYPES)}")
+        if self.rope_table not in ROPE_TABLE_SOURCES:
+            raise BundleError(f"rope_table is {self.rope_table!r}, expected one of {', '.join(ROPE_TABLE_SOURCES)}")
         used = self._exported().union(*(target.graphs.values() for target in self.targets.values()))
         for name in [*self.files, *used]:
             _check_name(name, "file")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mythos_edge.model.bundle import (
+    EndToken,
     EngineSpec,
     FileRecord,
     GoldenSample,
@@ -58,6 +59,8 @@ def sample_manifest(files: dict[str, FileRecord] = RECORDS, **changes: Any) -> M
         "source": Source("model.pt", "torch", "ab" * 32, None),
         "sample": GoldenSample((1, 2), 4, 0.99, (3, 1), (7, 8), (1.5, -2.0)),
         "tokenizer": "tok.json",
+        "end_tokens": (EndToken(2, "</s>"),),
+        "rope_table": "config",
         "presets": {"knee": Preset("ort-cpu", 8, 0.93, 0.01, 0.99, 2.5, 1.3)},
         "created": "2025-01-01T00:00:00Z",
     }

@@ -13,7 +13,7 @@ import numpy as np
 
 from mythos_edge.model.bundle import CPU_PROVIDER, TARGET, open_bundle
 from mythos_edge.model.errors import UsageError
-from mythos_edge.runtime.backend import OrtBackend, cores, graph_runner
+from mythos_edge.runtime.backend import OrtBackend, graph_runner, thread_count
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import measuring, options
 from mythos_edge.scripts.console import Console
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if args.depth is not None and (args.threshold is not None or not args.depth >= 1):
         raise UsageError(f"--depth {args.depth:g} looks for a threshold: expected 1 or more, and no --threshold")
     names = _targets(args, console)
-    threads = args.threads or cores()
+    threads = thread_count(args.threads)
     bandwidths = [measuring.stream_bandwidth(threads)]
     targets: dict[str, dict[str, Any]] = {}
     for name in names:
@@ -136,7 +136,7 @@ def _measure(
         resident = measuring.resident_bytes()
         batch = _batch(args, session, depth, console) if args.batch else {}
         plan = session.plan(args.prompt_tokens + args.new_tokens, max_depth=args.max_depth)
-    bandwidths.append(measuring.stream_bandwidth(args.threads or cores()))
+    bandwidths.append(measuring.stream_bandwidth(thread_count(args.threads)))
     common = {
         "load_ms": load_ms,
         "resident_mb": resident / 1e6,

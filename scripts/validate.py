@@ -14,7 +14,8 @@ from mythos_edge.model.errors import BackendUnavailable, CapacityError, UsageErr
 from mythos_edge.model.machine import free_memory_bytes
 from mythos_edge.runtime import parity
 from mythos_edge.runtime.backend import graph_runner
-from mythos_edge.runtime.session import Session, checked_ids, open_backend
+from mythos_edge.runtime.prompts import checked_ids
+from mythos_edge.runtime.session import Session, open_backend
 from mythos_edge.scripts import options, quality_gate
 from mythos_edge.scripts.console import Console
 

@@ -138,7 +138,8 @@ def check_fields(request: Any) -> None:
 
     Raises UsageError.
     """
-    for name, rule in _rules(type(request)).items():
+    kind: Any = type(request)
+    for name, rule in _rules(kind).items():
         object.__setattr__(request, name, rule.checked(name, getattr(request, name)))
 
 

@@ -103,6 +103,7 @@ class Session:
     @last_turn
     def close(self) -> None:
         """Gives back the caches and the graphs; again is nothing."""
+        self._change()  # what is half read holds caches, too
         self._sequences = []
         self.backend.close()
 

@@ -203,7 +203,10 @@ def shown(value: Any) -> str:
     """A value in an error: on one line, and not too much of it."""
     if isinstance(value, int) and value.bit_length() > _LONGEST_NUMBER_BITS:
         return f"a whole number of {value.bit_length()} bits"
-    text = " ".join(repr(value).split())
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # anybody's class may be shown, and a list may hold a number as long as those above
+        text = f"of type {type(value).__name__}"
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 

@@ -138,9 +138,10 @@ def _check_finite(logits: NDArray[np.float32]) -> None:
 
 def _logprob(logits: NDArray[np.float32], token: int) -> float:
     largest = logits.max()
-    # float32 is a quarter of the time; only the sum wants more.
-    total = np.exp(logits - largest).sum(dtype=np.float64)
-    return float(logits[token] - largest) - math.log(total)
+    with np.errstate(over="ignore"):  # -inf is right for logits as far apart as float32 can be
+        # float32 is a quarter of the time; only the sum wants more.
+        total = np.exp(logits - largest).sum(dtype=np.float64)
+    return float(logits[token]) - float(largest) - math.log(total)
 
 
 def _only(scores: Float64, kept: NDArray[np.int64]) -> Float64:

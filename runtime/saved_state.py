@@ -4,6 +4,8 @@ import json
 import math
 import os
 import stat
+import struct
+import tokenize
 import zipfile
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -34,6 +36,8 @@ _DAMAGE = (
     SyntaxError,
     NotImplementedError,
     RuntimeError,
+    struct.error,
+    tokenize.TokenError,
     zipfile.BadZipFile,
 )
 
@@ -84,12 +88,12 @@ def read(path: Path, weights: str, config: MythosConfig, max_context: int) -> Sa
     except _DAMAGE as error:
         raise damaged(path, error) from error
     # Before anything else, which another format may hold in another way.
-    if header.get("format") != _FORMAT:
+    if header["format"] is True or header["format"] != _FORMAT:
         raise UsageError(
-            f"{path}: is of format {shown(header.get('format'))}, and this mythos-edge reads {_FORMAT}: "
+            f"{path}: is of format {shown(header['format'])}, and this mythos-edge reads {_FORMAT}: "
             "restore it with the version that saved it"
         )
-    if header.get("weights") != weights:
+    if header["weights"] != weights:
         raise UsageError(f"{path}: was saved with another bundle or target: open it with the one it was made with")
     try:
         return _saved(header, arrays, config, max_context)

@@ -13,9 +13,9 @@ from mythos_edge.runtime.request_values import Within, check_fields
 # Every loop step is a cache slot of its own, so that a mistyped number would fill the memory with empty slots. The
 # deepest published model takes 64 loop steps.
 MOST_DEPTH = 4096
-LOOP_STEPS = Within(least=1, most=MOST_DEPTH)
+LOOP_STEPS = Within(least=1, most=MOST_DEPTH, unit="loop step")
 # The graphs compare in float32, where a smaller one would be 0 and a larger one infinite.
-THRESHOLD = Within(above=1e-37, most=3e38)
+THRESHOLD = Within(above=1e-37, most=3e38, says="a finite number above 0 (more than 1e-37, at most 3e+38)")
 
 
 class Policy(StrEnum):

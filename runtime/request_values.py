@@ -30,11 +30,16 @@ _LONGEST_NUMBER_BITS = 256
 
 @dataclass(frozen=True)
 class Within:
-    """Bounds of a number: ``least`` and ``most`` belong to the range, ``above`` does not."""
+    """Bounds of a number: ``least`` and ``most`` belong to the range, ``above`` does not.
+
+    ``unit`` is what is counted; ``says`` puts the whole range into words where its parts alone would not explain it.
+    """
 
     least: float | None = None
     above: float | None = None
     most: float | None = None
+    unit: str = ""
+    says: str = ""
 
     def missed(self, number: float) -> str:
         """What was expected in place of ``number``; "" where it is finite and in range, which NaN never is."""
@@ -42,11 +47,16 @@ class Within:
         if self.above is not None and not number > self.above:
             low = f"more than {self.above:g}"
         elif self.least is not None and not number >= self.least:
-            low = f"at least {self.least:g}" if self.least else "0 or more"
+            low = f"at least {self._counted(self.least)}" if self.least else "0 or more"
         if self.most is not None and not number <= self.most:
-            high = f"at most {self.most:g}"
+            high = f"at most {self._counted(self.most)}"
         finite = "" if -math.inf < number < math.inf else "a finite number"
-        return ", ".join(filter(None, (finite, low, high)))
+        missed = ", ".join(filter(None, (finite, low, high)))
+        return self.says if missed and self.says else missed
+
+    def _counted(self, number: float) -> str:
+        unit = f" {self.unit}" if self.unit else ""
+        return f"{number:g}{unit}" + ("s" if unit and number != 1 else "")
 
 
 _ANY_NUMBER = Within()

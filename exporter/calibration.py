@@ -49,7 +49,7 @@ def collect_importance(
 ) -> Calibration:
     """The importance of every matrix that a target may round, from the fp32 target at full depth on ``ids (B, S)``.
 
-    ``ids`` must be tokens of the model, see ``runtime.session.checked_ids``; each row is run alone, in one chunk.
+    ``ids`` must be tokens of the model, see ``runtime.prompts.checked_ids``; each row is run alone, in one chunk.
     Memory follows S, not the model: experts are read one at a time. Raises CapacityError.
     """
     config, limit = bundle.manifest.config, bundle.manifest.max_context

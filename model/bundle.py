@@ -303,6 +303,10 @@ class Bundle:
             check_files(self, self.manifest.files_of(name))
         return targets[name]
 
+    def at_absolute_path(self) -> "Bundle":
+        """The same bundle, for work to come: another working folder does not move it."""
+        return dataclasses.replace(self, path=self.path.absolute())
+
     def weights_identity(self, target: str) -> str:
         """Equal for targets whose caches mean the same: the same weights, rounded alike."""
         spec = self.manifest.targets[target]

@@ -17,6 +17,10 @@ from mythos_edge.model.errors import BackendUnavailable, BundleError, MythosEdge
 from mythos_edge.plugins.processor import has_integer_dot_products
 from mythos_edge.runtime.memory import HostMemory, Memory, Rows
 from mythos_edge.runtime.packing import ROWS, Array, Arrays, Call, packed, unpack
+from mythos_edge.runtime.request_values import Within, whole
+
+# More threads than cores only wait for each other. So many make no harm anywhere, beyond that four a core do.
+_MOST_THREADS = 64
 
 
 class Backend(Protocol):
@@ -185,11 +189,9 @@ def ort_session(path: Path, threads: int = 0, prepack: bool = False) -> Any:
 
 def session_options(ort: Any, threads: int, prepack: bool) -> Any:
     """The options of every session; see ``ort_session``. Raises UsageError."""
-    if threads < 0:
-        raise UsageError(f"threads is {threads}, expected 0 (all cores) or more")
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = threads or cores()
+    options.intra_op_num_threads = thread_count(threads)
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
     # The stages take turns. A pool that went on spinning after its run would take the cores from the next: measured
@@ -227,6 +229,12 @@ def import_onnxruntime() -> Any:
 def cores() -> int:
     """CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def thread_count(threads: int) -> int:
+    """``threads`` as a number that can be started, one per core for 0. Raises UsageError."""
+    most = max(_MOST_THREADS, 4 * (os.cpu_count() or 1))
+    return whole("threads", threads, Within(least=0, most=most)) or cores()
 
 
 def _address(array: Array) -> int:

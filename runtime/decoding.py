@@ -1,93 +1,26 @@
-"""One sequence being continued: what a request may ask for, and the loop from a prompt to the last token.
+"""One sequence being continued: the loop from a prompt to the last token.
 
 Not here: which sequences there are, and who runs the stages they ask for.
 """
 
-import dataclasses
-import operator
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 
 from mythos_edge.model.errors import UsageError
 from mythos_edge.runtime.draft_tuner import DraftTuner
-from mythos_edge.runtime.halting import Depth, Policy
-from mythos_edge.runtime.sampling import Sampler, SamplingParams
-from mythos_edge.runtime.speculation import AUTO, Draft, Drawn, Round, speculating
+from mythos_edge.runtime.options import Options
+from mythos_edge.runtime.sampling import Sampler
+from mythos_edge.runtime.speculation import Draft, Drawn, Round, speculating
 from mythos_edge.runtime.staircase import Fed, Staircase
 from mythos_edge.runtime.text import StopStrings, TextStream, Tokenizer
 from mythos_edge.runtime.together import StageCall, Work
 
 _NO_ROWS = np.zeros(0, np.int64)
 _FIRST_ROW = np.zeros(1, np.int64)
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a request may ask for. Raises UsageError for values out of range.
-
-    Depth: see ``halting.Depth``. Sampling: see ``sampling.SamplingParams`` (temperature 0 is greedy).
-    ``stop_ids``: tokens that end the text; by default the tokenizer's own end tokens. ``chunk``: prompt positions
-    run at once. ``max_lag``: positions a loop step may fall behind before it is caught up in the background, one
-    call a token; by default it catches up only when needed. ``draft_depth`` and ``draft_tokens``: self-speculation
-    with that many tokens drafted at that many loop steps, see ``speculation``; ``"auto"`` chooses what is fastest,
-    plain decoding included, which makes sampling depend on the machine's pace whatever the seed.
-    """
-
-    max_new_tokens: int = 128
-    policy: str = Policy.EXACT
-    max_depth: int | None = None
-    min_depth: int = 1
-    threshold: float | None = None
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-    stop_ids: tuple[int, ...] | None = None
-    stop_strings: tuple[str, ...] = ()
-    chunk: int = 512
-    max_lag: int | None = None
-    draft_depth: int | Literal["auto"] | None = None
-    draft_tokens: int | Literal["auto"] | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "chunk", "max_lag", "draft_depth", "draft_tokens"):
-            value = getattr(self, name)
-            if value is None or (value == AUTO and name.startswith("draft")):
-                continue
-            try:
-                number = operator.index(value)
-            except TypeError:
-                raise UsageError(f"{name} is {value!r}, expected a whole number") from None
-            if number < 1:
-                raise UsageError(f"{name} is {number}, expected at least 1")
-            object.__setattr__(self, name, number)
-        if self.draft_tokens is not None and self.draft_depth is None:
-            raise UsageError(f"draft_tokens is {self.draft_tokens} without draft_depth: give both, or neither")
-        if self.draft_tokens is None and self.draft_depth is not None:
-            object.__setattr__(self, "draft_tokens", AUTO)
-        if isinstance(self.stop_strings, str):  # one string, not its letters
-            object.__setattr__(self, "stop_strings", (self.stop_strings,))
-
-    @property
-    def depth(self) -> Depth:
-        return Depth(self.policy, self.max_depth, self.min_depth, self.threshold)
-
-    @property
-    def draft(self) -> Draft | None:
-        """The draft of every round, when it is given in numbers."""
-        depth, tokens = self.draft_depth, self.draft_tokens
-        return Draft(depth, tokens) if isinstance(depth, int) and isinstance(tokens, int) else None
-
-    @property
-    def sampling(self) -> SamplingParams:
-        names = [item.name for item in dataclasses.fields(SamplingParams)]
-        return SamplingParams(**{name: getattr(self, name) for name in names})
 
 
 @dataclass(frozen=True)
@@ -137,7 +70,7 @@ class TokenSequence:
 
 
 class Decoding:
-    """A request at work on a sequence: ``advance`` gives more tokens until it has ``finished``."""
+    """A request at work on a sequence: ``advance`` gives one more token until it has ``finished``."""
 
     def __init__(
         self,
@@ -149,6 +82,7 @@ class Decoding:
         tuner: DraftTuner | None = None,
     ) -> None:
         self.finished = False
+        self._waiting: deque[Drawn] = deque()
         self._tuner = tuner
         self._sequence, self._options, self._stop_ids = sequence, options, stop_ids
         self._text, self._result = text, result
@@ -161,23 +95,31 @@ class Decoding:
         while not self.finished:
             yield from self.advance()
 
-    def advance(self) -> Work[list[Token]]:
-        """The next tokens, at least one."""
+    def advance(self) -> Work[Token]:
+        """The next token.
+
+        A draft gives several at once. The sequence takes them in one by one as they are given out, so that it holds
+        what a caller has seen, whatever the caller does next.
+        """
+        if not self._waiting:
+            self._waiting.extend((yield from self._next_drawn()))
+        token = self._take(self._waiting.popleft())
+        if self.finished:
+            # Drafted positions after the last token would be caught up for nothing.
+            self._sequence.staircase.rollback(len(self._sequence.ids) - 1)
+            self._count()
+        return token
+
+    def _next_drawn(self) -> Work[list[Drawn]]:
+        """The next tokens to give out, at least one."""
+        sequence = self._sequence
         if not self._result.ids:
-            drawn = self._drawn((yield from self._prefill()))
-        elif (draft := self._draft()) is None:
-            drawn = yield from self._plain()
-        else:
-            drawn = yield from self._speculative(draft)
-        tokens = []
-        for one in drawn:
-            tokens.append(self._take(one))
-            if self.finished:
-                # Drafted positions after the last token would be caught up for nothing.
-                self._sequence.staircase.rollback(len(self._sequence.ids) - 1)
-                self._count()
-                break
-        return tokens
+            self._started = time.perf_counter()
+        # Besides a prompt, saving takes back the columns of tokens that wait.
+        if not self._result.ids or sequence.staircase.columns != len(sequence.ids) - 1:
+            return self._drawn((yield from self._prefill()))
+        draft = self._draft()
+        return (yield from self._plain() if draft is None else self._speculative(draft))
 
     def note(self, call: StageCall, seconds: float) -> None:
         """To be told how long the calls of this request take when it runs alone."""

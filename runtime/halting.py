@@ -1,14 +1,21 @@
 """How deep a request lets the model think: policy, bounds and threshold, checked against the model."""
 
-import math
 import warnings
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any
 
 from mythos_edge.model.bundle import Manifest
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import UsageError
+from mythos_edge.runtime.request_values import Within, check_fields
+
+# Every loop step is a cache slot of its own, so that a mistyped number would fill the memory with empty slots. The
+# deepest published model takes 64 loop steps.
+MOST_DEPTH = 4096
+LOOP_STEPS = Within(least=1, most=MOST_DEPTH, unit="loop step")
+# The graphs compare in float32, where a smaller one would be 0 and a larger one infinite.
+THRESHOLD = Within(above=1e-37, most=3e38, says="a finite number above 0 (more than 1e-37, at most 3e+38)")
 
 
 class Policy(StrEnum):
@@ -30,27 +37,21 @@ class Depth:
     ``min_depth`` on, reaches ``threshold``. Raises UsageError for values out of range.
     """
 
-    policy: str = Policy.EXACT
-    max_depth: int | None = None
-    min_depth: int = 1
-    threshold: float | None = None
+    policy: Annotated[str, Policy] = Policy.EXACT
+    max_depth: Annotated[int | None, LOOP_STEPS] = None
+    min_depth: Annotated[int, LOOP_STEPS] = 1
+    threshold: Annotated[float | None, THRESHOLD] = None
 
     def __post_init__(self) -> None:
-        names = ", ".join(Policy)
-        if self.policy not in list(Policy):
-            raise UsageError(f"policy is {self.policy!r}, expected one of {names}")
-        object.__setattr__(self, "policy", Policy(self.policy))
-        if self.max_depth is not None and self.max_depth < 1:
-            raise UsageError(f"max_depth is {self.max_depth}, expected at least 1 loop step")
-        if self.min_depth < 1:
-            raise UsageError(f"min_depth is {self.min_depth}, expected at least 1 loop step")
-        # The graphs compare in float32, where a smaller one would be 0.
-        if self.threshold is not None and not (self.threshold > 1e-37 and math.isfinite(self.threshold)):
-            raise UsageError(f"threshold is {self.threshold}, expected a finite number above 0")
+        check_fields(self)
 
     def resolve(self, config: MythosConfig) -> "ResolvedDepth":
         """The parameters with the model's own values filled in; warns when depth goes beyond training."""
         max_depth = self.max_depth or config.max_loop_iters
+        if max_depth > MOST_DEPTH:
+            raise UsageError(
+                f"this model was trained with {max_depth} loop steps, and at most {MOST_DEPTH} can run: give max_depth"
+            )
         if self.min_depth > max_depth:
             raise UsageError(f"min_depth is {self.min_depth}, expected at most max_depth {max_depth}")
         if max_depth > config.max_loop_iters:

@@ -2,7 +2,7 @@
 
 import ctypes
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,14 +12,18 @@ from mythos_edge.model.errors import CapacityError, UsageError
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.runtime.device import DeviceMemory
 from mythos_edge.runtime.halting import Depth, Policy
-from mythos_edge.runtime.session import Score, checked_ids
+from mythos_edge.runtime.options import DepthOptions
+from mythos_edge.runtime.prompts import checked_ids
+from mythos_edge.runtime.request_values import check_names
+from mythos_edge.runtime.scoring import Score
 from mythos_edge.runtime.trt_engine import Runtime
+from mythos_edge.runtime.turns import Turns, in_turn, last_turn
 
 LAYOUT = "loop"
 
 
 class LoopEngine:
-    """A bundle's target of layout ``loop`` on a GPU. Raises as ``TrtBackend`` does."""
+    """A bundle's target of layout ``loop`` on a GPU, for one call at a time. Raises as ``TrtBackend`` does."""
 
     def __init__(
         self, bundle: Bundle, target: str, *, device: int = 0, trust: bool = False, driver: Driver | None = None
@@ -28,7 +32,8 @@ class LoopEngine:
         if spec.engine is None or spec.engine.layout != LAYOUT:
             raise UsageError(f"target {target!r} has no loop inside: open it as a session")
         self.config, self._max_rows = bundle.manifest.config, spec.engine.max_rows
-        self._runtime = Runtime(bundle, target, driver, device)
+        self._turns = Turns("engine", "open one a thread, or give several rows of ids")
+        self._runtime = Runtime(bundle.at_absolute_path(), target, driver, device)
         self._engine = self._runtime.load("model", trust)
         self._memory = DeviceMemory(self._runtime.gpu, spec.compute_dtype)
 
@@ -37,14 +42,17 @@ class LoopEngine:
         """The target of the bundle at ``path``."""
         return cls(open_bundle(path, trust_engines=trust), target, trust=trust)
 
-    def score(self, ids: Any, **depth: Any) -> Score:
+    @in_turn
+    def score(self, ids: Any, **depth: Unpack[DepthOptions]) -> Score:
         """Logits and depth of every position of ``ids (B, S)``; ``depth`` are the fields of Depth.
 
         ``block_rows`` counts what the deepest position of a sequence needs for all of its rows. Raises UsageError for a
         policy or a least depth, which the loop inside does not know, and CapacityError.
         """
         ids = checked_ids(ids, self.config)
-        wanted = Depth(**{name: value for name, value in depth.items() if value is not None}).resolve(self.config)
+        check_names(Depth, depth)
+        given: dict[str, Any] = {name: value for name, value in depth.items() if value is not None}
+        wanted = Depth(**given).resolve(self.config)
         if wanted.policy is not Policy.EXACT or wanted.min_depth != 1:
             raise UsageError("a loop inside the engine runs as policy exact with min_depth 1: build --layout step")
         if ids.shape[1] > self._max_rows:
@@ -80,12 +88,14 @@ class LoopEngine:
         self._engine.run({"input_ids": ids.shape}, addresses, rows, memory.stream, captured=False)
         return memory.to_host(made["logits"]), memory.to_host(made["depth"])
 
+    @last_turn
     def close(self) -> None:
         """Gives the engine and its memory back."""
         self._engine.close()
         self._memory.close()
         self._runtime.close()
 
+    @in_turn
     def __enter__(self) -> Self:
         return self
 

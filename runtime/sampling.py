@@ -3,14 +3,20 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mythos_edge.model.errors import MythosEdgeError, UsageError
+from mythos_edge.model.errors import MythosEdgeError
+from mythos_edge.runtime.request_values import Within, check_fields
 
 Float64 = NDArray[np.float64]
+# Any float32 logit times or divided by one of these is a finite number above 0 in float64, so that the order of the
+# scores, and a distribution of them, is always there.
+PENALTY = Within(least=1e-200, most=1e200)
+# More bits than a random state keeps, and few enough to be written down.
+SEED = Within(least=0, most=2**256 - 1)
 
 
 @dataclass(frozen=True)
@@ -22,27 +28,15 @@ class SamplingParams:
     ``repetition_penalty`` divides positive logits of tokens seen before and multiplies negative ones.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
+    temperature: Annotated[float, Within(least=0)] = 0.0
+    top_k: Annotated[int, Within(least=0)] = 0
+    top_p: Annotated[float, Within(above=0, most=1)] = 1.0
+    min_p: Annotated[float, Within(least=0, most=1)] = 0.0
+    repetition_penalty: Annotated[float, PENALTY] = 1.0
+    seed: Annotated[int | None, SEED] = None
 
     def __post_init__(self) -> None:
-        # Written so that NaN fails.
-        _check("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 or more")
-        _check("top_k", self.top_k, self.top_k >= 0, "0 or more")
-        _check("top_p", self.top_p, 0 < self.top_p <= 1, "more than 0 and at most 1")
-        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "0 to 1")
-        penalty = self.repetition_penalty
-        _check("repetition_penalty", penalty, 0 < penalty < math.inf, "more than 0")
-        _check("seed", self.seed, self.seed is None or self.seed >= 0, "0 or more")
-
-
-def _check(name: str, value: object, good: bool, expected: str) -> None:
-    if not good:
-        raise UsageError(f"{name} is {value}, expected {expected}")
+        check_fields(self)
 
 
 class Guess(NamedTuple):
@@ -118,11 +112,12 @@ class Sampler:
         cumulative = weights.cumsum()
         return int(np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right"))
 
-    def _penalised(self, logits: NDArray[np.float32], history: Sequence[int]) -> NDArray[np.float32]:
+    def _penalised(self, logits: NDArray[np.float32], history: Sequence[int]) -> NDArray[np.floating[Any]]:
         penalty = self.params.repetition_penalty
         if penalty == 1 or not history:
             return logits
-        scores = logits.copy()
+        # In float32 a penalty far from 1 makes infinities and zeros, which have no order.
+        scores = logits.astype(np.float64)
         seen = np.unique(np.asarray(history))
         scores[seen] = np.where(scores[seen] > 0, scores[seen] / penalty, scores[seen] * penalty)
         return scores
@@ -143,9 +138,10 @@ def _check_finite(logits: NDArray[np.float32]) -> None:
 
 def _logprob(logits: NDArray[np.float32], token: int) -> float:
     largest = logits.max()
-    # float32 is a quarter of the time; only the sum wants more.
-    total = np.exp(logits - largest).sum(dtype=np.float64)
-    return float(logits[token] - largest) - math.log(total)
+    with np.errstate(over="ignore"):  # -inf is right for logits as far apart as float32 can be
+        # float32 is a quarter of the time; only the sum wants more.
+        total = np.exp(logits - largest).sum(dtype=np.float64)
+    return float(logits[token]) - float(largest) - math.log(total)
 
 
 def _only(scores: Float64, kept: NDArray[np.int64]) -> Float64:

@@ -6,36 +6,37 @@
         print(token.id, token.depth)
 
 A session holds one sequence, or several that run together, at a time: ``generate`` and ``stream`` start afresh
-unless told to ``resume``. Not thread-safe.
+unless told to ``resume``. It serves one call at a time, of whatever thread: one that comes while another runs is a
+UsageError. Several threads open a session each, or one gives several prompts to ``generate``.
 """
 
-import dataclasses
-import operator
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, overload
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any, Self, Unpack, overload
 
 from mythos_edge.model.bundle import CPU_PROVIDER, CUDA_PROVIDER, TARGET, TENSORRT_PROVIDER, Bundle, open_bundle
-from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import BundleError, CapacityError, UsageError
 from mythos_edge.runtime import saved_state
-from mythos_edge.runtime.backend import Backend, OrtBackend
+from mythos_edge.runtime.backend import Backend, OrtBackend, thread_count
 from mythos_edge.runtime.caches import CachePlan, plan_cache, require_memory
-from mythos_edge.runtime.decoding import Decoding, Generation, Options, TextSoFar, Token, TokenSequence
+from mythos_edge.runtime.decoding import Decoding, Generation, TextSoFar, TokenSequence
 from mythos_edge.runtime.draft_tuner import DraftTuner
 from mythos_edge.runtime.halting import ResolvedDepth, depth_of_preset
+from mythos_edge.runtime.options import Options, RequestOptions, ScoreOptions
 from mythos_edge.runtime.ort_cuda_backend import OrtCudaBackend
 from mythos_edge.runtime.ort_tensorrt_backend import OrtTensorrtBackend
+from mythos_edge.runtime.prompts import Prompt, Prompts, check_range, checked_ids, ids_of, separate
+from mythos_edge.runtime.request_values import Within, check_names, flag, whole
 from mythos_edge.runtime.sampling import Sampler
+from mythos_edge.runtime.scoring import Score, score_of, scoring, spans_of
 from mythos_edge.runtime.speculation import AUTO, check_draft
-from mythos_edge.runtime.staircase import Fed, Staircase
+from mythos_edge.runtime.staircase import Staircase
+from mythos_edge.runtime.streams import TokenStream
 from mythos_edge.runtime.text import Tokenizer
-from mythos_edge.runtime.together import Work, run_alone, run_together
+from mythos_edge.runtime.together import run_alone, run_together
 from mythos_edge.runtime.trt_backend import TrtBackend
+from mythos_edge.runtime.turns import Turns, in_turn, last_turn
 
 # By the providers that a target is for.
 _ORT_BACKENDS: dict[tuple[str, ...], Callable[[Bundle, str, int], OrtBackend]] = {
@@ -43,31 +44,20 @@ _ORT_BACKENDS: dict[tuple[str, ...], Callable[[Bundle, str, int], OrtBackend]] =
     (CUDA_PROVIDER,): OrtCudaBackend,
     (TENSORRT_PROVIDER, CUDA_PROVIDER): OrtTensorrtBackend,
 }
-Int64 = NDArray[np.int64]
-Prompt = str | Sequence[int]
-
-
-@dataclass(frozen=True)
-class Score:
-    """``logits (B, S, V)`` float32 and ``depth (B, S)`` int32 of given tokens, and the work it took.
-
-    ``block_calls``, ``block_rows`` and ``catch_up_calls`` are sums over the sequences; ``batch_runs`` counts a run of
-    the recurrent block that several shared once.
-    """
-
-    logits: NDArray[np.float32]
-    depth: NDArray[np.int32]
-    block_calls: int
-    block_rows: int
-    catch_up_calls: int
-    batch_runs: int
+_COUNT = Within(least=1)
 
 
 class Session:
-    """A bundle ready to run, and the sequence it is working on."""
+    """A bundle ready to run, and the sequence it is working on; for one call at a time.
+
+    Every method raises UsageError while another call runs, of this thread or another, and once the session is closed.
+    """
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
-        self.bundle, self.backend = bundle, backend
+        self.bundle, self.backend = bundle.at_absolute_path(), backend
+        self._turns = Turns("session", "open one Session a thread, or use generate([...]) for several prompts")
+        # The one that is half read. Not kept alive: nobody may be reading it any more.
+        self._stream: weakref.ref[TokenStream] | None = None
         self.config = bundle.manifest.config
         self._max_context = min(bundle.manifest.max_context, backend.max_context or bundle.manifest.max_context)
         name = bundle.manifest.tokenizer
@@ -94,8 +84,8 @@ class Session:
 
         ``target`` names what ``mythos-edge build`` made; by default the fp32 target that every bundle has. ``preset``
         names what ``mythos-edge tune`` found: its target, and its depth for every request that sets none of its own.
-        ``trust`` takes TensorRT engines that are not the files the manifest lists, which are native code.
-        Raises BundleError, BackendUnavailable, UsageError.
+        ``threads`` are by default one per core. ``trust`` takes TensorRT engines that are not the files the manifest
+        lists, which are native code. Raises BundleError, BackendUnavailable, UsageError.
         """
         bundle = open_bundle(Path(path), hashes=hashes, trust_engines=trust)
         defaults: dict[str, Any] = {}
@@ -110,49 +100,56 @@ class Session:
         session._target = target or TARGET
         return session
 
+    @last_turn
     def close(self) -> None:
-        """Gives back the caches and the graphs."""
+        """Gives back the caches and the graphs; again is nothing."""
+        self._change()  # what is half read holds caches, too
         self._sequences = []
         self.backend.close()
 
+    @in_turn
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _options(self, values: dict[str, Any]) -> Options:
+    def _options(self, values: Mapping[str, object]) -> Options:
         """The request, with the preset's depth where it sets none of its own."""
-        known = {item.name for item in dataclasses.fields(Options)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise UsageError(f"unknown option {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+        check_names(Options, values)
         given = {name: value for name, value in values.items() if value is not None or name not in self._defaults}
         return Options(**{**self._defaults, **given})
 
+    @in_turn
     def plan(self, context: int | None = None, batch: int = 1, max_depth: int | None = None) -> CachePlan:
         """The cache memory of ``context`` tokens (by default the longest) before anything is allocated."""
-        depth = max_depth or self.config.max_loop_iters
+        tokens = self._max_context if context is None else whole("context", context, _COUNT)
+        depth = self.config.max_loop_iters if max_depth is None else whole("max_depth", max_depth, _COUNT)
+        return self._plan(tokens, whole("batch", batch, _COUNT), depth)
+
+    def _plan(self, tokens: int, batch: int, max_depth: int) -> CachePlan:
         memory = self.backend.memory
-        room = memory.room_of(context or self._max_context)
-        return plan_cache(self.config, depth, room, batch, memory.dtype.itemsize)
+        return plan_cache(self.config, max_depth, memory.room_of(tokens), batch, memory.dtype.itemsize)
 
     @overload
-    def generate(self, prompt: Prompt, *, resume: bool = False, **options: Any) -> Generation: ...
+    def generate(self, prompt: Prompt, *, resume: bool = False, **options: Unpack[RequestOptions]) -> Generation: ...
     @overload
     def generate(
-        self, prompt: list[str] | list[list[int]], *, resume: bool = False, **options: Any
+        self, prompt: Prompts, *, resume: bool = False, **options: Unpack[RequestOptions]
     ) -> list[Generation]: ...
-    def generate(self, prompt: Any, *, resume: bool = False, **options: Any) -> Generation | list[Generation]:
+    @in_turn
+    def generate(
+        self, prompt: Any, *, resume: bool = False, **options: Unpack[RequestOptions]
+    ) -> Generation | list[Generation]:
         """The Generation for a prompt (text or token ids), or a list of them for a list of prompts.
 
         ``options`` are the fields of Options. The prompts of a list run together, and each generates what it would
         alone, with the same seed. ``resume`` appends the prompt (which may be empty) to the sequence of the call
         before. Raises UsageError, CapacityError.
         """
-        many = not isinstance(prompt, str) and any(isinstance(item, str | Sequence | np.ndarray) for item in prompt)
-        results = [Generation() for _ in (prompt if many else [prompt])]
-        decodings = self._begin(list(prompt) if many else [prompt], results, resume, self._options(options))
+        prompts, many = separate(prompt)
+        results = [Generation() for _ in prompts]
+        decodings = self._begin(prompts, results, resume, self._options(options))
         if len(decodings) == 1:
             run_alone(decodings[0].whole(), self.backend, decodings[0].note)
             return results if many else results[0]
@@ -161,65 +158,75 @@ class Session:
             result.batch_runs = runs["step"]
         return results
 
-    def stream(self, prompt: Prompt, *, resume: bool = False, **options: Any) -> Iterator[Token]:
+    @in_turn
+    def stream(self, prompt: Prompt, *, resume: bool = False, **options: Unpack[RequestOptions]) -> TokenStream:
         """The tokens of one prompt as they come; parameters and errors as in ``generate``.
 
-        ``last_generation`` is what has come so far, with its figures.
+        The sequence begins with this call, and holds what has been given out, so that a half-read stream may be left.
+        One whose sequence another call changes (``generate``, ``stream``, ``score``, ``rollback``, ``restore``) ends
+        with a UsageError at its next token. ``last_generation`` is what has come so far, with its figures.
         """
-        self.last_generation = Generation()
-        (decoding,) = self._begin([prompt], [self.last_generation], resume, self._options(options))
-        while not decoding.finished:
-            yield from run_alone(decoding.advance(), self.backend, decoding.note)
+        prompts, many = separate(prompt)
+        if many:
+            raise UsageError(f"a stream has one prompt, got a list of {len(prompts)}: use generate")
+        result = Generation()
+        (decoding,) = self._begin(prompts, [result], resume, self._options(options))
+        self.last_generation = result
+        stream = TokenStream(self._turns, self.backend, decoding)
+        self._stream = weakref.ref(stream)
+        return stream
 
+    @in_turn
     def score(
         self,
         ids: Any,
         *,
         prefill: int | None = None,
         progress: Callable[[float], None] = lambda fraction: None,
-        **options: Any,
+        **options: Unpack[ScoreOptions],
     ) -> Score:
         """Logits and depth of every position of ``ids (B, S)``: the first ``prefill`` in one chunk (by default
         all), the rest one at a time, as decoding would. ``progress`` is told the share that is done; ``options``
-        are the depth fields of Options. Raises UsageError, CapacityError."""
+        are the depth fields of Options, and ``max_lag``. Raises UsageError, CapacityError."""
         ids = checked_ids(ids, self.config)
         positions = ids.shape[1]
-        prefill = positions if prefill is None else prefill
+        prefill = positions if prefill is None else whole("prefill", prefill)
         if not 0 <= prefill <= positions:
             raise UsageError(f"prefill is {prefill}, expected 0 .. {positions}, the positions given")
+        meaningless = sorted(set(options) & RequestOptions.__annotations__.keys() - ScoreOptions.__annotations__.keys())
+        if meaningless:
+            raise UsageError(f"score chooses no tokens, and {meaningless[0]} means nothing to it: leave it out")
         wanted = self._options(options)
         self._start(ids.tolist(), wanted.depth.resolve(self.config), wanted)
-        spans = list(_spans(prefill, positions))
+        spans = list(spans_of(prefill, positions))
         first, *others = self._sequences
-        works = [_scored(first, spans, progress), *(_scored(other, spans, lambda fraction: None) for other in others)]
+        works = [scoring(first, spans, progress), *(scoring(other, spans, lambda fraction: None) for other in others)]
         scored, runs = run_together(works, self.backend)
-        stairs = [sequence.staircase for sequence in self._sequences]
-        return Score(
-            np.concatenate([fed.logits for fed in scored]),
-            np.concatenate([fed.depth for fed in scored]).astype(np.int32),
-            sum(one.block_calls for one in stairs),
-            sum(one.block_rows for one in stairs),
-            sum(one.catch_up_calls for one in stairs),
-            runs["step"],
-        )
+        return score_of(scored, self._sequences, runs["step"])
 
     @property
+    @in_turn
     def ids(self) -> list[int]:
         """The tokens of the present sequence, prompt and generated; a session with several has no such list."""
         return list(self._only_sequence().ids)
 
+    @in_turn
     def rollback(self, length: int) -> None:
         """Forgets the present sequence from position ``length`` on; no cache is copied."""
         sequence = self._only_sequence()
+        length = whole("length", length)
         if not 0 <= length <= len(sequence.ids):
             raise UsageError(f"rollback to {length} positions, expected 0 .. {len(sequence.ids)}, the present length")
+        self._change()
         sequence.staircase.rollback(length)
         del sequence.ids[length:]
 
+    @in_turn
     def flush(self) -> None:
         """Catches up every loop step while nobody waits, so that the next token has nothing to wait for."""
         self._only_sequence().staircase.flush()
 
+    @in_turn
     def save(self, path: Path | str) -> None:
         """Writes the present sequence (tokens, caches, random state) to ``path``; the file appears whole or not."""
         sequence = self._only_sequence()
@@ -229,29 +236,39 @@ class Session:
             Path(path), self.bundle.weights_identity(self._target), sequence.ids, sequence.sampler, sequence.staircase
         )
 
+    @in_turn
     def restore(self, path: Path | str) -> None:
         """Takes up a sequence written by ``save`` with the same bundle and target; go on with ``resume=True``.
 
-        Raises UsageError when the file is damaged or belongs to other weights.
+        Raises UsageError when the file is damaged or belongs to other weights; the session is then as it was.
         """
-        saved = saved_state.read(Path(path), self.bundle.weights_identity(self._target))
+        path = Path(path)
+        saved = saved_state.read(path, self.bundle.weights_identity(self._target), self.config, self._max_context)
         sequence = TokenSequence(saved.ids, self._new_staircase(saved.depth, None), Sampler(saved.sampling))
         try:
             sequence.staircase.restore(saved.arrays)
-            sequence.sampler.restore(saved.sampler_state)
-            _check_range(saved.ids, self.config)
-        except (KeyError, ValueError, TypeError, IndexError, UsageError) as error:
-            raise UsageError(f"{path}: not a saved session, or damaged: save it again") from error
+        except (KeyError, ValueError, TypeError, IndexError, OverflowError) as error:
+            raise saved_state.damaged(path, error) from error
+        sequence.sampler.restore(saved.sampler_state)
+        self._change()
         self._sequences = [sequence]
 
+    def _change(self) -> None:
+        """To be called before the sequences change: a stream that is half read would go on with another one."""
+        stream = None if self._stream is None else self._stream()
+        if stream is not None:
+            stream.end(f"{self._turns.call} changed its sequence")
+        self._stream = None
+
     def _begin(
-        self, prompts: Sequence[Prompt], results: list[Generation], resume: bool, options: Options
+        self, prompts: Sequence[Any], results: list[Generation], resume: bool, options: Options
     ) -> list[Decoding]:
         """The requests at work on the prompts, each filling in its own of ``results``."""
+        resume = flag("resume", resume)
         encoded = [self._encode(prompt) for prompt in prompts]
         # Nothing of the session changes before everything that can be refused was.
         texts = [TextSoFar(self.tokenizer, options.stop_strings) for _ in encoded]
-        _check_range(() if options.stop_ids is None else options.stop_ids, self.config, "stop id")
+        check_range(() if options.stop_ids is None else options.stop_ids, self.config, "stop id")
         depth = options.depth.resolve(self.config)
         tuner = self._tuner(options, depth, len(encoded))
         self._take_prompts(encoded, resume, options, depth)
@@ -295,6 +312,7 @@ class Session:
             raise UsageError("the prompt is empty: give at least one token")
         self._check_length(len(ids))
         self._check_memory(len(ids) + options.max_new_tokens, 1, depth, sequence.staircase.nbytes)
+        self._change()
         # An interrupt may have left more cached columns than tokens; they are of other tokens than those to come.
         sequence.staircase.rollback(len(sequence.ids))
         sequence.staircase.expect(len(ids) + options.max_new_tokens)
@@ -307,6 +325,7 @@ class Session:
         self._check_length(longest)
         held = sum(sequence.staircase.nbytes for sequence in self._sequences)
         self._check_memory(longest + new_tokens, len(encoded), depth, held)
+        self._change()
         self._sequences = []
         self._sequences = [
             TokenSequence(list(ids), self._new_staircase(depth, options.max_lag), Sampler(options.sampling))
@@ -328,19 +347,14 @@ class Session:
 
     def _check_memory(self, columns: int, batch: int, depth: ResolvedDepth, held: int) -> None:
         context = min(columns, self._max_context)
-        require_memory(self.plan(context, batch, depth.max_depth), held, self.backend.memory.free_bytes())
+        require_memory(self._plan(context, batch, depth.max_depth), held, self.backend.memory.free_bytes())
 
-    def _encode(self, prompt: Prompt) -> list[int]:
+    def _encode(self, prompt: Any) -> list[int]:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise UsageError("this bundle has no tokenizer: give token ids, or export with --tokenizer")
             return self.tokenizer.encode(prompt)
-        try:
-            ids = [operator.index(number) for number in prompt]
-        except TypeError:
-            raise UsageError("the prompt holds something that is no token id: expected text or integers") from None
-        _check_range(ids, self.config)
-        return ids
+        return ids_of(prompt, self.config)
 
     def _end_ids(self) -> tuple[int, ...]:
         return () if self.tokenizer is None else tuple(self.tokenizer.eos_ids)
@@ -354,6 +368,9 @@ class Session:
 
 def open_backend(bundle: Bundle, target: str, threads: int = 0, trust: bool = False) -> OrtBackend | TrtBackend:
     """What runs a target; parameters and errors as in ``Session.open``."""
+    # For every target alike: engines only make nothing of it.
+    thread_count(threads)
+    bundle = bundle.at_absolute_path()
     spec = bundle.target(target)
     if spec.engine is not None:
         return TrtBackend(bundle, target, trust=trust)
@@ -367,38 +384,3 @@ def open_backend(bundle: Bundle, target: str, threads: int = 0, trust: bool = Fa
             "which this mythos-edge does not know: build it again"
         )
     return _ORT_BACKENDS[spec.providers](bundle, target, threads)
-
-
-def checked_ids(ids: Any, config: MythosConfig) -> Int64:
-    """``ids`` as an int64 array (batch, positions). Raises UsageError when they are no tokens of the model."""
-    given = np.asarray(ids)
-    if not given.size:
-        raise UsageError(f"ids are empty, of shape {given.shape}: expected at least one token")
-    if given.ndim != 2 or given.dtype.kind not in "iu":
-        mend = ": ids[None] makes a batch of them" if given.ndim == 1 and given.dtype.kind in "iu" else ""
-        raise UsageError(f"ids are {given.dtype} of shape {given.shape}, expected integers (batch, positions){mend}")
-    _check_range(given.ravel().tolist(), config)
-    return np.ascontiguousarray(given, np.int64)
-
-
-def _check_range(ids: Sequence[int], config: MythosConfig, what: str = "token id") -> None:
-    wrong = next((number for number in ids if not 0 <= number < config.vocab_size), None)
-    if wrong is not None:
-        raise UsageError(f"{what} {wrong} is out of range: this model knows 0 .. {config.vocab_size - 1}")
-
-
-def _spans(prefill: int, positions: int) -> Iterator[tuple[int, int]]:
-    if prefill:
-        yield 0, prefill
-    for position in range(prefill, positions):
-        yield position, position + 1
-
-
-def _scored(sequence: TokenSequence, spans: list[tuple[int, int]], progress: Callable[[float], None]) -> Work[Fed]:
-    """The work of feeding a sequence in ``spans``: logits and depth of every position."""
-    ids = np.array([sequence.ids], np.int64)
-    fed = []
-    for start, stop in spans:
-        progress(start / ids.shape[1])
-        fed.append((yield from sequence.staircase.feeding(ids[:, start:stop], np.arange(stop - start))))
-    return Fed(np.concatenate([one.logits for one in fed], axis=1), np.concatenate([one.depth for one in fed], axis=1))

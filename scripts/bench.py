@@ -13,7 +13,8 @@ import numpy as np
 
 from mythos_edge.model.bundle import CPU_PROVIDER, TARGET, open_bundle
 from mythos_edge.model.errors import UsageError
-from mythos_edge.runtime.backend import OrtBackend, cores, graph_runner
+from mythos_edge.runtime.backend import OrtBackend, graph_runner, thread_count
+from mythos_edge.runtime.caches import require_memory
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import measuring, options
 from mythos_edge.scripts.console import Console
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if args.depth is not None and (args.threshold is not None or not args.depth >= 1):
         raise UsageError(f"--depth {args.depth:g} looks for a threshold: expected 1 or more, and no --threshold")
     names = _targets(args, console)
-    threads = args.threads or cores()
+    threads = thread_count(args.threads)
     bandwidths = [measuring.stream_bandwidth(threads)]
     targets: dict[str, dict[str, Any]] = {}
     for name in names:
@@ -119,7 +120,7 @@ def _measure(
     started = time.perf_counter()
     with Session.open(args.bundle, target=name, threads=args.threads) as session:
         load_ms = (time.perf_counter() - started) * 1e3
-        _check_length(args, session)
+        _check_request(args, session)
         prompt = np.random.default_rng(0).integers(0, session.config.vocab_size, args.prompt_tokens).tolist()
         depth = options.depth_of(args)
         if args.depth is not None:
@@ -136,7 +137,7 @@ def _measure(
         resident = measuring.resident_bytes()
         batch = _batch(args, session, depth, console) if args.batch else {}
         plan = session.plan(args.prompt_tokens + args.new_tokens, max_depth=args.max_depth)
-    bandwidths.append(measuring.stream_bandwidth(args.threads or cores()))
+    bandwidths.append(measuring.stream_bandwidth(thread_count(args.threads)))
     common = {
         "load_ms": load_ms,
         "resident_mb": resident / 1e6,
@@ -180,13 +181,20 @@ def _batch(args: argparse.Namespace, session: Session, depth: dict[str, Any], co
     return {**rates, "batch_ratio": ratio, "batch_equal_tokens": equal}
 
 
-def _check_length(args: argparse.Namespace, session: Session) -> None:
+def _check_request(args: argparse.Namespace, session: Session) -> None:
+    """Raises UsageError or CapacityError for what this bundle or this machine cannot run."""
     needed, limit = args.prompt_tokens + args.new_tokens, session.bundle.manifest.max_context
     if needed > limit:
         raise UsageError(
             f"{args.prompt_tokens} prompt and {args.new_tokens} new tokens are {needed}; this bundle was exported "
             f"for {limit}: lower -p or -n"
         )
+    deepest = args.max_depth or session.config.max_loop_iters
+    if args.depth is not None and args.depth > deepest:
+        raise UsageError(f"--depth is {args.depth:g}, expected at most {deepest}, the largest number of loop steps")
+    if args.batch is not None:
+        # Before so many prompts are made.
+        require_memory(session.plan(needed, args.batch, args.max_depth), 0, session.backend.memory.free_bytes())
 
 
 def threshold_of_mean_depth(session: Session, prompt: list[int], count: int, wanted: float) -> float:

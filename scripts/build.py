@@ -9,7 +9,7 @@ from typing import Any
 
 from mythos_edge.model.bundle import CUDA_TARGET, TARGET, Bundle, TargetSpec, open_bundle
 from mythos_edge.model.errors import BackendUnavailable, UsageError
-from mythos_edge.runtime.session import checked_ids
+from mythos_edge.runtime.prompts import checked_ids
 from mythos_edge.scripts import options
 from mythos_edge.scripts.console import Console
 

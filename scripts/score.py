@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.errors import UsageError
 from mythos_edge.runtime.loop_engine import LAYOUT, LoopEngine
-from mythos_edge.runtime.session import Score
+from mythos_edge.runtime.scoring import Score
 from mythos_edge.scripts import options
 from mythos_edge.scripts.console import Console
 

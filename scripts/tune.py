@@ -21,8 +21,9 @@ from mythos_edge.model.bundle_writer import update_manifest
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import BackendUnavailable, UsageError
 from mythos_edge.runtime.halting import Depth
+from mythos_edge.runtime.prompts import checked_ids
 from mythos_edge.runtime.quality import kl_divergence
-from mythos_edge.runtime.session import Session, checked_ids
+from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import measuring, options
 from mythos_edge.scripts.console import Console
 

@@ -14,7 +14,9 @@ from mythos_edge.model.errors import BackendUnavailable, CapacityError, UsageErr
 from mythos_edge.model.machine import free_memory_bytes
 from mythos_edge.runtime import parity
 from mythos_edge.runtime.backend import graph_runner
-from mythos_edge.runtime.session import Session, checked_ids, open_backend
+from mythos_edge.runtime.prompts import checked_ids
+from mythos_edge.runtime.request_values import Within, whole
+from mythos_edge.runtime.session import Session, open_backend
 from mythos_edge.scripts import options, quality_gate
 from mythos_edge.scripts.console import Console
 
@@ -30,6 +32,8 @@ _FLOAT32_RUNS = 4
 # Rounding moves a weight by 0.29 units in the last place (root mean square), as moving one in twelve by a whole unit
 # does. Each run moves some more, the last is where it should be.
 _MOVED = 1 / 12 / (_FLOAT32_RUNS - 1)
+# What numpy and torch both take.
+_SEED = Within(least=0, most=2**32 - 1)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     quality_gate.check_arguments(args)
+    whole("--seed", args.seed, _SEED)
     bundle = open_bundle(args.bundle, trust_engines=args.trust)
     ids = _tokens(args, bundle)
     with ExitStack() as opened:

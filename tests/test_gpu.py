@@ -24,7 +24,8 @@ from mythos_edge.plugins.kernels import variants
 from mythos_edge.plugins.launches import program
 from mythos_edge.runtime.decoding import Generation
 from mythos_edge.runtime.loop_engine import LoopEngine
-from mythos_edge.runtime.session import Score, Session
+from mythos_edge.runtime.scoring import Score
+from mythos_edge.runtime.session import Session
 from mythos_edge.runtime.trt_backend import TrtBackend
 from mythos_edge.scripts import addition, gpu_bench
 from mythos_edge.scripts.gpu_bench import MeasuredGpu

@@ -80,3 +80,10 @@ def test_a_preset_sets_depth_and_an_unknown_one_names_the_known(demo_bundle: Pat
     assert Depth(**fields).resolve(manifest.config) == ResolvedDepth(Policy.EXACT, 4, 1, 0.5)
     with pytest.raises(UsageError, match="no preset 'fast', only calm, knee"):
         depth_of_preset(tuned, "fast")
+
+
+def test_a_model_deeper_than_any_is_refused_before_a_slot_is_made() -> None:
+    deep = dataclasses.replace(CONFIG, max_loop_iters=10**7)
+    with pytest.raises(UsageError, match=r"trained with 10000000 loop steps, and at most 4096 can run: give max_depth"):
+        Depth().resolve(deep)
+    assert Depth(max_depth=4096).resolve(deep).max_depth == 4096

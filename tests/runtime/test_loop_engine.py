@@ -57,3 +57,20 @@ def test_the_verb_score_takes_it(loops: Path, trt: FakeTensorRT, tmp_path: Path)
     with np.load(tmp_path / "made.npz") as made:
         assert made["logits"].shape[:2] == (1, 3)
     assert cli.main([*command, "--target", TARGET, "--prefill", "2"]) == 1
+
+
+def test_one_call_at_a_time_and_none_after_close(loops: Path, trt: FakeTensorRT, driver: FakeDriver) -> None:
+    engine = LoopEngine(open_bundle(loops), TARGET, driver=driver)
+    with pytest.raises(UsageError, match="unknown option colour; known: max_depth, min_depth, policy, threshold"):
+        engine.score([[1, 2]], colour=1)  # type: ignore[call-arg]
+    with engine._turns.lock:
+        for call in (lambda: engine.score([[1, 2]]), engine.__enter__, engine.close):
+            with pytest.raises(UsageError, match="this engine is in use by "):
+                call()
+    engine.score([[1, 2]])
+    engine.close()
+    engine.close()
+    for call in (lambda: engine.score([[1, 2]]), engine.__enter__):
+        with pytest.raises(UsageError, match="this engine is closed: open it again"):
+            call()
+    assert driver.live_bytes == 0

@@ -2,6 +2,7 @@
 
 import json
 import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -221,3 +222,23 @@ def test_a_parameter_out_of_range_is_named(name: str, value: Any) -> None:
 def test_the_ends_of_the_ranges_are_allowed(params: dict[str, Any]) -> None:
     token, _ = Sampler(SamplingParams(**({"temperature": 1.0, "seed": 0} | params))).sample(LOGITS, [])
     assert 0 <= token < len(LOGITS)
+
+
+@pytest.mark.parametrize("penalty", [1e-200, 1e-40, 1e-38, 1e-10, 0.5, 1.3, 1e10, 1e38, 1e40, 1e200])
+def test_greedy_and_sampling_agree_on_any_penalty(penalty: float) -> None:
+    """The order of the scores is that of exact arithmetic, however far they are apart."""
+    logits = np.array([3.0, 2.0, -1.0, -2.0, 2.5, -0.0, 3.4e38, -3.4e38, 1e-45, -1e-45], np.float32)
+    for history in ((0,), (0, 1), (2, 3), (0, 1, 2, 3), (6,), (7,), (8, 9), tuple(range(10))):
+        exact = [Fraction(float(value)) for value in logits]
+        factor = Fraction(penalty)
+        for token in history:
+            exact[token] = exact[token] / factor if exact[token] > 0 else exact[token] * factor
+        wanted = exact.index(max(exact))
+        assert Sampler(SamplingParams(repetition_penalty=penalty)).sample(logits, history)[0] == wanted
+        sampler = Sampler(SamplingParams(repetition_penalty=penalty, temperature=1.0, top_k=1, seed=0))
+        assert sampler.sample(logits, history)[0] == wanted
+        free = SamplingParams(repetition_penalty=penalty, temperature=1.0, seed=0)
+        distribution = Sampler(free).distribution(logits, history)
+        assert np.isfinite(distribution).all()
+        assert distribution[wanted] == distribution.max()
+        assert 0 <= Sampler(free).sample(logits, history)[0] < len(logits)

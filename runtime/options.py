@@ -1,0 +1,97 @@
+"""What a request may ask for, declared once: a field's annotation is its rule.
+
+The typed dictionaries say the same to editors and type checkers, for calls with keywords; a test holds them to the
+fields.
+"""
+
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal, TypeAlias, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mythos_edge.model.errors import UsageError
+from mythos_edge.runtime.halting import LOOP_STEPS, Depth
+from mythos_edge.runtime.request_values import Within, check_fields
+from mythos_edge.runtime.sampling import SamplingParams
+from mythos_edge.runtime.speculation import AUTO, Draft
+
+Whole: TypeAlias = int | np.integer[Any]
+Real: TypeAlias = float | np.floating[Any] | np.integer[Any]
+_COUNT = Within(least=1)
+
+
+@dataclass(frozen=True)
+class Options(Depth, SamplingParams):
+    """What a request may ask for. Raises UsageError for values of another type or out of range.
+
+    Depth: see ``halting.Depth``. Sampling: see ``sampling.SamplingParams`` (temperature 0 is greedy).
+    ``stop_ids``: tokens that end the text; by default the tokenizer's own end tokens. ``chunk``: prompt positions
+    run at once. ``max_lag``: positions a loop step may fall behind before it is caught up in the background, one
+    call a token; by default it catches up only when needed. ``draft_depth`` and ``draft_tokens``: self-speculation
+    with that many tokens drafted at that many loop steps, see ``speculation``; ``"auto"`` chooses what is fastest,
+    plain decoding included, which makes sampling depend on the machine's pace whatever the seed.
+    """
+
+    max_new_tokens: Annotated[int, _COUNT] = 128
+    stop_ids: tuple[int, ...] | None = None
+    stop_strings: tuple[str, ...] = ()
+    chunk: Annotated[int, _COUNT] = 512
+    max_lag: Annotated[int | None, _COUNT] = None
+    draft_depth: Annotated[int | Literal["auto"] | None, LOOP_STEPS] = None
+    draft_tokens: Annotated[int | Literal["auto"] | None, _COUNT] = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.draft_tokens is not None and self.draft_depth is None:
+            raise UsageError(f"draft_tokens is {self.draft_tokens} without draft_depth: give both, or neither")
+        if self.draft_tokens is None and self.draft_depth is not None:
+            object.__setattr__(self, "draft_tokens", AUTO)
+
+    @property
+    def depth(self) -> Depth:
+        return Depth(**{item.name: getattr(self, item.name) for item in fields(Depth)})
+
+    @property
+    def draft(self) -> Draft | None:
+        """The draft of every round, when it is given in numbers."""
+        depth, tokens = self.draft_depth, self.draft_tokens
+        return Draft(depth, tokens) if isinstance(depth, int) and isinstance(tokens, int) else None
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return SamplingParams(**{item.name: getattr(self, item.name) for item in fields(SamplingParams)})
+
+
+class DepthOptions(TypedDict, total=False):
+    """The fields of ``halting.Depth`` as keywords."""
+
+    policy: str
+    max_depth: Whole | None
+    min_depth: Whole
+    threshold: Real | None
+
+
+class ScoreOptions(DepthOptions, total=False):
+    """What ``Session.score`` takes as keywords: how deep, and how soon loop steps are caught up."""
+
+    max_lag: Whole | None
+
+
+class RequestOptions(ScoreOptions, total=False):
+    """The fields of ``Options`` as keywords."""
+
+    temperature: Real
+    top_k: Whole
+    top_p: Real
+    min_p: Real
+    repetition_penalty: Real
+    seed: Whole | None
+    max_new_tokens: Whole
+    stop_ids: Sequence[int] | AbstractSet[int] | NDArray[np.integer[Any]] | None
+    stop_strings: str | Sequence[str]
+    chunk: Whole
+    draft_depth: Whole | Literal["auto"] | None
+    draft_tokens: Whole | Literal["auto"] | None

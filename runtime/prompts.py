@@ -1,0 +1,74 @@
+"""What a caller gives as prompts or tokens, made into token ids of the model. Not here: text (``text``)."""
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mythos_edge.model.config import MythosConfig
+from mythos_edge.model.errors import UsageError
+from mythos_edge.runtime.request_values import as_array, shown, token_ids
+
+Int64: TypeAlias = NDArray[np.int64]
+Prompt: TypeAlias = str | Sequence[int] | NDArray[np.integer[Any]]
+# Not Sequence[str], which a text is.
+Prompts: TypeAlias = list[str] | tuple[str, ...] | Sequence[Sequence[int]] | Sequence[NDArray[np.integer[Any]]]
+
+
+def separate(prompt: Any) -> tuple[list[Any], bool]:
+    """The single prompts in what was given, and whether it was several. Raises UsageError for what is neither.
+
+    A prompt is text, or token ids in a list or an array of one axis; several are a list of those, or an array of two
+    axes.
+    """
+    if isinstance(prompt, str):
+        return [prompt], False
+    if hasattr(prompt, "__array__"):
+        array = as_array("the prompt", prompt)
+        if array.ndim != 2:
+            return [array], False
+        if not len(array):
+            raise UsageError(f"the prompts are an array of shape {array.shape}, expected at least one row")
+        return list(array), True
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray | memoryview):
+        raise UsageError(
+            f"the prompt is of type {type(prompt).__name__}, expected text, a list of token ids, or a list of prompts"
+        )
+    nested = [isinstance(item, Sequence) or getattr(item, "ndim", 0) > 0 for item in prompt]
+    if not any(nested):
+        return [prompt], False
+    if not all(nested):
+        odd = prompt[nested.index(False)]
+        raise UsageError(f"the prompts hold {shown(odd)}, expected each to be text or a list of token ids")
+    return list(prompt), True
+
+
+def ids_of(prompt: Any, config: MythosConfig) -> list[int]:
+    """The token ids of one prompt that is no text. Raises UsageError."""
+    ids = token_ids("the prompt", prompt)
+    check_range(ids, config)
+    return ids
+
+
+def checked_ids(ids: Any, config: MythosConfig) -> Int64:
+    """``ids`` as an int64 array (batch, positions). Raises UsageError when they are no tokens of the model."""
+    given = as_array("ids", ids)
+    if not given.size:
+        raise UsageError(f"ids are empty, of shape {given.shape}: expected at least one token")
+    if given.ndim != 2 or given.dtype.kind not in "iu":
+        mend = ": ids[None] makes a batch of them" if given.ndim == 1 and given.dtype.kind in "iu" else ""
+        raise UsageError(f"ids are {given.dtype} of shape {given.shape}, expected integers (batch, positions){mend}")
+    if not hasattr(ids, "__array__"):
+        # Numpy takes a bool among integers for one.
+        for row in ids:
+            token_ids("ids", row)
+    check_range([int(given.min()), int(given.max())], config)
+    return np.ascontiguousarray(given, np.int64)
+
+
+def check_range(ids: Sequence[int], config: MythosConfig, what: str = "token id") -> None:
+    """Raises UsageError for an id that the model does not know."""
+    wrong = next((number for number in ids if not 0 <= number < config.vocab_size), None)
+    if wrong is not None:
+        raise UsageError(f"{what} {shown(wrong)} is out of range: this model knows 0 .. {config.vocab_size - 1}")

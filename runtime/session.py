@@ -148,7 +148,7 @@ class Session:
 
         ``options`` are the fields of Options. The prompts of a list run together, and each generates what it would
         alone, with the same seed. ``resume`` appends the prompt (which may be empty) to the sequence of the call
-        before. Raises UsageError, CapacityError.
+        before, without the tokens that the tokenizer puts around a first one. Raises UsageError, CapacityError.
         """
         many = not isinstance(prompt, str) and any(isinstance(item, str | Sequence | np.ndarray) for item in prompt)
         results = [Generation() for _ in (prompt if many else [prompt])]
@@ -248,16 +248,17 @@ class Session:
         self, prompts: Sequence[Prompt], results: list[Generation], resume: bool, options: Options
     ) -> list[Decoding]:
         """The requests at work on the prompts, each filling in its own of ``results``."""
-        encoded = [self._encode(prompt) for prompt in prompts]
+        goes_on = resume and any(sequence.ids for sequence in self._sequences)
+        encoded = [self._encode(prompt, first=not goes_on) for prompt in prompts]
         # Nothing of the session changes before everything that can be refused was.
-        texts = [TextSoFar(self.tokenizer, options.stop_strings) for _ in encoded]
+        texts = [TextSoFar(self.tokenizer, options) for _ in encoded]
         _check_range(() if options.stop_ids is None else options.stop_ids, self.config, "stop id")
         depth = options.depth.resolve(self.config)
         tuner = self._tuner(options, depth, len(encoded))
         self._take_prompts(encoded, resume, options, depth)
         stop_ids = options.stop_ids if options.stop_ids is not None else self._end_ids()
         return [
-            Decoding(sequence, options, stop_ids, text, result, tuner)
+            Decoding(sequence, options, (*stop_ids, *text.stop_ids), text, result, tuner)
             for sequence, text, result in zip(self._sequences, texts, results, strict=True)
         ]
 
@@ -330,11 +331,14 @@ class Session:
         context = min(columns, self._max_context)
         require_memory(self.plan(context, batch, depth.max_depth), held, self.backend.memory.free_bytes())
 
-    def _encode(self, prompt: Prompt) -> list[int]:
+    def _encode(self, prompt: Prompt, first: bool) -> list[int]:
+        """The ids of a prompt; text that is the ``first`` of its sequence with what the tokenizer puts around it."""
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise UsageError("this bundle has no tokenizer: give token ids, or export with --tokenizer")
-            return self.tokenizer.encode(prompt)
+            ids = self.tokenizer.encode(prompt, first=first)
+            self._check_known(ids, self.tokenizer)
+            return ids
         try:
             ids = [operator.index(number) for number in prompt]
         except TypeError:
@@ -342,8 +346,18 @@ class Session:
         _check_range(ids, self.config)
         return ids
 
+    def _check_known(self, ids: Sequence[int], tokenizer: Tokenizer) -> None:
+        """Raises UsageError for a token that the tokenizer knows and the model does not."""
+        known = self.config.vocab_size
+        unknown = next((number for number in ids if number >= known), None)
+        if unknown is not None:
+            raise UsageError(
+                f"the prompt holds the token {tokenizer.token(unknown)!r} (id {unknown}), which this model does not "
+                f"know: its ids are 0 .. {known - 1}; leave the token out"
+            )
+
     def _end_ids(self) -> tuple[int, ...]:
-        return () if self.tokenizer is None else tuple(self.tokenizer.eos_ids)
+        return tuple(token.id for token in self.bundle.manifest.end_tokens)
 
     def _only_sequence(self) -> TokenSequence:
         if len(self._sequences) != 1:

@@ -6,13 +6,14 @@ Where it has neither, special tokens with a name that is used for nothing else d
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mythos_edge.model.bundle import EndToken
 from mythos_edge.model.errors import ConfigError, ExportError
-from mythos_edge.model.tokenizer_file import read_tokenizer
+from mythos_edge.model.tokenizer_file import encoding, read_tokenizer, tokens_around_prompt
 
 TOKENIZER_FILE = "tokenizer.json"
 GENERATION_CONFIG, TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
@@ -58,9 +59,9 @@ class _Vocabulary:
         """The id of the token of that name, or that is all of that text; None where there is none."""
         number = self._library.token_to_id(text)
         if number is None and text:
-            ids = self._library.encode(text, add_special_tokens=False).ids
-            if len(ids) == 1 and self._library.decode(ids) == text:
-                number = ids[0]
+            with suppress(ValueError):
+                ids = encoding(self._library, text, around=False).ids
+                number = ids[0] if len(ids) == 1 and self._library.decode(ids) == text else None
         return None if number is None else int(number)
 
     def end_token(self, number: int) -> EndToken:
@@ -86,10 +87,11 @@ def tokenizer_for(
         raise ExportError(f"{path}: cannot be read: {error.strerror or error}") from error
     except ValueError as error:
         raise ExportError(f"{path}: not a Hugging Face tokenizer.json: {error}") from error
-    _tell_what_is_switched_off(path, library, note)
+    _switch_off(path, library, note)
     vocabulary = _Vocabulary(library)
     _check_vocabulary(path, vocabulary, vocab_size, note)
     ends, said = _end_tokens(path, vocabulary, end_tokens, note)
+    _tell_what_ends_prompts(path, library, ends, note)
     for end in ends:
         if end.id >= vocab_size:
             note(f"{end} ends a text by {said}, but this model cannot produce it: its ids are 0 .. {vocab_size - 1}")
@@ -120,16 +122,26 @@ def _tokenizer_path(given: Path) -> Path:
     raise ExportError(f"{path}: {what}; expected a Hugging Face {TOKENIZER_FILE}, or its folder")
 
 
-def _tell_what_is_switched_off(path: Path, library: Any, note: Callable[[str], None]) -> None:
+def _switch_off(path: Path, library: Any, note: Callable[[str], None]) -> None:
+    """Drops what the tokenizer does to prompts of its own, and tells of it; the runtime drops it, too."""
     off = []
     if library.truncation is not None:
         off.append(f"cuts prompts to {library.truncation['max_length']} tokens")
+        library.no_truncation()
     if library.padding is not None:
         off.append(f"pads them to {library.padding['length']}" if library.padding["length"] else "pads them")
+        library.no_padding()
     if getattr(library.model, "dropout", None) is not None:
         off.append("leaves out merges at random")
     if off:
         note(f"{path}: {' and '.join(off)} of its own: switched off, prompts are taken as they are")
+
+
+def _tell_what_ends_prompts(path: Path, library: Any, ends: Sequence[EndToken], note: Callable[[str], None]) -> None:
+    """A text that goes on after its end is what some tokenizers ask of a model, and few models were trained for."""
+    _, after = tokens_around_prompt(library)
+    if {end.text for end in ends}.intersection(after[-1:]):
+        note(f"{path}: every prompt ends with {after[-1]}, which also ends a text")
 
 
 def _check_vocabulary(path: Path, vocabulary: _Vocabulary, vocab_size: int, note: Callable[[str], None]) -> None:

@@ -1,5 +1,6 @@
 """Reading a Hugging Face ``tokenizer.json``, which export and runtime both do. The library loads at first use."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,3 +31,27 @@ def read_tokenizer(path: Path) -> tuple[Any, bytes]:
         return Tokenizer.from_str(text), data
     except Exception as error:  # the library raises plain Exception
         raise ValueError(" ".join(str(error).split())) from error
+
+
+def encoding(library: Any, text: str, *, around: bool) -> Any:
+    """The library's encoding of ``text``, with what is put ``around`` a prompt or without.
+
+    Raises ValueError that says why the tokenizer cannot encode it.
+    """
+    try:
+        return library.encode(text, add_special_tokens=around)
+    except TypeError as error:  # lone surrogates, which stand for bytes of a command line
+        raise ValueError("it holds bytes that are no UTF-8") from error
+    except Exception as error:  # the library raises plain Exception
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def tokens_around_prompt(library: Any) -> tuple[list[str], list[str]]:
+    """The tokens that the tokenizer puts before and after the text of every prompt."""
+    made = None
+    for text in ("a", "0", *library.get_vocab(with_added_tokens=False)):
+        with suppress(ValueError):
+            made = encoding(library, text, around=True)
+            if own := [place for place, added in enumerate(made.special_tokens_mask) if not added]:
+                return list(made.tokens[: own[0]]), list(made.tokens[own[-1] + 1 :])
+    return [] if made is None else list(made.tokens), []

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mythos_edge.model.errors import BundleError, UsageError
-from mythos_edge.model.tokenizer_file import read_tokenizer
+from mythos_edge.model.tokenizer_file import encoding, read_tokenizer, tokens_around_prompt
 from mythos_edge.runtime.text_cuts import Cuts, Nowhere, cuts_of
 
 # What the decoder's text is tried with at the beginning of a prompt, before the whole is.
@@ -38,10 +38,9 @@ class Tokenizer:
         Raises UsageError for text that the tokenizer cannot encode.
         """
         try:
-            return list(self._library.encode(text, add_special_tokens=first).ids)
-        except Exception as error:  # the library raises plain Exception, and TypeError for text that is no Unicode
-            why = "it holds bytes that are no UTF-8" if isinstance(error, TypeError) else " ".join(str(error).split())
-            raise UsageError(f"the tokenizer cannot encode the prompt {text[:40]!r}: {why}") from error
+            return list(encoding(self._library, text, around=first).ids)
+        except ValueError as error:
+            raise UsageError(f"the tokenizer cannot encode the prompt {text[:40]!r}: {error}") from error
 
     def decode(self, ids: Sequence[int], *, special_tokens: bool = False) -> str:
         """The text of ``ids``; ids without a token have none, and special tokens only when asked for."""
@@ -63,12 +62,7 @@ class Tokenizer:
 
     def added_to_prompt(self) -> tuple[list[str], list[str]]:
         """The tokens that stand before and after the text of every first prompt."""
-        probe = "a" if self.anchor is None else self.decode([self.anchor])
-        encoded = self._library.encode(probe)
-        own = [place for place, added in enumerate(encoded.special_tokens_mask) if not added]
-        if not own:
-            return list(encoded.tokens), []
-        return list(encoded.tokens[: own[0]]), list(encoded.tokens[own[-1] + 1 :])
+        return tokens_around_prompt(self._library)
 
     def cuts(self) -> Cuts:
         """Where the text of a sequence may be cut, from its first token on."""

@@ -9,6 +9,7 @@ import pytest
 from conftest import FIXTURES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from text_oracle import following
 from tokenizers import Tokenizer as Library
 
 from mythos_edge.runtime.text import TextStream, Tokenizer
@@ -74,14 +75,7 @@ def _followed(tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[int], s
     return "".join(map(stream.push, ids)) + stream.flush()
 
 
-def _wanted(library: Library, prompt: list[int], ids: list[int], special_tokens: bool) -> str:
-    """The decode of all ids after what it has in common with the decode of the prompt."""
-    before, whole = (library.decode(part, skip_special_tokens=not special_tokens) for part in (prompt, prompt + ids))
-    places = range(min(len(before), len(whole)) + 1)
-    return str(whole)[next(place for place in reversed(places) if before[:place] == whole[:place]) :]
-
-
-# Positions in the list of ids that a test draws from: all of them, or a few, so that runs and repeats come about.
+# Ids from all, or from a few, so that runs and repeats come about.
 DRAWN = st.lists(st.one_of(st.integers(0, 720), st.integers(0, 12), st.integers(94, 262)), max_size=12)
 TEXTS = st.one_of(st.sampled_from(SCRIPTS), st.text(st.characters(exclude_categories=["Cs"]), max_size=8))
 
@@ -100,7 +94,7 @@ def test_the_text_after_a_prompt_is_that_of_all_ids(
     plain = [library.encode(text, add_special_tokens=False).ids for text in generated[::2]]
     everything = [*library.encode(prompt[0]).ids, *prompt[1], *plain[0], *generated[1], *plain[1]]
     before, after = everything[:cut], everything[cut:]
-    assert _followed(tokenizer, before, after, special_tokens) == _wanted(library, before, after, special_tokens)
+    assert _followed(tokenizer, before, after, special_tokens) == following(library, before, after, special_tokens)
 
 
 @pytest.mark.parametrize("text", SCRIPTS)
@@ -108,7 +102,7 @@ def test_every_cut_of_every_script(kind: tuple[Tokenizer, Library], text: str) -
     tokenizer, library = kind
     ids = library.encode(f"{text} {text[::-1]}").ids
     for cut in range(len(ids) + 1):
-        assert _followed(tokenizer, ids[:cut], ids[cut:], False) == _wanted(library, ids[:cut], ids[cut:], False), cut
+        assert _followed(tokenizer, ids[:cut], ids[cut:], False) == following(library, ids[:cut], ids[cut:], False), cut
 
 
 def test_the_kinds_are_told_apart() -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+from text_oracle import byte_level, following
 from tokenizers import Tokenizer as Library
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from mythos_edge.model.bundle import EndToken, open_bundle
 from mythos_edge.model.bundle_writer import record_of, update_manifest
@@ -49,11 +50,7 @@ def _word_piece() -> Library:
 
 
 def _byte_level() -> Library:
-    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
-    library = Library(models.BPE({symbol: number for number, symbol in enumerate(symbols)}, []))
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    library.decoder = decoders.ByteLevel()
-    library.add_special_tokens([AddedToken(f"<|{number}|>", special=True) for number in range(70)])
+    library = byte_level([f"<|{number}|>" for number in range(70)])
     library.add_tokens(["<|shown|>"])
     return library
 
@@ -124,12 +121,6 @@ def spoken(mla_bundle: Path, tmp_path: Path) -> Iterator[Callable[..., Session]]
         session.close()
 
 
-def _following(library: Library, before: list[int], ids: list[int], **options: bool) -> str:
-    prompt, whole = library.decode(before, **options), library.decode(before + ids, **options)
-    places = range(min(len(prompt), len(whole)) + 1)
-    return str(whole)[next(place for place in reversed(places) if prompt[:place] == whole[:place]) :]
-
-
 PROMPTS = ("the 世界", "ส", "नम", "👩‍👩‍👧", "e\u0301 the", " a ", "x", "don't")
 HOT: dict[str, Any] = {"max_new_tokens": 24, "temperature": 3.0}
 
@@ -142,7 +133,7 @@ def test_text_is_the_decode_of_all_ids(text: tuple[Session, Library], special_to
     for seed, prompt in enumerate(PROMPTS):
         made = session.generate(prompt, seed=seed, **options)
         before = library.encode(prompt).ids
-        wanted = _following(library, before, made.ids, skip_special_tokens=not special_tokens)
+        wanted = following(library, before, made.ids, special_tokens)
         assert made.text == wanted
         pieces = [token.text for token in session.stream(prompt, seed=seed, **options)]
         assert "".join(pieces) == wanted
@@ -150,11 +141,11 @@ def test_text_is_the_decode_of_all_ids(text: tuple[Session, Library], special_to
             before = session.ids + (library.encode(more, add_special_tokens=False).ids if more else [])
             made = session.generate(more, resume=True, seed=seed, **options)
             assert session.ids == before + made.ids
-            assert made.text == _following(library, before, made.ids, skip_special_tokens=not special_tokens)
+            assert made.text == following(library, before, made.ids, special_tokens)
     batch = session.generate(list(PROMPTS[:3]), seed=1, **options)
     for prompt, made in zip(PROMPTS, batch, strict=False):
         before = library.encode(prompt).ids
-        assert made.text == _following(library, before, made.ids, skip_special_tokens=not special_tokens)
+        assert made.text == following(library, before, made.ids, special_tokens)
 
 
 def test_ids_after_which_a_character_is_whole(spoken: Callable[..., Session]) -> None:
@@ -163,7 +154,7 @@ def test_ids_after_which_a_character_is_whole(spoken: Callable[..., Session]) ->
     library, prompt = _byte_fallback(), [1, *(byte + 3 for byte in "世".encode()[:2])]
     for seed in range(6):
         made = session.generate(prompt, seed=seed, **HOT)
-        assert made.text == _following(library, prompt, made.ids)
+        assert made.text == following(library, prompt, made.ids)
 
 
 def test_a_resumed_prompt_gets_no_special_tokens(text: tuple[Session, Library]) -> None:
@@ -210,7 +201,7 @@ def test_the_manifests_end_tokens_end_a_text(spoken: Callable[..., Session]) -> 
     session = spoken(_byte_fallback(), EndToken(end, ""), EndToken(999, "<beyond>"))
     ended = _greedy(session)
     assert (ended.ids, ended.finish_reason) == (free.ids[: place + 1], "stop_id")
-    assert ended.text == _following(_byte_fallback(), session.ids[: -place - 1], ended.ids[:-1])
+    assert ended.text == following(_byte_fallback(), session.ids[: -place - 1], ended.ids[:-1])
     assert _greedy(session, stop_ids=()).ids == free.ids
     # A word of the vocabulary that looks like one is none.
     plain = json.loads(_byte_fallback().to_str())
@@ -232,7 +223,7 @@ def test_a_stop_string_that_is_a_special_token_is_a_stop_id(spoken: Callable[...
             if stop_ids is None and 0 in whole.ids[:at]:
                 continue
             assert (cut.ids, cut.finish_reason) == (whole.ids[: at + 1], "stop_id")
-            assert cut.text == _following(library, before, cut.ids[:-1], skip_special_tokens=not special_tokens)
+            assert cut.text == following(library, before, cut.ids[:-1], special_tokens)
 
 
 def test_the_token_that_ends_a_text_is_shown_with_special_tokens(spoken: Callable[..., Session]) -> None:
@@ -246,7 +237,7 @@ def test_the_token_that_ends_a_text_is_shown_with_special_tokens(spoken: Callabl
         made = session.generate("the", max_new_tokens=40, temperature=3.0, seed=1, special_tokens=True)
         assert made.ids[-1] == end
         ids = made.ids if shown else made.ids[:-1]
-        assert made.text == _following(library, before, ids, skip_special_tokens=False)
+        assert made.text == following(library, before, ids, special_tokens=True)
 
 
 def test_special_tokens_need_a_tokenizer(mla_bundle: Path) -> None:

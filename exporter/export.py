@@ -66,7 +66,7 @@ def export_bundle(
     ``max_context`` (positions) defaults to the checkpoint's ``max_seq_len``; ``dtype`` is the storage dtype of the
     large weights. ``tokenizer`` is a tokenizer.json or its folder, which also says which tokens end a text, unless
     ``end_tokens`` do: their texts, or their ids where there is no tokenizer. ``note`` is told what is worth knowing
-    of it. Raises ExportError, CheckpointError (a weight that is not finite) and ConfigError.
+    of the bundle. Raises ExportError, CheckpointError (a weight that is not finite) and ConfigError.
     """
     if dtype not in STORAGE_TYPES:
         raise ExportError(f"dtype is {dtype!r}, expected one of {', '.join(STORAGE_TYPES)}")
@@ -77,7 +77,7 @@ def export_bundle(
             raise ConfigError(f"{name} is {getattr(config, name)}: a model without these layers can not be exported")
     if context < 1:
         raise ExportError(f"max_context is {context}, expected at least 1")
-    text = tokenizer_for(tokenizer, end_tokens, config.vocab_size, note)
+    text = tokenizer_for(tokenizer, end_tokens, config.vocab_size)
     plan = plan_weights(config, context, dtype)
     require_free_space(output.parent, plan.total_bytes + _GRAPHS_BYTES)
     with BundleWriter(output, force=force) as writer, _disk_errors(output):
@@ -121,6 +121,8 @@ def export_bundle(
             )
 
         writer.finish(manifest, known={WEIGHTS_FILE: hashes.file})
+    for line in text.notes:
+        note(line)
     return open_bundle(output)
 
 

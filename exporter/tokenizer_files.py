@@ -35,11 +35,11 @@ _MOST_BYTES = 1 << 24
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """``data`` of the tokenizer.json to carry along, if any, the tokens that end a text and where that is ``said``."""
+    """``data`` of the tokenizer.json to carry along, if any, the tokens that end a text, and what is worth telling."""
 
     data: bytes | None
     end_tokens: tuple[EndToken, ...]
-    said: str
+    notes: tuple[str, ...]
 
 
 class _Vocabulary:
@@ -69,35 +69,35 @@ class _Vocabulary:
         return EndToken(number, str(self._library.id_to_token(number) or ""))
 
 
-def tokenizer_for(
-    given: Path | None, end_tokens: Sequence[str], vocab_size: int, note: Callable[[str], None]
-) -> TokenizerFiles:
+def tokenizer_for(given: Path | None, end_tokens: Sequence[str], vocab_size: int) -> TokenizerFiles:
     """The tokenizer at ``given``, a tokenizer.json or its folder, for a model that knows ``vocab_size`` ids.
 
-    ``end_tokens`` (texts, or ids where there is no tokenizer) overrule what the folder says. ``note`` is told what
+    ``end_tokens`` (texts, or ids where there is no tokenizer) overrule what the folder says. The notes tell what
     differs from what one might expect. Raises ExportError, ConfigError.
     """
     if given is None:
-        ends = tuple(EndToken(_number(text, vocab_size), "") for text in dict.fromkeys(end_tokens))
-        return TokenizerFiles(None, ends, "--end-token" if ends else "")
-    path = _tokenizer_path(given)
+        ends = tuple(EndToken(_number(text, vocab_size), "") for text in end_tokens)
+        return TokenizerFiles(None, tuple(dict.fromkeys(ends)), ())
     try:
+        path = _tokenizer_path(given)
         library, data = read_tokenizer(path)
     except OSError as error:
-        raise ExportError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise ExportError(f"{given}: cannot be read: {error.strerror or error}") from error
     except ValueError as error:
-        raise ExportError(f"{path}: not a Hugging Face tokenizer.json: {error}") from error
-    _switch_off(path, library, note)
+        raise ExportError(f"{given}: not a Hugging Face tokenizer.json: {error}") from error
+    notes: list[str] = []
+    _switch_off(path, library, notes.append)
     vocabulary = _Vocabulary(library)
-    _check_vocabulary(path, vocabulary, vocab_size, note)
-    ends, said = _end_tokens(path, vocabulary, end_tokens, note)
-    _tell_what_ends_prompts(path, library, ends, note)
+    _check_vocabulary(path, vocabulary, vocab_size, notes.append)
+    ends, said = _end_tokens(path, vocabulary, end_tokens, notes.append)
+    _tell_what_ends_prompts(path, library, ends, notes.append)
     for end in ends:
         if end.id >= vocab_size:
-            note(f"{end} ends a text by {said}, but this model cannot produce it: its ids are 0 .. {vocab_size - 1}")
+            last = vocab_size - 1
+            notes.append(f"{end} ends a text by {said}, but this model cannot produce it: its ids are 0 .. {last}")
         elif not end.text:
-            note(f"{path}: has no token of id {end.id}, which ends a text by {said}")
-    return TokenizerFiles(data, ends, said)
+            notes.append(f"{path}: has no token of id {end.id}, which ends a text by {said}")
+    return TokenizerFiles(data, ends, tuple(notes))
 
 
 def tokenizer_beside(checkpoint: Path) -> Path | None:

@@ -25,9 +25,8 @@ class Taken:
     """What came of a tokenizer, and what was told of it."""
 
     def __init__(self, path: Path | None, *end_tokens: str, vocab_size: int = 1000) -> None:
-        self.notes: list[str] = []
-        self.files: TokenizerFiles = tokenizer_for(path, end_tokens, vocab_size, self.notes.append)
-        self.ends = self.files.end_tokens
+        self.files: TokenizerFiles = tokenizer_for(path, end_tokens, vocab_size)
+        self.ends, self.notes = self.files.end_tokens, self.files.notes
 
     def told(self, *words: str) -> bool:
         """Whether one note holds all of ``words``."""
@@ -76,7 +75,11 @@ def test_a_folder_without_the_file_says_what_it_has(tmp_path: Path) -> None:
         with pytest.raises(ExportError, match=r"it has tokenizer.model, expected tokenizer.json; save_pretrained"):
             Taken(given)
     os.mkfifo(tmp_path / "pipe.json")
-    for given, words in ((tmp_path / "none.json", "no such tokenizer"), (tmp_path / "pipe.json", "is no file")):
+    for given, words in (
+        (tmp_path / "none.json", "no such tokenizer"),
+        (tmp_path / "pipe.json", "is no file"),
+        (tmp_path / ("n" * 5000), "name too long"),
+    ):
         with pytest.raises(ExportError, match=words):
             Taken(given)
 
@@ -126,7 +129,7 @@ def test_added_tokens_beyond_the_models_vocabulary_are_told() -> None:
     assert taken.ends == GPT_OSS_ENDS
     assert taken.told("<|return|> (514)", "this model cannot produce it")
     assert Taken(TOKENIZERS / "gptoss.json", vocab_size=520).told("an added token is unknown", "'<|call|>' (id 520)")
-    assert Taken(TOKENIZERS / "gptoss.json", vocab_size=521).notes == []
+    assert Taken(TOKENIZERS / "gptoss.json", vocab_size=521).notes == ()
 
 
 def test_a_vocabulary_of_another_model_is_refused() -> None:
@@ -233,7 +236,7 @@ def test_end_tokens_that_are_asked_for_overrule_the_rest(folder: Callable[..., P
     path = folder("gptoss", {"eos_token_id": 513}, {"eos_token": "<|return|>"})
     taken = Taken(path, "<|end|>", "<|call|>", "<|end|>", vocab_size=521)
     assert taken.ends == (EndToken(518, "<|end|>"), EndToken(520, "<|call|>"))
-    assert taken.notes == []
+    assert taken.notes == ()
     # One that is no special token, by what it is called or by its text.
     newline = Tokenizer.from_file(str(TOKENIZERS / "gptoss.json")).token_to_id("Ċ")
     for name in ("Ċ", "\n"):

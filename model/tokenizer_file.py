@@ -1,6 +1,7 @@
 """Reading a Hugging Face ``tokenizer.json``, which export and runtime both do. The library loads at first use."""
 
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,9 @@ def encoding(library: Any, text: str, *, around: bool) -> Any:
 def tokens_around_prompt(library: Any) -> tuple[list[str], list[str]]:
     """The tokens that the tokenizer puts before and after the text of every prompt."""
     made = None
-    for text in ("a", "0", *library.get_vocab(with_added_tokens=False)):
+    # Some know few letters, and then one of their own tokens is text to them.
+    sources = (lambda: ("a", "0"), lambda: library.get_vocab(with_added_tokens=False))
+    for text in chain.from_iterable(source() for source in sources):
         with suppress(ValueError):
             made = encoding(library, text, around=True)
             if own := [place for place, added in enumerate(made.special_tokens_mask) if not added]:

@@ -148,7 +148,8 @@ class Session:
 
         ``options`` are the fields of Options. The prompts of a list run together, and each generates what it would
         alone, with the same seed. ``resume`` appends the prompt (which may be empty) to the sequence of the call
-        before, without the tokens that the tokenizer puts around a first one. Raises UsageError, CapacityError.
+        before, without the tokens that the tokenizer puts around a first one, but with the space that some put before
+        every text. Raises UsageError, CapacityError.
         """
         many = not isinstance(prompt, str) and any(isinstance(item, str | Sequence | np.ndarray) for item in prompt)
         results = [Generation() for _ in (prompt if many else [prompt])]

@@ -75,13 +75,10 @@ def test_a_folder_without_the_file_says_what_it_has(tmp_path: Path) -> None:
         with pytest.raises(ExportError, match=r"it has tokenizer.model, expected tokenizer.json; save_pretrained"):
             Taken(given)
     os.mkfifo(tmp_path / "pipe.json")
-    for given, words in (
-        (tmp_path / "none.json", "no such tokenizer"),
-        (tmp_path / "pipe.json", "is no file"),
-        (tmp_path / ("n" * 5000), "name too long"),
-    ):
+    wrong = {"none.json": "no such tokenizer", "pipe.json": "is no file", "n" * 5000: "name too long"}
+    for name, words in wrong.items():
         with pytest.raises(ExportError, match=words):
-            Taken(given)
+            Taken(tmp_path / name)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 The bundle appears whole or not at all. Memory does not grow with the model: no tensor is ever whole in it.
 """
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -15,6 +14,7 @@ import onnx_ir as ir
 
 from mythos_edge.exporter import loop_graph, ort_target
 from mythos_edge.exporter.sample import golden_sample
+from mythos_edge.exporter.tokenizer_files import TOKENIZER_FILE, tokenizer_for
 from mythos_edge.exporter.tracing import tracing
 from mythos_edge.exporter.weights import (
     STORAGE_TYPES,
@@ -43,7 +43,6 @@ from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import ConfigError, ExportError
 from mythos_edge.plugins.torch_ops import add_functions
 
-TOKENIZER_FILE = "tokenizer.json"
 _GRAPHS_BYTES = 16 << 20
 _LIBRARIES = ("mythos-edge", "torch", "onnx", "onnx-ir", "onnxscript")
 
@@ -57,13 +56,17 @@ def export_bundle(
     dtype: str = "fp32",
     max_context: int | None = None,
     tokenizer: Path | None = None,
+    end_tokens: Sequence[str] = (),
     force: bool = False,
     progress: Progress = lambda phase, fraction: None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> Bundle:
     """The bundle written to ``output``; ``progress`` is told the phase and the fraction of it that is done.
 
     ``max_context`` (positions) defaults to the checkpoint's ``max_seq_len``; ``dtype`` is the storage dtype of the
-    large weights. Raises ExportError, CheckpointError (a weight that is not finite) and ConfigError.
+    large weights. ``tokenizer`` is a tokenizer.json or its folder, which also says which tokens end a text, unless
+    ``end_tokens`` do: their texts, or their ids where there is no tokenizer. ``note`` is told what is worth knowing
+    of the bundle. Raises ExportError, CheckpointError (a weight that is not finite) and ConfigError.
     """
     if dtype not in STORAGE_TYPES:
         raise ExportError(f"dtype is {dtype!r}, expected one of {', '.join(STORAGE_TYPES)}")
@@ -74,8 +77,7 @@ def export_bundle(
             raise ConfigError(f"{name} is {getattr(config, name)}: a model without these layers can not be exported")
     if context < 1:
         raise ExportError(f"max_context is {context}, expected at least 1")
-    if tokenizer is not None:
-        _check_tokenizer(tokenizer, config)
+    text = tokenizer_for(tokenizer, end_tokens, config.vocab_size)
     plan = plan_weights(config, context, dtype)
     require_free_space(output.parent, plan.total_bytes + _GRAPHS_BYTES)
     with BundleWriter(output, force=force) as writer, _disk_errors(output):
@@ -92,8 +94,8 @@ def export_bundle(
         graphs = _write_graphs(config, folder, progress)
         stages = {stage: ir.load(folder / f"{stage}.onnx") for stage in STAGES}
         lowered = ort_target.write_graphs(stages, folder, TARGET, config)
-        if tokenizer is not None:
-            shutil.copyfile(tokenizer, folder / TOKENIZER_FILE)
+        if text.data is not None:
+            (folder / TOKENIZER_FILE).write_bytes(text.data)
         progress("self-test sample", 0.0)
         sample = golden_sample(config, plan, folder, context)
 
@@ -111,14 +113,16 @@ def export_bundle(
                 versions={name: metadata.version(name) for name in _LIBRARIES},
                 source=source,
                 sample=sample,
-                tokenizer=TOKENIZER_FILE if tokenizer is not None else None,
-                end_tokens=(),
+                tokenizer=None if text.data is None else TOKENIZER_FILE,
+                end_tokens=text.end_tokens,
                 rope_table="config",
                 presets={},
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
             )
 
         writer.finish(manifest, known={WEIGHTS_FILE: hashes.file})
+    for line in text.notes:
+        note(line)
     return open_bundle(output)
 
 
@@ -168,16 +172,3 @@ def _mapped_target(lowered: ort_target.Lowered, dtype: str, identity: str) -> Ta
 
 def _source(checkpoint: Checkpoint, hashes: WeightsHashes) -> Source:
     return Source(checkpoint.path.name, checkpoint.kind, hashes.source, checkpoint.step)
-
-
-def _check_tokenizer(path: Path, config: MythosConfig) -> None:
-    from tokenizers import Tokenizer
-
-    if not path.is_file():
-        raise ExportError(f"{path}: no such tokenizer; expected a Hugging Face tokenizer.json")
-    try:
-        size = Tokenizer.from_file(str(path)).get_vocab_size()
-    except Exception as error:  # the library raises plain Exception
-        raise ExportError(f"{path}: not a Hugging Face tokenizer.json: {error}") from error
-    if size > config.vocab_size:
-        raise ConfigError(f"{path}: the tokenizer has {size} tokens, but the model knows {config.vocab_size}")

@@ -169,10 +169,19 @@ class GoldenSample:
 
 @dataclass(frozen=True)
 class EndToken:
-    """A token that ends a text: its id, and what the tokenizer calls it."""
+    """A token that ends a text: its id, and what the tokenizer calls it; no ``text`` where there is none that does."""
 
     id: int
     text: str
+
+    @property
+    def name(self) -> str:
+        """What to call it: its text, else its id."""
+        return self.text or str(self.id)
+
+    def __str__(self) -> str:
+        shown = self.text if self.text.isprintable() else repr(self.text)
+        return f"{shown} ({self.id})" if self.text else str(self.id)
 
 
 @dataclass(frozen=True)

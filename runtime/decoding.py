@@ -177,7 +177,7 @@ class Decoding:
         result.logprobs.append(drawn.logprob)
         result.depths.append(drawn.depth)
         reason = self._reason_to_finish(drawn.id)
-        shown = self._text.push(drawn.id, shown=reason != "stop_id", last=reason is not None)
+        shown = self._text.push(drawn.id, ends=reason == "stop_id", last=reason is not None)
         if self._text.present:
             result.text = (result.text or "") + shown
         if self._text.stopped:
@@ -208,13 +208,21 @@ class Decoding:
 
 
 class TextSoFar:
-    """The text of one sequence as it becomes final; empty without a tokenizer."""
+    """The text of one sequence as it becomes final; empty without a tokenizer.
 
-    def __init__(self, tokenizer: Tokenizer | None, stop_strings: Sequence[str]) -> None:
-        if stop_strings and tokenizer is None:
-            raise UsageError("stop strings need a tokenizer, which this bundle has not: use stop ids")
-        self._stream = None if tokenizer is None else TextStream(tokenizer)
-        self._stops = StopStrings(stop_strings)
+    Raises UsageError for a request that needs a tokenizer where there is none.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, options: Options) -> None:
+        asked = {"stop strings need": options.stop_strings, "special tokens need": options.special_tokens}
+        needs = next((words for words, wanted in asked.items() if wanted), None)
+        if needs and tokenizer is None:
+            raise UsageError(f"{needs} a tokenizer, which this bundle has not: use stop ids, and read the ids")
+        special = {} if tokenizer is None else {stop: tokenizer.special_id(stop) for stop in options.stop_strings}
+        # Special tokens have no text that a stop string could be found in.
+        self.stop_ids = tuple(number for number in special.values() if number is not None)
+        self._stops = StopStrings([stop for stop in options.stop_strings if special.get(stop) is None])
+        self._stream = None if tokenizer is None else TextStream(tokenizer, options.special_tokens)
         self.stopped = False
 
     @property
@@ -223,14 +231,18 @@ class TextSoFar:
         return self._stream is not None
 
     def follow(self, ids: Sequence[int]) -> None:
-        """The tokens before the first, which decide whether it begins with a space."""
+        """The tokens before the first, which decide how its text begins."""
         if self._stream is not None:
             self._stream.follow(ids)
 
-    def push(self, token_id: int, *, shown: bool, last: bool) -> str:
-        """The text that is final with this token; with the ``last`` one nothing is held back."""
+    def push(self, token_id: int, *, ends: bool, last: bool) -> str:
+        """The text that is final with this token; with the ``last`` one nothing is held back.
+
+        A token that ``ends`` the text belongs to it where it is a special one, so that it is seen where these are.
+        """
         if self._stream is None:
             return ""
+        shown = not ends or (token_id not in self.stop_ids and self._stream.is_special(token_id))
         text = self._stream.push(token_id) if shown else ""
         if last:
             text += self._stream.flush()

@@ -28,16 +28,19 @@ class Options(Depth, SamplingParams):
     """What a request may ask for. Raises UsageError for values of another type or out of range.
 
     Depth: see ``halting.Depth``. Sampling: see ``sampling.SamplingParams`` (temperature 0 is greedy).
-    ``stop_ids``: tokens that end the text; by default the tokenizer's own end tokens. ``chunk``: prompt positions
-    run at once. ``max_lag``: positions a loop step may fall behind before it is caught up in the background, one
-    call a token; by default it catches up only when needed. ``draft_depth`` and ``draft_tokens``: self-speculation
-    with that many tokens drafted at that many loop steps, see ``speculation``; ``"auto"`` chooses what is fastest,
-    plain decoding included, which makes sampling depend on the machine's pace whatever the seed.
+    ``stop_ids``: tokens that end the text; by default the bundle's end tokens. ``stop_strings``: texts that end it; one
+    that is a special token becomes a stop id beside those. ``special_tokens``: whether these are shown in the text, the
+    one that ends it included. ``chunk``: prompt positions run at once. ``max_lag``: positions a loop step may fall
+    behind before it is caught up in the background, one call a token; by default it catches up only when needed.
+    ``draft_depth`` and ``draft_tokens``: self-speculation with that many tokens drafted at that many loop steps, see
+    ``speculation``; ``"auto"`` chooses what is fastest, plain decoding included, which makes sampling depend on the
+    machine's pace whatever the seed.
     """
 
     max_new_tokens: Annotated[int, _COUNT] = 128
     stop_ids: tuple[int, ...] | None = None
     stop_strings: tuple[str, ...] = ()
+    special_tokens: bool = False
     chunk: Annotated[int, _COUNT] = 512
     max_lag: Annotated[int | None, _COUNT] = None
     draft_depth: Annotated[int | Literal["auto"] | None, LOOP_STEPS] = None
@@ -92,6 +95,7 @@ class RequestOptions(ScoreOptions, total=False):
     max_new_tokens: Whole
     stop_ids: Sequence[int] | AbstractSet[int] | NDArray[np.integer[Any]] | None
     stop_strings: str | Sequence[str]
+    special_tokens: bool
     chunk: Whole
     draft_depth: Whole | Literal["auto"] | None
     draft_tokens: Whole | Literal["auto"] | None

@@ -145,7 +145,8 @@ class Session:
 
         ``options`` are the fields of Options. The prompts of a list run together, and each generates what it would
         alone, with the same seed. ``resume`` appends the prompt (which may be empty) to the sequence of the call
-        before. Raises UsageError, CapacityError.
+        before, without the tokens that the tokenizer puts around a first one, but with the space that some put before
+        every text. Raises UsageError, CapacityError.
         """
         prompts, many = separate(prompt)
         results = [Generation() for _ in prompts]
@@ -265,16 +266,17 @@ class Session:
     ) -> list[Decoding]:
         """The requests at work on the prompts, each filling in its own of ``results``."""
         resume = flag("resume", resume)
-        encoded = [self._encode(prompt) for prompt in prompts]
+        goes_on = resume and any(sequence.ids for sequence in self._sequences)
+        encoded = [self._encode(prompt, first=not goes_on) for prompt in prompts]
         # Nothing of the session changes before everything that can be refused was.
-        texts = [TextSoFar(self.tokenizer, options.stop_strings) for _ in encoded]
+        texts = [TextSoFar(self.tokenizer, options) for _ in encoded]
         check_range(() if options.stop_ids is None else options.stop_ids, self.config, "stop id")
         depth = options.depth.resolve(self.config)
         tuner = self._tuner(options, depth, len(encoded))
         self._take_prompts(encoded, resume, options, depth)
         stop_ids = options.stop_ids if options.stop_ids is not None else self._end_ids()
         return [
-            Decoding(sequence, options, stop_ids, text, result, tuner)
+            Decoding(sequence, options, (*stop_ids, *text.stop_ids), text, result, tuner)
             for sequence, text, result in zip(self._sequences, texts, results, strict=True)
         ]
 
@@ -349,15 +351,28 @@ class Session:
         context = min(columns, self._max_context)
         require_memory(self._plan(context, batch, depth.max_depth), held, self.backend.memory.free_bytes())
 
-    def _encode(self, prompt: Any) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise UsageError("this bundle has no tokenizer: give token ids, or export with --tokenizer")
-            return self.tokenizer.encode(prompt)
-        return ids_of(prompt, self.config)
+    def _encode(self, prompt: Any, first: bool) -> list[int]:
+        """The ids of a prompt; text that is the ``first`` of its sequence with what the tokenizer puts around it."""
+        if not isinstance(prompt, str):
+            return ids_of(prompt, self.config)
+        if self.tokenizer is None:
+            raise UsageError("this bundle has no tokenizer: give token ids, or export with --tokenizer")
+        ids = self.tokenizer.encode(prompt, first=first)
+        self._check_known(ids, self.tokenizer)
+        return ids
+
+    def _check_known(self, ids: Sequence[int], tokenizer: Tokenizer) -> None:
+        """Raises UsageError for a token that the tokenizer knows and the model does not."""
+        known = self.config.vocab_size
+        unknown = next((number for number in ids if number >= known), None)
+        if unknown is not None:
+            raise UsageError(
+                f"the prompt holds the token {tokenizer.token(unknown)!r} (id {unknown}), which this model does not "
+                f"know: its ids are 0 .. {known - 1}; leave the token out"
+            )
 
     def _end_ids(self) -> tuple[int, ...]:
-        return () if self.tokenizer is None else tuple(self.tokenizer.eos_ids)
+        return tuple(token.id for token in self.bundle.manifest.end_tokens)
 
     def _only_sequence(self) -> TokenSequence:
         if len(self._sequences) != 1:

@@ -1,92 +1,195 @@
 """Text in and out of a session: the tokenizer, text as it becomes final, stop strings."""
 
-from collections.abc import Sequence
+import functools
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mythos_edge.model.errors import BackendUnavailable, BundleError, UsageError
+from mythos_edge.model.errors import BundleError, UsageError
+from mythos_edge.model.tokenizer_file import encoding, read_tokenizer, tokens_around_prompt
+from mythos_edge.runtime.text_cuts import Cuts, Nowhere, cuts_of
 
-_END_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|end|>", "<eos>", "<|im_end|>")
-_UNFINISHED = "\ufffd"
-# A character has at most four bytes, and a bad byte or two may stand before it: what is still incomplete after this
-# many tokens never will be complete.
-_LONGEST_WAIT = 8
-# Tokens of text that never comes to a clean end, before older ones are forgotten.
-_LONGEST_WINDOW = 48
+# What the decoder's text is tried with at the beginning of a prompt, before the whole is.
+_FEW = 32
 
 
 class Tokenizer:
-    """A Hugging Face ``tokenizer.json``. Raises BundleError when damaged, BackendUnavailable without the library."""
+    """A Hugging Face ``tokenizer.json``, without what it may do to prompts on its own: cut, pad, drop merges.
+
+    Raises BundleError when damaged, BackendUnavailable without the library.
+    """
 
     def __init__(self, path: Path) -> None:
         try:
-            from tokenizers import Tokenizer as Library
-        except ImportError as error:
-            raise BackendUnavailable("text needs the tokenizers library", "pip install tokenizers") from error
+            self._library, _ = read_tokenizer(path)
+        except (ValueError, OSError) as error:
+            raise BundleError(f"{path}: not a tokenizer: {error}") from error
+        self._library.no_truncation()
+        self._library.no_padding()
+        if getattr(self._library.model, "dropout", None) is not None:
+            self._library.model.dropout = None
+        added = self._library.get_added_tokens_decoder().values()
+        self._special = frozenset(token.content for token in added if token.special)
+        self._texts: dict[int, str] = {}
+
+    def encode(self, text: str, *, first: bool = True) -> list[int]:
+        """The ids of ``text``; with what the tokenizer adds to a prompt when it is the ``first`` of a sequence.
+
+        Raises UsageError for text that the tokenizer cannot encode.
+        """
         try:
-            self._library = Library.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            raise BundleError(f"{path}: not a tokenizer: {' '.join(str(error).split())}") from error
-        found = (self._library.token_to_id(name) for name in _END_TOKENS)
-        self.eos_ids: tuple[int, ...] = tuple(number for number in found if number is not None)
+            return list(encoding(self._library, text, around=first).ids)
+        except ValueError as error:
+            raise UsageError(f"the tokenizer cannot encode the prompt {text[:40]!r}: {error}") from error
 
-    def encode(self, text: str) -> list[int]:
-        return list(self._library.encode(text).ids)
+    def decode(self, ids: Sequence[int], *, special_tokens: bool = False) -> str:
+        """The text of ``ids``; ids without a token have none, and special tokens only when asked for."""
+        # The library's decoder Strip panics on no tokens.
+        return str(self._library.decode(list(ids), skip_special_tokens=not special_tokens)) if ids else ""
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return str(self._library.decode(list(ids)))
+    def token(self, token_id: int) -> str | None:
+        """What the tokenizer calls a token; None where it has none of that id."""
+        found = self._library.id_to_token(token_id)
+        return None if found is None else str(found)
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether a token has no text unless special tokens are asked for."""
+        return self.token(token_id) in self._special
+
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token that ``text`` is, exactly; None where it is none."""
+        return self._library.token_to_id(text) if text in self._special else None
+
+    def added_to_prompt(self) -> tuple[list[str], list[str]]:
+        """The tokens that stand before and after the text of every first prompt."""
+        return tokens_around_prompt(self._library)
+
+    def cuts(self) -> Cuts:
+        """Where the text of a sequence may be cut, from its first token on."""
+        return Nowhere() if self.anchor is None else self._cuts_of_decoder()
+
+    @functools.cached_property
+    def _cuts_of_decoder(self) -> Callable[[], Cuts]:
+        decoder = self._library.decoder
+        return cuts_of(None if decoder is None else json.loads(decoder.__getstate__()))
+
+    @functools.cached_property
+    def anchor(self) -> int | None:
+        """A token that can stand for all that comes before a cut: it has text of its own, and a cut after it."""
+        for number in range(self._library.get_vocab_size()):
+            token, cuts = self.token(number), self._cuts_of_decoder()
+            if token is None or token in self._special or not cuts.closes(token):
+                continue
+            if (text := self.decode([number])) and self.decode([number, number]).startswith(text):
+                return number
+        return None
+
+    def text_inside(self, token_id: int) -> str:
+        """The text of one token between two cuts, where it does not depend on the token before."""
+        text = self._texts.get(token_id)
+        if text is None:
+            assert self.anchor is not None
+            whole = self.decode([self.anchor, token_id], special_tokens=True)
+            text = self._texts[token_id] = whole.removeprefix(self.decode([self.anchor]))
+        return text
 
 
 class TextStream:
-    """Text of a token stream, given out as soon as no later token can change it.
+    """The text of the tokens that follow a prompt, given out as soon as no later token can change it.
 
-    Decodes a short window only: the tokens since the last clean end of text, and those of the piece before it, which
-    decide about spaces.
+    All of it together is the decode of all ids without what that has in common, from its beginning on, with the decode
+    of the prompt's ids alone. At a cut (see ``text_cuts``) the text since the last one is final; it is decoded after
+    a token that stands for all before, so that the work does not grow with the sequence.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._before = 0  # tokens of the piece before stand first in the window
-        self._shown = 0  # characters of the window's text that were given out
-        self._waiting = 0  # tokens since anything was
+    def __init__(self, tokenizer: Tokenizer, special_tokens: bool = False) -> None:
+        self._tokenizer, self._special_tokens = tokenizer, special_tokens
+        self._cuts = tokenizer.cuts()
+        self._open: list[int] = []  # the tokens since the last cut
+        # What stands for those before it; nothing while these have no text, for a decoder may treat the first apart.
+        self._context: list[int] = []
+        self._told = ""  # text of the prompt that may come out once more
 
     def follow(self, ids: Sequence[int]) -> None:
         """Begins after ``ids``, whose own text is not given out."""
-        self._ids = list(ids[-_LONGEST_WAIT:])
-        self._before, self._shown = len(self._ids), len(self._tokenizer.decode(self._ids))
+        self._cuts = self._tokenizer.cuts()
+        start = cut = self._last_beginning(ids)
+        for place in range(start, len(ids)):
+            token = self._shown_token(ids[place])
+            if token is not None and self._cuts.closes(token):
+                cut = place + 1
+        self._context = []
+        if self._decode(ids[: min(cut, _FEW)]) or self._decode(ids[:cut]):
+            self._cut_after(next(number for number in reversed(ids[:cut]) if self._shown_token(number) is not None))
+        rest = ids[cut:] if self._context else ids
+        self._open = [number for number in rest if self._shown_token(number) is not None]
+        self._told = self._text_since_cut()
 
     def push(self, token_id: int) -> str:
-        """The text that became final with this token; empty while a character is still incomplete."""
-        self._ids.append(token_id)
-        return self._take(unfinished_too=False)
+        """The text that became final with this token; empty while a later one may change it."""
+        token = self._shown_token(token_id)
+        if token is None:
+            return ""
+        ended = self._take() if self._open and self._cuts.begins(token) else ""
+        self._open.append(token_id)
+        return ended + (self._take() if self._cuts.closes(token) else "")
 
     def flush(self) -> str:
-        """What is left, incomplete or not."""
-        return self._take(unfinished_too=True)
+        """What is left, when no token follows: this is to be the last call."""
+        text, self._open = self._text_since_cut(), []
+        return self._news(text)
 
-    def _take(self, *, unfinished_too: bool) -> str:
-        text = self._tokenizer.decode(self._ids)
-        clean = not text.endswith(_UNFINISHED)
-        self._waiting += 1
-        everything = clean or unfinished_too or self._waiting >= _LONGEST_WAIT
-        end = len(text) if everything else len(text.rstrip(_UNFINISHED))
-        piece, held = text[self._shown : end], len(text) - end
-        if piece:
-            self._waiting = 0
-        if piece and everything:
-            self._forget(self._before, held)
-            self._before = len(self._ids)
-        elif len(self._ids) > _LONGEST_WINDOW:
-            self._forget(len(self._ids) // 2, held)
-            self._before = 0
-        else:
-            self._shown = max(self._shown, end)
-        return piece
+    def _take(self) -> str:
+        """The text since the last cut, for there is another now."""
+        text = self._text_since_cut()
+        if text or self._context:
+            self._cut_after(self._open[-1])
+            self._open = []
+        return self._news(text)
 
-    def _forget(self, count: int, held: int) -> None:
-        """Drops the first ``count`` tokens of the window; ``held`` characters at its end were not given out."""
-        self._ids = self._ids[count:]
-        self._shown = max(0, len(self._tokenizer.decode(self._ids)) - held)
+    def is_special(self, token_id: int) -> bool:
+        """Whether a token has text only when special tokens are shown."""
+        return self._tokenizer.is_special(token_id)
+
+    def _shown_token(self, token_id: int) -> str | None:
+        """The token as the decoder gets it; None for those that it does not get."""
+        token = self._tokenizer.token(token_id)
+        return None if not self._special_tokens and self._tokenizer.is_special(token_id) else token
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, special_tokens=self._special_tokens)
+
+    def _text_since_cut(self) -> str:
+        if not self._context or not self._open:
+            return self._decode(self._open)
+        if len(self._open) == 1 and not self._cuts.looks_back:
+            return self._tokenizer.text_inside(self._open[0])
+        return self._decode([*self._context, *self._open])[len(self._decode(self._context)) :]
+
+    def _cut_after(self, token_id: int) -> None:
+        anchor = self._tokenizer.anchor
+        assert anchor is not None
+        self._context = [anchor, token_id] if self._cuts.looks_back else [anchor]
+
+    def _last_beginning(self, ids: Sequence[int]) -> int:
+        """The last place before which there is a cut whatever comes before, 0 where there is none."""
+        for place in range(len(ids) - 1, 0, -1):
+            token = self._shown_token(ids[place])
+            if token is not None and self._cuts.begins(token):
+                return place
+        return 0
+
+    def _news(self, text: str) -> str:
+        """``text`` without what the prompt's own had told of it."""
+        told = self._told
+        if not told or not text:
+            return text
+        same = next((at for at, (a, b) in enumerate(zip(told, text, strict=False)) if a != b), None)
+        if same is None:
+            self._told, text = told[len(text) :], text[len(told) :]
+            return text
+        self._told = ""
+        return text[same:]
 
 
 class StopStrings:

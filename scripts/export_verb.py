@@ -20,13 +20,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, metavar="JSON", help="config fields the checkpoint does not tell")
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="storage of large weights")
     parser.add_argument("--max-context", type=int, metavar="N", help="longest sequence (default: the checkpoint's)")
-    parser.add_argument("--tokenizer", type=Path, metavar="JSON", help="Hugging Face tokenizer.json to carry along")
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="PATH", help="Hugging Face tokenizer.json to carry along, or its folder"
+    )
+    parser.add_argument(
+        "--end-token",
+        action="append",
+        default=[],
+        metavar="TOKEN",
+        help="ends a text: a token of the tokenizer, or an id without one (repeatable; default: what the tokenizer's "
+        "folder says in generation_config.json or tokenizer_config.json, else its special tokens of known names)",
+    )
     parser.add_argument("--force", action="store_true", help="replace an existing bundle, targets built in it too")
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
     try:
         from mythos_edge.exporter.export import export_bundle
+        from mythos_edge.exporter.tokenizer_files import tokenizer_beside
         from mythos_edge.model.checkpoint import open_checkpoint
     except ImportError as error:
         message = f"exporting needs {error.name}, which is not installed"
@@ -45,8 +56,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
             dtype=args.dtype,
             max_context=args.max_context,
             tokenizer=args.tokenizer,
+            end_tokens=args.end_token,
             force=args.force,
             progress=console.progress,
+            note=lambda text: console.note(f"note: {text}"),
         )
     seconds = time.perf_counter() - started
     manifest = bundle.manifest
@@ -54,9 +67,13 @@ def run(args: argparse.Namespace, console: Console) -> int:
     note = manifest.targets["ort-cpu"].note
     if note:
         console.note(f"note: {note}")
+    if args.tokenizer is None and (beside := tokenizer_beside(args.checkpoint)):
+        console.note(f"note: {beside} was not taken along: --tokenizer {beside} does")
     console.say(
         f"{bundle.path}: {size / 1e6:.1f} MB, {manifest.dtype}, context {manifest.max_context}, {seconds:.1f} s"
     )
+    ends = ", ".join(map(str, manifest.end_tokens)) or "none: a text ends at --max-new-tokens"
+    console.say(f"end tokens: {ends}")
     console.result(
         {
             "bundle": str(bundle.path),
@@ -64,6 +81,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
             "dtype": manifest.dtype,
             "compute_dtype": manifest.targets["ort-cpu"].compute_dtype,
             "max_context": manifest.max_context,
+            "end_tokens": [token.name for token in manifest.end_tokens],
             "seconds": seconds,
         }
     )

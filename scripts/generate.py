@@ -22,9 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         action="append",
         metavar="ID",
-        help="end at this token (repeatable; default: the tokenizer's own end tokens)",
+        help="end at this token (repeatable; default: the bundle's end tokens)",
     )
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text (repeatable)")
+    parser.add_argument("--special-tokens", action="store_true", help="show special tokens in the text, too")
     parser.add_argument("--show-depth", action="store_true", help="print the depth of every token")
     options.add_depth(parser)
     options.add_sampling(parser)
@@ -39,6 +40,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         "max_new_tokens": args.max_new_tokens,
         "stop_ids": None if args.stop_id is None else tuple(args.stop_id),
         "stop_strings": tuple(args.stop),
+        "special_tokens": args.special_tokens,
         **options.depth_of(args),
         **options.sampling_of(args),
         **options.drafts_of(args),

@@ -8,6 +8,7 @@ from typing import Any
 from mythos_edge.model.bundle import Bundle, has_manifest, manifest_to_dict, open_bundle
 from mythos_edge.model.errors import BackendUnavailable, BundleError, CheckpointError, UsageError
 from mythos_edge.runtime.caches import CachePlan, plan_cache
+from mythos_edge.runtime.text import Tokenizer
 from mythos_edge.scripts.build import weights_of
 from mythos_edge.scripts.console import Console
 
@@ -41,6 +42,9 @@ def _bundle(bundle: Bundle) -> dict[str, Any]:
         "kind": "bundle",
         "path": str(bundle.path),
         "bytes": sum(record.bytes for record in manifest.files.values()),
+        "end_tokens": [token.name for token in manifest.end_tokens],
+        "end_ids": [token.id for token in manifest.end_tokens],
+        **_added_to_prompt(bundle),
         "cache": {
             "slots": plan.slots,
             "bytes_per_token": plan.bytes_per_token,
@@ -49,6 +53,28 @@ def _bundle(bundle: Bundle) -> dict[str, Any]:
         },
         "manifest": manifest_to_dict(manifest),
     }
+
+
+def _added_to_prompt(bundle: Bundle) -> dict[str, list[str]]:
+    """The tokens that the tokenizer puts before and after the text of a prompt; nothing where none can be asked."""
+    name = bundle.manifest.tokenizer
+    if name is None:
+        return {}
+    try:
+        before, after = Tokenizer(bundle.file(name)).added_to_prompt()
+    except BackendUnavailable:  # to look at a bundle needs no library
+        return {}
+    return {"prompt_begins_with": before, "prompt_ends_with": after}
+
+
+def _tokenizer_line(bundle: Bundle) -> str:
+    """The file, and what it puts around a prompt."""
+    name, added = bundle.manifest.tokenizer, _added_to_prompt(bundle)
+    if name is None or not added:
+        return name or "none"
+    words = zip(("begins with", "ends with"), added.values(), strict=True)
+    around = [f"{where} {' '.join(tokens)}" for where, tokens in words if tokens]
+    return f"{name}; a prompt {' and '.join(around) or 'gets no tokens beside its text'}"
 
 
 def _cache_plan(bundle: Bundle) -> CachePlan:
@@ -70,7 +96,8 @@ def _show_bundle(console: Console, bundle: Bundle) -> None:
         "experts": f"{experts}, {config.n_shared_experts} shared",
         "stored as": manifest.dtype,
         "context": f"{manifest.max_context} tokens; caches of {cache}",
-        "tokenizer": manifest.tokenizer or "none",
+        "tokenizer": _tokenizer_line(bundle),
+        "text ends": ", ".join(map(str, manifest.end_tokens)) or "at --max-new-tokens: the bundle has no end tokens",
         "presets": ", ".join(f"{name} ({one.target})" for name, one in manifest.presets.items()) or "none",
         "graphs": ", ".join(manifest.graphs),
     }.items():

@@ -1,0 +1,60 @@
+"""Reading a Hugging Face ``tokenizer.json``, which export and runtime both do. The library loads at first use."""
+
+from contextlib import suppress
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from mythos_edge.model.errors import BackendUnavailable
+
+_LFS_POINTER = b"version https://git-lfs.github.com/"
+# The largest ones in use have about 40 MB.
+_MOST_BYTES = 1 << 29
+
+
+def read_tokenizer(path: Path) -> tuple[Any, bytes]:
+    """The library's tokenizer as the file has it, and the file's bytes.
+
+    Raises ValueError that says why the file is no tokenizer, OSError, and BackendUnavailable without the library.
+    """
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise BackendUnavailable("text needs the tokenizers library", "pip install tokenizers") from error
+    with path.open("rb") as file:
+        data = file.read(_MOST_BYTES + 1)
+    if len(data) > _MOST_BYTES:
+        raise ValueError(f"it has more than {_MOST_BYTES >> 20} MiB")
+    if data.startswith(_LFS_POINTER):
+        raise ValueError("it is a git-LFS pointer, not the file itself: run `git lfs pull` where it came from")
+    text = data.decode("utf-8-sig")  # a byte order mark is no error
+    try:
+        return Tokenizer.from_str(text), data
+    except Exception as error:  # the library raises plain Exception
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def encoding(library: Any, text: str, *, around: bool) -> Any:
+    """The library's encoding of ``text``, with what is put ``around`` a prompt or without.
+
+    Raises ValueError that says why the tokenizer cannot encode it.
+    """
+    try:
+        return library.encode(text, add_special_tokens=around)
+    except TypeError as error:  # lone surrogates, which stand for bytes of a command line
+        raise ValueError("it holds bytes that are no UTF-8") from error
+    except Exception as error:  # the library raises plain Exception
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def tokens_around_prompt(library: Any) -> tuple[list[str], list[str]]:
+    """The tokens that the tokenizer puts before and after the text of every prompt."""
+    made = None
+    # Some know few letters, and then one of their own tokens is text to them.
+    sources = (lambda: ("a", "0"), lambda: library.get_vocab(with_added_tokens=False))
+    for text in chain.from_iterable(source() for source in sources):
+        with suppress(ValueError):
+            made = encoding(library, text, around=True)
+            if own := [place for place, added in enumerate(made.special_tokens_mask) if not added]:
+                return list(made.tokens[: own[0]]), list(made.tokens[own[-1] + 1 :])
+    return [] if made is None else list(made.tokens), []

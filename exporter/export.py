@@ -77,8 +77,9 @@ def export_bundle(
     if tokenizer is not None:
         _check_tokenizer(tokenizer, config)
     plan = plan_weights(config, context, dtype)
-    require_free_space(output.parent, plan.total_bytes + _GRAPHS_BYTES)
-    with BundleWriter(output, force=force) as writer, _disk_errors(output):
+    writer = BundleWriter(output, force=force)
+    require_free_space(writer.folder, plan.total_bytes + _GRAPHS_BYTES)
+    with writer, _disk_errors(output):
         folder = writer.folder
         with tracing(config, context, dtype, folder) as finish_tracing:
             hashes = write_weights(

@@ -22,7 +22,7 @@ from mythos_edge.exporter.rounding import (
     plan_rounded,
     write_rounded,
 )
-from mythos_edge.exporter.target_files import files_beside, install, weights_file
+from mythos_edge.exporter.target_files import files_beside, install, settled, weights_file
 from mythos_edge.exporter.weights import bytes_read
 from mythos_edge.model.bundle import (
     CPU_PROVIDER,
@@ -130,7 +130,7 @@ def build_target(
     manifest, name = bundle.manifest, target_name(weights)
     with files_beside(bundle, name, progress) as folder:
         stages = {stage: ir.load(bundle.file(f"{stage}.onnx")) for stage in STAGES}
-        plan = None
+        plan, packs = None, None
         if weights != "fp32":
             if block is None:
                 block = _default_block(weights, manifest.config.dim)
@@ -139,8 +139,8 @@ def build_target(
             plan = plan_rounded(matrices_of(manifest.config, rounding, keep), rounding)
             require_free_space(path, plan.total_bytes)
             round_weights(bundle, plan, folder / weights_file(name), importance, progress)
+            packs = plan.packs(settled(bundle, folder, weights_file(name)), folder)
         progress("graphs", 0.0)
-        packs = None if plan is None else plan.packs(weights_file(name), folder)
         lowered = write_graphs(stages, folder, name, manifest.config, partial(lower_for_ort, packs=packs))
         target = TargetSpec(
             graphs=lowered.graphs,

@@ -83,10 +83,11 @@ class OrtBackend:
                 f"mythos-edge build {bundle.path} --weights int8 --block 128",
             )
         self._open = open_graph or (lambda path: BoundGraph(path, ort_session(path, threads, spec.prepacked)))
-        self._bundle, self._spec = bundle, spec
+        self._bundle, self._target, self._spec = bundle, target, spec
         self._positions = np.zeros((1, 1), np.int64)
-        for stage in STAGES:
-            self._stages[stage] = self._open(bundle.file(spec.graphs[stage]))
+        with bundle.unchanged(target):
+            for stage in STAGES:
+                self._stages[stage] = self._open(bundle.file(spec.graphs[stage]))
 
     def run(self, stage: str, feeds: Arrays, outputs: Arrays) -> None:
         start, count = int(feeds["length"]), feeds[ROWS[stage]].shape[1]
@@ -98,12 +99,17 @@ class OrtBackend:
 
     def run_together(self, stage: str, calls: Sequence[Call]) -> None:
         if stage not in self._many:
-            self._many[stage] = self._open(self._bundle.file(self._spec.graphs[f"{stage}.many"]))
+            self._many[stage] = self._opened_late(self._spec.graphs[f"{stage}.many"])
         whole = packed(stage, calls, MAX_TOGETHER, self.memory)
         self._many[stage].run(*whole)
         # Not one of these arrays comes again, and bound they would stay in memory.
         self._many[stage].forget()
         unpack(stage, whole.outputs, calls)
+
+    def _opened_late(self, file: str) -> "BoundGraph":
+        """A graph of the same model and rounding as the others, or a BundleError."""
+        with self._bundle.unchanged(self._target):
+            return self._open(self._bundle.file(file))
 
     def graph_seconds(self, stage: str | None = None) -> float:
         """Time spent inside the graphs so far, or those of one stage; the rest of a run's time is the host's."""

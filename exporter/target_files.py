@@ -77,7 +77,7 @@ def install(bundle: Bundle, folder: Path, name: str, target: TargetSpec) -> Bund
         # Graphs hold the names of weights.
         if any(names[file] != file for file in records if file.startswith("weights.")):
             raise BuildError(f"{bundle.path}: {name} was built by another process meanwhile: use it, or build again")
-        replaced = now.files_of(name) if name in now.targets else set()
+        replaced = now.files_of(name) - now.files_of(TARGET) if name in now.targets else set()
         graphs = {stage: names[file] for stage, file in target.graphs.items()}
         manifest = dataclasses.replace(
             now,

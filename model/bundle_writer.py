@@ -40,7 +40,7 @@ from mythos_edge.model.bundle import (
 )
 from mythos_edge.model.errors import BundleError, ExportError
 from mythos_edge.model.file_locks import locked
-from mythos_edge.model.partial_folders import PartialFolder, is_partial, partial_name
+from mythos_edge.model.partial_folders import PartialFolder, is_partial, partial_name, remove_partials
 
 # In a partial folder: the names that are moved into the bundle, or out of use there.
 _JOURNAL = ".moves.json"
@@ -69,8 +69,10 @@ class BundleWriter:
         if looping:
             raise ExportError(f"{path}: is a link that leads to itself: choose another folder")
         self._fills = _is_fixed(self._path)
-        self._check_place()
         self._parent = self._path if self._fills else self._path.parent
+        # Before it is looked at what is there: a killed writer may have left an old bundle half moved away.
+        remove_partials(self._parent, self._path.name, self._recover)
+        self._check_place()
         self.folder = self._parent / partial_name(self._path.name)
         self._partial: PartialFolder | None = None
         self._made_parents: list[Path] = []
@@ -78,7 +80,7 @@ class BundleWriter:
     def __enter__(self) -> Self:
         try:
             self._made_parents = [parent for parent in self._path.parents if not parent.exists()]
-            self._partial = PartialFolder(self._parent, self._path.name, recover=lambda left: recover(left, self._path))
+            self._partial = PartialFolder(self._parent, self._path.name, recover=self._recover)
         except OSError as error:
             self._remove_parents()
             raise ExportError(f"{self._shown.parent}: can not write there: {error.strerror}") from error
@@ -127,6 +129,9 @@ class BundleWriter:
         finally:
             if not self.folder.exists():
                 shutil.rmtree(old, ignore_errors=True)
+
+    def _recover(self, left: Path) -> None:
+        recover(left, self._path)
 
     def _remove_parents(self) -> None:
         for parent in self._made_parents:
@@ -260,7 +265,11 @@ def update_manifest(bundle: Bundle, **changes: Any) -> Bundle:
         if now.identity != bundle.manifest.identity:
             raise BundleError(f"{bundle.path}: was exported anew meanwhile: begin again")
         new = {name: change(getattr(now, name)) if callable(change) else change for name, change in changes.items()}
-        return _replace_manifest(bundle, now, dataclasses.replace(now, **new))
+        # Whoever holds the lock is the only one, so what others have left is nobody's.
+        for left in bundle.path.glob(f".{MANIFEST_FILE}.partial-*"):
+            left.unlink(missing_ok=True)
+        beside = bundle.path / partial_name(MANIFEST_FILE)
+        return _replace_manifest(bundle, now, dataclasses.replace(now, **new), beside)
 
 
 def install_files(bundle: Bundle, partial: Path, names: Mapping[str, str], now: Manifest, manifest: Manifest) -> Bundle:
@@ -273,7 +282,7 @@ def install_files(bundle: Bundle, partial: Path, names: Mapping[str, str], now: 
     try:
         for file, name in names.items():
             (partial / file).replace(bundle.path / name)
-        return _replace_manifest(bundle, now, manifest)
+        return _replace_manifest(bundle, now, manifest, partial / f".{MANIFEST_FILE}")
     finally:
         _settle(partial, bundle.path)
 
@@ -298,19 +307,16 @@ def changing(bundle: Bundle) -> Iterator[Manifest]:
         raise BundleError(f"{bundle.path}: can not write its manifest: {error.strerror}") from error
 
 
-def _replace_manifest(bundle: Bundle, now: Manifest, manifest: Manifest) -> Bundle:
+def _replace_manifest(bundle: Bundle, now: Manifest, manifest: Manifest, beside: Path) -> Bundle:
+    """The bundle with ``manifest`` in place of ``now``; it is written to ``beside`` first."""
     updated = dataclasses.replace(bundle, manifest=manifest)
     check_files(updated, {name for name, record in manifest.files.items() if record != now.files.get(name)})
-    # Whoever holds the lock is the only one, so what others have left is nobody's.
-    for left in bundle.path.glob(f".{MANIFEST_FILE}.partial-*"):
-        left.unlink(missing_ok=True)
-    partial = bundle.path / partial_name(MANIFEST_FILE)
     try:
-        _write_manifest(manifest, partial)
-        partial.replace(bundle.path / MANIFEST_FILE)
+        _write_manifest(manifest, beside)
+        beside.replace(bundle.path / MANIFEST_FILE)
     finally:
         with suppress(OSError):
-            partial.unlink()
+            beside.unlink()
     return updated
 
 

@@ -50,7 +50,7 @@ class PartialFolder:
                     return
                 except FileExistsError:
                     self._let_go()
-                except OSError:
+                except BaseException:
                     self._let_go()
                     raise
         raise FileExistsError(17, "exists already", str(self.path))

@@ -206,7 +206,7 @@ def test_a_hostile_bundle_is_a_bundle_error_and_nothing_else(made: Path, damage:
         open_bundle(made)
 
 
-# --- a bundle that is replaced while it is open ------------------------------------------------------------------------
+# --- a bundle that is replaced while it is open -------------------------------------------------------------------
 
 
 def test_what_is_opened_of_the_same_bundle_is_let_through(made: Path) -> None:

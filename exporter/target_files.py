@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mythos_edge.model.bundle import TARGET, Bundle, TargetSpec, read_manifest, verify_hashes
+from mythos_edge.model.bundle import COPY_LINKS, TARGET, Bundle, TargetSpec, read_manifest, verify_hashes
 from mythos_edge.model.bundle_writer import changing, free_name, install_files, record_of, recover
 from mythos_edge.model.errors import BuildError
 from mythos_edge.model.partial_folders import PartialFolder
@@ -35,9 +35,14 @@ def log_of(bundle: Bundle, name: str) -> Path:
 def files_beside(bundle: Bundle, name: str, progress: Callable[[str, float], None]) -> Iterator[Path]:
     """A folder inside the bundle for files that are not whole yet, removed at the end with what is left in it.
 
-    Raises BundleError when the export is not what it was: nothing sound can be built from it.
+    Raises BundleError when the export is not what it was: nothing sound can be built from it; and BuildError for a
+    bundle of links, which may be a cache of downloads.
     """
     bundle.target(TARGET)
+    if any(bundle.leads_out(file) for file in bundle.manifest.files_of(TARGET)):
+        raise BuildError(
+            f"{bundle.path}: is a bundle of links out of its folder, in which nothing is built: {COPY_LINKS}"
+        )
     verify_hashes(bundle, lambda file: progress("hashing the export", 0.0), bundle.manifest.files_of(TARGET))
     partial = None
     try:

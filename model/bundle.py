@@ -45,7 +45,7 @@ STAGES = ("prelude", "step", "coda")
 MAX_TOGETHER = 8
 _HASH_CHUNK_BYTES = 4 << 20
 # What makes files of the links that a cache of downloads is made of.
-_COPY_LINKS = "download it with `hf download REPOSITORY --local-dir FOLDER`, or copy it with `cp -rL`"
+COPY_LINKS = "download it with `hf download REPOSITORY --local-dir FOLDER`, or copy it with `cp -rL`"
 
 
 @dataclass(frozen=True)
@@ -335,14 +335,16 @@ class Bundle:
         """
         if name not in self.manifest.files:
             raise BundleError(f"{self.path}: the manifest lists no file {name!r}")
-        path = self.path / name
+        if self.leads_out(name) and name not in _trusted(self):
+            self._follow(name, self.path / name)
+        return self.path / name
+
+    def leads_out(self, name: str) -> bool:
+        """Whether a listed file is a link out of the folder. Raises BundleError where that cannot be told."""
         try:
-            inside = path.resolve().is_relative_to(self.path.resolve())
+            return not (self.path / name).resolve().is_relative_to(self.path.resolve())
         except (OSError, RuntimeError, ValueError) as error:  # a link to itself is a RuntimeError before Python 3.13
             raise BundleError(f"{self.path}: file name {name[:80]!r} cannot be used: {error}") from None
-        if not inside and name not in _trusted(self):
-            self._follow(name, path)
-        return path
 
     def _follow(self, name: str, link: Path) -> None:
         """Raises BundleError unless a link out of the folder leads to the file that is listed.
@@ -357,13 +359,13 @@ class Bundle:
                 return
             same = stat.S_ISREG(found.st_mode) and found.st_size == listed.bytes and sha256_of(link) == listed.sha256
         except FileNotFoundError:
-            raise BundleError(f"{link}: is a link to a file that is missing: {_COPY_LINKS}") from None
+            raise BundleError(f"{link}: is a link to a file that is missing: {COPY_LINKS}") from None
         except OSError as error:
             raise BundleError(f"{link}: cannot be read: {error.strerror}") from error
         if not same:
             raise BundleError(
                 f"{link}: is a link out of the bundle's folder, to another file than the manifest lists: do not trust "
-                f"this bundle, or {_COPY_LINKS}"
+                f"this bundle, or {COPY_LINKS}"
             )
         self._followed[name] = marks
 
@@ -377,11 +379,12 @@ class Bundle:
             yield
         except (MythosEdgeError, OSError):
             # Where files were replaced, that is the reason, and not what came of it.
-            self._require_unchanged(target)
+            self.require_unchanged(target)
             raise
-        self._require_unchanged(target)
+        self.require_unchanged(target)
 
-    def _require_unchanged(self, target: str) -> None:
+    def require_unchanged(self, target: str) -> None:
+        """Raises BundleError where the bundle on the disk is another one now, or the target was built again."""
         mend = "while it was open: open it again"
         try:
             now = read_manifest(self.path)
@@ -393,7 +396,7 @@ class Bundle:
             raise BundleError(f"{self.path}: target {target!r} was built again {mend}")
 
     def differs_from(self, now: Manifest, target: str) -> bool:
-        """Whether ``now`` says otherwise of a target, or of a file that was built with it."""
+        """Whether the manifest ``now`` says otherwise of a target, or of a file that was built with it."""
         own = self.manifest
         if own.targets.get(target) != now.targets.get(target):
             return True

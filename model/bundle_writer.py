@@ -254,16 +254,18 @@ def _is_manifest(path: Path) -> bool:
 # --- changing a bundle --------------------------------------------------------------------------------------------
 
 
-def update_manifest(bundle: Bundle, **changes: Any) -> Bundle:
+def update_manifest(bundle: Bundle, *, held_to: str | None = None, **changes: Any) -> Bundle:
     """The bundle with fields of its manifest changed, on disk too: the old manifest stays until the new one is whole.
 
     A change is the field's new value, or a function of its present one, for others may have changed it since
-    ``bundle`` was opened. Files that the changes name must be in the folder already. Raises BundleError, and then
-    nothing has changed.
+    ``bundle`` was opened. What was found out about the target ``held_to`` is not written of another of that name. Files
+    that the changes name must be in the folder already. Raises BundleError, and then nothing has changed.
     """
     with changing(bundle) as now:
         if now.identity != bundle.manifest.identity:
             raise BundleError(f"{bundle.path}: was exported anew meanwhile: begin again")
+        if held_to is not None:
+            bundle.require_unchanged(held_to)
         new = {name: change(getattr(now, name)) if callable(change) else change for name, change in changes.items()}
         # Whoever holds the lock is the only one, so what others have left is nobody's.
         for left in bundle.path.glob(f".{MANIFEST_FILE}.partial-*"):

@@ -29,7 +29,12 @@ class LoopEngine:
             raise UsageError(f"target {target!r} has no loop inside: open it as a session")
         self.config, self._max_rows = bundle.manifest.config, spec.engine.max_rows
         self._runtime = Runtime(bundle, target, driver, device)
-        self._engine = self._runtime.load("model", trust)
+        try:
+            with bundle.unchanged(target):
+                self._engine = self._runtime.load("model", trust)
+        except BaseException:
+            self._runtime.close()
+            raise
         self._memory = DeviceMemory(self._runtime.gpu, spec.compute_dtype)
 
     @classmethod

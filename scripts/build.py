@@ -111,8 +111,9 @@ def _build_for_cpu(args: argparse.Namespace, before: Bundle, console: Console) -
     if args.calibrate is not None:
         ids = checked_ids(options.ids_from_file(args.calibrate), before.manifest.config)
         importance = calibration.collect_importance(before, ids, console.progress).importance
+    # What was calibrated on, and not what may stand there by now.
     bundle = ort_target.build_target(
-        args.bundle,
+        before,
         args.weights,
         block=args.block,
         keep=keep,

@@ -87,11 +87,11 @@ class _Network:
         graphs = bundle.target(TARGET).graphs
         kept = {"prelude": ["e"], "step": [f"{name}_next" for name in LoopState._fields], "coda": []}
         matrices = [*_matrices(self._config), ROUTER]
+        apart = weights_apart(bundle, None, TARGET)
         self._probes = {}
         for stage, prefixes in _PREFIXES.items():
             probed = [name for name in matrices if name.startswith(prefixes)]
-            file = bundle.file(graphs[stage])
-            self._probes[stage] = Probe(file, probed, kept[stage], apart=weights_apart(bundle, file, TARGET))
+            self._probes[stage] = Probe(bundle.file(graphs[stage]), probed, kept[stage], apart=apart)
 
     def run(self, ids: NDArray[np.int64], see: See) -> None:
         """Runs one sequence ``ids (1, S)`` through all stages; ``see`` is told each loop step's activations."""

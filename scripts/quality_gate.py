@@ -179,8 +179,8 @@ class _Traced:
             # An engine shows its states alone; what the router makes of them is asked in float32.
             spec = bundle.target(TARGET)
         with bundle.unchanged(target):
-            file = bundle.file(spec.graphs["step"])
-            probe = Probe(file, [ROUTER], prepack=spec.prepacked, apart=weights_apart(bundle, file, target))
+            apart = weights_apart(bundle, None, target)
+            probe = Probe(bundle.file(spec.graphs["step"]), [ROUTER], prepack=spec.prepacked, apart=apart)
             router = router_of(bundle)
         self._recorder = _Recorder(backend, probe, router, ROUTER)
         self._session = Session(bundle, self._recorder)

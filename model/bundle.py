@@ -287,8 +287,8 @@ class Bundle:
     path: Path
     manifest: Manifest
     trust_engines: bool = False
-    # By name of a link out of the folder: the file that was found to be the one listed.
-    _followed: dict[str, tuple[int, ...]] = field(default_factory=dict, init=False, compare=False, repr=False)
+    # By name of a link out of the folder: the file that was found to be the one listed, for copies of this, too.
+    _followed: dict[str, tuple[object, ...]] = field(default_factory=dict, compare=False, repr=False)
 
     def target(self, name: str) -> TargetSpec:
         """The target of that name, with the presence and size of its own files checked.
@@ -321,7 +321,8 @@ class Bundle:
         own = self.own_weights(target)
         if not own:
             return self.manifest.identity
-        parts = [self.manifest.identity, *(own[name].sha256 for name in sorted(own))]
+        # By content: the names of files are others where a target was built again.
+        parts = [self.manifest.identity, *sorted(record.sha256 for record in own.values())]
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
     def own_weights(self, target: str) -> dict[str, FileRecord]:
@@ -354,7 +355,8 @@ class Bundle:
         listed = self.manifest.files[name]
         try:
             found = link.stat()
-            marks = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+            file = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+            marks = (*file, listed.sha256)
             if self._followed.get(name) == marks:
                 return
             same = stat.S_ISREG(found.st_mode) and found.st_size == listed.bytes and sha256_of(link) == listed.sha256

@@ -143,8 +143,8 @@ def test_a_link_out_of_the_folder_is_read_once_for_an_opened_bundle(
 
     monkeypatch.setattr(bundle_module, "sha256_of", spy)
     opened = open_bundle(made)
-    for _ in range(3):
-        opened.file("weights.safetensors")
+    for one in (opened, opened, dataclasses.replace(opened, path=made.absolute())):
+        one.file("weights.safetensors")
     assert read == [made / "weights.safetensors"]
 
 

@@ -48,6 +48,7 @@ _JOURNAL = ".moves.json"
 _OLD = ".old"
 # In the root of every ext file system.
 _NEVER_MOVED = "lost+found"
+_LONGEST_NAME = 255
 # A mount point that the system does not tell; a folder of a container's image.
 _CANNOT_BE_REPLACED = (errno.EBUSY, errno.EXDEV)
 
@@ -62,17 +63,17 @@ class BundleWriter:
     def __init__(self, path: Path, force: bool = False) -> None:
         self._shown, self._force = path, force
         try:
-            self._path = Path(os.path.realpath(path, strict=False))
-            looping = self._path.is_symlink()
-        except (OSError, ValueError) as error:
-            raise ExportError(f"{path}: cannot be used as a folder: {error}") from None
-        if looping:
-            raise ExportError(f"{path}: is a link that leads to itself: choose another folder")
-        self._fills = _is_fixed(self._path)
-        self._parent = self._path if self._fills else self._path.parent
-        # Before it is looked at what is there: a killed writer may have left an old bundle half moved away.
-        remove_partials(self._parent, self._path.name, self._recover)
-        self._check_place()
+            self._path = Path(os.path.realpath(path))
+            if any(len(os.fsencode(name)) > _LONGEST_NAME for name in self._path.parts):
+                raise OSError(errno.ENAMETOOLONG, "a name in it is too long")
+            self._fills = _is_fixed(self._path)
+            self._parent = self._path if self._fills else self._path.parent
+            # Before it is looked at what is there: a killed writer may have left an old bundle half moved away.
+            remove_partials(self._parent, self._path.name, self._recover)
+            self._check_place()
+        except (OSError, ValueError) as error:  # a name that is too long, or has a zero byte in it
+            reason = getattr(error, "strerror", None) or error
+            raise ExportError(f"{str(path)[:80]!r} cannot be written: {reason}: choose another folder") from None
         self.folder = self._parent / partial_name(self._path.name)
         self._partial: PartialFolder | None = None
         self._made_parents: list[Path] = []
@@ -142,6 +143,8 @@ class BundleWriter:
         path, shown = self._path, self._shown
         if not os.path.lexists(path):
             return
+        if path.is_symlink():
+            raise ExportError(f"{shown}: is a link that leads to itself: choose another folder")
         is_folder = path.is_dir()
         empty = is_folder and not _content(path)
         if empty and self._fills:

@@ -223,6 +223,13 @@ def test_a_place_that_can_not_be_written_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["n" * 300, "new/" + "ä" * 128, "n\0n"])
+def test_a_name_that_no_folder_can_have_is_one_line_before_the_work(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ExportError, match=r"cannot be written: .*: choose another folder") as caught:
+        BundleWriter(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
 def test_free_space_is_asked_of_the_nearest_folder_that_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Path] = []
 

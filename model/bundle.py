@@ -309,8 +309,16 @@ class Bundle:
                 f"{self.path}: target {name!r} was built from another version of this bundle: build it again"
             )
         if name != TARGET:
-            check_files(self, self.manifest.files_of(name))
+            self._check_files_of(name)
         return targets[name]
+
+    def _check_files_of(self, target: str) -> None:
+        """Raises BundleError as ``check_files`` does, or because the files are of another bundle by now."""
+        try:
+            check_files(self, self.manifest.files_of(target))
+        except BundleError:
+            self.require_unchanged(target)
+            raise
 
     def weights_identity(self, target: str) -> str:
         """Equal for targets whose caches mean the same: the same weights, rounded alike."""
@@ -412,7 +420,7 @@ def open_bundle(path: Path | str, hashes: bool = False, trust_engines: bool = Fa
     built again. With ``trust_engines`` TensorRT engines may be other files than those listed. Raises BundleError.
     """
     bundle = Bundle(Path(path), read_manifest(Path(path)), trust_engines)
-    check_files(bundle, bundle.manifest.files_of(TARGET))
+    bundle._check_files_of(TARGET)
     if hashes:
         verify_hashes(bundle)
     return bundle

@@ -17,23 +17,23 @@ def make_buildable(path: Path) -> None:
     update_manifest(opened, targets={TARGET: export})
 
 
-def build(path: Path, content: str) -> Bundle:
+def build(path: Path, content: str, name: str = NAME) -> Bundle:
     """The bundle with a target whose files all say ``content``, and whose graph says where its weights are."""
     bundle = open_bundle(path)
-    spec = dataclasses.replace(bundle.manifest.targets[TARGET], graphs={"step": f"step.{NAME}.onnx"}, note=content)
-    with files_beside(bundle, NAME, lambda phase, fraction: None) as folder:
-        (folder / weights_file(NAME)).write_text(f"{content} weights")
-        weights = settled(bundle, folder, weights_file(NAME))
-        (folder / f"step.{NAME}.onnx").write_text(f"{content}: {weights}")
-        (folder / log_file(NAME)).write_text(f"{content} said")
-        return install(bundle, folder, NAME, spec)
+    spec = dataclasses.replace(bundle.manifest.targets[TARGET], graphs={"step": f"step.{name}.onnx"}, note=content)
+    with files_beside(bundle, name, lambda phase, fraction: None) as folder:
+        (folder / weights_file(name)).write_text(f"{content} weights")
+        weights = settled(bundle, folder, weights_file(name))
+        (folder / f"step.{name}.onnx").write_text(f"{content}: {weights}")
+        (folder / log_file(name)).write_text(f"{content} said")
+        return install(bundle, folder, name, spec)
 
 
-def content_of(bundle: Bundle) -> str:
+def content_of(bundle: Bundle, name: str = NAME) -> str:
     """What all files of the target say; they are of one build."""
-    spec = bundle.target(NAME)
-    (weights,) = bundle.own_weights(NAME)
+    spec = bundle.target(name)
+    (weights,) = bundle.own_weights(name)
     assert bundle.file(spec.graphs["step"]).read_text() == f"{spec.note}: {weights}"
     assert bundle.file(weights).read_text() == f"{spec.note} weights"
-    assert log_of(bundle, NAME).read_text() == f"{spec.note} said"
+    assert log_of(bundle, name).read_text() == f"{spec.note} said"
     return spec.note

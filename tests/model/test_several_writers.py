@@ -64,6 +64,37 @@ def test_eight_writers_at_once_lose_nothing(made: Path) -> None:
     assert set(after.presets) == wanted | set(before.presets)
 
 
+_BUILDS_OVER_AND_OVER = """
+import sys
+from pathlib import Path
+from sample_target import build
+sys.stdin.readline()
+for number in range(5):
+    build(Path(sys.argv[1]), f"{sys.argv[2]}-{number}", sys.argv[2])
+"""
+
+
+def test_six_builds_at_once_over_and_over_leave_every_target(made: Path) -> None:
+    """Each of a target of its own, and again over itself: none takes another's files for leftovers, none is lost."""
+    make_buildable(made)
+    names = [f"ort-cpu-{index}" for index in range(6)]
+    builders = [
+        subprocess.Popen([sys.executable, "-c", _BUILDS_OVER_AND_OVER, str(made), name], stdin=subprocess.PIPE,
+                         text=True, env={**os.environ, "PYTHONPATH": str(TESTS)})
+        for name in names
+    ]  # fmt: skip
+    for builder in builders:
+        assert builder.stdin is not None
+        builder.stdin.write("go\n")
+        builder.stdin.flush()
+    for builder in builders:
+        builder.communicate(timeout=120)
+        assert builder.returncode == 0
+    bundle = _whole(made)
+    assert set(bundle.manifest.targets) == {"ort-cpu", *names}
+    assert [content_of(bundle, name) for name in names] == [f"{name}-4" for name in names]
+
+
 def test_a_bundle_without_locks_can_be_changed(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mythos_edge.model.file_locks.fcntl", None)
     assert update_manifest(open_bundle(made), presets={}).manifest.presets == {}

@@ -96,6 +96,14 @@ def test_graphs_for_several_sequences_are_not_of_another_rounding(rounded_bundle
         assert len(again.generate(PROMPTS, max_new_tokens=4)) == 2
 
 
+def test_files_that_a_new_build_has_removed_are_not_called_damage(rounded_bundle: Path) -> None:
+    opened = open_bundle(rounded_bundle)
+    build_target(rounded_bundle, "int4", block=32)
+    with pytest.raises(BundleError, match="target 'ort-cpu-int4' was built again while it was open: open it again"):
+        opened.target("ort-cpu-int4")
+    assert opened.target(TARGET)
+
+
 def test_a_target_that_is_added_disturbs_nobody(bundle: Path) -> None:
     with Session.open(bundle) as opened:
         build_target(bundle, "fp32")

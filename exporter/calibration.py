@@ -20,6 +20,7 @@ from mythos_edge.model.bundle import TARGET, Bundle
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import CapacityError
 from mythos_edge.model.layout import recipes
+from mythos_edge.model.linked_weights import weights_apart
 from mythos_edge.model.loop import LoopState
 
 Array = NDArray[Any]
@@ -55,8 +56,9 @@ def collect_importance(
     config, limit = bundle.manifest.config, bundle.manifest.max_context
     if ids.shape[1] > limit:
         raise CapacityError(f"the ids have {ids.shape[1]} positions; this bundle was exported for {limit}: cut them")
-    network = _Network(bundle)
-    experts = _Experts(bundle)
+    with bundle.unchanged():
+        network = _Network(bundle)
+        experts = _Experts(bundle)
     tallies: dict[str, _Tally] = {}
 
     def see(step: int, activations: Mapping[str, Array]) -> None:
@@ -85,10 +87,11 @@ class _Network:
         graphs = bundle.target(TARGET).graphs
         kept = {"prelude": ["e"], "step": [f"{name}_next" for name in LoopState._fields], "coda": []}
         matrices = [*_matrices(self._config), ROUTER]
+        apart = weights_apart(bundle, None, TARGET)
         self._probes = {}
         for stage, prefixes in _PREFIXES.items():
             probed = [name for name in matrices if name.startswith(prefixes)]
-            self._probes[stage] = Probe(bundle.file(graphs[stage]), probed, kept[stage])
+            self._probes[stage] = Probe(bundle.file(graphs[stage]), probed, kept[stage], apart=apart)
 
     def run(self, ids: NDArray[np.int64], see: See) -> None:
         """Runs one sequence ``ids (1, S)`` through all stages; ``see`` is told each loop step's activations."""

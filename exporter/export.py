@@ -79,8 +79,9 @@ def export_bundle(
         raise ExportError(f"max_context is {context}, expected at least 1")
     text = tokenizer_for(tokenizer, end_tokens, config.vocab_size)
     plan = plan_weights(config, context, dtype)
-    require_free_space(output.parent, plan.total_bytes + _GRAPHS_BYTES)
-    with BundleWriter(output, force=force) as writer, _disk_errors(output):
+    writer = BundleWriter(output, force=force)
+    require_free_space(writer.folder, plan.total_bytes + _GRAPHS_BYTES)
+    with writer, _disk_errors(output):
         folder = writer.folder
         with tracing(config, context, dtype, folder) as finish_tracing:
             hashes = write_weights(

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from mythos_edge.exporter.narrowing import plan_narrow, write_narrow
 from mythos_edge.exporter.ort_target import BITS, Progress, matrices_of, round_weights, write_graphs
 from mythos_edge.exporter.rounding import RoundedFile, Rounding, plan_rounded
-from mythos_edge.exporter.target_files import files_beside, install, weights_file
+from mythos_edge.exporter.target_files import files_beside, install, settled, weights_file
 from mythos_edge.model.bundle import (
     CUDA_PROVIDER,
     CUDA_TARGET,
@@ -73,7 +73,7 @@ def build_ort_cuda_target(
     with files_beside(bundle, name, progress) as folder:
         stages = {stage: ir.load(bundle.file(f"{stage}.onnx")) for stage in STAGES}
         rounded = _rounded(bundle, name, folder, weights, block, progress)
-        packs = {} if rounded is None else rounded.packs(weights_file(name), folder)
+        packs = {} if rounded is None else rounded.packs(settled(bundle, folder, weights_file(name)), folder)
         narrowed = None if dtype == "fp32" else _narrowed(bundle, name, folder, stages, tuple(packs), progress)
         progress("graphs", 0.0)
         lower = partial(lower_for_ort_cuda, narrowed=narrowed, packs=packs)
@@ -159,4 +159,4 @@ def _narrowed(
     file = weights_file(name, "narrow")
     require_free_space(bundle.path, plan.total_bytes)
     write_narrow(plan, bundle, folder / file, lambda done: progress("narrowing", done))
-    return plan.tensors(file, folder)
+    return plan.tensors(settled(bundle, folder, file), folder)

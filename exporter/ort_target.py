@@ -22,7 +22,7 @@ from mythos_edge.exporter.rounding import (
     plan_rounded,
     write_rounded,
 )
-from mythos_edge.exporter.target_files import files_beside, install, weights_file
+from mythos_edge.exporter.target_files import files_beside, install, settled, weights_file
 from mythos_edge.exporter.weights import bytes_read
 from mythos_edge.model.bundle import (
     CPU_PROVIDER,
@@ -102,7 +102,7 @@ def write_graphs(
 
 
 def build_target(
-    path: Path,
+    path: Path | Bundle,
     weights: str,
     *,
     block: int | None = None,
@@ -111,7 +111,7 @@ def build_target(
     importance: Importance | None = None,
     progress: Progress = lambda phase, fraction: None,
 ) -> Bundle:
-    """The bundle at ``path`` with the target ``ort-cpu-<weights>`` added, or made again.
+    """The bundle at ``path``, or one that is open, with the target ``ort-cpu-<weights>`` added, or made again.
 
     ``block`` values share a scale: by default 64 for int4, and for int8 0 (a whole row) where the processor has integer
     dot products, else 128; or less, where the model's rows want it. ``keep`` names parts or tensors that stay float32;
@@ -119,7 +119,7 @@ def build_target(
     Nothing of the bundle changes before the target is whole. Raises BuildError, BundleError, and ExportError without
     room on the disk.
     """
-    bundle = open_bundle(path)
+    bundle = path if isinstance(path, Bundle) else open_bundle(path)
     if weights not in BITS:
         elsewhere = ": fp8 is for TensorRT's targets" if weights == "fp8" else ""
         raise BuildError(f"weights is {weights!r}, expected one of {', '.join(BITS)} for {TARGET}{elsewhere}")
@@ -130,17 +130,17 @@ def build_target(
     manifest, name = bundle.manifest, target_name(weights)
     with files_beside(bundle, name, progress) as folder:
         stages = {stage: ir.load(bundle.file(f"{stage}.onnx")) for stage in STAGES}
-        plan = None
+        plan, packs = None, None
         if weights != "fp32":
             if block is None:
                 block = _default_block(weights, manifest.config.dim)
             chosen = "calibrated" if importance is not None else method or _DEFAULT_METHODS[weights]
             rounding = Rounding(BITS[weights], block, chosen)
             plan = plan_rounded(matrices_of(manifest.config, rounding, keep), rounding)
-            require_free_space(path, plan.total_bytes)
+            require_free_space(bundle.path, plan.total_bytes)
             round_weights(bundle, plan, folder / weights_file(name), importance, progress)
+            packs = plan.packs(settled(bundle, folder, weights_file(name)), folder)
         progress("graphs", 0.0)
-        packs = None if plan is None else plan.packs(weights_file(name), folder)
         lowered = write_graphs(stages, folder, name, manifest.config, partial(lower_for_ort, packs=packs))
         target = TargetSpec(
             graphs=lowered.graphs,

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.errors import BackendUnavailable, BundleError, MythosEdgeError
+from mythos_edge.model.linked_weights import NONE_APART, Apart, lent_weights
 
 Array = NDArray[Any]
 # Every target multiplies it in float32 with what the experts see, too.
@@ -26,11 +27,18 @@ ROUTER = "step.block.ffn.router"
 class Probe:
     """One graph of a bundle that tells what ``matrices`` are multiplied with, and of its own outputs ``kept``.
 
-    Nodes that neither needs are not run; ``prepack`` as the target says. Raises BundleError when the graph has no such
-    matrix, BackendUnavailable without onnxruntime.
+    Nodes that neither needs are not run; ``prepack`` as the target says, ``apart`` see ``linked_weights``. Raises
+    BundleError when the graph has no such matrix, BackendUnavailable without onnxruntime.
     """
 
-    def __init__(self, path: Path, matrices: Sequence[str], kept: Sequence[str] = (), prepack: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        matrices: Sequence[str],
+        kept: Sequence[str] = (),
+        prepack: bool = False,
+        apart: Apart = NONE_APART,
+    ) -> None:
         model = ir.load(path)
         graph = model.graph
         probed = {matrix: _multiplied(graph, matrix, path) for matrix in matrices}
@@ -43,7 +51,7 @@ class Probe:
         self._probed = {matrix: str(value.name) for matrix, value in probed.items()}
         passes.RemoveUnusedNodesPass()(model)
         self._path = path
-        self._session = _session(model, path, prepack)
+        self._session = _session(model, path, prepack, apart)
         self._inputs = [value.name for value in self._session.get_inputs()]
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -86,7 +94,17 @@ def router_of(bundle: Bundle) -> Router:
 def stored_weights(bundle: Bundle, stage: str) -> dict[str, ir.TensorProtocol]:
     """The weights of the portable graph of ``stage`` by name, mapped from the file and not read yet."""
     graph = ir.load(bundle.file(bundle.manifest.graphs[stage].file)).graph
-    return {name: value.const_value for name, value in graph.initializers.items() if value.const_value is not None}
+    tensors = {name: value.const_value for name, value in graph.initializers.items()}
+    return {name: _followed(bundle, tensor) for name, tensor in tensors.items() if tensor is not None}
+
+
+def _followed(bundle: Bundle, tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """The tensor, of the file that a link in the bundle leads to: onnx_ir follows none."""
+    if not isinstance(tensor, ir.ExternalTensor):
+        return tensor
+    file = bundle.file(str(tensor.location)).resolve()
+    place = (file.name, tensor.offset, tensor.length, tensor.dtype)
+    return ir.ExternalTensor(*place, shape=tensor.shape, name=str(tensor.name), base_dir=file.parent)
 
 
 def _multiplied(graph: ir.Graph, matrix: str, path: Path) -> ir.Value:
@@ -101,7 +119,7 @@ def _multiplied(graph: ir.Graph, matrix: str, path: Path) -> ir.Value:
     return x
 
 
-def _session(model: ir.Model, path: Path, prepack: bool) -> Any:
+def _session(model: ir.Model, path: Path, prepack: bool, apart: Apart) -> Any:
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime as ort
@@ -116,7 +134,8 @@ def _session(model: ir.Model, path: Path, prepack: bool) -> Any:
     options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         serialized = ir.serde.serialize_model(model).SerializeToString()
-        return ort.InferenceSession(serialized, options, providers=["CPUExecutionProvider"])
+        with lent_weights(options, apart):
+            return ort.InferenceSession(serialized, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # see Probe.run
         raise BundleError(f"{path.name}: ONNX Runtime can not load it with probes: {_one_line(error)}") from error
 

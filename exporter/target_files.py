@@ -1,17 +1,18 @@
 """How the files of a built target come into a bundle: made beside, moved together, listed last.
 
-Shared by every target builder. Not here: what the files are.
+Shared by every target builder; ``bundle_writer`` says how several of them may work at once. Not here: what the files
+are.
 """
 
-import os
-import shutil
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mythos_edge.model.bundle import TARGET, Bundle, TargetSpec, open_bundle, verify_hashes
-from mythos_edge.model.bundle_writer import record_of, remove_partials, update_manifest
+from mythos_edge.model.bundle import COPY_LINKS, TARGET, Bundle, TargetSpec, read_manifest, verify_hashes
+from mythos_edge.model.bundle_writer import changing, free_name, install_files, record_of, recover
 from mythos_edge.model.errors import BuildError
+from mythos_edge.model.partial_folders import PartialFolder
 
 
 def weights_file(name: str, part: str = "") -> str:
@@ -20,61 +21,75 @@ def weights_file(name: str, part: str = "") -> str:
 
 
 def log_file(name: str) -> str:
-    """The file with what the native builder said, where a target has one."""
+    """The file with what the native builder said, where a target has one, as it is made."""
     return f"build.{name}.log"
+
+
+def log_of(bundle: Bundle, name: str) -> Path:
+    """The file with what the native builder of a target that is in the bundle said."""
+    (log,) = (file for file in bundle.manifest.files_of(name) if file.startswith("build."))
+    return bundle.path / log
 
 
 @contextmanager
 def files_beside(bundle: Bundle, name: str, progress: Callable[[str, float], None]) -> Iterator[Path]:
     """A folder inside the bundle for files that are not whole yet, removed at the end with what is left in it.
 
-    Raises BundleError when the export is not what it was: nothing sound can be built from it.
+    Raises BundleError when the export is not what it was: nothing sound can be built from it; and BuildError for a
+    bundle of links, which may be a cache of downloads.
     """
     bundle.target(TARGET)
+    if any(bundle.leads_out(file) for file in bundle.manifest.files_of(TARGET)):
+        raise BuildError(
+            f"{bundle.path}: is a bundle of links out of its folder, in which nothing is built: {COPY_LINKS}"
+        )
     verify_hashes(bundle, lambda file: progress("hashing the export", 0.0), bundle.manifest.files_of(TARGET))
-    folder = bundle.path / f".{name}.partial-{os.getpid()}"
+    partial = None
     try:
-        remove_partials(bundle.path)
-        folder.mkdir()
-        yield folder
+        partial = PartialFolder(bundle.path, name, of_any=True, recover=lambda left: recover(left, bundle.path))
+        yield partial.path
     except OSError as error:
         raise BuildError(f"{bundle.path}: can not be written: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if partial is not None:
+            partial.remove()
+
+
+def settled(bundle: Bundle, folder: Path, file: str) -> str:
+    """The name that a file of weights in ``folder`` will have in the bundle, which graphs may name from now on.
+
+    It is renamed where the bundle has another file of that name: the target is built again.
+    """
+    now = read_manifest(bundle.path)
+    if file not in now.files:
+        return file
+    name = free_name(now, file, record_of(folder / file))
+    (folder / file).rename(folder / name)
+    return name
 
 
 def install(bundle: Bundle, folder: Path, name: str, target: TargetSpec) -> Bundle:
     """The bundle with all files of ``folder`` moved into it and ``target`` recorded in place of one of that name.
 
-    Raises BuildError when the bundle was exported anew meanwhile.
+    One that is there stays whole, with its presets, until the new one is. Raises BuildError when the bundle was
+    exported anew meanwhile, or the same target built.
     """
     records = {file.name: record_of(file) for file in sorted(folder.iterdir())}
-    # An interrupt from here on leaves a bundle without the target, not one whose files are of two builds.
-    bundle = _without(_unchanged(bundle), name)
-    for file in records:
-        (folder / file).replace(bundle.path / file)
-    others = bundle.manifest
-    return update_manifest(bundle, targets={**others.targets, name: target}, files={**others.files, **records})
-
-
-def _unchanged(bundle: Bundle) -> Bundle:
-    """The bundle as it is now: a build takes minutes, in which presets may have been added."""
-    now = open_bundle(bundle.path)
-    if now.manifest.identity != bundle.manifest.identity:
-        raise BuildError(f"{bundle.path}: was exported anew during the build: build again")
-    return now
-
-
-def _without(bundle: Bundle, name: str) -> Bundle:
-    """The bundle without a target, its presets, and the files that only it uses, which stay on disk."""
-    manifest = bundle.manifest
-    if name not in manifest.targets:
-        return bundle
-    own = manifest.files_of(name)
-    return update_manifest(
-        bundle,
-        targets={other: spec for other, spec in manifest.targets.items() if other != name},
-        files={file: record for file, record in manifest.files.items() if file not in own},
-        # They were measured with the weights that go.
-        presets={preset: found for preset, found in manifest.presets.items() if found.target != name},
-    )
+    with changing(bundle) as now:
+        if now.identity != bundle.manifest.identity or bundle.differs_from(now, TARGET):
+            raise BuildError(f"{bundle.path}: was exported anew during the build: build again")
+        names = {file: free_name(now, file, record) for file, record in records.items()}
+        # Graphs hold the names of weights.
+        if any(names[file] != file for file in records if file.startswith("weights.")):
+            raise BuildError(f"{bundle.path}: {name} was built by another process meanwhile: use it, or build again")
+        replaced = now.files_of(name) - now.files_of(TARGET) if name in now.targets else set()
+        graphs = {stage: names[file] for stage, file in target.graphs.items()}
+        manifest = dataclasses.replace(
+            now,
+            targets={**now.targets, name: dataclasses.replace(target, graphs=graphs)},
+            files={file: record for file, record in now.files.items() if file not in replaced}
+            | {names[file]: record for file, record in records.items()},
+            # They were measured with the weights that go.
+            presets={preset: found for preset, found in now.presets.items() if not (replaced and found.target == name)},
+        )
+        return install_files(bundle, folder, names, now, manifest)

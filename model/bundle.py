@@ -1,7 +1,11 @@
 """The bundle: one folder with a manifest, where exporter and runtime meet. Standard library only.
 
-Reading a bundle runs nothing of it. The manifest names every file with its size and sha256; names can not leave
-the folder. Not here: writing one (``bundle_writer``).
+Reading a bundle runs nothing of it. The manifest names every file with its size and sha256; names cannot leave the
+folder. A file may be a link out of it, as in a cache of downloads, if what it leads to has the sha256 that is listed.
+
+A bundle may be replaced, and a target built again, while others read it (``bundle_writer`` says how). So what is opened
+after the manifest was read is opened within ``Bundle.unchanged``, which compares the manifest again, afterwards: what
+was opened is what this manifest lists, or a BundleError. Not here: writing a bundle (``bundle_writer``).
 """
 
 import dataclasses
@@ -9,13 +13,14 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mythos_edge.model.config import MythosConfig
-from mythos_edge.model.errors import BundleError, ConfigError
+from mythos_edge.model.errors import BundleError, ConfigError, MythosEdgeError
 from mythos_edge.model.typed_json import dataclass_from_json
 
 SCHEMA_VERSION = 5
@@ -39,6 +44,8 @@ STAGES = ("prelude", "step", "coda")
 # Sequences that one run of a target's ``.many`` graphs can serve.
 MAX_TOGETHER = 8
 _HASH_CHUNK_BYTES = 4 << 20
+# What makes files of the links that a cache of downloads is made of.
+COPY_LINKS = "download it with `hf download REPOSITORY --local-dir FOLDER`, or copy it with `cp -rL`"
 
 
 @dataclass(frozen=True)
@@ -289,6 +296,8 @@ class Bundle:
     path: Path
     manifest: Manifest
     trust_engines: bool = False
+    # By name of a link out of the folder: the file that was found to be the one listed, for copies of this, too.
+    _followed: dict[str, tuple[object, ...]] = field(default_factory=dict, compare=False, repr=False)
 
     def target(self, name: str) -> TargetSpec:
         """The target of that name, with the presence and size of its own files checked.
@@ -309,12 +318,20 @@ class Bundle:
                 f"{self.path}: target {name!r} was built from another version of this bundle: build it again"
             )
         if name != TARGET:
-            check_files(self, self.manifest.files_of(name))
+            self._check_files_of(name)
         return targets[name]
 
     def at_absolute_path(self) -> "Bundle":
         """The same bundle, for work to come: another working folder does not move it."""
         return dataclasses.replace(self, path=self.path.absolute())
+
+    def _check_files_of(self, target: str) -> None:
+        """Raises BundleError as ``check_files`` does, or because the files are of another bundle by now."""
+        try:
+            check_files(self, self.manifest.files_of(target))
+        except BundleError:
+            self.require_unchanged(target)
+            raise
 
     def weights_identity(self, target: str) -> str:
         """Equal for targets whose caches mean the same: the same weights, rounded alike."""
@@ -325,7 +342,8 @@ class Bundle:
         own = self.own_weights(target)
         if not own:
             return self.manifest.identity
-        parts = [self.manifest.identity, *(own[name].sha256 for name in sorted(own))]
+        # By content: the names of files are others where a target was built again.
+        parts = [self.manifest.identity, *sorted(record.sha256 for record in own.values())]
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
     def own_weights(self, target: str) -> dict[str, FileRecord]:
@@ -333,17 +351,79 @@ class Bundle:
         return {name: record for name, record in self.manifest.files.items() if name.startswith(f"weights.{target}.")}
 
     def file(self, name: str) -> Path:
-        """The path of a listed file; BundleError when it is not listed or a link leads out of the folder."""
+        """The path of a listed file.
+
+        Raises BundleError when it is not listed, or is a link out of the folder to another file than the one listed.
+        """
         if name not in self.manifest.files:
             raise BundleError(f"{self.path}: the manifest lists no file {name!r}")
-        path = self.path / name
+        if self.leads_out(name) and name not in _trusted(self):
+            self._follow(name, self.path / name)
+        return self.path / name
+
+    def leads_out(self, name: str) -> bool:
+        """Whether a listed file is a link out of the folder. Raises BundleError where that cannot be told."""
         try:
-            inside = path.resolve().is_relative_to(self.path.resolve())
+            return not (self.path / name).resolve().is_relative_to(self.path.resolve())
         except (OSError, RuntimeError, ValueError) as error:  # a link to itself is a RuntimeError before Python 3.13
-            raise BundleError(f"{self.path}: file name {name[:80]!r} can not be used: {error}") from None
-        if not inside:
-            raise BundleError(f"{path}: is a link out of the bundle's folder: do not trust this bundle")
-        return path
+            raise BundleError(f"{self.path}: file name {name[:80]!r} cannot be used: {error}") from None
+
+    def _follow(self, name: str, link: Path) -> None:
+        """Raises BundleError unless a link out of the folder leads to the file that is listed.
+
+        Its size tells most others at once; the right one is read, once for each opened bundle.
+        """
+        listed = self.manifest.files[name]
+        try:
+            found = link.stat()
+            file = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+            marks = (*file, listed.sha256)
+            if self._followed.get(name) == marks:
+                return
+            same = stat.S_ISREG(found.st_mode) and found.st_size == listed.bytes and sha256_of(link) == listed.sha256
+        except FileNotFoundError:
+            raise BundleError(f"{link}: is a link to a file that is missing: {COPY_LINKS}") from None
+        except OSError as error:
+            raise BundleError(f"{link}: cannot be read: {error.strerror}") from error
+        if not same:
+            raise BundleError(
+                f"{link}: is a link out of the bundle's folder, to another file than the manifest lists: do not trust "
+                f"this bundle, or {COPY_LINKS}"
+            )
+        self._followed[name] = marks
+
+    @contextmanager
+    def unchanged(self, target: str = TARGET) -> Iterator[None]:
+        """Holds what the block opens to this manifest: the files of the export, and those of ``target``.
+
+        Raises BundleError where the bundle on the disk is another one now, or the target was built again.
+        """
+        try:
+            yield
+        except (MythosEdgeError, OSError):
+            # Where files were replaced, that is the reason, and not what came of it.
+            self.require_unchanged(target)
+            raise
+        self.require_unchanged(target)
+
+    def require_unchanged(self, target: str) -> None:
+        """Raises BundleError where the bundle on the disk is another one now, or the target was built again."""
+        mend = "while it was open: open it again"
+        try:
+            now = read_manifest(self.path)
+        except BundleError as error:
+            raise BundleError(f"{self.path}: the bundle was replaced or removed {mend}") from error
+        if now.identity != self.manifest.identity or self.differs_from(now, TARGET):
+            raise BundleError(f"{self.path}: the bundle was replaced {mend}")
+        if self.differs_from(now, target):
+            raise BundleError(f"{self.path}: target {target!r} was built again {mend}")
+
+    def differs_from(self, now: Manifest, target: str) -> bool:
+        """Whether the manifest ``now`` says otherwise of a target, or of a file that was built with it."""
+        own = self.manifest
+        if own.targets.get(target) != now.targets.get(target):
+            return True
+        return any(now.files.get(name) != own.files[name] for name in own.files_of(target))
 
 
 def open_bundle(path: Path | str, hashes: bool = False, trust_engines: bool = False) -> Bundle:
@@ -352,7 +432,15 @@ def open_bundle(path: Path | str, hashes: bool = False, trust_engines: bool = Fa
     A built target's own files are checked by ``Bundle.target``: a damaged one keeps no other from running, and can be
     built again. With ``trust_engines`` TensorRT engines may be other files than those listed. Raises BundleError.
     """
-    path = Path(path)
+    bundle = Bundle(Path(path), read_manifest(Path(path)), trust_engines)
+    bundle._check_files_of(TARGET)
+    if hashes:
+        verify_hashes(bundle)
+    return bundle
+
+
+def read_manifest(path: Path) -> Manifest:
+    """What the bundle at ``path`` says, of which no other file is looked at. Raises BundleError."""
     manifest_path = path / MANIFEST_FILE
     if not has_manifest(path):
         what = "has no manifest.json" if path.is_dir() else "is no bundle folder" if path.exists() else "does not exist"
@@ -365,11 +453,7 @@ def open_bundle(path: Path | str, hashes: bool = False, trust_engines: bool = Fa
         raise BundleError(f"{manifest_path}: can not be read: {error}") from error
     if not isinstance(values, dict):
         raise BundleError(f"{manifest_path}: expected a JSON object, got {type(values).__name__}")
-    bundle = Bundle(path, manifest_from_dict(values, origin=str(manifest_path)), trust_engines)
-    check_files(bundle, bundle.manifest.files_of(TARGET))
-    if hashes:
-        verify_hashes(bundle)
-    return bundle
+    return manifest_from_dict(values, origin=str(manifest_path))
 
 
 def has_manifest(path: Path) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 
 from mythos_edge.model.bundle import MAX_TOGETHER, STAGES, TARGET, Bundle
 from mythos_edge.model.errors import BackendUnavailable, BundleError, MythosEdgeError, UsageError
+from mythos_edge.model.linked_weights import NONE_APART, Apart, lent_weights, weights_apart
 from mythos_edge.plugins.processor import has_integer_dot_products
 from mythos_edge.runtime.memory import HostMemory, Memory, Rows
 from mythos_edge.runtime.packing import ROWS, Array, Arrays, Call, packed, unpack
@@ -86,11 +87,17 @@ class OrtBackend:
                 "exactly (no VNNI, no Arm dot products)",
                 f"mythos-edge build {bundle.path} --weights int8 --block 128",
             )
-        self._open = open_graph or (lambda path: BoundGraph(path, ort_session(path, threads, spec.prepacked)))
-        self._bundle, self._spec = bundle, spec
+
+        def open_on_cpu(path: Path) -> BoundGraph:
+            apart = weights_apart(bundle, path, target)
+            return BoundGraph(path, ort_session(path, threads, spec.prepacked, apart))
+
+        self._open = open_graph or open_on_cpu
+        self._bundle, self._target, self._spec = bundle, target, spec
         self._positions = np.zeros((1, 1), np.int64)
-        for stage in STAGES:
-            self._stages[stage] = self._open(bundle.file(spec.graphs[stage]))
+        with bundle.unchanged(target):
+            for stage in STAGES:
+                self._stages[stage] = self._open(bundle.file(spec.graphs[stage]))
 
     def run(self, stage: str, feeds: Arrays, outputs: Arrays) -> None:
         start, count = int(feeds["length"]), feeds[ROWS[stage]].shape[1]
@@ -102,12 +109,17 @@ class OrtBackend:
 
     def run_together(self, stage: str, calls: Sequence[Call]) -> None:
         if stage not in self._many:
-            self._many[stage] = self._open(self._bundle.file(self._spec.graphs[f"{stage}.many"]))
+            self._many[stage] = self._opened_late(self._spec.graphs[f"{stage}.many"])
         whole = packed(stage, calls, MAX_TOGETHER, self.memory)
         self._many[stage].run(*whole)
         # Not one of these arrays comes again, and bound they would stay in memory.
         self._many[stage].forget()
         unpack(stage, whole.outputs, calls)
+
+    def _opened_late(self, file: str) -> "BoundGraph":
+        """A graph of the same model and rounding as the others, or a BundleError."""
+        with self._bundle.unchanged(self._target):
+            return self._open(self._bundle.file(file))
 
     def graph_seconds(self, stage: str | None = None) -> float:
         """Time spent inside the graphs so far, or those of one stage; the rest of a run's time is the host's."""
@@ -173,16 +185,18 @@ class BoundGraph:
         return "cpu", 0, array.dtype.type, array.shape, _address(array)
 
 
-def ort_session(path: Path, threads: int = 0, prepack: bool = False) -> Any:
+def ort_session(path: Path, threads: int = 0, prepack: bool = False, apart: Apart = NONE_APART) -> Any:
     """An onnxruntime.InferenceSession on the CPU with ``threads`` threads, by default one per core.
 
     Without ``prepack`` float32 weights are read straight from the mapped file: no second copy, loads at once. With it
     kernels copy them into their own layout, which is faster for 2 and more rows and needed for rounded weights.
+    ``apart`` are weights that are not in the graph's folder, see ``linked_weights``.
     """
     ort = import_onnxruntime()
     options = session_options(ort, threads, prepack)
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        with lent_weights(options, apart):
+            return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # see BoundGraph.run
         raise BundleError(f"{path.name}: ONNX Runtime can not load it: {one_line(error)}") from error
 
@@ -200,9 +214,11 @@ def session_options(ort: Any, threads: int, prepack: bool) -> Any:
     return options
 
 
-def graph_runner(path: Path, threads: int = 0) -> Callable[[Arrays], list[Array]]:
-    """Runs a graph that needs nothing bound, such as ``model.onnx``: inputs by name -> all outputs in order."""
-    session = ort_session(path, threads)
+def graph_runner(bundle: Bundle, graph: str, threads: int = 0) -> Callable[[Arrays], list[Array]]:
+    """Runs a portable graph of a bundle, such as ``model``: inputs by name -> all outputs in order."""
+    path = bundle.file(bundle.manifest.graphs[graph].file)
+    with bundle.unchanged():
+        session = ort_session(path, threads, apart=weights_apart(bundle, path, TARGET))
 
     def run(feeds: Arrays) -> list[Array]:
         try:

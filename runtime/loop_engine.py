@@ -33,8 +33,14 @@ class LoopEngine:
             raise UsageError(f"target {target!r} has no loop inside: open it as a session")
         self.config, self._max_rows = bundle.manifest.config, spec.engine.max_rows
         self._turns = Turns("engine", "open one a thread, or give several rows of ids")
-        self._runtime = Runtime(bundle.at_absolute_path(), target, driver, device)
-        self._engine = self._runtime.load("model", trust)
+        bundle = bundle.at_absolute_path()
+        self._runtime = Runtime(bundle, target, driver, device)
+        try:
+            with bundle.unchanged(target):
+                self._engine = self._runtime.load("model", trust)
+        except BaseException:
+            self._runtime.close()
+            raise
         self._memory = DeviceMemory(self._runtime.gpu, spec.compute_dtype)
 
     @classmethod

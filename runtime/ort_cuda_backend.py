@@ -12,6 +12,7 @@ import numpy as np
 
 from mythos_edge.model.bundle import CUDA_PROVIDER, Bundle
 from mythos_edge.model.errors import BackendUnavailable, MythosEdgeError
+from mythos_edge.model.linked_weights import weights_apart
 from mythos_edge.plugins import kernel_store
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.runtime.backend import BoundGraph, OrtBackend
@@ -53,7 +54,8 @@ class OrtCudaBackend(OrtBackend):
 
         def open_graph(path: Path) -> BoundGraph:
             memory.trim()
-            session = gpu_session(path, self._providers(bundle, target, memory), threads, spec.prepacked)
+            apart = weights_apart(bundle, path, target)
+            session = gpu_session(path, self._providers(bundle, target, memory), threads, spec.prepacked, apart)
             return _DeviceGraph(path, session, run_options, memory)
 
         try:

@@ -15,6 +15,7 @@ from typing import Any
 
 from mythos_edge.model.bundle import CUDA_PROVIDER, ON_SHAPES, TENSORRT_PROVIDER
 from mythos_edge.model.errors import BackendUnavailable, BundleError, UsageError
+from mythos_edge.model.linked_weights import NONE_APART, Apart, lent_weights
 from mythos_edge.plugins import trt_bindings
 from mythos_edge.runtime.backend import import_onnxruntime, one_line, session_options
 
@@ -40,9 +41,16 @@ _LIBRARIES = {
 Providers = Mapping[str, Mapping[str, str]]
 
 
-def gpu_session(path: Path, providers: Providers, threads: int = 0, prepack: bool = True) -> Any:
+def gpu_session(
+    path: Path,
+    providers: Providers,
+    threads: int = 0,
+    prepack: bool = True,
+    apart: Apart = NONE_APART,
+) -> Any:
     """An onnxruntime.InferenceSession on ``providers``, each at work, and with only shapes' arithmetic on the CPU.
 
+    ``apart`` are weights that are not in the graph's folder, see ``linked_weights``.
     Raises BackendUnavailable, BundleError when the graph can not be loaded.
     """
     ort = import_gpu_onnxruntime(*providers)
@@ -53,7 +61,8 @@ def gpu_session(path: Path, providers: Providers, threads: int = 0, prepack: boo
     wanted = [(name, dict(values)) for name, values in providers.items()]
     try:
         # Its own fallback prints, and begins again on other providers.
-        session = ort.InferenceSession(str(path), options, providers=wanted, enable_fallback=0)
+        with lent_weights(options, apart):
+            session = ort.InferenceSession(str(path), options, providers=wanted, enable_fallback=0)
     except Exception as error:  # onnxruntime's exceptions have no common base but this
         for name in providers:
             if reason := _not_loadable(ort, name):

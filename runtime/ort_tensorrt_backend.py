@@ -9,15 +9,13 @@ in the bundle.
 import contextlib
 import ctypes
 import hashlib
-import os
-import shutil
 from collections.abc import Sequence
 
 import numpy as np
 
 from mythos_edge.model.bundle import CUDA_PROVIDER, STAGES, TARGET, TENSORRT_PROVIDER, Bundle, TensorSpec, verify_hashes
-from mythos_edge.model.bundle_writer import remove_partials
 from mythos_edge.model.errors import BackendUnavailable, CapacityError, MythosEdgeError, UsageError
+from mythos_edge.model.partial_folders import PartialFolder
 from mythos_edge.plugins import trt_bindings
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.runtime.device import DeviceMemory
@@ -112,15 +110,14 @@ class _EngineFolder:
         self.is_new = not self._whole.is_dir()
         if not self.is_new:
             return
-        self.path = parent / f".{key}.partial-{os.getpid()}"
         try:
             parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            remove_partials(parent, key)
-            self.path.mkdir(mode=0o700)
+            self._private = PartialFolder(parent, key, mode=0o700)
         except OSError as error:
             raise UsageError(
                 f"{parent}: can not be written: {error.strerror}: set XDG_CACHE_HOME to a folder that can"
             ) from error
+        self.path = self._private.path
 
     def keep(self) -> None:
         """Makes a private folder the key's, unless another process has been faster: then that one's is as good."""
@@ -131,7 +128,7 @@ class _EngineFolder:
     def discard(self) -> None:
         """Removes a private folder that was not kept."""
         if self.is_new:
-            shutil.rmtree(self.path, ignore_errors=True)
+            self._private.remove()
 
 
 def _sizes_to_meet(most: int) -> list[dict[str, int]]:

@@ -61,7 +61,10 @@ class Session:
         self.config = bundle.manifest.config
         self._max_context = min(bundle.manifest.max_context, backend.max_context or bundle.manifest.max_context)
         name = bundle.manifest.tokenizer
-        self.tokenizer = None if name is None else Tokenizer(bundle.file(name))
+        self.tokenizer = None
+        if name is not None:
+            with bundle.unchanged():
+                self.tokenizer = Tokenizer(bundle.file(name))
         self._sequences: list[TokenSequence] = []
         # What is known of drafts serves the next request, too.
         self._tuners: dict[tuple[object, ...], DraftTuner] = {}

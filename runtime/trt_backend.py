@@ -61,8 +61,9 @@ class TrtBackend:
         # The rows of a call are at their fixed places before anything is written to where they came from.
         self.memory = DeviceMemory(self._runtime.gpu, spec.compute_dtype, Room(room, rows), updates_in_place=True)
         try:
-            for stage in STAGES:
-                self._stages[stage] = _Stage(stage, self._runtime.load(stage, trust), self.memory, rows, room)
+            with bundle.unchanged(target):
+                for stage in STAGES:
+                    self._stages[stage] = _Stage(stage, self._runtime.load(stage, trust), self.memory, rows, room)
         except BaseException:
             self.close()
             raise

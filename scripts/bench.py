@@ -248,7 +248,7 @@ def _loop_graph(args: argparse.Namespace) -> dict[str, Any]:
     with Session.open(args.bundle) as session:
         bundle, config = session.bundle, session.config
     prompt = np.random.default_rng(0).integers(0, config.vocab_size, args.prompt_tokens)
-    run_graph = graph_runner(bundle.file(bundle.manifest.graphs["model"].file), args.threads)
+    run_graph = graph_runner(bundle, "model", args.threads)
     figures = {}
     for name, threshold in (("halting_at_1_ms", 1e-9), ("full_depth_ms", np.inf)):
         feeds = {

@@ -111,8 +111,9 @@ def _build_for_cpu(args: argparse.Namespace, before: Bundle, console: Console) -
     if args.calibrate is not None:
         ids = checked_ids(options.ids_from_file(args.calibrate), before.manifest.config)
         importance = calibration.collect_importance(before, ids, console.progress).importance
+    # What was calibrated on, and not what may stand there by now.
     bundle = ort_target.build_target(
-        args.bundle,
+        before,
         args.weights,
         block=args.block,
         keep=keep,
@@ -161,10 +162,9 @@ def _tell(console: Console, before: Bundle, bundle: Bundle, name: str, **more: A
         lost = ", ".join(sorted(set(before.manifest.presets) - set(bundle.manifest.presets)))
         console.say(f"replaces the one before ({weights_of(old)})" + (f" and its presets: {lost}" if lost else ""))
     if target.engine is not None:
-        from mythos_edge.exporter.target_files import log_file
+        from mythos_edge.exporter.target_files import log_of
 
-        log = bundle.path / log_file(name)
-        console.say(f"what TensorRT {target.engine.version} said is in {log}")
+        console.say(f"what TensorRT {target.engine.version} said is in {log_of(bundle, name)}")
     if target.note:
         console.say(target.note)
     console.say(f"use it with --target {name}")

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from mythos_edge.model.bundle import TARGET, Bundle
 from mythos_edge.model.errors import BackendUnavailable, UsageError
+from mythos_edge.model.linked_weights import weights_apart
 from mythos_edge.runtime.backend import Backend, OrtBackend
 from mythos_edge.runtime.packing import Arrays, Call
 from mythos_edge.runtime.quality import Gate, QualityReport, Trace, difference, quality_report
@@ -177,8 +178,11 @@ class _Traced:
         if spec.engine is not None:
             # An engine shows its states alone; what the router makes of them is asked in float32.
             spec = bundle.target(TARGET)
-        probe = Probe(bundle.file(spec.graphs["step"]), [ROUTER], prepack=spec.prepacked)
-        self._recorder = _Recorder(backend, probe, router_of(bundle), ROUTER)
+        with bundle.unchanged(target):
+            apart = weights_apart(bundle, None, target)
+            probe = Probe(bundle.file(spec.graphs["step"]), [ROUTER], prepack=spec.prepacked, apart=apart)
+            router = router_of(bundle)
+        self._recorder = _Recorder(backend, probe, router, ROUTER)
         self._session = Session(bundle, self._recorder)
 
     def trace(self, ids: NDArray[np.int64]) -> Trace:

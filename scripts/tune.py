@@ -23,7 +23,7 @@ from mythos_edge.model.errors import BackendUnavailable, UsageError
 from mythos_edge.runtime.halting import Depth
 from mythos_edge.runtime.prompts import checked_ids
 from mythos_edge.runtime.quality import kl_divergence
-from mythos_edge.runtime.session import Session
+from mythos_edge.runtime.session import Session, open_backend
 from mythos_edge.scripts import measuring, options
 from mythos_edge.scripts.console import Console
 
@@ -112,9 +112,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
     files = report.write(folder, points, knee, full_ms, args.max_kl, f"{args.bundle}, {args.data}")
     _tell(points, knee, full_ms, args, bundle.manifest.config, console)
     if knee is not None:
-        # Read again: measuring takes minutes, in which a build may have added a target.
-        fresh = open_bundle(args.bundle)
-        update_manifest(fresh, presets={**fresh.manifest.presets, args.save: knee.preset()})
+        # Measuring takes minutes, in which others may have changed the bundle, or built this target again.
+        preset = {args.save: knee.preset()}
+        update_manifest(bundle, held_to=knee.setting.target, presets=lambda presets: {**presets, **preset})
     console.result(
         {
             "full_depth_ms_per_token": full_ms,
@@ -160,7 +160,7 @@ def _measure(
     with ExitStack() as stack:
         names = dict.fromkeys([TARGET, *(setting.target for setting in settings)])
         sessions = {
-            name: stack.enter_context(Session.open(bundle.path, target=name, threads=args.threads)) for name in names
+            name: stack.enter_context(Session(bundle, open_backend(bundle, name, args.threads))) for name in names
         }
         quality = _quality(sessions, settings, ids, console)
         ms = _times(sessions, settings, ids, args.repetitions, console)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mythos_edge.model.bundle import Bundle, GoldenSample, open_bundle, verify_hashes
+from mythos_edge.model.bundle import TARGET, Bundle, GoldenSample, open_bundle, verify_hashes
 from mythos_edge.model.errors import BackendUnavailable, CapacityError, UsageError
 from mythos_edge.model.machine import free_memory_bytes
 from mythos_edge.runtime import parity
@@ -59,7 +59,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         compare = _comparison(args, bundle, ids, console, opened)  # before minutes of hashing
         verify_hashes(bundle, lambda name: console.progress("hashing the files", 0.0))
         console.progress("self-test", 0.0)
-        session = opened.enter_context(Session.open(args.bundle, trust=args.trust))
+        # Of the manifest whose files were hashed, whatever stands there meanwhile.
+        session = opened.enter_context(Session(bundle, open_backend(bundle, TARGET)))
         sample = bundle.manifest.sample
         sample_error = _self_test(session, sample)
         allowed = parity.SELF_TEST_SHARE * max(1.0, *map(abs, sample.top_logits))
@@ -158,7 +159,7 @@ def _routes(session: Session, ids: NDArray[np.int64]) -> dict[str, tuple[NDArray
             score = session.score(ids, prefill=chunk, policy=policy)
             made[f"{policy}, prefill {chunk or 'all'}"] = (score.logits, score.depth)
     bundle, config = session.bundle, session.config
-    run_graph = graph_runner(bundle.file(bundle.manifest.graphs["model"].file))
+    run_graph = graph_runner(bundle, "model")
     feeds = {
         "input_ids": ids,
         "max_depth": np.array(config.max_loop_iters),

@@ -70,7 +70,7 @@ def test_a_target_that_fails_leaves_the_bundle_as_it_was(bundle: Path, monkeypat
 def test_a_build_over_another_that_is_interrupted_leaves_a_sound_bundle(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build_target(bundle, "int4", block=32)
+    before = build_target(bundle, "int4", block=32)
     moves = []
     replace = Path.replace
 
@@ -87,7 +87,9 @@ def test_a_build_over_another_that_is_interrupted_leaves_a_sound_bundle(
     monkeypatch.undo()
     left = open_bundle(bundle)
     verify_hashes(left)
-    assert list(left.manifest.targets) == ["ort-cpu"]
+    assert left.manifest == before.manifest
+    assert not list(bundle.glob(".*"))
+    assert set(_files(bundle)) == {*before.manifest.files, "manifest.json"}
     assert build_target(bundle, "int4", block=64).manifest.targets["ort-cpu-int4"].block == 64
 
 

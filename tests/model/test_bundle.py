@@ -3,12 +3,14 @@
 import dataclasses
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sample_bundle import CONTENTS, sample_manifest, tree
+from sample_bundle import CONTENTS, sample_manifest, tree, write_bundle
 
 from mythos_edge.model import bundle as bundle_module
 from mythos_edge.model import bundle_writer
@@ -103,18 +105,56 @@ def test_the_hash_is_over_all_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert sha256_of(tmp_path / "x") == hashlib.sha256(data).hexdigest()
 
 
-def test_a_link_out_of_the_folder_is_refused_and_one_within_is_not(made: Path, tmp_path: Path) -> None:
+def test_a_link_out_of_the_folder_is_taken_if_it_leads_to_the_file_that_is_listed(made: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
-    outside.write_bytes(CONTENTS["weights.safetensors"])
     weights = made / "weights.safetensors"
+    outside.write_bytes(CONTENTS["weights.safetensors"])
     weights.unlink()
     weights.symlink_to(outside)
-    with pytest.raises(BundleError, match="link out of the bundle's folder"):
+    opened = open_bundle(made, hashes=True)
+    assert opened.file("weights.safetensors") == weights
+    for other in (CONTENTS["weights.safetensors"][::-1], b"of another size"):
+        outside.write_bytes(other)
+        for look in (lambda: open_bundle(made), lambda: opened.file("weights.safetensors")):
+            with pytest.raises(
+                BundleError, match=r"is a link out of the .*hf download .* --local-dir .*cp -rL"
+            ) as told:
+                look()
+            assert "\n" not in str(told.value)
+    outside.unlink()
+    with pytest.raises(BundleError, match=r"weights\.safetensors: is a link to a file that is missing: .*cp -rL"):
         open_bundle(made)
     weights.unlink()
     (made / "real.bin").write_bytes(CONTENTS["weights.safetensors"])
     weights.symlink_to("real.bin")
     open_bundle(made, hashes=True)
+
+
+def test_a_link_out_of_the_folder_is_read_once_for_an_opened_bundle(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (made / "weights.safetensors").rename(tmp_path / "outside")
+    (made / "weights.safetensors").symlink_to(tmp_path / "outside")
+    read: list[Path] = []
+
+    def spy(path: Path) -> str:
+        read.append(path)
+        return sha256_of(path)
+
+    monkeypatch.setattr(bundle_module, "sha256_of", spy)
+    opened = open_bundle(made)
+    for one in (opened, opened, dataclasses.replace(opened, path=made.absolute())):
+        one.file("weights.safetensors")
+    assert read == [made / "weights.safetensors"]
+
+
+@pytest.mark.parametrize("target", ["/dev/zero", "fifo"])
+def test_a_link_to_what_is_no_file_is_refused_unread(made: Path, tmp_path: Path, target: str) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (made / "weights.safetensors").unlink()
+    (made / "weights.safetensors").symlink_to(tmp_path / target)
+    with pytest.raises(BundleError, match="is a link out of"):
+        open_bundle(made)
 
 
 def test_a_linked_bundle_opens(made: Path, tmp_path: Path) -> None:
@@ -125,7 +165,7 @@ def test_a_linked_bundle_opens(made: Path, tmp_path: Path) -> None:
 def test_a_folder_beside_with_the_same_beginning_is_outside(made: Path) -> None:
     beside = made.with_name(made.name + "-evil")
     beside.mkdir()
-    (beside / "weights.safetensors").write_bytes(CONTENTS["weights.safetensors"])
+    (beside / "weights.safetensors").write_bytes(CONTENTS["weights.safetensors"][::-1])
     (made / "weights.safetensors").unlink()
     (made / "weights.safetensors").symlink_to(beside / "weights.safetensors")
     with pytest.raises(BundleError, match="link out of"):
@@ -164,6 +204,48 @@ def test_a_hostile_bundle_is_a_bundle_error_and_nothing_else(made: Path, damage:
     damage(made)
     with pytest.raises(BundleError):
         open_bundle(made)
+
+
+# --- a bundle that is replaced while it is open -------------------------------------------------------------------
+
+
+def test_what_is_opened_of_the_same_bundle_is_let_through(made: Path) -> None:
+    opened = open_bundle(made)
+    update_manifest(opened, presets={}, versions={"torch": "3"})
+    for target in opened.manifest.targets:
+        with opened.unchanged(target):
+            pass
+
+
+@pytest.mark.parametrize("force", ["another model", "another target", "gone"])
+def test_what_is_opened_of_another_bundle_is_one_line(made: Path, force: str) -> None:
+    opened = open_bundle(made)
+    reason = {
+        "another model": "the bundle was replaced while it was open: open it again",
+        "another target": "target 'rtx-sm89-fp16' was built again while it was open: open it again",
+        "gone": "the bundle was replaced or removed while it was open: open it again",
+    }[force]
+    if force == "another model":
+        write_bundle(made, CONTENTS | {"weights.safetensors": bytes(256)}, force=True)
+    elif force == "another target":
+        targets = opened.manifest.targets
+        changed = dataclasses.replace(targets["rtx-sm89-fp16"], block=3)
+        update_manifest(opened, targets={**targets, "rtx-sm89-fp16": changed})
+    else:
+        shutil.rmtree(made)
+    with pytest.raises(BundleError, match=reason), opened.unchanged("rtx-sm89-fp16"):
+        pass
+    # It is the reason of what fails meanwhile, too.
+    with pytest.raises(BundleError, match=reason), opened.unchanged("rtx-sm89-fp16"):
+        raise BundleError("step.onnx: ONNX Runtime cannot load it")
+    if force == "another target":
+        with opened.unchanged("ort-cpu"):
+            pass
+
+
+def test_a_failure_in_a_bundle_that_is_the_same_stays_what_it_is(made: Path) -> None:
+    with pytest.raises(BundleError, match="cannot load it"), open_bundle(made).unchanged("ort-cpu"):
+        raise BundleError("step.onnx: ONNX Runtime cannot load it")
 
 
 # --- changing the manifest ----------------------------------------------------------------------------------------
@@ -210,3 +292,25 @@ def test_a_change_that_contradicts_itself_is_refused(made: Path) -> None:
     with pytest.raises(BundleError, match=r"does not list 'other\.json'"):
         update_manifest(open_bundle(made), tokenizer="other.json")
     assert tree(made) == before
+
+
+def test_a_change_is_made_to_what_the_manifest_says_now(made: Path) -> None:
+    """Two that opened the bundle before either changed it both leave what they added."""
+    calm = Preset("ort-cpu", 4, 0.5, 0.1, 0.9, 1.5, 2.0)
+    first, second = open_bundle(made), open_bundle(made)
+    update_manifest(first, presets=lambda presets: {**presets, "first": calm})
+    updated = update_manifest(second, presets=lambda presets: {**presets, "second": calm})
+    assert list(updated.manifest.presets) == ["knee", "first", "second"]
+    assert open_bundle(made) == updated
+
+
+def test_a_change_of_what_became_another_model_is_refused(made: Path) -> None:
+    opened = open_bundle(made)
+    write_bundle(made, make=lambda files: sample_manifest(files, dtype="fp32"), force=True)
+    before = tree(made)
+    with pytest.raises(BundleError, match="was exported anew meanwhile"):
+        update_manifest(opened, presets={})
+    assert tree(made) == before
+    shutil.rmtree(made)
+    with pytest.raises(BundleError, match="was replaced or removed meanwhile"):
+        update_manifest(opened, presets={})

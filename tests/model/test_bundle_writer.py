@@ -67,18 +67,20 @@ def test_force_never_replaces_what_is_no_bundle(tmp_path: Path, force: bool) -> 
     (folder / "cat.jpg").write_bytes(b"cat")
     file = tmp_path / "letter.txt"
     file.write_text("dear")
-    dangling = tmp_path / "dangling"
-    dangling.symlink_to(tmp_path / "nowhere")
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
     odd = tmp_path / "odd"
     (odd / MANIFEST_FILE).mkdir(parents=True)
     before = tree(tmp_path)
-    for path in (folder, file, dangling, odd):
+    with pytest.raises(ExportError, match="is a link that leads to itself"):
+        BundleWriter(loop, force=force)
+    for path in (folder, file, odd):
         with pytest.raises(ExportError, match="exists") as caught:
             BundleWriter(path, force=force)
         assert "or pass --force" not in str(caught.value)
         assert ("is not a bundle" in str(caught.value)) == force
     assert tree(tmp_path) == before
-    assert dangling.is_symlink()
+    assert loop.is_symlink()
 
 
 def test_force_replaces_a_bundle_and_an_empty_folder(made: Path, tmp_path: Path) -> None:
@@ -94,13 +96,25 @@ def test_force_replaces_a_bundle_and_an_empty_folder(made: Path, tmp_path: Path)
     assert sorted(tmp_path.iterdir()) == sorted([made, empty])
 
 
-def test_force_on_a_linked_bundle_leaves_nothing_beside(made: Path, tmp_path: Path) -> None:
+def test_a_link_is_followed(made: Path, tmp_path: Path) -> None:
     (tmp_path / "links").mkdir()
     link = tmp_path / "links" / "current"
     link.symlink_to(made)
+    with pytest.raises(ExportError, match=r"current exists: .* or pass --force"):
+        BundleWriter(link)
     write_bundle(link, CONTENTS | {"extra": b"new"}, force=True)
-    assert "extra" in open_bundle(link, hashes=True).manifest.files
+    assert "extra" in open_bundle(made, hashes=True).manifest.files
+    assert link.is_symlink()
     assert list(link.parent.iterdir()) == [link]
+    assert sorted(tmp_path.iterdir()) == sorted([link.parent, made])
+
+
+def test_a_link_to_nothing_is_followed_to_a_new_folder(tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "deep" / "there")
+    write_bundle(link)
+    assert link.is_symlink()
+    open_bundle(tmp_path / "deep" / "there", hashes=True)
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -206,6 +220,13 @@ def test_a_place_that_can_not_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(ExportError, match="can not write there") as caught, BundleWriter(tmp_path / "file" / "b"):
         pass
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "new/" + "ä" * 128, "n\0n"])
+def test_a_name_that_no_folder_can_have_is_one_line_before_the_work(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ExportError, match=r"cannot be written: .*: choose another folder") as caught:
+        BundleWriter(tmp_path / name)
     assert "\n" not in str(caught.value)
 
 

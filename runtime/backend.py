@@ -14,6 +14,7 @@ import numpy as np
 
 from mythos_edge.model.bundle import MAX_TOGETHER, STAGES, TARGET, Bundle
 from mythos_edge.model.errors import BackendUnavailable, BundleError, MythosEdgeError, UsageError
+from mythos_edge.model.machine import cores
 from mythos_edge.plugins.processor import has_integer_dot_products
 from mythos_edge.runtime.memory import HostMemory, Memory, Rows
 from mythos_edge.runtime.packing import ROWS, Array, Arrays, Call, packed, unpack
@@ -222,11 +223,6 @@ def import_onnxruntime() -> Any:
     except ImportError as error:
         raise BackendUnavailable("onnxruntime is not installed", "pip install onnxruntime") from error
     return onnxruntime
-
-
-def cores() -> int:
-    """CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _address(array: Array) -> int:

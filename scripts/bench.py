@@ -13,7 +13,8 @@ import numpy as np
 
 from mythos_edge.model.bundle import CPU_PROVIDER, TARGET, open_bundle
 from mythos_edge.model.errors import UsageError
-from mythos_edge.runtime.backend import OrtBackend, cores, graph_runner
+from mythos_edge.model.machine import cores
+from mythos_edge.runtime.backend import OrtBackend, graph_runner
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import measuring, options
 from mythos_edge.scripts.console import Console

@@ -16,7 +16,7 @@ import onnx_ir.passes.common as passes
 from numpy.typing import NDArray
 
 from mythos_edge.model.bundle import Bundle
-from mythos_edge.model.errors import BackendUnavailable, BundleError, MythosEdgeError
+from mythos_edge.model.errors import BundleError, MythosEdgeError, unavailable
 from mythos_edge.model.machine import cores
 
 Array = NDArray[Any]
@@ -107,7 +107,7 @@ def _session(model: ir.Model, path: Path, prepack: bool) -> Any:
     try:
         import onnxruntime as ort
     except ImportError as error:
-        raise BackendUnavailable("onnxruntime is not installed", "pip install onnxruntime") from error
+        raise unavailable(error, "comparing targets", "pip install onnxruntime") from error
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = cores()

@@ -113,9 +113,9 @@ def _groups(root: Path, controller: str) -> Iterator[tuple[int, Path]]:
         _, _, rest = line.partition(":")
         names, _, path = rest.partition(":")
         if not names:
-            version, mounts = 2, _UNIFIED
+            version, mounts = 2, list(_UNIFIED)
         elif controller in names.split(","):
-            version, mounts = 1, tuple(f"sys/fs/cgroup/{one}" for one in (names, controller))
+            version, mounts = 1, [f"sys/fs/cgroup/{one}" for one in (names, controller)]
         else:
             continue
         mount = next((root / one for one in mounts if (root / one).is_dir()), None)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from mythos_edge.model.errors import BackendUnavailable, BuildError
+from mythos_edge.model.errors import BackendUnavailable, BuildError, raise_interrupt
 
 FLAVOURS = {
     "rtx": ("tensorrt_rtx", "pip install 'mythos-edge[tensorrt-rtx]'"),
@@ -36,6 +36,7 @@ def load(flavour: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except (ImportError, OSError) as error:
+        raise_interrupt(error)
         reason = " ".join(str(error).split())
         raise BackendUnavailable(f"{name} can not be imported ({reason})", install) from error
 
@@ -168,7 +169,8 @@ def _rtx_library(trt: ModuleType) -> Path | None:
         return None
     try:
         libraries = importlib.import_module("tensorrt_rtx_libs")
-    except ImportError:
+    except ImportError as error:
+        raise_interrupt(error)
         return None
     found = [path for folder in libraries.__path__ for path in sorted(Path(folder).glob(f"{_PARSER_WANTS}.*"))]
     return found[0].resolve() if found else None

@@ -13,7 +13,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from mythos_edge.model.bundle import MAX_TOGETHER, STAGES, TARGET, Bundle
-from mythos_edge.model.errors import BackendUnavailable, BundleError, MythosEdgeError, UsageError
+from mythos_edge.model.errors import BackendUnavailable, BundleError, MythosEdgeError, UsageError, unavailable
 from mythos_edge.model.machine import cores
 from mythos_edge.plugins.processor import has_integer_dot_products
 from mythos_edge.runtime.memory import HostMemory, Memory, Rows
@@ -221,7 +221,7 @@ def import_onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise BackendUnavailable("onnxruntime is not installed", "pip install onnxruntime") from error
+        raise unavailable(error, "running a bundle", "pip install onnxruntime") from error
     return onnxruntime
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from mythos_edge.model.errors import BackendUnavailable, BundleError, UsageError
+from mythos_edge.model.errors import BundleError, UsageError, unavailable
 
 _END_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|end|>", "<eos>", "<|im_end|>")
 _UNFINISHED = "\ufffd"
@@ -21,7 +21,7 @@ class Tokenizer:
         try:
             from tokenizers import Tokenizer as Library
         except ImportError as error:
-            raise BackendUnavailable("text needs the tokenizers library", "pip install tokenizers") from error
+            raise unavailable(error, "text", "pip install tokenizers") from error
         try:
             self._library = Library.from_file(str(path))
         except Exception as error:  # the library raises plain Exception

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mythos_edge.model.bundle import CUDA_TARGET, TARGET, Bundle, TargetSpec, open_bundle
-from mythos_edge.model.errors import BackendUnavailable, UsageError
+from mythos_edge.model.errors import UsageError, unavailable
 from mythos_edge.runtime.session import checked_ids
 from mythos_edge.scripts import options
 from mythos_edge.scripts.console import Console
@@ -68,8 +68,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     try:
         builders[kind](args, before, console)
     except ImportError as error:
-        message = f"building a target needs {error.name}, which is not installed"
-        raise BackendUnavailable(message, "pip install 'mythos-edge[export]'") from error
+        raise unavailable(error, "building a target", "pip install 'mythos-edge[export]'") from error
     return 0
 
 

@@ -96,7 +96,7 @@ def _show(console: Console, a: int, b: int, exact: dict[str, Any]) -> None:
     rows = ((str(a), ""), (str(b), "+"))
     for number, sign in rows:
         console.say(f"{sign:>7} " + "".join(f"{digit:>{width}}" for digit in number.rjust(len(digits))))
-    console.say(f"{'=':>7} " + "".join(cells))
+    console.say(f"{'=':>7} " + "".join(cells), coloured=True)
     console.say(f"{'depth':>7} " + "".join(f"{depth:>{width}}" for depth in depths))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mythos_edge.model.bundle import TARGET, open_bundle
 from mythos_edge.model.bundle_writer import BundleWriter
-from mythos_edge.model.errors import BackendUnavailable, BundleError
+from mythos_edge.model.errors import BundleError, unavailable
 from mythos_edge.scripts.console import Console
 
 HELP = "export a checkpoint to a bundle"
@@ -29,8 +29,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         from mythos_edge.exporter.export import export_bundle
         from mythos_edge.model.checkpoint import open_checkpoint
     except ImportError as error:
-        message = f"exporting needs {error.name}, which is not installed"
-        raise BackendUnavailable(message, "pip install 'mythos-edge[export]'") from error
+        raise unavailable(error, "exporting", "pip install 'mythos-edge[export]'") from error
 
     BundleWriter(args.output, args.force)  # refuses a place that is taken, before the checkpoint is read
     lost = _built_targets(args.output)

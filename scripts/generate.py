@@ -48,7 +48,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         as_text = session.tokenizer is not None
         for number, token in enumerate(stream):
             shown = token.text if as_text else f"{',' if number else ''}{token.id}"
-            console.say(f"{shown}[{token.depth}]" if args.show_depth else shown, end="")
+            console.text(f"{shown}[{token.depth}]" if args.show_depth else shown)
         console.say()
         result = session.last_generation
     if result.finish_reason == "context":

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mythos_edge.model.bundle import Bundle, GoldenSample, open_bundle, verify_hashes
-from mythos_edge.model.errors import BackendUnavailable, CapacityError, UsageError
+from mythos_edge.model.errors import CapacityError, UsageError, unavailable
 from mythos_edge.model.machine import free_memory_bytes
 from mythos_edge.runtime import parity
 from mythos_edge.runtime.backend import graph_runner
@@ -82,8 +82,7 @@ def _comparison(
     try:
         from mythos_edge.model.checkpoint import open_checkpoint
     except ImportError as error:
-        message = f"comparing with a checkpoint needs {error.name}, which is not installed"
-        raise BackendUnavailable(message, "pip install 'mythos-edge[export]'") from error
+        raise unavailable(error, "comparing with a checkpoint", "pip install 'mythos-edge[export]'") from error
     checkpoint = opened.enter_context(open_checkpoint(Path(args.against), args.config))
     if checkpoint.config != bundle.manifest.config:
         raise UsageError(

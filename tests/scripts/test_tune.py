@@ -180,7 +180,7 @@ def test_a_folder_that_can_not_be_written_is_one_line(
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     argv = (rounded_bundle, "--data", data, "-o", tmp_path / "file", "-r", 1, "--thresholds", "0.9", "--max-depths", 8)
-    refused(run("tune", *argv), "can not write the curve")
+    refused(run("tune", *argv), "cannot write the curve")
 
 
 def test_without_matplotlib_the_install_line_is_given(

@@ -1,0 +1,52 @@
+"""Ctrl-C, SIGTERM and SIGHUP as one thing: a KeyboardInterrupt, by which everything cleans up after itself.
+
+Not here: what is said then (``cli``).
+"""
+
+import signal
+import time
+from types import FrameType
+
+from mythos_edge.model.errors import raise_interrupt
+
+_ASKED_BY = ("SIGINT", "SIGTERM", "SIGHUP")
+# Asking again at once must not break off the cleaning up that the first time began.
+_PATIENCE_S = 3.0
+_last_asked: list[float] = []
+
+
+def install() -> None:
+    """Makes every signal that asks for an end a KeyboardInterrupt; one that is ignored, as under nohup, stays so."""
+    for name in _ASKED_BY:
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _interrupt)
+
+
+def uninstall() -> None:
+    """Lets signals end the process at once: everything is done, and Python has only to leave."""
+    for name in _ASKED_BY:
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is _interrupt:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def caused(error: BaseException) -> bool:
+    """Whether an interrupt is behind ``error``.
+
+    A library that is interrupted while it is imported may raise an error of its own instead, which then looks as if
+    it were not installed; some drop all trace of what they met.
+    """
+    try:
+        raise_interrupt(error)
+    except KeyboardInterrupt:
+        return True
+    return bool(_last_asked)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    del number, frame
+    again = bool(_last_asked) and time.monotonic() - _last_asked[-1] < _PATIENCE_S
+    if not again:
+        _last_asked[:] = [time.monotonic()]
+        raise KeyboardInterrupt

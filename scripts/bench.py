@@ -6,7 +6,6 @@ import dataclasses
 import io
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,10 @@ import numpy as np
 from mythos_edge.model.bundle import CPU_PROVIDER, TARGET, open_bundle
 from mythos_edge.model.errors import UsageError
 from mythos_edge.model.machine import cores
-from mythos_edge.runtime.backend import OrtBackend, graph_runner
+from mythos_edge.runtime.backend import OrtBackend, graph_runner, import_onnxruntime, session_options
+from mythos_edge.runtime.halting import Depth
 from mythos_edge.runtime.session import Session
+from mythos_edge.runtime.speculation import check_draft
 from mythos_edge.scripts import measuring, options
 from mythos_edge.scripts.console import Console
 from mythos_edge.scripts.doctor import processor
@@ -44,7 +45,7 @@ _DEPTH_ROUNDS = 6
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle", type=options.path)
     parser.add_argument("-p", "--prompt-tokens", type=int, default=512, metavar="N")
     parser.add_argument("-n", "--new-tokens", type=int, default=128, metavar="N")
     parser.add_argument("-d", "--depth", type=float, metavar="X", help="set the threshold for this mean depth")
@@ -69,6 +70,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if args.depth is not None and (args.threshold is not None or not args.depth >= 1):
         raise UsageError(f"--depth {args.depth:g} looks for a threshold: expected 1 or more, and no --threshold")
     names = _targets(args, console)
+    _check_before(args, names)
     threads = args.threads or cores()
     bandwidths = [measuring.stream_bandwidth(threads)]
     targets: dict[str, dict[str, Any]] = {}
@@ -120,7 +122,6 @@ def _measure(
     started = time.perf_counter()
     with Session.open(args.bundle, target=name, threads=args.threads) as session:
         load_ms = (time.perf_counter() - started) * 1e3
-        _check_length(args, session)
         prompt = np.random.default_rng(0).integers(0, session.config.vocab_size, args.prompt_tokens).tolist()
         depth = options.depth_of(args)
         if args.depth is not None:
@@ -181,8 +182,15 @@ def _batch(args: argparse.Namespace, session: Session, depth: dict[str, Any], co
     return {**rates, "batch_ratio": ratio, "batch_equal_tokens": equal}
 
 
-def _check_length(args: argparse.Namespace, session: Session) -> None:
-    needed, limit = args.prompt_tokens + args.new_tokens, session.bundle.manifest.max_context
+def _check_before(args: argparse.Namespace, names: list[str]) -> None:
+    """Raises UsageError, BundleError for what would be refused after minutes of measuring."""
+    bundle = open_bundle(args.bundle)
+    for name in names:
+        bundle.target(name)
+    depth = Depth(**options.depth_of(args)).resolve(bundle.manifest.config)
+    check_draft(args.draft_depth, depth)
+    session_options(import_onnxruntime(), args.threads, prepack=False)  # refuses threads that no session can have
+    needed, limit = args.prompt_tokens + args.new_tokens, bundle.manifest.max_context
     if needed > limit:
         raise UsageError(
             f"{args.prompt_tokens} prompt and {args.new_tokens} new tokens are {needed}; this bundle was exported "

@@ -4,7 +4,6 @@ import argparse
 import re
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from mythos_edge.model.bundle import CUDA_TARGET, TARGET, Bundle, TargetSpec, open_bundle
@@ -33,7 +32,7 @@ _ASKED_WITH = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle", type=options.path)
     names = "ort-cpu (default), ort-cuda, rtx-sm89, rtx-sm86+sm89+sm120 (several GPUs), trt-this-gpu"
     parser.add_argument("--target", default=TARGET, metavar="NAME", help=f"what to build for: {names}")
     weights = "ort-cpu: fp32, int8, int4; ort-cuda: none, int8, int4; TensorRT: none, int8, int4, fp8"
@@ -52,7 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parts = "head, attention, experts, shared, prelude, coda, or names of tensors"
     rounding.add_argument("--keep", metavar="PARTS", help=f"what stays fp32: {parts}")
     rounding.add_argument("--method", choices=("rtn", "search"), help="round to nearest, or search each block's scale")
-    rounding.add_argument("--calibrate", metavar="NPY", help="token ids to weigh the input channels with")
+    rounding.add_argument(
+        "--calibrate", type=options.file_name, metavar="NPY", help="token ids to weigh the input channels with"
+    )
 
 
 def run(args: argparse.Namespace, console: Console) -> int:

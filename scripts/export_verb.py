@@ -8,6 +8,7 @@ from pathlib import Path
 from mythos_edge.model.bundle import TARGET, open_bundle
 from mythos_edge.model.bundle_writer import BundleWriter
 from mythos_edge.model.errors import BundleError, unavailable
+from mythos_edge.scripts import options
 from mythos_edge.scripts.console import Console
 
 HELP = "export a checkpoint to a bundle"
@@ -15,12 +16,18 @@ EXAMPLE = "mythos-edge export step_0001000.pt -o model.bundle --tokenizer tokeni
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, help=".pt, .pth, .bin, .safetensors, or a folder with safetensors")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="folder to write")
-    parser.add_argument("--config", type=Path, metavar="JSON", help="config fields the checkpoint does not tell")
+    parser.add_argument(
+        "checkpoint", type=options.path, help=".pt, .pth, .bin, .safetensors, or a folder with safetensors"
+    )
+    parser.add_argument("-o", "--output", type=options.path, required=True, metavar="BUNDLE", help="folder to write")
+    parser.add_argument(
+        "--config", type=options.path, metavar="JSON", help="config fields the checkpoint does not tell"
+    )
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="storage of large weights")
     parser.add_argument("--max-context", type=int, metavar="N", help="longest sequence (default: the checkpoint's)")
-    parser.add_argument("--tokenizer", type=Path, metavar="JSON", help="Hugging Face tokenizer.json to carry along")
+    parser.add_argument(
+        "--tokenizer", type=options.path, metavar="JSON", help="Hugging Face tokenizer.json to carry along"
+    )
     parser.add_argument("--force", action="store_true", help="replace an existing bundle, targets built in it too")
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 from dataclasses import asdict
-from pathlib import Path
 
 from mythos_edge.scripts import options
 from mythos_edge.scripts.console import Console
@@ -12,7 +11,7 @@ EXAMPLE = 'mythos-edge generate model.bundle -p "Once upon a time" --max-new-tok
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle", type=options.path)
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("-p", "--prompt", metavar="TEXT")
     prompt.add_argument("--ids", metavar="1,2,3", help="token ids instead of text")
@@ -34,11 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    prompt = args.prompt if args.prompt is not None else options.ids_from_text(args.ids)
+    if args.prompt is None:
+        prompt: str | list[int] = options.ids_from_text(args.ids)
+    else:
+        prompt = options.text_of(args.prompt, "--prompt")
     request = {
         "max_new_tokens": args.max_new_tokens,
         "stop_ids": None if args.stop_id is None else tuple(args.stop_id),
-        "stop_strings": tuple(args.stop),
+        "stop_strings": tuple(options.text_of(stop, "--stop") for stop in args.stop),
         **options.depth_of(args),
         **options.sampling_of(args),
         **options.drafts_of(args),

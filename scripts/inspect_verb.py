@@ -8,6 +8,7 @@ from typing import Any
 from mythos_edge.model.bundle import Bundle, has_manifest, manifest_to_dict, open_bundle
 from mythos_edge.model.errors import BundleError, CheckpointError, UsageError, unavailable
 from mythos_edge.runtime.caches import CachePlan, plan_cache
+from mythos_edge.scripts import options
 from mythos_edge.scripts.build import weights_of
 from mythos_edge.scripts.console import Console
 
@@ -16,8 +17,8 @@ EXAMPLE = "mythos-edge inspect model.bundle --json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=Path)
-    parser.add_argument("--config", type=Path, metavar="JSON", help="config fields a checkpoint does not tell")
+    parser.add_argument("path", type=options.path)
+    parser.add_argument("--config", type=options.path, metavar="JSON", help="config fields a checkpoint does not tell")
 
 
 def run(args: argparse.Namespace, console: Console) -> int:

@@ -1,7 +1,6 @@
 """``mythos-edge score``: logits and depth of given tokens, as a file."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,9 +20,11 @@ _SCORES = "the scores"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--ids", required=True, metavar="NPY", help="int64 array (batch, positions)")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="NPZ")
+    parser.add_argument("bundle", type=options.path)
+    parser.add_argument(
+        "--ids", type=options.file_name, required=True, metavar="NPY", help="int64 array (batch, positions)"
+    )
+    parser.add_argument("-o", "--output", type=options.path, required=True, metavar="NPZ")
     parser.add_argument("--prefill", type=int, metavar="N", help="positions fed as one chunk (default: all)")
     options.add_depth(parser)
     options.add_target(parser)

@@ -75,12 +75,20 @@ class Point:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle", type=options.path)
     parser.add_argument(
-        "--data", required=True, metavar="NPY", help="tokens of the kind the model is for (rows, positions)"
+        "--data",
+        type=options.file_name,
+        required=True,
+        metavar="NPY",
+        help="tokens of the kind the model is for (rows, positions)",
     )
     parser.add_argument(
-        "-o", "--output", type=Path, metavar="FOLDER", help="for curve.png and curve.html (default: BUNDLE-tune)"
+        "-o",
+        "--output",
+        type=options.path,
+        metavar="FOLDER",
+        help="for curve.png and curve.html (default: BUNDLE-tune)",
     )
     parser.add_argument("--targets", default=TARGET, metavar="T,T", help=f"default: {TARGET}")
     parser.add_argument("--thresholds", metavar="X,X", help="default: some from 0.3 of the model's own on")

@@ -33,14 +33,19 @@ _MOVED = 1 / 12 / (_FLOAT32_RUNS - 1)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle", type=options.path)
     parser.add_argument(
         "--against",
+        type=options.file_name,
         metavar="CHECKPOINT",
         help=f"the checkpoint to compare with, in torch; or the word {quality_gate.FP32}: compare --target with fp32",
     )
-    parser.add_argument("--config", type=Path, metavar="JSON", help="config fields the checkpoint does not tell")
-    parser.add_argument("--ids", metavar="NPY", help="tokens to compare on (default: random ones)")
+    parser.add_argument(
+        "--config", type=options.path, metavar="JSON", help="config fields the checkpoint does not tell"
+    )
+    parser.add_argument(
+        "--ids", type=options.file_name, metavar="NPY", help="tokens to compare on (default: random ones)"
+    )
     parser.add_argument("--positions", type=int, default=48, metavar="N", help="length of the random sequence")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     quality_gate.add_arguments(parser)

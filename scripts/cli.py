@@ -155,7 +155,7 @@ def entry() -> NoReturn:
     _open_standard_streams()
     _limit_threads()
     code = main()
-    interrupts.uninstall()
+    interrupts.leave_with(code)
     sys.exit(code)
 
 

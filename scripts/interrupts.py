@@ -3,6 +3,7 @@
 Not here: what is said then (``cli``).
 """
 
+import os
 import signal
 import time
 from types import FrameType
@@ -17,18 +18,22 @@ _last_asked: list[float] = []
 
 def install() -> None:
     """Makes every signal that asks for an end a KeyboardInterrupt; one that is ignored, as under nohup, stays so."""
-    for name in _ASKED_BY:
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+    for number in [getattr(signal, name) for name in _ASKED_BY if hasattr(signal, name)]:
+        if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _interrupt)
 
 
-def uninstall() -> None:
-    """Lets signals end the process at once: everything is done, and Python has only to leave."""
-    for name in _ASKED_BY:
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is _interrupt:
-            signal.signal(number, signal.SIG_DFL)
+def leave_with(code: int) -> None:
+    """Makes a signal end the process with ``code``: everything is done and said, and Python has only to leave."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        if not _asked_just_now():
+            os._exit(code)
+
+    for number in [getattr(signal, name) for name in _ASKED_BY if hasattr(signal, name)]:
+        if signal.getsignal(number) is _interrupt:
+            signal.signal(number, leave)
 
 
 def caused(error: BaseException) -> bool:
@@ -46,7 +51,10 @@ def caused(error: BaseException) -> bool:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     del number, frame
-    again = bool(_last_asked) and time.monotonic() - _last_asked[-1] < _PATIENCE_S
-    if not again:
+    if not _asked_just_now():
         _last_asked[:] = [time.monotonic()]
         raise KeyboardInterrupt
+
+
+def _asked_just_now() -> bool:
+    return bool(_last_asked) and time.monotonic() - _last_asked[0] < _PATIENCE_S

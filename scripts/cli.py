@@ -102,22 +102,23 @@ class _Parser(argparse.ArgumentParser):
 
     def _with_texts(self, words: list[str]) -> list[str]:
         """Joins ``-p -x`` to ``-p=-x``, which argparse does not take for two options; ``-p --json`` stays as it is."""
-        joined: list[str] = []
         known = self._option_string_actions
+        joined: list[str] = []
         rest = iter(words)
         for word in rest:
-            joined.append(word)
             if word == "--":
-                break
+                return [*joined, word, *rest]
+            option, _, given = word.partition("=")
+            if option in known and given == "--":
+                self.error(f"argument {option}: its value cannot be two dashes alone")  # argparse would drop them
+            joined.append(word)
             if word in known and known[word].metavar in _TEXTS:
                 value = next(rest, None)
                 if value is None:
                     break
-                if value.startswith("-") and value != "-" and value.split("=")[0] not in known:
-                    joined[-1] = f"{word}={value}"
-                else:
-                    joined.append(value)
-        return [*joined, *rest]
+                apart = not value.startswith("-") or value in ("-", "--") or value.partition("=")[0] in known
+                joined[-1:] = [word, value] if apart else [f"{word}={value}"]
+        return joined
 
     def _print_message(self, message: str, file: Any = None) -> None:
         """Writes help and version, which are all that is left to it, as any other result."""

@@ -149,19 +149,37 @@ def test_children_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
         _group_is_gone(process.pid)
 
 
-def test_ctrl_c_while_libraries_are_imported_is_one_line() -> None:
-    program = """
-import sys
+@pytest.mark.parametrize(
+    ("library", "verb", "argv", "met"),
+    [
+        ("numpy", "doctor", "", "raise KeyboardInterrupt"),
+        ("torch", "inspect", str(CHECKPOINT), "raise KeyboardInterrupt"),
+        # As C code does it that asks whether an import went well, and forgets why not.
+        ("torch", "inspect", str(CHECKPOINT), "raise ImportError('initialization failed') from KeyboardInterrupt()"),
+        ("torch", "inspect", str(CHECKPOINT), "forget()"),
+        ("matplotlib", "tune", "b --data d", "forget()"),
+    ],
+)
+def test_ctrl_c_while_libraries_are_imported_is_one_line(library: str, verb: str, argv: str, met: str) -> None:
+    program = f"""
+import os, signal, sys
+def forget():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        while True: pass
+    except KeyboardInterrupt:
+        pass
+    raise ImportError("initialization failed")
 class Interrupt:
     def find_spec(self, name, path=None, target=None):
-        if name == "numpy":
-            raise KeyboardInterrupt
+        if name == "{library}":
+            {met}
 sys.meta_path.insert(0, Interrupt())
 from mythos_edge.scripts.cli import entry
-sys.argv = ["mythos-edge", "doctor"]
+sys.argv = ["mythos-edge", *{f"{verb} {argv}".split()!r}]
 entry()
 """
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
     refused(Ran(ran.returncode, ran.stdout, ran.stderr), "interrupted")
 
 

@@ -109,7 +109,7 @@ def _session(model: ir.Model, path: Path, prepack: bool) -> Any:
     except ImportError as error:
         raise unavailable(error, "comparing targets", "pip install onnxruntime") from error
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4
     options.intra_op_num_threads = cores()
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     # As in the runtime: float32 weights are read from the mapped file, and idle threads leave the cores to others.

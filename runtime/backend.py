@@ -189,7 +189,8 @@ def session_options(ort: Any, threads: int, prepack: bool) -> Any:
     if threads < 0:
         raise UsageError(f"threads is {threads}, expected 0 (all cores) or more")
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    # An error is raised as well, and what is logged goes to the terminal as it stands in the file.
+    options.log_severity_level = 4
     options.intra_op_num_threads = threads or cores()
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")

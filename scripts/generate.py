@@ -13,7 +13,9 @@ EXAMPLE = 'mythos-edge generate model.bundle -p "Once upon a time" --max-new-tok
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=options.path)
     prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("-p", "--prompt", metavar="TEXT")
+    prompt.add_argument(
+        "-p", "--prompt", metavar="TEXT", help="may begin with a dash; one that is an option: -p=--json"
+    )
     prompt.add_argument("--ids", metavar="1,2,3", help="token ids instead of text")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
     parser.add_argument(

@@ -8,7 +8,6 @@ import os
 import selectors
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import IO, Any
 
 import onnx
 
+from mythos_edge.exporter import child_process
 from mythos_edge.exporter.engine import EngineJob, EngineReport
 from mythos_edge.model.errors import BuildError
 from mythos_edge.model.machine import free_memory_bytes
@@ -38,21 +38,22 @@ def build_engine(job: EngineJob, log: Path, progress: Progress = lambda phase, f
     """
     require_memory(Path(job.graph))
     environment = {**os.environ, **trt_bindings.library_path_for_plugins(trt_bindings.load(job.flavour))}
-    command = [sys.executable, "-m", "mythos_edge.exporter.engine", json.dumps(asdict(job))]
     with log.open("ab") as errors:
         errors.write(f"== {Path(job.graph).name}\n".encode())
         errors.flush()
-        with subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, env=environment
-        ) as process:
-            try:
-                last = _watch(process, Path(job.graph).stem, progress)
-                code = process.wait()
-            finally:
-                # After Ctrl-C, which native code does not hear.
-                process.kill()
-                process.wait()
-                job.partial_plan.unlink(missing_ok=True)  # a killed process could not
+        process = child_process.start(
+            "mythos_edge.exporter.engine",
+            json.dumps(asdict(job)),
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            environment=environment,
+        )
+        try:
+            last = _watch(process, Path(job.graph).stem, progress)
+            code = process.wait()
+        finally:
+            child_process.end(process)
+            job.partial_plan.unlink(missing_ok=True)  # a killed process could not
     if code == 0 and "done" in last:
         return EngineReport(**last["done"])
     raise BuildError(f"{Path(job.graph).name}: {_what_happened(code, last, log)}", log)

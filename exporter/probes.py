@@ -16,8 +16,9 @@ import onnx_ir.passes.common as passes
 from numpy.typing import NDArray
 
 from mythos_edge.model.bundle import Bundle
-from mythos_edge.model.errors import BackendUnavailable, BundleError, MythosEdgeError
+from mythos_edge.model.errors import BundleError, MythosEdgeError, unavailable
 from mythos_edge.model.linked_weights import NONE_APART, Apart, lent_weights
+from mythos_edge.model.machine import cores
 
 Array = NDArray[Any]
 # Every target multiplies it in float32 with what the experts see, too.
@@ -124,9 +125,10 @@ def _session(model: ir.Model, path: Path, prepack: bool, apart: Apart) -> Any:
     try:
         import onnxruntime as ort
     except ImportError as error:
-        raise BackendUnavailable("onnxruntime is not installed", "pip install onnxruntime") from error
+        raise unavailable(error, "comparing targets", "pip install onnxruntime") from error
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4
+    options.intra_op_num_threads = cores()
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     # As in the runtime: float32 weights are read from the mapped file, and idle threads leave the cores to others.
     if not prepack:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from mythos_edge.exporter.weights import ALIGNMENT, laid_out
 from mythos_edge.model.errors import BuildError
 from mythos_edge.model.layout import PIECE_BYTES, TensorReader
+from mythos_edge.model.machine import cores
 from mythos_edge.plugins.ort_writer import Pack
 
 Float32 = NDArray[np.float32]
@@ -162,7 +163,7 @@ def write_rounded(
     total = sum(_bytes(item.value_shape) for item in plan.placed)
     done = 0
     try:
-        with path.open("wb", buffering=0) as file, ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+        with path.open("wb", buffering=0) as file, ThreadPoolExecutor(max_workers=cores()) as pool:
             descriptor = file.fileno()
             os.truncate(descriptor, plan.total_bytes)
             os.pwrite(descriptor, plan.header, 0)

@@ -20,6 +20,7 @@ from onnxscript.optimizer import fold_constants
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mythos_edge.exporter import child_process
 from mythos_edge.exporter.weights import STORAGE_TYPES, attach_weights, name_weights, plan_weights
 from mythos_edge.model.bundle import STAGES
 from mythos_edge.model.config import MythosConfig
@@ -329,8 +330,7 @@ class TraceJob:
 
 def start_tracing(job: TraceJob, log: IO[bytes]) -> subprocess.Popen[bytes]:
     """Traces in a process of its own, beside the streaming of the weights; what torch prints goes to ``log``."""
-    command = [sys.executable, "-m", "mythos_edge.exporter.tracing", json.dumps(asdict(job))]
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    return child_process.start("mythos_edge.exporter.tracing", json.dumps(asdict(job)), stdout=log, stderr=log)
 
 
 @contextmanager
@@ -358,8 +358,7 @@ def tracing(
         yield finish
     finally:
         for process in processes:
-            process.kill()
-            process.wait()
+            child_process.end(process)
         for log in logs:
             log.unlink(missing_ok=True)
 

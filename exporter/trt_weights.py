@@ -21,6 +21,7 @@ from mythos_edge.model.bundle import WEIGHTS_FILE, Bundle
 from mythos_edge.model.checkpoint import Checkpoint
 from mythos_edge.model.errors import BuildError
 from mythos_edge.model.layout import PIECE_BYTES, TensorReader
+from mythos_edge.model.machine import cores
 from mythos_edge.model.tensor_files import TensorFile, read_tensor_file
 
 ENGINE_WEIGHTS_FILE = "engine.weights"
@@ -50,7 +51,7 @@ def write_engine_weights(
         with (
             path.open("wb", buffering=0) as file,
             Checkpoint(bundle.path, stored.kind, bundle.manifest.config, stored.entries) as reader,
-            ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool,
+            ThreadPoolExecutor(max_workers=cores()) as pool,
         ):
             total = sum(tensor.length or 0 for tensor in placed.values())
             os.truncate(file.fileno(), max((_end(tensor) for tensor in placed.values()), default=0))

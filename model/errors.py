@@ -59,3 +59,26 @@ class BackendUnavailable(MythosEdgeError):
 
 class CapacityError(MythosEdgeError):
     """A request exceeds the context or depth that was planned for."""
+
+
+def unavailable(error: ImportError, purpose: str, install: str) -> BackendUnavailable:
+    """The error for a library that does not let itself be imported; ``purpose`` says what needs it, as in "exporting".
+
+    Raises KeyboardInterrupt where one broke off the import: some libraries make an ImportError of it.
+    """
+    raise_interrupt(error)
+    if isinstance(error, ModuleNotFoundError) and error.name is not None:
+        return BackendUnavailable(f"{purpose} needs {error.name}, which is not installed", install)
+    why = " ".join(str(error).split())
+    return BackendUnavailable(f"{purpose} needs a library that is installed and cannot be imported: {why}", install)
+
+
+def raise_interrupt(error: BaseException) -> None:
+    """Raises the KeyboardInterrupt that ``error`` came of, if it did."""
+    behind, seen = [error], set[int]()
+    while behind:
+        one = behind.pop()
+        if isinstance(one, KeyboardInterrupt):
+            raise one
+        seen.add(id(one))
+        behind += [more for more in (one.__cause__, one.__context__) if more is not None and id(more) not in seen]

@@ -5,7 +5,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from mythos_edge.model.errors import BackendUnavailable
+from mythos_edge.model.errors import unavailable
 
 _LFS_POINTER = b"version https://git-lfs.github.com/"
 # The largest ones in use have about 40 MB.
@@ -20,7 +20,7 @@ def read_tokenizer(path: Path) -> tuple[Any, bytes]:
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
-        raise BackendUnavailable("text needs the tokenizers library", "pip install tokenizers") from error
+        raise unavailable(error, "text", "pip install tokenizers") from error
     with path.open("rb") as file:
         data = file.read(_MOST_BYTES + 1)
     if len(data) > _MOST_BYTES:

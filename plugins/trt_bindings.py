@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from mythos_edge.model.errors import BackendUnavailable, BuildError
+from mythos_edge.model.errors import BackendUnavailable, BuildError, UsageError, raise_interrupt
 
 FLAVOURS = {
     "rtx": ("tensorrt_rtx", "pip install 'mythos-edge[tensorrt-rtx]'"),
@@ -36,6 +36,7 @@ def load(flavour: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except (ImportError, OSError) as error:
+        raise_interrupt(error)
         reason = " ".join(str(error).split())
         raise BackendUnavailable(f"{name} can not be imported ({reason})", install) from error
 
@@ -158,8 +159,15 @@ def library_path_for_plugins(trt: ModuleType) -> dict[str, str]:
 
 
 def cache_folder() -> Path:
-    """Where this user keeps what processes may load; not the temporary folder, which others own as well."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mythos-edge"
+    """Where this user keeps what processes may load; not the temporary folder, which others own as well.
+
+    A relative XDG_CACHE_HOME is ignored, as the standard asks. Raises UsageError for a user without a home.
+    """
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        return (given if given.is_absolute() else Path.home() / ".cache") / "mythos-edge"
+    except RuntimeError as error:
+        raise UsageError("this user has no home folder: set XDG_CACHE_HOME to a folder that can be written") from error
 
 
 def _rtx_library(trt: ModuleType) -> Path | None:
@@ -168,7 +176,8 @@ def _rtx_library(trt: ModuleType) -> Path | None:
         return None
     try:
         libraries = importlib.import_module("tensorrt_rtx_libs")
-    except ImportError:
+    except ImportError as error:
+        raise_interrupt(error)
         return None
     found = [path for folder in libraries.__path__ for path in sorted(Path(folder).glob(f"{_PARSER_WANTS}.*"))]
     return found[0].resolve() if found else None

@@ -13,8 +13,9 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from mythos_edge.model.bundle import MAX_TOGETHER, STAGES, TARGET, Bundle
-from mythos_edge.model.errors import BackendUnavailable, BundleError, MythosEdgeError, UsageError
+from mythos_edge.model.errors import BackendUnavailable, BundleError, MythosEdgeError, UsageError, unavailable
 from mythos_edge.model.linked_weights import NONE_APART, Apart, lent_weights, weights_apart
+from mythos_edge.model.machine import cores
 from mythos_edge.plugins.processor import has_integer_dot_products
 from mythos_edge.runtime.memory import HostMemory, Memory, Rows
 from mythos_edge.runtime.packing import ROWS, Array, Arrays, Call, packed, unpack
@@ -204,7 +205,8 @@ def ort_session(path: Path, threads: int = 0, prepack: bool = False, apart: Apar
 def session_options(ort: Any, threads: int, prepack: bool) -> Any:
     """The options of every session; see ``ort_session``. Raises UsageError."""
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    # An error is raised as well, and what is logged goes to the terminal as it stands in the file.
+    options.log_severity_level = 4
     options.intra_op_num_threads = thread_count(threads)
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
@@ -238,13 +240,8 @@ def import_onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise BackendUnavailable("onnxruntime is not installed", "pip install onnxruntime") from error
+        raise unavailable(error, "running a bundle", "pip install onnxruntime") from error
     return onnxruntime
-
-
-def cores() -> int:
-    """CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def thread_count(threads: int) -> int:

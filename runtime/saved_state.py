@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import UsageError
+from mythos_edge.model.output_files import writing
 from mythos_edge.runtime.halting import Depth, Policy, ResolvedDepth
 from mythos_edge.runtime.request_values import Within, shown, token_ids, whole
 from mythos_edge.runtime.sampling import Sampler, SamplingParams
@@ -54,7 +55,7 @@ class Saved:
 
 
 def write(path: Path, weights: str, ids: list[int], sampler: Sampler, staircase: Staircase) -> None:
-    """Writes beside ``path`` and renames, so that the file appears whole or not; ``weights`` is their identity."""
+    """Writes the file, which appears whole or not at all; ``weights`` is their identity. Raises UsageError."""
     header = {
         "format": _FORMAT,
         "weights": weights,
@@ -64,15 +65,8 @@ def write(path: Path, weights: str, ids: list[int], sampler: Sampler, staircase:
         "sampler_state": sampler.state(),
     }
     content: dict[str, Any] = {"header": np.array(json.dumps(header)), **staircase.state()}
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            np.savez(file, **content)
-        partial.replace(path)
-    except OSError as error:
-        raise UsageError(f"{path}: can not write the session: {error.strerror}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with writing(path, "the session") as file:
+        np.savez(file, **content)
 
 
 def read(path: Path, weights: str, config: MythosConfig, max_context: int) -> Saved:

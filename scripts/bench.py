@@ -6,16 +6,18 @@ import dataclasses
 import io
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mythos_edge.model.bundle import CPU_PROVIDER, TARGET, open_bundle
 from mythos_edge.model.errors import UsageError
+from mythos_edge.model.machine import free_memory_bytes
 from mythos_edge.runtime.backend import OrtBackend, graph_runner, thread_count
-from mythos_edge.runtime.caches import require_memory
+from mythos_edge.runtime.caches import plan_cache, require_memory
+from mythos_edge.runtime.halting import Depth
 from mythos_edge.runtime.session import Session
+from mythos_edge.runtime.speculation import check_draft
 from mythos_edge.scripts import measuring, options
 from mythos_edge.scripts.console import Console
 from mythos_edge.scripts.doctor import processor
@@ -44,7 +46,7 @@ _DEPTH_ROUNDS = 6
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle", type=options.path)
     parser.add_argument("-p", "--prompt-tokens", type=int, default=512, metavar="N")
     parser.add_argument("-n", "--new-tokens", type=int, default=128, metavar="N")
     parser.add_argument("-d", "--depth", type=float, metavar="X", help="set the threshold for this mean depth")
@@ -70,6 +72,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         raise UsageError(f"--depth {args.depth:g} looks for a threshold: expected 1 or more, and no --threshold")
     names = _targets(args, console)
     threads = thread_count(args.threads)
+    _check_before(args, names)
     bandwidths = [measuring.stream_bandwidth(threads)]
     targets: dict[str, dict[str, Any]] = {}
     for name in names:
@@ -120,7 +123,6 @@ def _measure(
     started = time.perf_counter()
     with Session.open(args.bundle, target=name, threads=args.threads) as session:
         load_ms = (time.perf_counter() - started) * 1e3
-        _check_request(args, session)
         prompt = np.random.default_rng(0).integers(0, session.config.vocab_size, args.prompt_tokens).tolist()
         depth = options.depth_of(args)
         if args.depth is not None:
@@ -181,20 +183,25 @@ def _batch(args: argparse.Namespace, session: Session, depth: dict[str, Any], co
     return {**rates, "batch_ratio": ratio, "batch_equal_tokens": equal}
 
 
-def _check_request(args: argparse.Namespace, session: Session) -> None:
-    """Raises UsageError or CapacityError for what this bundle or this machine cannot run."""
-    needed, limit = args.prompt_tokens + args.new_tokens, session.bundle.manifest.max_context
+def _check_before(args: argparse.Namespace, names: list[str]) -> None:
+    """Raises UsageError, BundleError for what would be refused after minutes of measuring."""
+    bundle = open_bundle(args.bundle)
+    for name in names:
+        bundle.target(name)
+    depth = Depth(**options.depth_of(args)).resolve(bundle.manifest.config)
+    check_draft(args.draft_depth, depth)
+    needed, limit = args.prompt_tokens + args.new_tokens, bundle.manifest.max_context
     if needed > limit:
         raise UsageError(
             f"{args.prompt_tokens} prompt and {args.new_tokens} new tokens are {needed}; this bundle was exported "
             f"for {limit}: lower -p or -n"
         )
-    deepest = args.max_depth or session.config.max_loop_iters
+    deepest = depth.max_depth
     if args.depth is not None and args.depth > deepest:
         raise UsageError(f"--depth is {args.depth:g}, expected at most {deepest}, the largest number of loop steps")
     if args.batch is not None:
-        # Before so many prompts are made.
-        require_memory(session.plan(needed, args.batch, args.max_depth), 0, session.backend.memory.free_bytes())
+        plan = plan_cache(bundle.manifest.config, deepest, needed, args.batch)
+        require_memory(plan, 0, free_memory_bytes())
 
 
 def threshold_of_mean_depth(session: Session, prompt: list[int], count: int, wanted: float) -> float:

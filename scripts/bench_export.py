@@ -23,8 +23,8 @@ import numpy as np
 from mythos_edge.exporter.trt_target import build_trt_target
 from mythos_edge.model.bundle_writer import require_free_space
 from mythos_edge.model.config import VARIANTS, MythosConfig
+from mythos_edge.model.machine import cores
 from mythos_edge.model.shapes import expected_shapes
-from mythos_edge.runtime.backend import cores
 from mythos_edge.scripts.doctor import processor
 
 _COPY_BYTES = 16 << 20

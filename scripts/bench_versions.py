@@ -17,7 +17,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from mythos_edge.runtime.backend import cores
+from mythos_edge.model.machine import cores
 from mythos_edge.scripts.doctor import processor
 
 # Figures of ``bench`` that show what a version costs.

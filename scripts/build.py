@@ -4,11 +4,10 @@ import argparse
 import re
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from mythos_edge.model.bundle import CUDA_TARGET, TARGET, Bundle, TargetSpec, open_bundle
-from mythos_edge.model.errors import BackendUnavailable, UsageError
+from mythos_edge.model.errors import UsageError, unavailable
 from mythos_edge.runtime.prompts import checked_ids
 from mythos_edge.scripts import options
 from mythos_edge.scripts.console import Console
@@ -33,7 +32,7 @@ _ASKED_WITH = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle", type=options.path)
     names = "ort-cpu (default), ort-cuda, rtx-sm89, rtx-sm86+sm89+sm120 (several GPUs), trt-this-gpu"
     parser.add_argument("--target", default=TARGET, metavar="NAME", help=f"what to build for: {names}")
     weights = "ort-cpu: fp32, int8, int4; ort-cuda: none, int8, int4; TensorRT: none, int8, int4, fp8"
@@ -52,7 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parts = "head, attention, experts, shared, prelude, coda, or names of tensors"
     rounding.add_argument("--keep", metavar="PARTS", help=f"what stays fp32: {parts}")
     rounding.add_argument("--method", choices=("rtn", "search"), help="round to nearest, or search each block's scale")
-    rounding.add_argument("--calibrate", metavar="NPY", help="token ids to weigh the input channels with")
+    rounding.add_argument(
+        "--calibrate", type=options.file_name, metavar="NPY", help="token ids to weigh the input channels with"
+    )
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -68,8 +69,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     try:
         builders[kind](args, before, console)
     except ImportError as error:
-        message = f"building a target needs {error.name}, which is not installed"
-        raise BackendUnavailable(message, "pip install 'mythos-edge[export]'") from error
+        raise unavailable(error, "building a target", "pip install 'mythos-edge[export]'") from error
     return 0
 
 

@@ -5,16 +5,17 @@ Exit codes: 0 done, 1 an expected error or a parity failure, 2 a command line th
 
 import argparse
 import os
-import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from mythos_edge.model.errors import MythosEdgeError
-from mythos_edge.scripts.console import Console
+from mythos_edge.model.errors import MythosEdgeError, UsageError
+from mythos_edge.model.machine import processors
+from mythos_edge.scripts import interrupts
+from mythos_edge.scripts.console import CLOSED, Console, drop, printable, tell
 
 # What takes time to import is imported by main, so that Ctrl-C meanwhile is no traceback.
 _VERBS = {
@@ -30,49 +31,107 @@ _VERBS = {
     "demo": "demo",
 }
 _INTERRUPTED = "interrupted; nothing was left half-written"
+# Options with one of these may have a value that begins with a dash.
+_TEXTS = ("TEXT", "TOKEN", "1,2,3")
+# What libraries ask for the number of their threads, which else is that of the machine.
+_THREADS = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line; returns the exit code."""
-    console, debug = Console(as_json=False), False
+    words = list(sys.argv[1:] if argv is None else argv)
+    # Known before the rest can be read, as that may fail.
+    options = words[: words.index("--")] if "--" in words else words
+    console, debug = Console("--json" in options), "--debug" in options
     try:
-        args = _parser().parse_args(argv)
-        console, debug = Console(args.json), args.debug
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: console.note(f"warning: {message}")
-            code: int = args.run(args, console)
-            return code
-    except MythosEdgeError as error:
-        return _fail(console, debug, str(error))
-    except KeyboardInterrupt:
-        return _fail(console, debug, _INTERRUPTED)
+        return _run(words, console)
     except BrokenPipeError:
         # The reader of stdout went away; there is nobody to tell, and Python's exit must not try to.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop(sys.stdout)
         return 1
-    except Exception as error:
-        if isinstance(error.__cause__, KeyboardInterrupt):  # Python 3.11, while a library makes a class
-            return _fail(console, debug, _INTERRUPTED)
-        what = " ".join(str(error).split()) or type(error).__name__
-        return _fail(console, debug, f"internal error: {type(error).__name__}: {what} (--debug shows where)")
+    except (Exception, KeyboardInterrupt) as error:
+        console.fail(_message(error), traceback.format_exc() if debug else "")
+        return 2 if isinstance(error, _UnreadableCommand) and not interrupts.caused(error) else 1
 
 
-def _fail(console: Console, debug: bool, message: str) -> int:
-    if debug:
-        traceback.print_exc()
-    console.note(f"error: {message}")
-    console.result({"error": message})
-    return 1
+def _run(words: list[str], console: Console) -> int:
+    if sys.stdout is None:
+        raise UsageError(CLOSED)
+    if any("\0" in word for word in words):
+        raise UsageError("an argument has a zero byte in it, which no file name and no text can have")
+    args = _parser().parse_args(words)
+    console.as_json = args.json
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: console.note(f"warning: {' '.join(str(message).split())}")
+        code: int = args.run(args, console)
+        return code
+
+
+def _message(error: BaseException) -> str:
+    """What is said of an error, in one line: never "internal error" for what a user, a file or a machine did."""
+    if interrupts.caused(error):
+        return _INTERRUPTED
+    if isinstance(error, MythosEdgeError | _UnreadableCommand):
+        return str(error)
+    what = " ".join(str(error).split())
+    if isinstance(error, OSError):
+        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        return ": ".join([*names, error.strerror or what or type(error).__name__])
+    if isinstance(error, MemoryError) or "t allocate memory" in what:  # torch raises a RuntimeError
+        return f"memory ran out{f' ({what})' if what else ''}: end other programs, or use a larger machine"
+    if isinstance(error, RecursionError):
+        return "something that was read is nested too deeply: give a file that is not"
+    if isinstance(error, UnicodeError):
+        return f"text that was given or read cannot be encoded or decoded: {what}: give UTF-8"
+    return f"internal error: {type(error).__name__}: {what or type(error).__name__} (--debug shows where)"
+
+
+class _UnreadableCommand(Exception):
+    """A command line that argparse refuses."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises _UnreadableCommand instead of ending, and takes texts that begin with a dash."""
+
+    def error(self, message: str) -> NoReturn:
+        tell(printable(self.format_usage()))
+        raise _UnreadableCommand(message)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        return super().parse_known_args(self._with_texts(list(args)), namespace)
+
+    def _with_texts(self, words: list[str]) -> list[str]:
+        """Joins ``-p -x`` to ``-p=-x``, which argparse does not take for two options; ``-p --json`` stays as it is."""
+        known = self._option_string_actions
+        joined: list[str] = []
+        rest = iter(words)
+        for word in rest:
+            if word == "--":
+                return [*joined, word, *rest]
+            option, _, given = word.partition("=")
+            if option in known and given == "--":
+                self.error(f"argument {option}: its value cannot be two dashes alone")  # argparse would drop them
+            joined.append(word)
+            if word in known and known[word].metavar in _TEXTS:
+                value = next(rest, None)
+                if value is None:
+                    break
+                apart = not value.startswith("-") or value in ("-", "--") or value.partition("=")[0] in known
+                joined[-1:] = [word, value] if apart else [f"{word}={value}"]
+        return joined
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Writes help and version, which are all that is left to it, as any other result."""
+        del file
+        Console(as_json=False).say(message, end="", coloured=True)
 
 
 def _parser() -> argparse.ArgumentParser:
     from importlib import metadata
 
-    parser = argparse.ArgumentParser(
-        prog="mythos-edge", description="Export OpenMythos checkpoints to ONNX and run them locally."
-    )
+    parser = _Parser(prog="mythos-edge", description="Export OpenMythos checkpoints to ONNX and run them locally.")
     parser.add_argument("--version", action="version", version=f"mythos-edge {metadata.version('mythos-edge')}")
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="one JSON object on stdout, the rest on stderr")
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
@@ -92,9 +151,30 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def entry() -> NoReturn:
-    # An end that is asked for, as by a container or a job's time limit, cleans up like Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(main())
+    """Runs the command line of this process, with signals, streams and threads as a program has them."""
+    interrupts.install()
+    _open_standard_streams()
+    _limit_threads()
+    code = main()
+    interrupts.leave_with(code)
+    sys.exit(code)
+
+
+def _open_standard_streams() -> None:
+    """Puts the null device in place of closed ones, which the next opened file would become: libraries write there."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
+
+
+def _limit_threads() -> None:
+    """Tells libraries and children of a quota of CPU time, which they do not see by themselves."""
+    usable = processors()
+    if usable.cores < usable.affinity:
+        for name in _THREADS:
+            os.environ.setdefault(name, str(usable.cores))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,40 @@
-"""Where the CLI speaks: results on stdout, everything else on stderr, JSON when asked."""
+"""Where the CLI speaks: results on stdout, everything else on stderr, JSON when asked.
+
+What is shown may come from a file or from the command line: characters that steer a terminal are written as escapes,
+and so is what the stream's encoding lacks. A stderr that takes nothing is no reason to end; a stdout is.
+"""
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
+from mythos_edge.model.errors import UsageError
+from mythos_edge.model.output_files import is_standard_output
+
+CLOSED = "stdout is closed, and results go there: leave it open, or send them away with > /dev/null"
 _EVERY_S = 5.0
+# C0 but tab and newline, DEL and C1: they move the cursor, change colours and titles, or answer as if typed.
+_CONTROLS = [*range(0x09), *range(0x0B, 0x20), *range(0x7F, 0xA0)]
+# They begin lines for some readers, or turn the order in which the rest of a line is shown.
+_LAYOUT = [0x2028, 0x2029, 0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+_ESCAPED = {code: f"\\x{code:02x}" for code in _CONTROLS}
+_ESCAPED_MESSAGE = _ESCAPED | {code: f"\\u{code:04x}" for code in _LAYOUT}
+_ESCAPED_LINE = _ESCAPED_MESSAGE | {0x09: "\\t", 0x0A: "\\n"}
+
+
+def printable(text: str) -> str:
+    """``text`` without what could steer a terminal: such characters are written as escapes, as in ``\\x1b``."""
+    return text.translate(_ESCAPED_MESSAGE)
+
+
+def printable_line(text: str) -> str:
+    """``text`` as ``printable`` makes it, in one line."""
+    return text.translate(_ESCAPED_LINE)
 
 
 class Console:
@@ -17,43 +44,121 @@ class Console:
         self.as_json = as_json
         self._started = time.monotonic()
         self._phase, self._told_at, self._open_line = "", 0.0, False
+        self._result_given, self._lacking_told, self._people_on_stderr = False, False, False
 
     @property
     def colour(self) -> bool:
-        return sys.stdout.isatty() and not self.as_json
+        return not self.as_json and _is_terminal(sys.stdout)
 
-    def say(self, text: str = "", end: str = "\n") -> None:
-        """Part of the result for people; not shown with --json."""
+    def say(self, text: str = "", end: str = "\n", coloured: bool = False) -> None:
+        """Part of the result for people; not shown with --json. ``coloured`` text has escape codes of our own."""
+        if self._people_on_stderr:
+            self.note(text)
+        elif not self.as_json:
+            self.end_progress()
+            self._print((text if coloured else printable(text)) + end)
+
+    def text(self, text: str) -> None:
+        """Text that a model made, as it comes: exact in a file or pipe, without control characters on a terminal."""
         if not self.as_json:
             self.end_progress()
-            print(text, end=end, flush=True)
+            self._print(text.translate(_ESCAPED) if _is_terminal(sys.stdout) else text)
 
     def note(self, text: str) -> None:
-        """Something worth knowing that is not the result."""
+        """Something worth knowing that is not the result, in one line."""
         self.end_progress()
-        print(text, file=sys.stderr, flush=True)
+        tell(printable_line(text) + "\n")
+
+    def fail(self, message: str, trace: str = "") -> None:
+        """An error, as one line and as the JSON object; before it the traceback where there is one to show."""
+        self.end_progress()
+        tell(printable(trace))
+        self.note(f"error: {message}")
+        try:
+            self.result({"error": message})
+        except (BrokenPipeError, UsageError):
+            drop(sys.stdout)  # what went wrong first is told already
 
     def result(self, values: Mapping[str, Any]) -> None:
-        """The JSON object of --json."""
-        if self.as_json:
+        """The JSON object of --json; only the first of a verb's is given."""
+        if self.as_json and not self._result_given:
             self.end_progress()
-            print(json.dumps(_without_nan(values), allow_nan=False), flush=True)
+            self._result_given = True
+            self._print(json.dumps(_without_nan(values), allow_nan=False) + "\n")
+
+    def leave_stdout_to(self, output: Path) -> None:
+        """Says on stderr what is for people, where ``output`` is stdout. Raises UsageError with --json."""
+        if is_standard_output(output):
+            if self.as_json:
+                raise UsageError(f"{output}: is where --json writes, too: choose another output")
+            self._people_on_stderr = True
 
     def progress(self, phase: str, fraction: float) -> None:
         """Phase, share and elapsed time on stderr: a live line on a terminal, else a line now and then."""
-        now, live = time.monotonic(), sys.stderr.isatty()
+        now, live = time.monotonic(), _is_terminal(sys.stderr)
         pause = 0.1 if live else _EVERY_S
         if phase == self._phase and now - self._told_at < pause:
             return
         self._phase, self._told_at = phase, now
-        line = f"{now - self._started:7.1f} s  {phase}" + (f" {fraction:.0%}" if fraction else "")
-        print(f"\r{line:<60}" if live else line, end="" if live else "\n", file=sys.stderr, flush=True)
+        line = f"{now - self._started:7.1f} s  {printable_line(phase)}" + (f" {fraction:.0%}" if fraction else "")
+        tell(f"\r{line:<60}" if live else f"{line}\n")
         self._open_line = live
 
     def end_progress(self) -> None:
         if self._open_line:
-            print(file=sys.stderr, flush=True)
+            tell("\n")
             self._open_line = False
+
+    def _print(self, text: str) -> None:
+        """Writes to stdout; the first character that its encoding lacks is told.
+
+        Raises UsageError where it takes nothing, and BrokenPipeError where its reader went away.
+        """
+        if sys.stdout is None:
+            raise UsageError(CLOSED)
+        shown = _encodable(text, sys.stdout)
+        if shown != text and not self._lacking_told:
+            self._lacking_told = True
+            self.note(
+                f"note: stdout is {sys.stdout.encoding}, which lacks some characters: they are written as escapes; "
+                "PYTHONIOENCODING=utf-8 writes all"
+            )
+        try:
+            sys.stdout.write(shown)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            drop(sys.stdout)
+            raise UsageError(f"stdout: cannot write the result: {error.strerror}") from error
+
+
+def drop(stream: TextIO | None) -> None:
+    """Lets whatever else is written to a stream that takes nothing any more go to nowhere, at Python's exit, too."""
+    if stream is not None:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+
+
+def tell(text: str) -> None:
+    """Writes to stderr as it is, or nowhere where it takes nothing: there is no other place to say it."""
+    if sys.stderr is None or not text:
+        return
+    try:
+        sys.stderr.write(_encodable(text, sys.stderr))
+        sys.stderr.flush()
+    except OSError:
+        drop(sys.stderr)
+
+
+def _encodable(text: str, stream: TextIO) -> str:
+    encoding = stream.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    return stream is not None and stream.isatty()
 
 
 def _without_nan(value: Any) -> Any:

@@ -1,19 +1,24 @@
 """``mythos-edge demo``: a small trained model that adds, so that halting depth can be seen to mean something."""
 
 import argparse
+import fcntl
 import os
+import shutil
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mythos_edge.model.bundle import SCHEMA_VERSION, sha256_of
-from mythos_edge.model.errors import BackendUnavailable
+from mythos_edge.model.bundle import SCHEMA_VERSION, TARGET, open_bundle, sha256_of
+from mythos_edge.model.errors import ExportError, MythosEdgeError, UsageError, unavailable
+from mythos_edge.plugins.trt_bindings import cache_folder
 from mythos_edge.runtime.session import Session
-from mythos_edge.scripts import addition
+from mythos_edge.scripts import addition, options
 from mythos_edge.scripts.console import Console
 
 HELP = "add two numbers with the demo model and show how deep it thought about each digit"
@@ -21,6 +26,10 @@ EXAMPLE = "mythos-edge demo add 999999999999 1"
 
 # The demo model was trained with 8 loop steps and works beyond them; chains up to twelve nines are right.
 _MAX_DEPTH = 16
+# What a manifest says of the weights in scripts/assets/carry_adder.pt.
+_MODEL = "01d2e372e4e6e6c4f4fb67e2b07cef4546c973ff9964f5837ba5af67dd382bb2"
+_ELSEWHERE = "set XDG_CACHE_HOME to a folder that can be written, or export the model and name it with --bundle"
+_INSTALL = "pip install 'mythos-edge[export]'"
 _COLOURS = (34, 36, 32, 92, 33, 93, 91, 31, 35, 95)
 
 
@@ -29,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = tasks.add_parser("add", help="streaming column addition")
     add.add_argument("a", metavar="A")
     add.add_argument("b", metavar="B")
-    add.add_argument("--bundle", type=Path, help="the demo bundle (default: made once in the user's cache folder)")
+    add.add_argument(
+        "--bundle", type=options.path, help="the demo bundle (default: made once in the user's cache folder)"
+    )
     # Also accepted after the task, where people type them; SUPPRESS keeps those given before it.
     add.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     add.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
@@ -38,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> int:
     a, b = addition.check_operand(args.a), addition.check_operand(args.b)
     columns = addition.stream_of(a, b)
-    with Session.open(args.bundle or _demo_bundle(console)) as session, warnings.catch_warnings():
+    with _open(args.bundle, console) as session, warnings.catch_warnings():
         # The demo says itself how deep it goes.
         warnings.simplefilter("ignore")
         session.score([columns])  # warms up, so that the times below compare
@@ -96,7 +107,7 @@ def _show(console: Console, a: int, b: int, exact: dict[str, Any]) -> None:
     rows = ((str(a), ""), (str(b), "+"))
     for number, sign in rows:
         console.say(f"{sign:>7} " + "".join(f"{digit:>{width}}" for digit in number.rjust(len(digits))))
-    console.say(f"{'=':>7} " + "".join(cells))
+    console.say(f"{'=':>7} " + "".join(cells), coloured=True)
     console.say(f"{'depth':>7} " + "".join(f"{depth:>{width}}" for depth in depths))
 
 
@@ -104,22 +115,82 @@ def _coloured(text: str, depth: int, colour: bool) -> str:
     return f"\x1b[1;{_COLOURS[min(depth, len(_COLOURS)) - 1]}m{text}\x1b[0m" if colour else text
 
 
-def _demo_bundle(console: Console) -> Path:
-    """The exported demo model, made at the first use and kept in the user's cache folder."""
+def _open(given: Path | None, console: Console) -> Session:
+    """A session on the bundle that was given, or on the one in the user's cache folder, where it is made if need be."""
+    if given is None:
+        return Session.open(_cached_bundle(console))
+    bundle = open_bundle(given)
+    vocab_size = bundle.manifest.config.vocab_size
+    if vocab_size != addition.VOCAB_SIZE or bundle.manifest.tokenizer is not None:
+        raise UsageError(
+            f"{given}: is another model, of {vocab_size} tokens; the demo needs its own, of {addition.VOCAB_SIZE} "
+            "columns and digits: leave --bundle out, or export scripts/assets/carry_adder.pt"
+        )
+    if bundle.manifest.source.sha256 != _MODEL:
+        console.note(f"note: {given} is not of the weights that come with the demo: its sums may be wrong")
+    return Session.open(given)
+
+
+def _cached_bundle(console: Console) -> Path:
+    """The exported demo model, made at the first use or when it is damaged, and kept in the user's cache folder."""
     with resources.as_file(resources.files("mythos_edge.scripts") / "assets" / "carry_adder.pt") as checkpoint:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mythos-edge"
         # Another version of this package may trace it otherwise.
         version = metadata.version("mythos-edge")
-        bundle = root / f"carry-adder-{sha256_of(checkpoint)[:12]}-{version}-{SCHEMA_VERSION}.bundle"
-        if bundle.exists():
-            return bundle
+        name = f"carry-adder-{sha256_of(checkpoint)[:12]}-{version}-{SCHEMA_VERSION}.bundle"
+        root = cache_folder()
         try:
-            from mythos_edge.exporter.export import export_bundle
-            from mythos_edge.model.checkpoint import open_checkpoint
-        except ImportError as error:
-            message = f"the demo's first run exports its model, which needs {error.name}"
-            raise BackendUnavailable(message, "pip install 'mythos-edge[export]'") from error
-        console.note(f"exporting the demo model once to {bundle}")
-        root.mkdir(parents=True, exist_ok=True)
+            if _damage(root / name) is None:
+                return root / name
+            root.mkdir(parents=True, exist_ok=True)
+            # Of several first runs at once one exports, and the others wait for it.
+            with _locked(root / f".{name}.lock", console):
+                damage = _damage(root / name)
+                if damage is not None:
+                    _export(checkpoint, root / name, damage, console)
+            return root / name
+        except OSError as error:
+            raise UsageError(f"{root}: cannot keep the demo's bundle there: {error.strerror}: {_ELSEWHERE}") from error
+
+
+def _damage(bundle: Path) -> str | None:
+    """Why the cached bundle cannot be used, "" where there is none, None where it is whole."""
+    if not os.path.lexists(bundle):
+        return ""
+    try:
+        open_bundle(bundle, hashes=True).target(TARGET)
+    except MythosEdgeError as error:
+        return str(error)
+    return None
+
+
+@contextmanager
+def _locked(path: Path, console: Console) -> Iterator[None]:
+    """Alone at work among processes of this name, until the end of the block or of the process."""
+    with path.open("w", encoding="ascii") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            console.note("waiting for another run, which exports the demo model")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _export(checkpoint: Path, bundle: Path, damage: str, console: Console) -> None:
+    """Makes the cached bundle, in place of a damaged one."""
+    try:
+        from mythos_edge.exporter.export import export_bundle
+        from mythos_edge.model.checkpoint import open_checkpoint
+    except ImportError as error:
+        raise unavailable(error, "the demo's first run exports its model and", _INSTALL) from error
+    if damage:
+        console.note(f"note: the cached demo bundle is damaged and is made again: {damage}")
+        if bundle.is_dir() and not bundle.is_symlink():
+            shutil.rmtree(bundle)
+        else:
+            bundle.unlink()
+    console.note(f"exporting the demo model once to {bundle}")
+    try:
         with open_checkpoint(checkpoint) as opened:
-            return export_bundle(opened, bundle, progress=console.progress).path
+            export_bundle(opened, bundle, progress=console.progress)
+    except ExportError as error:
+        raise ExportError(f"{error}; or {_ELSEWHERE}") from error

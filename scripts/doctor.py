@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from mythos_edge.model.errors import MythosEdgeError
-from mythos_edge.model.machine import free_memory_bytes
+from mythos_edge.model.machine import memory, processors
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.plugins.processor import has_integer_dot_products
 from mythos_edge.plugins.trt_bindings import rtx_compute_capabilities
 from mythos_edge.runtime import ort_gpu_session
-from mythos_edge.runtime.backend import cores
 from mythos_edge.scripts.console import Console
 
 HELP = "show what this machine can export and run"
@@ -64,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> int:
     report = examine(Driver.load)
     for name in _FACTS:
-        console.say(f"{name:15} {report[name]}")
+        console.say(f"{name:15} {report[name]}{_limit(report, name)}")
     can: dict[str, dict[str, Any]] = report["can"]
     for purpose, found in can.items():
         versions = ", ".join(f"{name} {version or 'missing'}" for name, version in found["packages"].items())
@@ -85,7 +84,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 def examine(load_driver: Callable[[], Driver]) -> dict[str, Any]:
     """Everything the verb says, as it goes into JSON."""
-    memory = free_memory_bytes()
+    usable, free = processors(), memory()
     can = {purpose: _purpose(purpose, packages) for purpose, packages in _NEEDS.items()}
     if can["ort-cuda"]["ok"]:
         # The same module under another package's name.
@@ -100,15 +99,33 @@ def examine(load_driver: Callable[[], Driver]) -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
         "processor": processor(),
-        "cores": cores(),
+        # What is used: the smaller of the machine's and a container's, which follow.
+        "cores": usable.cores,
+        "machine_cores": usable.affinity,
+        "core_limit": usable.quota,
         "int8_units": has_integer_dot_products(),
-        "free_memory_gb": None if memory is None else round(memory / 1e9, 1),
+        "free_memory_gb": _gigabytes(free.free_bytes),
+        "machine_free_memory_gb": _gigabytes(free.machine_bytes),
+        "memory_limit_gb": _gigabytes(free.limit_bytes),
         "free_disk_gb": round(shutil.disk_usage(Path.cwd()).free / 1e9, 1),
         "can": can,
         "gpus": gpus,
         "no_gpu": no_gpu,
         "targets": _targets(can, [gpu["compute_capability"] for gpu in gpus]),
     }
+
+
+def _limit(report: dict[str, Any], name: str) -> str:
+    """What stands behind a fact that a control group may limit: its limit, and what the machine has."""
+    limit, machine, unit = {
+        "cores": (report["core_limit"], report["machine_cores"], "cores"),
+        "free_memory_gb": (report["memory_limit_gb"], report["machine_free_memory_gb"], "GB free"),
+    }.get(name, (None, None, ""))
+    return "" if limit is None else f" (this container's limit: {limit:g}; the machine: {machine} {unit})"
+
+
+def _gigabytes(count: int | None) -> float | None:
+    return None if count is None else round(count / 1e9, 1)
 
 
 def _gpus(load_driver: Callable[[], Driver]) -> tuple[list[dict[str, Any]], str | None]:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from mythos_edge.model.bundle import TARGET, open_bundle
 from mythos_edge.model.bundle_writer import BundleWriter
-from mythos_edge.model.errors import BackendUnavailable, BundleError
+from mythos_edge.model.errors import BundleError, unavailable
+from mythos_edge.scripts import options
 from mythos_edge.scripts.console import Console
 
 HELP = "export a checkpoint to a bundle"
@@ -15,13 +16,20 @@ EXAMPLE = "mythos-edge export step_0001000.pt -o model.bundle --tokenizer tokeni
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, help=".pt, .pth, .bin, .safetensors, or a folder with safetensors")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="folder to write")
-    parser.add_argument("--config", type=Path, metavar="JSON", help="config fields the checkpoint does not tell")
+    parser.add_argument(
+        "checkpoint", type=options.path, help=".pt, .pth, .bin, .safetensors, or a folder with safetensors"
+    )
+    parser.add_argument("-o", "--output", type=options.path, required=True, metavar="BUNDLE", help="folder to write")
+    parser.add_argument(
+        "--config", type=options.path, metavar="JSON", help="config fields the checkpoint does not tell"
+    )
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="storage of large weights")
     parser.add_argument("--max-context", type=int, metavar="N", help="longest sequence (default: the checkpoint's)")
     parser.add_argument(
-        "--tokenizer", type=Path, metavar="PATH", help="Hugging Face tokenizer.json to carry along, or its folder"
+        "--tokenizer",
+        type=options.path,
+        metavar="PATH",
+        help="Hugging Face tokenizer.json, or its folder",
     )
     parser.add_argument(
         "--end-token",
@@ -40,8 +48,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         from mythos_edge.exporter.tokenizer_files import tokenizer_beside
         from mythos_edge.model.checkpoint import open_checkpoint
     except ImportError as error:
-        message = f"exporting needs {error.name}, which is not installed"
-        raise BackendUnavailable(message, "pip install 'mythos-edge[export]'") from error
+        raise unavailable(error, "exporting", "pip install 'mythos-edge[export]'") from error
 
     BundleWriter(args.output, args.force)  # refuses a place that is taken, before the checkpoint is read
     lost = _built_targets(args.output)

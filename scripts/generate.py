@@ -2,7 +2,6 @@
 
 import argparse
 from dataclasses import asdict
-from pathlib import Path
 
 from mythos_edge.scripts import options
 from mythos_edge.scripts.console import Console
@@ -12,9 +11,11 @@ EXAMPLE = 'mythos-edge generate model.bundle -p "Once upon a time" --max-new-tok
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle", type=options.path)
     prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("-p", "--prompt", metavar="TEXT")
+    prompt.add_argument(
+        "-p", "--prompt", metavar="TEXT", help="may begin with a dash; one that is an option: -p=--json"
+    )
     prompt.add_argument("--ids", metavar="1,2,3", help="token ids instead of text")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
     parser.add_argument(
@@ -35,11 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    prompt = args.prompt if args.prompt is not None else options.ids_from_text(args.ids)
+    if args.prompt is None:
+        prompt: str | list[int] = options.ids_from_text(args.ids)
+    else:
+        prompt = options.text_of(args.prompt, "--prompt")
     request = {
         "max_new_tokens": args.max_new_tokens,
         "stop_ids": None if args.stop_id is None else tuple(args.stop_id),
-        "stop_strings": tuple(args.stop),
+        "stop_strings": tuple(options.text_of(stop, "--stop") for stop in args.stop),
         "special_tokens": args.special_tokens,
         **options.depth_of(args),
         **options.sampling_of(args),
@@ -50,7 +54,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         as_text = session.tokenizer is not None
         for number, token in enumerate(stream):
             shown = token.text if as_text else f"{',' if number else ''}{token.id}"
-            console.say(f"{shown}[{token.depth}]" if args.show_depth else shown, end="")
+            console.text(f"{shown}[{token.depth}]" if args.show_depth else shown)
         console.say()
         result = session.last_generation
     if result.finish_reason == "context":

@@ -20,6 +20,7 @@ from typing import Any
 
 from mythos_edge.model.config import VARIANTS
 from mythos_edge.model.errors import MythosEdgeError
+from mythos_edge.model.output_files import check_output_folder, writing
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.plugins.trt_bindings import rtx_compute_capabilities
 from mythos_edge.scripts import doctor, gpu_bench
@@ -75,6 +76,11 @@ def main(argv: Sequence[str] | None = None, load_driver: Callable[[], Driver] = 
     # Commands run elsewhere.
     args.folder = args.folder.resolve()
     use_device(args.device)
+    try:
+        check_output_folder(args.folder, "the report")
+    except MythosEdgeError as error:
+        console.fail(str(error))
+        return 1
     try:
         driver = load_driver()
         plan = list(_plan(driver, args))
@@ -144,9 +150,8 @@ def write_report(folder: Path, sections: Sequence[Section], finished: bool) -> N
     report = report_of(sections, finished)
     texts = {"report.json": json.dumps(report, indent=1) + "\n", "report.md": markdown(sections, report["summary"])}
     for name, text in texts.items():
-        beside = folder / f"{name}.partial"
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(folder / name)
+        with writing(folder / name, "the report") as file:
+            file.write(text.encode())
 
 
 def markdown(sections: Sequence[Section], summary: str) -> str:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from mythos_edge.model.bundle import Bundle, has_manifest, manifest_to_dict, open_bundle
-from mythos_edge.model.errors import BackendUnavailable, BundleError, CheckpointError, UsageError
+from mythos_edge.model.errors import BackendUnavailable, BundleError, CheckpointError, UsageError, unavailable
 from mythos_edge.runtime.caches import CachePlan, plan_cache
 from mythos_edge.runtime.text import Tokenizer
+from mythos_edge.scripts import options
 from mythos_edge.scripts.build import weights_of
 from mythos_edge.scripts.console import Console
 
@@ -17,8 +18,8 @@ EXAMPLE = "mythos-edge inspect model.bundle --json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=Path)
-    parser.add_argument("--config", type=Path, metavar="JSON", help="config fields a checkpoint does not tell")
+    parser.add_argument("path", type=options.path)
+    parser.add_argument("--config", type=options.path, metavar="JSON", help="config fields a checkpoint does not tell")
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -128,8 +129,7 @@ def _checkpoint(path: Path, config: Path | None) -> dict[str, Any]:
         from mythos_edge.model.checkpoint import open_checkpoint
         from mythos_edge.model.tensor_files import EXPECTED
     except ImportError as error:
-        message = f"reading a checkpoint needs {error.name}, which is not installed"
-        raise BackendUnavailable(message, "pip install 'mythos-edge[export]'") from error
+        raise unavailable(error, "reading a checkpoint", "pip install 'mythos-edge[export]'") from error
 
     try:
         opened = open_checkpoint(path, config)
@@ -156,7 +156,7 @@ def _onnx(path: Path) -> dict[str, Any]:
     try:
         import onnx
     except ImportError as error:
-        raise BackendUnavailable("reading .onnx needs onnx", "pip install 'mythos-edge[export]'") from error
+        raise unavailable(error, "reading .onnx", "pip install 'mythos-edge[export]'") from error
     try:
         model = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf's DecodeError is not public

@@ -1,6 +1,7 @@
 """Command-line options that several verbs share."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,27 @@ from mythos_edge.runtime.speculation import AUTO
 _DEPTH = ("policy", "min_depth", "max_depth", "threshold")
 _DRAFTS = ("draft_depth", "draft_tokens")
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+
+
+def path(text: str) -> Path:
+    """A file or folder that is named in an argument. Raises UsageError for an empty name, which would be ``.``."""
+    return Path(file_name(text))
+
+
+def file_name(text: str) -> str:
+    """A name that is not empty. Raises UsageError."""
+    if not text:
+        raise UsageError("the name of a file or folder is empty: name one, or leave its option out")
+    return text
+
+
+def text_of(text: str, option: str) -> str:
+    """A text as it stands in the command line. Raises UsageError for bytes that are no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{option} is not UTF-8, from character {error.start + 1} on: give it in UTF-8") from None
+    return text
 
 
 def add_depth(parser: argparse.ArgumentParser) -> None:

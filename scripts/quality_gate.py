@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mythos_edge.model.bundle import TARGET, Bundle
-from mythos_edge.model.errors import BackendUnavailable, UsageError
+from mythos_edge.model.errors import UsageError, unavailable
 from mythos_edge.model.linked_weights import weights_apart
 from mythos_edge.runtime.backend import Backend, OrtBackend
 from mythos_edge.runtime.packing import Arrays, Call
@@ -171,8 +171,7 @@ class _Traced:
         try:
             from mythos_edge.exporter.probes import ROUTER, Probe, router_of
         except ImportError as error:
-            message = f"comparing targets needs {error.name}, which is not installed"
-            raise BackendUnavailable(message, "pip install 'mythos-edge[export]'") from error
+            raise unavailable(error, "comparing targets", "pip install 'mythos-edge[export]'") from error
 
         spec = bundle.target(target)
         if spec.engine is not None:

@@ -1,8 +1,6 @@
 """``mythos-edge score``: logits and depth of given tokens, as a file."""
 
 import argparse
-import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +8,7 @@ from numpy.typing import NDArray
 
 from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.errors import UsageError
+from mythos_edge.model.output_files import check_output, writing
 from mythos_edge.runtime.loop_engine import LAYOUT, LoopEngine
 from mythos_edge.runtime.scoring import Score
 from mythos_edge.scripts import options
@@ -17,12 +16,15 @@ from mythos_edge.scripts.console import Console
 
 HELP = "write the logits and depth of given tokens"
 EXAMPLE = "mythos-edge score model.bundle --ids ids.npy -o scores.npz --prefill 24"
+_SCORES = "the scores"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--ids", required=True, metavar="NPY", help="int64 array (batch, positions)")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="NPZ")
+    parser.add_argument("bundle", type=options.path)
+    parser.add_argument(
+        "--ids", type=options.file_name, required=True, metavar="NPY", help="int64 array (batch, positions)"
+    )
+    parser.add_argument("-o", "--output", type=options.path, required=True, metavar="NPZ")
     parser.add_argument("--prefill", type=int, metavar="N", help="positions fed as one chunk (default: all)")
     options.add_depth(parser)
     options.add_target(parser)
@@ -31,23 +33,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     ids = options.ids_from_file(args.ids)
-    _check_place(args.output)
+    check_output(args.output, _SCORES)
+    console.leave_stdout_to(args.output)
     score = _score(args, ids, console)
-    partial = args.output.with_name(f".{args.output.name}.partial-{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            np.savez(
-                file,
-                logits=score.logits,
-                depth=score.depth,
-                block_calls=np.array(score.block_calls),
-                block_rows=np.array(score.block_rows),
-            )
-        partial.replace(args.output)
-    except OSError as error:
-        raise UsageError(f"{args.output}: can not write the scores: {error.strerror}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with writing(args.output, _SCORES) as file:
+        np.savez(
+            file,
+            logits=score.logits,
+            depth=score.depth,
+            block_calls=np.array(score.block_calls),
+            block_rows=np.array(score.block_rows),
+        )
     console.say(
         f"{args.output}: {ids.shape[0]} x {ids.shape[1]} positions, mean depth {score.depth.mean():.2f}, "
         f"{score.block_calls} block calls"
@@ -62,15 +58,6 @@ def run(args: argparse.Namespace, console: Console) -> int:
         }
     )
     return 0
-
-
-def _check_place(output: Path) -> None:
-    """Raises UsageError where no file can be written, which is better known before the work."""
-    missing = None if output.parent.is_dir() else "No such file or directory"
-    forbidden = None if os.access(output.parent, os.W_OK) else "Permission denied"
-    reason = "is a folder" if output.is_dir() else missing or forbidden
-    if reason is not None:
-        raise UsageError(f"{output}: can not write the scores: {reason}")
 
 
 def _score(args: argparse.Namespace, ids: NDArray[Any], console: Console) -> Score:

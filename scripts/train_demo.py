@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mythos_edge.model.output_files import check_output, writing
 from mythos_edge.scripts import addition
 from mythos_edge.scripts.reference import open_mythos
 
@@ -145,6 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    check_output(args.output, "the checkpoint")  # before the minutes
     model = train(args.steps, args.seed)
     accuracy, _ = evaluate(open_mythos(), model, seed=10**6)
     if accuracy < _MIN_ACCURACY:
@@ -156,7 +158,8 @@ def main(argv: list[str] | None = None) -> None:
         "cfg": model.cfg,
         "vocab_size": model.cfg.vocab_size,
     }
-    torch.save(saved, args.output)
+    with writing(args.output, "the checkpoint") as file:
+        torch.save(saved, file)
     print(f"{args.output}: {args.output.stat().st_size / 1e3:.0f} kB, digits {accuracy:.2%}")
 
 

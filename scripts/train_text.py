@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 
+from mythos_edge.model.output_files import check_output_folder, writing
 from mythos_edge.scripts.reference import open_mythos
 from mythos_edge.scripts.train_demo import demo_config
 
@@ -172,6 +173,7 @@ def train_text_model(folder: Path, *, steps: int = STEPS, seed: int = 0, loops: 
     Raises SystemExit when the model did not learn to use context, or without sources to learn from; then nothing
     is written.
     """
+    check_output_folder(folder, "the checkpoint")  # before the minutes
     train_ids, held_out = corpus()
     entropy = unigram_entropy(held_out)
     threads = torch.get_num_threads()
@@ -195,10 +197,10 @@ def train_text_model(folder: Path, *, steps: int = STEPS, seed: int = 0, loops: 
     }
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint, tokenizer = folder / "text.pt", folder / "tokenizer.json"
-    partial = folder / "text.pt.partial"
-    torch.save(saved, partial)
-    byte_tokenizer().save(str(tokenizer))
-    partial.replace(checkpoint)
+    with writing(checkpoint, "the checkpoint") as file:
+        torch.save(saved, file)
+        with writing(tokenizer, "the tokenizer") as text:
+            text.write(byte_tokenizer().to_str(pretty=True).encode())
     print(f"{checkpoint}: {checkpoint.stat().st_size / 1e3:.0f} kB, loss {loss:.3f}, unigram entropy {entropy:.3f}")
     return checkpoint, tokenizer
 

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mythos_edge.model.bundle import TARGET, Bundle, Preset, open_bundle
+from mythos_edge.model.bundle import MANIFEST_FILE, TARGET, Bundle, Preset, open_bundle
 from mythos_edge.model.bundle_writer import update_manifest
 from mythos_edge.model.config import MythosConfig
-from mythos_edge.model.errors import BackendUnavailable, UsageError
+from mythos_edge.model.errors import UsageError, unavailable
+from mythos_edge.model.output_files import check_output, check_output_folder
 from mythos_edge.runtime.halting import Depth
 from mythos_edge.runtime.prompts import checked_ids
 from mythos_edge.runtime.quality import kl_divergence
@@ -75,12 +76,20 @@ class Point:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle", type=options.path)
     parser.add_argument(
-        "--data", required=True, metavar="NPY", help="tokens of the kind the model is for (rows, positions)"
+        "--data",
+        type=options.file_name,
+        required=True,
+        metavar="NPY",
+        help="tokens of the kind the model is for (rows, positions)",
     )
     parser.add_argument(
-        "-o", "--output", type=Path, metavar="FOLDER", help="for curve.png and curve.html (default: BUNDLE-tune)"
+        "-o",
+        "--output",
+        type=options.path,
+        metavar="FOLDER",
+        help="for curve.png and curve.html (default: BUNDLE-tune)",
     )
     parser.add_argument("--targets", default=TARGET, metavar="T,T", help=f"default: {TARGET}")
     parser.add_argument("--thresholds", metavar="X,X", help="default: some from 0.3 of the model's own on")
@@ -106,9 +115,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if ids.shape[1] < _LEAST_POSITIONS:
         raise UsageError(f"{args.data}: has {ids.shape[1]} positions a row, expected at least {_LEAST_POSITIONS}")
     settings = settings_of(args, bundle)
+    folder = args.output or args.bundle.with_name(f"{args.bundle.name}-tune")
+    _check_outputs(bundle, folder, report.FILES)
     points, full_ms = _measure(bundle, settings, ids, args, console)
     knee = knee_of(points, args.max_kl)
-    folder = args.output or args.bundle.with_name(f"{args.bundle.name}-tune")
     files = report.write(folder, points, knee, full_ms, args.max_kl, f"{args.bundle}, {args.data}")
     _tell(points, knee, full_ms, args, bundle.manifest.config, console)
     if knee is not None:
@@ -125,6 +135,14 @@ def run(args: argparse.Namespace, console: Console) -> int:
         }
     )
     return 0 if knee is not None else 1
+
+
+def _check_outputs(bundle: Bundle, folder: Path, files: Sequence[str]) -> None:
+    """Raises UsageError where the curve or the preset cannot be written, which is better known before the minutes."""
+    check_output_folder(folder, "the curve")
+    for name in files if folder.is_dir() else ():
+        check_output(folder / name, "the curve")
+    check_output(bundle.path / MANIFEST_FILE, "the preset")
 
 
 def settings_of(args: argparse.Namespace, bundle: Bundle) -> list[Setting]:
@@ -269,5 +287,5 @@ def _report_module() -> Any:
     try:
         from mythos_edge.scripts import tune_report
     except ImportError as error:
-        raise BackendUnavailable(f"drawing the curve needs {error.name}", "pip install 'mythos-edge[tune]'") from error
+        raise unavailable(error, "drawing the curve", "pip install 'mythos-edge[tune]'") from error
     return tune_report

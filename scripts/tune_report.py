@@ -3,7 +3,6 @@
 import base64
 import html
 import io
-import os
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -11,10 +10,13 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from mythos_edge.model.errors import UsageError
+from mythos_edge.model.output_files import writing
 from mythos_edge.scripts.tune import Point
 
 # KL of 0 is drawn, too: below this the axis is linear.
 _LINEAR_KL = 1e-6
+# What ``write`` writes.
+FILES = ("curve.png", "curve.html")
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; }
 img { max-width: 100%; }
@@ -30,15 +32,14 @@ def write(
     """Writes ``curve.png`` and ``curve.html`` to ``folder`` and returns their paths. Raises UsageError."""
     picture = _picture(points, knee, full_ms, max_kl)
     page = _page(points, knee, full_ms, max_kl, what, picture)
-    files = {folder / "curve.png": picture, folder / "curve.html": page.encode()}
+    files = {folder / name: data for name, data in zip(FILES, (picture, page.encode()), strict=True)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path, data in files.items():
-            partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-            partial.write_bytes(data)
-            partial.replace(path)
     except OSError as error:
-        raise UsageError(f"{folder}: can not write the curve: {error.strerror}") from error
+        raise UsageError(f"{folder}: cannot write the curve: {error.strerror}") from error
+    for path, data in files.items():
+        with writing(path, "the curve") as file:
+            file.write(data)
     return list(files)
 
 

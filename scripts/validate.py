@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mythos_edge.model.bundle import TARGET, Bundle, GoldenSample, open_bundle, verify_hashes
-from mythos_edge.model.errors import BackendUnavailable, CapacityError, UsageError
+from mythos_edge.model.errors import CapacityError, UsageError, unavailable
 from mythos_edge.model.machine import free_memory_bytes
 from mythos_edge.runtime import parity
 from mythos_edge.runtime.backend import graph_runner
@@ -37,14 +37,19 @@ _SEED = Within(least=0, most=2**32 - 1)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle", type=options.path)
     parser.add_argument(
         "--against",
+        type=options.file_name,
         metavar="CHECKPOINT",
         help=f"the checkpoint to compare with, in torch; or the word {quality_gate.FP32}: compare --target with fp32",
     )
-    parser.add_argument("--config", type=Path, metavar="JSON", help="config fields the checkpoint does not tell")
-    parser.add_argument("--ids", metavar="NPY", help="tokens to compare on (default: random ones)")
+    parser.add_argument(
+        "--config", type=options.path, metavar="JSON", help="config fields the checkpoint does not tell"
+    )
+    parser.add_argument(
+        "--ids", type=options.file_name, metavar="NPY", help="tokens to compare on (default: random ones)"
+    )
     parser.add_argument("--positions", type=int, default=48, metavar="N", help="length of the random sequence")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     quality_gate.add_arguments(parser)
@@ -88,8 +93,7 @@ def _comparison(
     try:
         from mythos_edge.model.checkpoint import open_checkpoint
     except ImportError as error:
-        message = f"comparing with a checkpoint needs {error.name}, which is not installed"
-        raise BackendUnavailable(message, "pip install 'mythos-edge[export]'") from error
+        raise unavailable(error, "comparing with a checkpoint", "pip install 'mythos-edge[export]'") from error
     checkpoint = opened.enter_context(open_checkpoint(Path(args.against), args.config))
     if checkpoint.config != bundle.manifest.config:
         raise UsageError(

@@ -1,7 +1,6 @@
 """Caches: the column buffer against a plain array of all columns ever written, and the memory plan by hand."""
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from numpy.typing import NDArray
 
 from mythos_edge.model.config import VARIANTS, config_from_dict
 from mythos_edge.model.errors import CapacityError
-from mythos_edge.model.machine import free_memory_bytes
 from mythos_edge.runtime.caches import CachePlan, ColumnBuffer, plan_cache, require_memory
 
 LIMIT = 400
@@ -217,17 +215,3 @@ def test_memory_that_is_not_there_is_one_line() -> None:
         require_memory(plan, already_held=1_000_000_000, free=4_000_000_000)
     require_memory(plan, already_held=2_000_000_000, free=4_000_000_000)
     require_memory(plan, already_held=0, free=None)
-
-
-def test_free_memory_is_read_where_the_system_tells(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "MemTotal:       16000000 kB\nMemAvailable:    8000000 kB\nHugePages_Total:       0\n"
-    monkeypatch.setattr(Path, "read_text", lambda path, encoding: text)
-    assert free_memory_bytes() == 8_000_000 * 1024
-    monkeypatch.setattr(Path, "read_text", lambda path, encoding: "MemTotal:       16000000 kB\n")
-    assert free_memory_bytes() is None
-
-    def fail(path: Path, encoding: str) -> str:
-        raise FileNotFoundError
-
-    monkeypatch.setattr(Path, "read_text", fail)
-    assert free_memory_bytes() is None

@@ -235,6 +235,25 @@ def test_drafts_are_whole_numbers_or_auto(session: Session, value: Any) -> None:
     assert session.generate(PROMPT, draft_depth=np.int64(2), draft_tokens=3, max_new_tokens=9).drafted > 0
 
 
+def test_a_session_is_saved_through_links_and_devices(mla_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    (tmp_path / "link").symlink_to("far/saved.npz")
+    with Session.open(mla_bundle) as session:
+        wanted = session.generate([1, 2, 3], max_new_tokens=4).ids
+        session.save(tmp_path / "link")
+        session.save("/dev/null")
+        for place, reason in (("absent/x", "No such file"), ("far", "is a folder"), ("n" * 300, "name too long")):
+            with pytest.raises(UsageError, match=f"cannot write the session: .*{reason}"):
+                session.save(tmp_path / place)
+        with pytest.raises(UsageError, match="cannot write the session: No space left"):
+            session.save("/dev/full")
+        session.restore(tmp_path / "far" / "saved.npz")
+        assert session.ids[: 3 + len(wanted)] == [1, 2, 3, *wanted]
+    assert Path("/dev/null").is_char_device()
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(file.name for file in tmp_path.rglob("*")) == ["far", "link", "saved.npz"]
+
+
 def test_a_session_saved_on_another_target_is_refused(mla_bundle: Path, tmp_path: Path) -> None:
     path = Path(shutil.copytree(mla_bundle, tmp_path / "copy.bundle"))
     build_target(path, "int4", block=32)

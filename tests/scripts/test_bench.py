@@ -6,11 +6,13 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import Ran, refused
 
 from mythos_edge.exporter.ort_target import build_target
 from mythos_edge.model.bundle import CUDA_PROVIDER, open_bundle
@@ -120,3 +122,25 @@ def test_a_gpu_is_not_compared_with_the_memory_of_a_cpu(
     said = capsys.readouterr()
     assert "left out, as they are for a GPU: ort-cpu-x" in said.err
     assert list(json.loads(said.out)["targets"]) == ["ort-cpu"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--target", "ort-cpu,ort-cpu-int4"), "has no target 'ort-cpu-int4'"),
+        (("--weights", "fp32,int8"), "has no target"),
+        (("--threads", -3), "threads is -3"),
+        (("-p", 10**6), "lower -p or -n"),
+        (("--max-depth", 0), "max_depth is 0"),
+        (("--draft-depth", 99), "draft_depth is 99"),
+    ],
+)
+def test_what_is_refused_is_refused_before_measuring(
+    demo_bundle: Path,
+    words: tuple[object, ...],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    run: Callable[..., Ran],
+) -> None:
+    monkeypatch.setattr(measuring, "stream_bandwidth", lambda *_: pytest.fail("measured before looking"))
+    refused(run("bench", demo_bundle, *words), message)

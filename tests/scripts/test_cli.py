@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 from command_line import CHECKPOINT, PROGRAM, Ran, refused
 
@@ -50,46 +52,134 @@ def test_wrong_usage_is_exit_code_2(argv: tuple[str, ...], run: Callable[..., Ra
 # --- processes ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("sent", "send"), [(signal.SIGINT, os.killpg), (signal.SIGTERM, os.kill)])
+INSTALLED = Path(sys.executable).with_name("mythos-edge")
+_DEADLINE_S = 120.0
+
+
+@contextmanager
+def _exporting(output: Path, before: Callable[[], object] = lambda: None) -> Iterator[subprocess.Popen[str]]:
+    """The installed command at work: its first weights are written, and its children trace."""
+
+    def prepare() -> None:
+        # A shell starts what runs in its background deaf to it.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        before()
+
+    with subprocess.Popen(
+        [INSTALLED, "export", str(CHECKPOINT), "-o", str(output)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=prepare,
+    ) as process:  # fmt: skip
+        try:
+            assert process.stderr is not None
+            for line in process.stderr:
+                if "graphs" in line:
+                    break
+            else:
+                pytest.fail("ended before it traced")
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def _group_is_gone(group: int) -> None:
+    """Waits for the end of every process of a group."""
+    deadline = time.monotonic() + _DEADLINE_S
+    while time.monotonic() < deadline:
+        if not _members(group):
+            return
+        time.sleep(0.05)
+    pytest.fail("children went on")
+
+
+def _members(group: int) -> list[Path]:
+    """The processes of a group that have not ended."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            state, _, of, *_ = (process / "stat").read_text().rpartition(")")[2].split()
+            if int(of) == group and state != "Z":
+                found.append(process)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("sent", "send"),
+    [(signal.SIGINT, os.killpg), (signal.SIGTERM, os.kill), (signal.SIGTERM, os.killpg), (signal.SIGHUP, os.kill)],
+)
 def test_an_interrupt_leaves_nothing_half_written(
     tmp_path: Path, sent: signal.Signals, send: Callable[[int, int], None]
 ) -> None:
-    """Ctrl-C as a terminal sends it, to the whole process group, tracing children too; SIGTERM to the process alone."""
-    output = tmp_path / "out.bundle"
-    process = subprocess.Popen(
-        [*PROGRAM, "export", str(CHECKPOINT), "-o", str(output)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        # A shell starts what runs in its background deaf to it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-    partial = tmp_path / f".{output.name}.partial-{process.pid}"
-    for _ in range(600):
-        if partial.is_dir() or process.poll() is not None:
-            break
-        time.sleep(0.1)
-    assert partial.is_dir()
-    time.sleep(1.0)
-    send(process.pid, sent)
-    out, err = process.communicate(timeout=60)
+    """As a terminal sends it, to the whole process group, tracing children too; or to the process alone."""
+    with _exporting(tmp_path / "out.bundle") as process:
+        send(process.pid, sent)
+        out, err = process.communicate(timeout=_DEADLINE_S)
+        _group_is_gone(process.pid)
     refused(Ran(process.returncode, out, err), "interrupted")
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
 
 
-def test_ctrl_c_while_libraries_are_imported_is_one_line() -> None:
-    program = """
-import sys
+def test_asking_twice_does_not_break_off_the_cleaning_up(tmp_path: Path) -> None:
+    with _exporting(tmp_path / "out.bundle") as process:
+        for sent in (signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+            os.killpg(process.pid, sent)
+            time.sleep(0.01)
+        out, err = process.communicate(timeout=_DEADLINE_S)
+    refused(Ran(process.returncode, out, err), "interrupted")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_ignored_stays_ignored(tmp_path: Path) -> None:
+    """As nohup has it; then the interrupt that counts still does."""
+    with _exporting(tmp_path / "out.bundle", lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) as process:
+        os.kill(process.pid, signal.SIGHUP)
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        ignored = int(next(line.split()[1] for line in status.splitlines() if line.startswith("SigIgn")), 16)
+        assert ignored >> (signal.SIGHUP - 1) & 1
+        os.kill(process.pid, signal.SIGTERM)
+        out, err = process.communicate(timeout=_DEADLINE_S)
+    refused(Ran(process.returncode, out, err), "interrupted")
+
+
+def test_children_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    with _exporting(tmp_path / "out.bundle") as process:
+        assert len(_members(process.pid)) == 3
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        _group_is_gone(process.pid)
+
+
+@pytest.mark.parametrize(
+    ("library", "verb", "argv", "met"),
+    [
+        ("numpy", "doctor", "", "raise KeyboardInterrupt"),
+        ("torch", "inspect", str(CHECKPOINT), "raise KeyboardInterrupt"),
+        # As C code does it that asks whether an import went well, and forgets why not.
+        ("torch", "inspect", str(CHECKPOINT), "raise ImportError('initialization failed') from KeyboardInterrupt()"),
+        ("torch", "inspect", str(CHECKPOINT), "forget()"),
+        ("matplotlib", "tune", "b --data d", "forget()"),
+    ],
+)
+def test_ctrl_c_while_libraries_are_imported_is_one_line(library: str, verb: str, argv: str, met: str) -> None:
+    program = f"""
+import os, signal, sys
+def forget():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        while True: pass
+    except KeyboardInterrupt:
+        pass
+    raise ImportError("initialization failed")
 class Interrupt:
     def find_spec(self, name, path=None, target=None):
-        if name == "numpy":
-            raise KeyboardInterrupt
+        if name == "{library}":
+            {met}
 sys.meta_path.insert(0, Interrupt())
 from mythos_edge.scripts.cli import entry
-sys.argv = ["mythos-edge", "doctor"]
+sys.argv = ["mythos-edge", *{f"{verb} {argv}".split()!r}]
 entry()
 """
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
     refused(Ran(ran.returncode, ran.stdout, ran.stderr), "interrupted")
 
 
@@ -120,3 +210,85 @@ def test_a_reader_that_goes_away_is_no_traceback(mla_bundle: Path) -> None:
         shell=True, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "Traceback" not in ran.stderr
+
+
+# --- streams ------------------------------------------------------------------------------------------------------
+
+
+def _shell(line: str, **environment: str) -> Ran:
+    """A line for a shell, in which ``mythos-edge`` is the installed command."""
+    command = ["bash", "-c", line.replace("mythos-edge", str(INSTALLED))]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=_DEADLINE_S, env={**os.environ, **environment}
+    )
+    return Ran(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize(
+    "verb", ["doctor", "inspect {}", "generate {} --ids 1 --max-new-tokens 2", "--help", "doctor -h"]
+)
+@pytest.mark.parametrize("json", ["", " --json"])
+def test_a_stdout_that_takes_nothing_is_one_line(verb: str, json: str, mla_bundle: Path) -> None:
+    command = "mythos-edge " + verb.format(mla_bundle) + json
+    refused(_shell(f"{command} > /dev/full"), "stdout: cannot write the result: No space left on device")
+    refused(_shell(f"{command} >&-"), "stdout is closed")
+    assert _shell(f"{command} > /dev/full 2>&-").code == 1
+
+
+@pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full", "2> >(true)"])
+def test_a_stderr_that_takes_nothing_is_no_reason_to_end(stderr: str, mla_bundle: Path) -> None:
+    ran = _shell(f"mythos-edge generate {mla_bundle} --ids 1 --max-new-tokens 2 --json {stderr}")
+    assert ran.code == 0
+    assert len(ran.json["ids"]) == 2
+    ran = _shell(f"mythos-edge generate {mla_bundle} --ids 9999 --json {stderr}")
+    assert ran.code == 1
+    assert "token id 9999" in ran.json["error"]
+    ran = _shell(f"mythos-edge generate --json {stderr}")
+    assert ran.code == 2
+    assert "required" in ran.json["error"]
+
+
+def test_closed_streams_do_not_become_files(mla_bundle: Path, tmp_path: Path) -> None:
+    """What a library prints to a closed stream must not land in the file that is opened next."""
+    np.save(tmp_path / "ids.npy", np.array([[1, 2]]))
+    ran = _shell(f"mythos-edge score {mla_bundle} --ids {tmp_path}/ids.npy -o {tmp_path}/out.npz <&- 2>&-")
+    assert ran.code == 0, ran
+    with np.load(tmp_path / "out.npz") as scores:
+        assert scores["depth"].shape == (1, 2)
+
+
+def test_scores_may_go_to_stdout(mla_bundle: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.array([[1, 2]]))
+    command = f"mythos-edge score {mla_bundle} --ids {tmp_path}/ids.npy -o /dev/stdout"
+    for to in (f"> {tmp_path}/file", f">> {tmp_path}/appended", f"| cat > {tmp_path}/piped"):
+        ran = _shell(f"{command} {to}")
+        assert (ran.code, ran.out) == (0, "")
+        assert "1 x 2 positions" in ran.err
+        with np.load(to.split()[-1]) as scores:
+            assert scores["depth"].shape == (1, 2)
+    refused(
+        _shell(f"{command} --json 2>&1 >{tmp_path}/json | cat >&2; exit ${{PIPESTATUS[0]}}"), "is where --json writes"
+    )
+
+
+def test_an_encoding_that_lacks_characters(text_bundle: Path) -> None:
+    ascii_only = {"PYTHONIOENCODING": "ascii:strict", "LC_ALL": "C"}
+    ran = _shell("mythos-edge inspect gr\u00fcn.pt --json", **ascii_only)
+    assert ran.code == 1
+    assert ran.json["error"].startswith("gr\u00fcn.pt: no such file")
+    assert ran.err == "error: gr\\xfcn.pt: no such file or folder\n"
+    shown = _shell("mythos-edge doctor; echo", **ascii_only)
+    assert shown.code == 0
+
+
+def test_bytes_that_are_no_utf_8(text_bundle: Path, tmp_path: Path) -> None:
+    refused(_shell(f"mythos-edge inspect {tmp_path}/$'a\\xff'"), "a\\udcff: no such file or folder")
+    for option in ("-p", "-p ok --stop", "--ids"):
+        refused(_shell(f"mythos-edge generate {text_bundle} {option} $'a\\xff'"), "")
+    refused(_shell(f"mythos-edge generate {text_bundle} -p $'a\\xff'"), "--prompt is not UTF-8, from character 2 on")
+    odd = tmp_path / os.fsdecode(b"odd \xff\x1b[31m.bundle")
+    odd.symlink_to(text_bundle)
+    ran = _shell(f"mythos-edge inspect {tmp_path}/odd*; mythos-edge inspect {tmp_path}/odd* --json | tail -c 3")
+    assert ran.code == 0, ran
+    assert "odd \\udcff\\x1b[31m.bundle" in ran.out
+    assert "\x1b" not in ran.out

@@ -6,6 +6,7 @@ import pytest
 from fake_driver import FakeDriver
 
 from mythos_edge.model.errors import BackendUnavailable
+from mythos_edge.model.machine import Memory, Processors
 from mythos_edge.scripts import cli, doctor
 
 EXPORT = ("torch", "onnx", "onnx-ir", "onnxscript", "jaxtyping")
@@ -81,3 +82,21 @@ def test_every_missing_purpose_has_an_install_line(
     assert said.count("mend: pip ") == 6
     assert "onnxruntime-gpu missing" in said
     assert "Traceback" not in said
+
+
+def test_limits_of_a_container_are_told_beside_the_machine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "processors", lambda: Processors(64, 1.5))
+    monkeypatch.setattr(doctor, "memory", lambda: Memory(30_000_000_000, 3_210_000_000, 4_000_000_000))
+    report = doctor.examine(_no_driver)
+    assert (report["cores"], report["machine_cores"], report["core_limit"]) == (2, 64, 1.5)
+    memory = {name: report[name] for name in ("free_memory_gb", "machine_free_memory_gb", "memory_limit_gb")}
+    assert memory == {"free_memory_gb": 3.2, "machine_free_memory_gb": 30.0, "memory_limit_gb": 4.0}
+    cli.main(["doctor"])
+    said = capsys.readouterr().out
+    assert "2 (this container's limit: 1.5; the machine: 64 cores)\n" in said
+    assert "3.2 (this container's limit: 4; the machine: 30.0 GB free)\n" in said
+    monkeypatch.setattr(doctor, "processors", lambda: Processors(64, None))
+    cli.main(["doctor"])
+    assert "cores           64\n" in capsys.readouterr().out

@@ -15,7 +15,7 @@ from mythos_edge.model.bundle import open_bundle
 from mythos_edge.runtime.halting import depth_of_preset
 from mythos_edge.runtime.quality import kl_divergence
 from mythos_edge.runtime.session import Session
-from mythos_edge.scripts import addition
+from mythos_edge.scripts import addition, tune
 from mythos_edge.scripts.tune import Point, Setting, knee_of, settings_of
 
 
@@ -175,12 +175,44 @@ def test_bad_data_is_one_line(
     refused(run("tune", demo_bundle, "--data", tmp_path / "bad.npy", "-o", tmp_path / "out"), words)
 
 
-def test_a_folder_that_can_not_be_written_is_one_line(
-    rounded_bundle: Path, data: Path, tmp_path: Path, run: Callable[..., Ran]
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        ("file", "Not a directory"),
+        ("file/below", "Not a directory"),
+        ("n" * 300, "File name too long"),
+        ("taken", "is a folder"),
+        ("/proc/nowhere", "No such file or directory"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_known_before_measuring(
+    rounded_bundle: Path,
+    data: Path,
+    tmp_path: Path,
+    place: str,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+    run: Callable[..., Ran],
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    argv = (rounded_bundle, "--data", data, "-o", tmp_path / "file", "-r", 1, "--thresholds", "0.9", "--max-depths", 8)
-    refused(run("tune", *argv), "can not write the curve")
+    (tmp_path / "taken" / "curve.html").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(tune, "_measure", lambda *_: pytest.fail("measured before the place was looked at"))
+    refused(run("tune", rounded_bundle, "--data", data, "-o", tmp_path / place), "cannot write the curve", reason)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_bundle_that_cannot_take_the_preset_is_known_before_measuring(
+    rounded_bundle: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., Ran]
+) -> None:
+    real = tune.check_output
+
+    def read_only(path: Path, what: str) -> None:
+        real(Path("/proc/nowhere") if path.parent == rounded_bundle else path, what)
+
+    monkeypatch.setattr(tune, "check_output", read_only)
+    monkeypatch.setattr(tune, "_measure", lambda *_: pytest.fail("measured before the bundle was looked at"))
+    refused(run("tune", rounded_bundle, "--data", data, "-o", tmp_path / "out"), "cannot write the preset")
 
 
 def test_without_matplotlib_the_install_line_is_given(

@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -174,38 +173,3 @@ def test_build_for_tensorrt(mla_bundle: Path, tmp_path: Path, run: Callable[...,
     assert all(ran.json["engines"][stage]["plan_bytes"] > 0 for stage in ("prelude", "step", "coda"))
     assert "step: building" in ran.err
     assert (bundle / "build.rtx-sm89-fp16.log").is_file()
-
-
-def test_demo_add(demo_bundle: Path, run: Callable[..., Ran]) -> None:
-    ran = run("demo", "add", 999999, 1, "--bundle", demo_bundle, "--json")
-    assert ran.code == 0, ran.err
-    found = ran.json
-    assert found["sum"] == 1000000
-    assert found["correct"] is True
-    # The carry must travel through all the nines.
-    assert found["depths"][5] > found["depths"][0]
-    runs = found["runs"]
-    assert runs["exact"]["accuracy"] == runs["full"]["accuracy"] == 1.0
-    assert runs["exact"]["block_calls"] < runs["full"]["block_calls"] / 2
-    assert runs["fixed depth 2"]["accuracy"] < 1.0
-    easy = run("demo", "--json", "add", 123456, 111111, "--bundle", demo_bundle).json
-    assert easy["sum"] == 234567
-    assert max(easy["depths"]) < max(found["depths"])
-    shown = run("demo", "add", 999999, 1, "--bundle", demo_bundle)
-    assert "\x1b" not in shown.out
-    assert ["=", *"1000000"] in [line.split() for line in shown.out.splitlines()]
-
-
-def test_demo_makes_its_bundle_once(
-    demo_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., Ran]
-) -> None:
-    from mythos_edge.exporter import export
-
-    def copied(checkpoint: Any, path: Path, **_: Any) -> Any:
-        shutil.copytree(demo_bundle, path)
-        return Session.open(path).bundle
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(export, "export_bundle", copied)
-    assert "exporting the demo model once" in run("demo", "add", 7, 8).err
-    assert "exporting" not in run("demo", "add", 7, 8).err

@@ -1,0 +1,161 @@
+"""What reaches stdout and stderr of what a verb says: without control characters, in any encoding, or refused."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from mythos_edge.model.errors import UsageError, raise_interrupt, unavailable
+from mythos_edge.scripts import interrupts
+from mythos_edge.scripts.console import Console, printable, printable_line
+
+# Clears the screen, sets a title, asks the terminal to answer, in the forms of 7 and of 8 bits; then the usual text.
+NASTY = "a\x1b[2J\x1b]0;t\x07\x9b6n\x7f\r\b\0b"
+SHOWN = r"a\x1b[2J\x1b]0;t\x07\x9b6n\x7f\x0d\x08\x00b"
+GOOD = "Grün 中文 हिन्दी 😀👩‍👩‍👧\tx\n"
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def _stream(encoding: str) -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict", newline="")
+
+
+def _bytes(stream: io.TextIOWrapper) -> bytes:
+    made = stream.buffer
+    assert isinstance(made, io.BytesIO)
+    return made.getvalue()
+
+
+def test_what_steers_a_terminal_is_written_as_escapes() -> None:
+    assert printable(NASTY) == SHOWN
+    assert printable(GOOD) == GOOD
+    assert printable("\u202eevil\u2066") == r"\u202eevil\u2066"
+    assert printable_line("two\nlines\x85\u2028") == r"two\nlines\x85\u2028"
+    every = "".join(chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000)
+    assert len(printable_line(every).splitlines()) == 1
+    left = set(printable(every))
+    assert [code for code in range(0xA0) if chr(code) in left] == [9, 10, *range(32, 127)]
+
+
+def test_messages_results_and_progress_are_printable(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(as_json=False)
+    console.say(NASTY)
+    console.note(f"{NASTY}\nsecond")
+    console.progress(NASTY, 0.5)
+    console.fail(NASTY, f"Traceback\n{NASTY}\n")
+    out, err = capsys.readouterr()
+    assert out == f"{SHOWN}\n"
+    assert err.splitlines()[0] == rf"{SHOWN}\nsecond"
+    assert not {*err} & {chr(code) for code in range(32) if code != 10}
+    assert err.splitlines()[-1] == f"error: {SHOWN}"
+
+
+def test_generated_text_is_exact_but_on_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Console(as_json=False).text(NASTY + GOOD)
+    assert capsys.readouterr().out == NASTY + GOOD
+    terminal = _Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    Console(as_json=False).text(NASTY + GOOD)
+    assert terminal.getvalue() == SHOWN + GOOD
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-16", "cp1252"])
+def test_what_an_encoding_lacks_is_told_once(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, err = _stream(encoding), _stream(encoding)
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    console = Console(as_json=False)
+    console.text("中")
+    console.text("文\ud800")
+    console.note("中")
+    shown, told = (_bytes(stream).decode(encoding) for stream in (out, err))
+    if encoding == "utf-16":
+        assert shown == "中文\\ud800"
+        assert told.count("\n") == 2
+    else:
+        assert shown == "\\u4e2d\\u6587\\ud800"
+        assert told.startswith(f"note: stdout is {encoding}, which lacks some characters")
+        assert told.endswith("\n\\u4e2d\n")
+        assert told.count("\n") == 2
+
+
+def test_only_one_object_is_given(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(as_json=True)
+    console.result({"a": float("nan"), "b": "\ud800\x1b"})
+    console.result({"a": 2})
+    console.fail("too late")
+    console.say("for people")
+    console.text("for people")
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"a": None, "b": "\ud800\x1b"}
+    assert "\x1b" not in out
+    assert err == "error: too late\n"
+
+
+def test_without_streams_nothing_is_said_and_results_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    console = Console(as_json=False)
+    console.note("x")
+    console.progress("x", 0.5)
+    assert not console.colour
+    with pytest.raises(UsageError, match="stdout is closed"):
+        console.say("x")
+
+
+def test_an_output_that_is_stdout_moves_what_is_for_people(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mythos_edge.scripts import console as module
+
+    monkeypatch.setattr(module, "is_standard_output", lambda path: True)
+    console = Console(as_json=False)
+    console.leave_stdout_to(Path("/dev/stdout"))
+    console.say("done")
+    assert capsys.readouterr() == ("", "done\n")
+    with pytest.raises(UsageError, match="is where --json writes, too"):
+        Console(as_json=True).leave_stdout_to(Path("/dev/stdout"))
+
+
+# --- imports ------------------------------------------------------------------------------------------------------
+
+
+def _import_error(behind: BaseException | None, *, explicit: bool) -> ImportError:
+    """An ImportError as a library raises it that met ``behind`` while it was made."""
+    try:
+        try:
+            raise behind or ValueError("something else")
+        except BaseException as error:
+            if explicit:
+                raise ImportError("initialization failed") from error
+            raise ImportError("numpy is not well")  # noqa: B904
+    except ImportError as error:
+        return error
+
+
+@pytest.mark.parametrize("explicit", [True, False])
+def test_an_interrupted_import_is_no_missing_library(explicit: bool) -> None:
+    error = _import_error(KeyboardInterrupt(), explicit=explicit)
+    assert interrupts.caused(error)
+    with pytest.raises(KeyboardInterrupt):
+        unavailable(error, "exporting", "pip install x")
+    with pytest.raises(KeyboardInterrupt):
+        raise_interrupt(error)
+    other = _import_error(None, explicit=explicit)
+    assert not interrupts.caused(other)
+    raise_interrupt(other)
+
+
+def test_a_library_that_is_there_and_broken_is_not_called_missing() -> None:
+    missing = unavailable(ModuleNotFoundError("No module", name="onnx"), "exporting", "pip install onnx")
+    assert str(missing) == "exporting needs onnx, which is not installed: run `pip install onnx`"
+    broken = unavailable(ImportError("libcudart.so.12:\ncannot open"), "exporting", "pip install onnx")
+    assert "installed and cannot be imported: libcudart.so.12: cannot open: run `pip" in str(broken)

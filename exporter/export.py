@@ -14,6 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from mythos_edge.exporter import loop_graph, ort_target
+from mythos_edge.exporter.portable import write_portable
 from mythos_edge.exporter.sample import golden_sample
 from mythos_edge.exporter.tracing import tracing
 from mythos_edge.exporter.weights import (
@@ -58,12 +59,13 @@ def export_bundle(
     max_context: int | None = None,
     tokenizer: Path | None = None,
     force: bool = False,
+    portable: bool = False,
     progress: Progress = lambda phase, fraction: None,
 ) -> Bundle:
     """The bundle written to ``output``; ``progress`` is told the phase and the fraction of it that is done.
 
     ``max_context`` (positions) defaults to the checkpoint's ``max_seq_len``; ``dtype`` is the storage dtype of the
-    large weights. Raises ExportError, CheckpointError (a weight that is not finite) and ConfigError.
+    large weights; ``portable`` adds the graphs in standard ops alone. Raises ExportError, CheckpointError (a weight that is not finite) and ConfigError.
     """
     if dtype not in STORAGE_TYPES:
         raise ExportError(f"dtype is {dtype!r}, expected one of {', '.join(STORAGE_TYPES)}")
@@ -90,6 +92,8 @@ def export_bundle(
             progress("graphs", 0.0)
             finish_tracing()
         graphs = _write_graphs(config, folder, progress)
+        if portable:
+            graphs = write_portable(graphs, folder, folder)
         stages = {stage: ir.load(folder / f"{stage}.onnx") for stage in STAGES}
         lowered = ort_target.write_graphs(stages, folder, TARGET, config)
         if tokenizer is not None:

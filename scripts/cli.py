@@ -22,6 +22,7 @@ _VERBS = {
     "inspect": "inspect_verb",
     "export": "export_verb",
     "build": "build",
+    "inline": "inline_verb",
     "generate": "generate",
     "score": "score",
     "validate": "validate",

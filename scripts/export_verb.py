@@ -17,16 +17,23 @@ EXAMPLE = "mythos-edge export step_0001000.pt -o model.bundle --tokenizer tokeni
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help=".pt, .pth, .bin, .safetensors, or a folder with safetensors")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="folder to write")
+    add_options(parser)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What can be said of an export beside its two places; optimum's command has the same options."""
     parser.add_argument("--config", type=Path, metavar="JSON", help="config fields the checkpoint does not tell")
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="storage of large weights")
     parser.add_argument("--max-context", type=int, metavar="N", help="longest sequence (default: the checkpoint's)")
     parser.add_argument("--tokenizer", type=Path, metavar="JSON", help="Hugging Face tokenizer.json to carry along")
+    parser.add_argument("--portable", action="store_true", help="add graphs of standard ops alone, for other engines")
     parser.add_argument("--force", action="store_true", help="replace an existing bundle, targets built in it too")
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
     try:
         from mythos_edge.exporter.export import export_bundle
+        from mythos_edge.exporter.portable import portable_files
         from mythos_edge.model.checkpoint import open_checkpoint
     except ImportError as error:
         message = f"exporting needs {error.name}, which is not installed"
@@ -46,6 +53,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
             max_context=args.max_context,
             tokenizer=args.tokenizer,
             force=args.force,
+            portable=args.portable,
             progress=console.progress,
         )
     seconds = time.perf_counter() - started
@@ -57,10 +65,14 @@ def run(args: argparse.Namespace, console: Console) -> int:
     console.say(
         f"{bundle.path}: {size / 1e6:.1f} MB, {manifest.dtype}, context {manifest.max_context}, {seconds:.1f} s"
     )
+    portable = portable_files(manifest.graphs)
+    if portable:
+        console.say(f"graphs of standard ops alone: {', '.join(portable.values())}")
     console.result(
         {
             "bundle": str(bundle.path),
             "bytes": size,
+            "portable": portable,
             "dtype": manifest.dtype,
             "compute_dtype": manifest.targets["ort-cpu"].compute_dtype,
             "max_context": manifest.max_context,

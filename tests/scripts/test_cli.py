@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from command_line import CHECKPOINT, PROGRAM, Ran, refused
 
-VERBS = ("doctor", "inspect", "export", "build", "generate", "score", "validate", "tune", "bench", "demo")
+VERBS = ("doctor", "inspect", "export", "build", "inline", "generate", "score", "validate", "tune", "bench", "demo")
 
 
 @pytest.mark.parametrize("verb", VERBS)

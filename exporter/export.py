@@ -65,7 +65,8 @@ def export_bundle(
     """The bundle written to ``output``; ``progress`` is told the phase and the fraction of it that is done.
 
     ``max_context`` (positions) defaults to the checkpoint's ``max_seq_len``; ``dtype`` is the storage dtype of the
-    large weights; ``portable`` adds the graphs in standard ops alone. Raises ExportError, CheckpointError (a weight that is not finite) and ConfigError.
+    large weights; ``portable`` adds the graphs in standard ops alone.
+    Raises ExportError, CheckpointError (a weight that is not finite) and ConfigError.
     """
     if dtype not in STORAGE_TYPES:
         raise ExportError(f"dtype is {dtype!r}, expected one of {', '.join(STORAGE_TYPES)}")

@@ -1,6 +1,6 @@
 """The graphs of a bundle in standard ops alone, for engines that read no functions: ``<name>.portable.onnx``.
 
-They stand beside the graphs with ops of ours, which lowerings and TensorRT's plugins need, and share their weights file.
+They stand beside the graphs with ops of ours, which lowerings and TensorRT's plugins need, and share their weights.
 """
 
 from collections.abc import Callable, Iterator, Mapping

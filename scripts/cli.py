@@ -9,7 +9,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import NoReturn
 
@@ -35,9 +35,14 @@ _INTERRUPTED = "interrupted; nothing was left half-written"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line; returns the exit code."""
+    return run(lambda: _parser().parse_args(argv))
+
+
+def run(parse: Callable[[], argparse.Namespace]) -> int:
+    """Runs the verb that ``parse`` names as ``run``, with every error told in one line; returns the exit code."""
     console, debug = Console(as_json=False), False
     try:
-        args = _parser().parse_args(argv)
+        args = parse()
         console, debug = Console(args.json), args.debug
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: console.note(f"warning: {message}")
@@ -74,8 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"mythos-edge {metadata.version('mythos-edge')}")
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--json", action="store_true", help="one JSON object on stdout, the rest on stderr")
-    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_common(common)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, module_name in _VERBS.items():
         module = import_module(f"mythos_edge.scripts.{module_name}")
@@ -90,6 +94,12 @@ def _parser() -> argparse.ArgumentParser:
         module.add_arguments(verb)
         verb.set_defaults(run=module.run)
     return parser
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """What every verb takes."""
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, the rest on stderr")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def entry() -> NoReturn:

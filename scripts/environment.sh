@@ -33,3 +33,16 @@ make_environment() {
     fi
     echo "$stamp" >"$folder/stamp"
 }
+
+# ONNX Runtime for browsers, which tests run under node. A machine without npm does without those tests.
+make_web() {
+    local folder=tests/web
+    if ! command -v npm >/dev/null; then
+        echo "note: npm is not here, so the tests of onnxruntime-web are skipped: install node to run them"
+        return
+    fi
+    if ! cmp -s "$folder/package-lock.json" "$folder/node_modules/stamp"; then
+        (cd "$folder" && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error)
+        cp "$folder/package-lock.json" "$folder/node_modules/stamp"
+    fi
+}

@@ -16,7 +16,7 @@ from mythos_edge.model.config import MythosConfig
 
 Arrays = dict[str, np.ndarray]
 # Runs the graph in a file of the bundle; feeds that the graph does not ask for are left out.
-Engine = Callable[[str, Arrays], Arrays]
+Engine = Callable[[str, Arrays | None], Arrays]
 WEB = ROOT / "tests" / "web"
 
 
@@ -25,12 +25,14 @@ def openvino_engine(bundle: Path) -> Engine:
 
     core, compiled = openvino.Core(), {}
 
-    def run(file: str, feeds: Arrays) -> Arrays:
+    def run(file: str, feeds: Arrays | None) -> Arrays:
         if file not in compiled:
             # By itself it computes in bfloat16 on processors that have it, and then it does not compile the Loop.
             options = {"INFERENCE_PRECISION_HINT": "f32"}
             compiled[file] = core.compile_model(core.read_model(bundle / file), "CPU", options)
         graph = compiled[file]
+        if feeds is None:
+            return {}
         made = graph({value.get_any_name(): feeds[value.get_any_name()] for value in graph.inputs})
         return {value.get_any_name(): np.array(made[value]) for value in graph.outputs}
 
@@ -39,7 +41,7 @@ def openvino_engine(bundle: Path) -> Engine:
 
 @contextmanager
 def web_engine(bundle: Path) -> Iterator[Engine]:
-    """onnxruntime-web under node. Skips where there is none, unless the environment says that there must be."""
+    """Runs onnxruntime-web under node. Skips where there is none, unless the environment says that there must be."""
     node = shutil.which("node")
     if node is None or not (WEB / "node_modules" / "onnxruntime-web").is_dir():
         missing = "node with the packages of tests/web is not here: scripts/test installs them where npm is"
@@ -51,8 +53,8 @@ def web_engine(bundle: Path) -> Iterator[Engine]:
         assert process.stdout is not None
         talk_in, talk_out = process.stdin, process.stdout
 
-        def run(file: str, feeds: Arrays) -> Arrays:
-            sent = {
+        def run(file: str, feeds: Arrays | None) -> Arrays:
+            sent = feeds and {
                 name: {"type": value.dtype.name, "shape": value.shape, "data": value.ravel().tolist()}
                 for name, value in feeds.items()
             }

@@ -11,6 +11,7 @@ What a session cannot do is refused by name. torch and transformers are imported
 Not here: training, other devices (the bundle's target decides), and saving.
 """
 
+import operator
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
@@ -226,13 +227,16 @@ class MythosForCausalLM:
         samples = bool(given.pop("do_sample", False))
         options |= _sampling(given, samples)
         seed = given.pop("seed", None) if samples else None
-        rows = int(given.pop("num_return_sequences", 1))
+        rows = _whole("num_return_sequences", given.pop("num_return_sequences", 1))
         if rows < 1 or (rows > 1 and not samples):
             raise UsageError(f"num_return_sequences is {rows}, expected 1, or more with do_sample")
-        eos, pad = given.pop("eos_token_id", None), given.pop("pad_token_id", None)
-        if eos is not None and tuple(ends := np.ravel(_numpy(eos)).tolist()) != self.end_ids:
-            options["stop_ids"] = tuple(ends)
-            pad = ends[0] if pad is None and ends else pad
+        pad = _whole("pad_token_id", given.pop("pad_token_id")) if "pad_token_id" in given else None
+        ends = self.end_ids
+        if "eos_token_id" in given:
+            ends = tuple(_whole("eos_token_id", number) for number in np.ravel(_numpy(given.pop("eos_token_id"))))
+        if ends != self.end_ids:
+            options["stop_ids"] = ends
+        pad = ends[0] if pad is None and ends else pad
         if "stop_strings" in given:
             stops = given.pop("stop_strings")
             options["stop_strings"] = (stops,) if isinstance(stops, str) else tuple(stops)
@@ -303,9 +307,11 @@ def _new_tokens(given: dict[str, Any], positions: int) -> int:
     new, total = given.pop("max_new_tokens", None), given.pop("max_length", None)
     if new is not None and total is not None:
         raise UsageError(f"max_new_tokens is {new} and max_length is {total}: give one of them")
-    if total is not None and total <= positions:
+    if total is None:
+        return _NEW_TOKENS if new is None else _whole("max_new_tokens", new)
+    if _whole("max_length", total) <= positions:
         raise UsageError(f"max_length is {total}, but the prompts have {positions} tokens: pass max_new_tokens")
-    return int(_NEW_TOKENS if new is None and total is None else total - positions if new is None else new)
+    return _whole("max_length", total) - positions
 
 
 def _sampling(given: dict[str, Any], samples: bool) -> dict[str, Any]:
@@ -324,7 +330,15 @@ def _sampling(given: dict[str, Any], samples: bool) -> dict[str, Any]:
 def _seed(seed: int | None) -> int:
     """The seed that was given, or one that the random state of torch gives."""
     torch, _ = _libraries()
-    return int(torch.randint(2**62, ())) if seed is None else seed
+    return int(torch.randint(2**62, ())) if seed is None else _whole("seed", seed)
+
+
+def _whole(name: str, value: Any) -> int:
+    """The number that was given for an argument. Raises UsageError unless it is a whole one."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise UsageError(f"{name} is {value!r}, expected a whole number") from None
 
 
 def _refuse_unknown(arguments: dict[str, Any]) -> None:

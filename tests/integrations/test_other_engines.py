@@ -50,7 +50,22 @@ def test_openvino_runs_the_portable_stages(
 def test_openvino_stops_at_the_graphs_with_ops_of_ours(in_openvino: Engine) -> None:
     """The day it does not, it needs no portable graphs any more."""
     with pytest.raises(Exception, match=r"mythos\."):
-        in_openvino("model.onnx", {})
+        in_openvino("model.onnx", None)
+
+
+def test_openvino_reads_every_portable_graph(in_openvino: Engine, portable_bundle: Path) -> None:
+    files = [path.name for path in portable_bundle.glob("*.portable.onnx")]
+    assert len(files) == 5
+    for file in files:
+        assert in_openvino(file, None) == {}
+
+
+def test_a_browser_reads_every_graph(in_browser: Engine, portable_bundle: Path) -> None:
+    """The lowered ones for several sequences, too."""
+    files = [path.name for path in portable_bundle.glob("*.onnx")]
+    assert {"step.ort-cpu.many.onnx", "model_with_past.portable.onnx"} < set(files)
+    for file in files:
+        assert in_browser(file, None) == {}
 
 
 @pytest.mark.parametrize("form", ["", ".portable"])

@@ -1,5 +1,6 @@
 """``MythosForCausalLM`` with the real transformers: what it gives is what a session gives, and nothing is ignored."""
 
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -222,7 +223,7 @@ def test_a_pipeline_generates(
     for text, (one,) in zip(texts, both, strict=True):
         assert one["generated_text"] == session.generate(text, max_new_tokens=6).text
     set_seed(3)
-    several = pipe(PROMPT, max_new_tokens=6, num_return_sequences=2, temperature=1.5)
+    several = pipe(PROMPT, max_new_tokens=6, num_return_sequences=2, do_sample=True, temperature=1.5)
     assert len({one["generated_text"] for one in several}) == 2
     stop = str(expected)[0]
     stopped = pipe(PROMPT, max_new_tokens=10, do_sample=False, stop_sequence=stop, return_full_text=False)
@@ -252,6 +253,12 @@ def test_a_pipeline_generates(
         ({"max_new_tokens": 3, "max_length": 9}, "max_new_tokens is 3 and max_length is 9"),
         ({"max_length": 2}, "max_length is 2, but the prompts have 2 tokens"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"max_new_tokens": "many"}, "max_new_tokens is 'many', expected a whole number"),
+        ({"max_length": 9.5}, "max_length is 9.5, expected a whole number"),
+        ({"num_return_sequences": "2"}, "num_return_sequences is '2', expected a whole number"),
+        ({"eos_token_id": "</s>"}, "eos_token_id is .*</s>.*, expected a whole number"),
+        ({"pad_token_id": 1.5}, "pad_token_id is 1.5, expected a whole number"),
+        ({"do_sample": True, "seed": "x"}, "seed is 'x', expected a whole number"),
         ({"eos_token_id": 400}, "stop id 400 is out of range"),
         ({"attention_mask": torch.zeros(1, 2)}, "attention_mask hides all of row 0"),
         ({"attention_mask": torch.ones(2, 2)}, r"attention_mask has shape \(2, 2\), expected \(1, 2\)"),
@@ -329,6 +336,6 @@ def test_it_opens_targets_and_refuses_what_is_no_bundle(rounded_bundle: Path, tm
 
 
 def test_without_transformers_it_says_what_to_install(mla_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(BackendUnavailable, match=r"transformers, which is not installed.*mythos-edge\[transformers\]"):
         MythosForCausalLM.from_pretrained(mla_bundle)

@@ -1,5 +1,6 @@
 // Runs graphs of a bundle in onnxruntime-web: a line of JSON in asks for one run, a line out answers.
 // In: {"file", "feeds": {name: {"type", "shape", "data"}}}; out: {name: {"type", "shape", "data"}}, or {"error"}.
+// Without feeds the graph is loaded alone.
 import fs from "node:fs";
 import path from "node:path";
 import readline from "node:readline";
@@ -20,6 +21,7 @@ async function session(file) {
 
 async function answer({ file, feeds }) {
   const graph = await session(file);
+  if (feeds === null) return {};
   const given = {};
   for (const name of graph.inputNames) {
     const { type, shape, data } = feeds[name];

@@ -13,6 +13,7 @@ import onnx
 import onnx_ir as ir
 
 from mythos_edge.exporter import loop_graph, ort_target
+from mythos_edge.exporter.portable import write_portable
 from mythos_edge.exporter.sample import golden_sample
 from mythos_edge.exporter.tokenizer_files import TOKENIZER_FILE, tokenizer_for
 from mythos_edge.exporter.tracing import tracing
@@ -58,6 +59,7 @@ def export_bundle(
     tokenizer: Path | None = None,
     end_tokens: Sequence[str] = (),
     force: bool = False,
+    portable: bool = False,
     progress: Progress = lambda phase, fraction: None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Bundle:
@@ -66,7 +68,8 @@ def export_bundle(
     ``max_context`` (positions) defaults to the checkpoint's ``max_seq_len``; ``dtype`` is the storage dtype of the
     large weights. ``tokenizer`` is a tokenizer.json or its folder, which also says which tokens end a text, unless
     ``end_tokens`` do: their texts, or their ids where there is no tokenizer. ``note`` is told what is worth knowing
-    of the bundle. Raises ExportError, CheckpointError (a weight that is not finite) and ConfigError.
+    of the bundle. ``portable`` adds the graphs in standard ops alone.
+    Raises ExportError, CheckpointError (a weight that is not finite) and ConfigError.
     """
     if dtype not in STORAGE_TYPES:
         raise ExportError(f"dtype is {dtype!r}, expected one of {', '.join(STORAGE_TYPES)}")
@@ -93,6 +96,8 @@ def export_bundle(
             progress("graphs", 0.0)
             finish_tracing()
         graphs = _write_graphs(config, folder, progress)
+        if portable:
+            graphs = write_portable(graphs, folder, folder)
         stages = {stage: ir.load(folder / f"{stage}.onnx") for stage in STAGES}
         lowered = ort_target.write_graphs(stages, folder, TARGET, config)
         if text.data is not None:

@@ -135,25 +135,45 @@ class Session:
         return plan_cache(self.config, max_depth, memory.room_of(tokens), batch, memory.dtype.itemsize)
 
     @overload
-    def generate(self, prompt: Prompt, *, resume: bool = False, **options: Unpack[RequestOptions]) -> Generation: ...
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        resume: bool = False,
+        seeds: Sequence[int] | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> Generation: ...
     @overload
     def generate(
-        self, prompt: Prompts, *, resume: bool = False, **options: Unpack[RequestOptions]
+        self,
+        prompt: Prompts,
+        *,
+        resume: bool = False,
+        seeds: Sequence[int] | None = None,
+        **options: Unpack[RequestOptions],
     ) -> list[Generation]: ...
     @in_turn
     def generate(
-        self, prompt: Any, *, resume: bool = False, **options: Unpack[RequestOptions]
+        self,
+        prompt: Any,
+        *,
+        resume: bool = False,
+        seeds: Sequence[int] | None = None,
+        **options: Unpack[RequestOptions],
     ) -> Generation | list[Generation]:
         """The Generation for a prompt (text or token ids), or a list of them for a list of prompts.
 
         ``options`` are the fields of Options. The prompts of a list run together, and each generates what it would
-        alone, with the same seed. ``resume`` appends the prompt (which may be empty) to the sequence of the call
-        before, without the tokens that the tokenizer puts around a first one, but with the space that some put before
-        every text. Raises UsageError, CapacityError.
+        alone, with the same seed, or with its own of ``seeds``. ``resume`` appends the prompt (which may be empty) to
+        the sequence of the call before, without the tokens that the tokenizer puts around a first one, but with the
+        space that some put before every text. Raises UsageError, CapacityError.
         """
         prompts, many = separate(prompt)
         results = [Generation() for _ in prompts]
+        samplers = self._samplers(seeds, len(prompts), options)
         decodings = self._begin(prompts, results, resume, self._options(options))
+        for sequence, sampler in zip(self._sequences, samplers, strict=False):
+            sequence.sampler = sampler
         if len(decodings) == 1:
             run_alone(decodings[0].whole(), self.backend, decodings[0].note)
             return results if many else results[0]
@@ -282,6 +302,14 @@ class Session:
             Decoding(sequence, options, (*stop_ids, *text.stop_ids), text, result, tuner)
             for sequence, text, result in zip(self._sequences, texts, results, strict=True)
         ]
+
+    def _samplers(self, seeds: Sequence[int] | None, prompts: int, options: RequestOptions) -> list[Sampler]:
+        """A sampler for every prompt, where each has a seed of its own."""
+        if seeds is None:
+            return []
+        if len(seeds) != prompts or options.get("seed") is not None:
+            raise UsageError(f"seeds are {len(seeds)} for {prompts} prompts: give one for each, and no seed beside")
+        return [Sampler(self._options({**options, "seed": seed}).sampling) for seed in seeds]
 
     def _tuner(self, options: Options, depth: ResolvedDepth, prompts: int) -> DraftTuner | None:
         """What chooses drafts where the options leave it open. Raises UsageError for drafts that are not possible."""

@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -23,6 +23,7 @@ _VERBS = {
     "inspect": "inspect_verb",
     "export": "export_verb",
     "build": "build",
+    "inline": "inline_verb",
     "generate": "generate",
     "score": "score",
     "validate": "validate",
@@ -42,9 +43,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     # Known before the rest can be read, as that may fail.
     options = words[: words.index("--")] if "--" in words else words
-    console, debug = Console("--json" in options), "--debug" in options
+    return run(lambda: _parsed(words), Console("--json" in options), "--debug" in options)
+
+
+def run(parse: Callable[[], argparse.Namespace], console: Console, debug: bool) -> int:
+    """Runs the verb that ``parse`` names as ``run``, with every error told in one line; returns the exit code."""
     try:
-        return _run(words, console)
+        args = parse()
+        console.as_json = args.json
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: console.note(f"warning: {' '.join(str(message).split())}")
+            code: int = args.run(args, console)
+            return code
     except BrokenPipeError:
         # The reader of stdout went away; there is nobody to tell, and Python's exit must not try to.
         drop(sys.stdout)
@@ -54,17 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, _UnreadableCommand) and not interrupts.caused(error) else 1
 
 
-def _run(words: list[str], console: Console) -> int:
+def _parsed(words: list[str]) -> argparse.Namespace:
     if sys.stdout is None:
         raise UsageError(CLOSED)
     if any("\0" in word for word in words):
         raise UsageError("an argument has a zero byte in it, which no file name and no text can have")
-    args = _parser().parse_args(words)
-    console.as_json = args.json
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: console.note(f"warning: {' '.join(str(message).split())}")
-        code: int = args.run(args, console)
-        return code
+    return _parser().parse_args(words)
 
 
 def _message(error: BaseException) -> str:
@@ -132,8 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="mythos-edge", description="Export OpenMythos checkpoints to ONNX and run them locally.")
     parser.add_argument("--version", action="version", version=f"mythos-edge {metadata.version('mythos-edge')}")
     common = _Parser(add_help=False)
-    common.add_argument("--json", action="store_true", help="one JSON object on stdout, the rest on stderr")
-    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_common(common)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, module_name in _VERBS.items():
         module = import_module(f"mythos_edge.scripts.{module_name}")
@@ -148,6 +152,12 @@ def _parser() -> argparse.ArgumentParser:
         module.add_arguments(verb)
         verb.set_defaults(run=module.run)
     return parser
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """What every verb takes."""
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, the rest on stderr")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def entry() -> NoReturn:

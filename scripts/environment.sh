@@ -14,7 +14,7 @@ find_python() {
 
 # A stamp over everything the install depends on: strict editable installs must be renewed when a module is added.
 environment_stamp() {
-    { cat pyproject.toml constraints.txt; ls model plugins plugins/kernels exporter runtime scripts; echo "$1"; } | cksum
+    { cat pyproject.toml constraints.txt; ls model plugins plugins/kernels exporter runtime runtime/integrations scripts scripts/optimum_command; echo "$1"; } | cksum
 }
 
 make_environment() {
@@ -32,4 +32,17 @@ make_environment() {
         "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps open-mythos==0.5.0
     fi
     echo "$stamp" >"$folder/stamp"
+}
+
+# ONNX Runtime for browsers, which tests run under node. A machine without npm does without those tests.
+make_web() {
+    local folder=tests/web
+    if ! command -v npm >/dev/null; then
+        echo "note: npm is not here, so the tests of onnxruntime-web are skipped: install node to run them"
+        return
+    fi
+    if ! cmp -s "$folder/package-lock.json" "$folder/node_modules/stamp"; then
+        (cd "$folder" && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error)
+        cp "$folder/package-lock.json" "$folder/node_modules/stamp"
+    fi
 }

@@ -20,16 +20,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "checkpoint", type=options.path, help=".pt, .pth, .bin, .safetensors, or a folder with safetensors"
     )
     parser.add_argument("-o", "--output", type=options.path, required=True, metavar="BUNDLE", help="folder to write")
+    add_options(parser)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What can be said of an export beside its two places; optimum's command has the same options."""
     parser.add_argument(
         "--config", type=options.path, metavar="JSON", help="config fields the checkpoint does not tell"
     )
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="storage of large weights")
     parser.add_argument("--max-context", type=int, metavar="N", help="longest sequence (default: the checkpoint's)")
     parser.add_argument(
-        "--tokenizer",
-        type=options.path,
-        metavar="PATH",
-        help="Hugging Face tokenizer.json, or its folder",
+        "--tokenizer", type=options.path, metavar="PATH", help="Hugging Face tokenizer.json, or its folder"
     )
     parser.add_argument(
         "--end-token",
@@ -39,12 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="ends a text: a token of the tokenizer, or an id without one (repeatable; default: what the tokenizer's "
         "folder says in generation_config.json or tokenizer_config.json, else its special tokens of known names)",
     )
+    parser.add_argument("--portable", action="store_true", help="add graphs of standard ops alone, for other engines")
     parser.add_argument("--force", action="store_true", help="replace an existing bundle, targets built in it too")
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
     try:
         from mythos_edge.exporter.export import export_bundle
+        from mythos_edge.exporter.portable import portable_files
         from mythos_edge.exporter.tokenizer_files import tokenizer_beside
         from mythos_edge.model.checkpoint import open_checkpoint
     except ImportError as error:
@@ -65,6 +69,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
             tokenizer=args.tokenizer,
             end_tokens=args.end_token,
             force=args.force,
+            portable=args.portable,
             progress=console.progress,
             note=lambda text: console.note(f"note: {text}"),
         )
@@ -81,10 +86,14 @@ def run(args: argparse.Namespace, console: Console) -> int:
     )
     ends = ", ".join(map(str, manifest.end_tokens)) or "none: a text ends at --max-new-tokens"
     console.say(f"end tokens: {ends}")
+    portable = portable_files(manifest.graphs)
+    if portable:
+        console.say(f"graphs of standard ops alone: {', '.join(portable.values())}")
     console.result(
         {
             "bundle": str(bundle.path),
             "bytes": size,
+            "portable": portable,
             "dtype": manifest.dtype,
             "compute_dtype": manifest.targets["ort-cpu"].compute_dtype,
             "max_context": manifest.max_context,

@@ -13,6 +13,7 @@ import pytest
 from mythos_edge.exporter import trt_lowering
 from mythos_edge.exporter.export import export_bundle
 from mythos_edge.exporter.ort_target import build_target
+from mythos_edge.exporter.portable import inline_bundle
 from mythos_edge.model.bundle import STAGES
 from mythos_edge.model.checkpoint import open_checkpoint
 from mythos_edge.model.config import VARIANTS, MythosConfig
@@ -94,6 +95,15 @@ def golden_name(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def golden_bundle(exported: Callable[..., Path], golden_name: str) -> Path:
     return exported(FIXTURES / golden_name)
+
+
+@pytest.fixture(scope="session")
+def portable_bundle(golden_bundle: Path, golden_name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the golden bundle with graphs of standard ops alone."""
+    path = tmp_path_factory.mktemp("portable") / f"{golden_name}.bundle"
+    shutil.copytree(golden_bundle, path)
+    inline_bundle(path)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -9,14 +9,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("model", "plugins", "plugins/kernels", "exporter", "runtime", "scripts")
+FOLDERS = ("model", "plugins", "plugins/kernels", "exporter", "runtime", "runtime/integrations", "scripts")
+# What is installed into the namespace of another package.
+FOREIGN = {"scripts/optimum_command": "optimum.commands.register"}
 MAY_IMPORT = {
     "model": set(),
     "plugins": {"model"},
     "plugins/kernels": {"plugins"},
     "exporter": {"plugins", "model"},
     "runtime": {"plugins", "model"},
+    "runtime/integrations": {"plugins", "model"},
     "scripts": {"exporter", "runtime", "plugins", "model"},
+    "scripts/optimum_command": set(),
 }
 # What the base install can run: neither torch nor onnx.
 IMPORT_LIGHT = [
@@ -33,10 +37,11 @@ IMPORT_LIGHT = [
     "plugins.kernels.variants",
     "plugins.launches",
     *(f"runtime.{path.stem}" for path in sorted((ROOT / "runtime").glob("*.py"))),
+    "runtime.integrations.transformers",
     "scripts.cli",
     "scripts.addition",
 ]
-MODULES = [(folder, path.stem) for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
+MODULES = [(folder, path.stem) for folder in (*FOLDERS, *FOREIGN) for path in sorted((ROOT / folder).glob("*.py"))]
 
 
 # The only modules that may need Triton; no process that runs a model imports them.
@@ -44,7 +49,7 @@ TRITON_SOURCES = {path for path in (ROOT / "plugins" / "kernels").glob("*.py") i
 
 
 def _package(folder: str) -> str:
-    return f"mythos_edge.{folder.replace('/', '.')}"
+    return FOREIGN.get(folder, f"mythos_edge.{folder.replace('/', '.')}")
 
 
 def _imported_folders(path: Path) -> set[str]:
@@ -63,6 +68,12 @@ def _imported_folders(path: Path) -> set[str]:
 def test_imports_point_one_way(folder: str, module: str) -> None:
     foreign = _imported_folders(ROOT / folder / f"{module}.py") - {folder.partition("/")[0]}
     assert foreign <= MAY_IMPORT[folder]
+
+
+def test_nothing_imports_the_integrations() -> None:
+    for folder, module in MODULES:
+        text = (ROOT / folder / f"{module}.py").read_text(encoding="utf-8")
+        assert folder == "runtime/integrations" or "integrations" not in text, f"{folder}/{module}.py"
 
 
 def test_triton_is_imported_by_kernel_sources_alone() -> None:
@@ -96,7 +107,8 @@ def test_types_are_published(folder: str) -> None:
 
 def test_light_modules_import_without_torch_and_onnx() -> None:
     script = "import sys\n" + "".join(
-        f"sys.modules[{name!r}] = None\n" for name in ("torch", "onnx", "onnx_ir", "onnxscript", "jaxtyping", "triton")
+        f"sys.modules[{name!r}] = None\n"
+        for name in ("torch", "onnx", "onnx_ir", "onnxscript", "jaxtyping", "triton", "transformers")
     )
     script += "".join(f"import mythos_edge.{module}\n" for module in IMPORT_LIGHT)
     # onnxruntime and tokenizers are loaded when they are used, so that --help is quick.

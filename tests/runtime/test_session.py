@@ -124,6 +124,19 @@ def test_seeds(session: Session) -> None:
     assert session.generate(PROMPT, seed=2, **options).ids != first
 
 
+def test_every_prompt_may_have_a_seed_of_its_own(session: Session) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 6, "temperature": 1.5}
+    made = session.generate([PROMPT, PROMPT], seeds=[1, 2], **options)
+    assert [one.ids for one in made] == [session.generate(PROMPT, seed=seed, **options).ids for seed in (1, 2)]
+    assert made[0].ids != made[1].ids
+    with pytest.raises(UsageError, match="seeds are 1 for 2 prompts: give one for each"):
+        session.generate([PROMPT, PROMPT], seeds=[1], **options)
+    with pytest.raises(UsageError, match="no seed beside"):
+        session.generate([PROMPT], seeds=[1], seed=2, **options)
+    with pytest.raises(UsageError, match="seed is -1"):
+        session.generate([PROMPT], seeds=[-1], **options)
+
+
 def test_resume_goes_on_where_the_sequence_ended(session: Session) -> None:
     whole = session.generate(PROMPT, max_new_tokens=9).ids
     first = session.generate(PROMPT, max_new_tokens=4).ids

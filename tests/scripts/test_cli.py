@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from command_line import CHECKPOINT, PROGRAM, Ran, refused
 
-VERBS = ("doctor", "inspect", "export", "build", "generate", "score", "validate", "tune", "bench", "demo")
+VERBS = ("doctor", "inspect", "export", "build", "inline", "generate", "score", "validate", "tune", "bench", "demo")
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -1,0 +1,77 @@
+"""The graphs of a bundle in standard ops alone, for engines that read no functions: ``<name>.portable.onnx``.
+
+They stand beside the graphs with ops of ours, which lowerings and TensorRT's plugins need, and share their weights.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+from onnx.inliner import inline_local_functions
+
+from mythos_edge.exporter.passes import check_graph
+from mythos_edge.exporter.target_files import files_beside
+from mythos_edge.model.bundle import Bundle, GraphSpec, open_bundle
+from mythos_edge.model.bundle_writer import record_of, update_manifest
+
+# ONNX's own ops, under the two names of their domain.
+_STANDARD = ("", "ai.onnx")
+_SUFFIX = ".portable"
+
+
+def write_portable(graphs: Mapping[str, GraphSpec], source: Path, folder: Path) -> dict[str, GraphSpec]:
+    """Writes every graph of ``source`` to ``folder`` in standard ops alone; the graphs of a manifest with them."""
+    made = {}
+    for name, spec in graphs.items():
+        if name.endswith(_SUFFIX):
+            continue
+        # The weights stay where they are: what is loaded and written refers to their file.
+        model = _inlined(onnx.load(source / spec.file, load_external_data=False))
+        _check(model)
+        portable = f"{name}{_SUFFIX}"
+        onnx.save(model, folder / f"{portable}.onnx")
+        made[portable] = replace(spec, file=f"{portable}.onnx")
+    return {**graphs, **made}
+
+
+def inline_bundle(path: Path, progress: Callable[[str, float], None] = lambda phase, fraction: None) -> Bundle:
+    """The bundle at ``path`` with its portable graphs added, or made again. Raises BundleError and BuildError."""
+    bundle = open_bundle(path)
+    with files_beside(bundle, "portable", progress) as folder:
+        graphs = write_portable(bundle.manifest.graphs, bundle.path, folder)
+        records = {file.name: record_of(file) for file in sorted(folder.iterdir())}
+        for file in records:
+            (folder / file).replace(bundle.path / file)
+        return update_manifest(bundle, graphs=graphs, files={**bundle.manifest.files, **records})
+
+
+def portable_files(graphs: Mapping[str, GraphSpec]) -> dict[str, str]:
+    """The portable graphs among those of a manifest: the name of what each is a form of -> file."""
+    return {name.removesuffix(_SUFFIX): spec.file for name, spec in graphs.items() if name.endswith(_SUFFIX)}
+
+
+def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with every function in place of its calls, in the bodies of loops and branches, too."""
+    inlined = inline_local_functions(model)
+    standard = [opset for opset in inlined.opset_import if opset.domain in _STANDARD]
+    del inlined.opset_import[:]
+    inlined.opset_import.extend(standard)
+    return inlined
+
+
+def _check(model: onnx.ModelProto) -> None:
+    foreign = {node.domain for node in _nodes(model.graph)} - set(_STANDARD)
+    assert not foreign, f"ops of {foreign} are left"
+    assert not model.functions
+    check_graph(ir.from_proto(model))
+    onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for body in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
+                yield from _nodes(body)

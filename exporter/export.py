@@ -74,6 +74,8 @@ def export_bundle(
             raise ConfigError(f"{name} is {getattr(config, name)}: a model without these layers can not be exported")
     if context < 1:
         raise ExportError(f"max_context is {context}, expected at least 1")
+    if checkpoint.stored_table is not None:
+        checkpoint.stored_table.check_length(context, str(checkpoint.path))
     if tokenizer is not None:
         _check_tokenizer(tokenizer, config)
     plan = plan_weights(config, context, dtype)
@@ -113,7 +115,7 @@ def export_bundle(
                 sample=sample,
                 tokenizer=TOKENIZER_FILE if tokenizer is not None else None,
                 end_tokens=(),
-                rope_table="config",
+                rope_table=checkpoint.rope_table,
                 presets={},
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
             )

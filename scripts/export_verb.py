@@ -8,6 +8,7 @@ from pathlib import Path
 from mythos_edge.model.bundle import TARGET, open_bundle
 from mythos_edge.model.bundle_writer import BundleWriter
 from mythos_edge.model.errors import BackendUnavailable, BundleError
+from mythos_edge.scripts import options
 from mythos_edge.scripts.console import Console
 
 HELP = "export a checkpoint to a bundle"
@@ -17,7 +18,11 @@ EXAMPLE = "mythos-edge export step_0001000.pt -o model.bundle --tokenizer tokeni
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help=".pt, .pth, .bin, .safetensors, or a folder with safetensors")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="folder to write")
-    parser.add_argument("--config", type=Path, metavar="JSON", help="config fields the checkpoint does not tell")
+    options.add_checkpoint(
+        parser,
+        "rotary angles as the config says, or the table in the file as the reference would use it "
+        "(default: the config's, and the file's table must agree)",
+    )
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="storage of large weights")
     parser.add_argument("--max-context", type=int, metavar="N", help="longest sequence (default: the checkpoint's)")
     parser.add_argument("--tokenizer", type=Path, metavar="JSON", help="Hugging Face tokenizer.json to carry along")
@@ -38,7 +43,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
         console.note(f"note: --force discards what was built in {args.output}, too: {', '.join(lost)}")
     started = time.perf_counter()
     console.progress("reading the checkpoint", 0.0)
-    with open_checkpoint(args.checkpoint, args.config) as checkpoint:
+    with open_checkpoint(args.checkpoint, args.config, key=args.key, rope_table=args.rope_table) as checkpoint:
+        for note in checkpoint.notes:
+            console.note(f"note: {note}")
         bundle = export_bundle(
             checkpoint,
             args.output,
@@ -64,6 +71,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
             "dtype": manifest.dtype,
             "compute_dtype": manifest.targets["ort-cpu"].compute_dtype,
             "max_context": manifest.max_context,
+            "rope_table": manifest.rope_table,
             "seconds": seconds,
         }
     )

@@ -1,6 +1,7 @@
 """Command-line options that several verbs share."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,15 @@ def add_drafts(parser: argparse.ArgumentParser) -> None:
         "--draft-depth", type=_number_or_auto, metavar="N", help="loop steps of a draft, or auto (default: none)"
     )
     group.add_argument("--draft-tokens", type=_number_or_auto, metavar="N", help="tokens of a draft, or auto (default)")
+
+
+def add_checkpoint(parser: argparse.ArgumentParser, rope_table: str | None) -> None:
+    """How a checkpoint is read; ``rope_table`` is the help of --rope-table, which is left out where it is None."""
+    parser.add_argument("--config", type=Path, metavar="JSON", help="config fields the checkpoint does not tell")
+    text = "where the model's tensors are in the file (dotted where nested), if not under a key that trainers use"
+    parser.add_argument("--key", metavar="NAME", help=text)
+    if rope_table is not None:
+        parser.add_argument("--rope-table", choices=("config", "stored"), help=rope_table)
 
 
 def add_target(parser: argparse.ArgumentParser) -> None:

@@ -244,6 +244,7 @@ def _config(
         theta = table.theta()
         if theta is not None:
             defaults = defaults | {"rope_theta": theta}
+            fields.notes.append(f"rope_theta is {theta!r}, which the rotary table {table.entry.name} was made with")
         elif fault := unknown_theta(table, str(path)):
             raise fault
     config = fields.config(defaults, str(path))

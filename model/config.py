@@ -117,7 +117,7 @@ def check_field(name: str, value: Any) -> None:
     if kind is int and value < smallest:
         raise ConfigError(f"{name} is {value}, expected at least {smallest}")
     # NaN fails both comparisons, so it is refused too.
-    if kind is float and not 0 < value < float("inf"):
+    if kind is float and not 0 < value < (1e300 if isinstance(value, int) else float("inf")):
         raise ConfigError(f"{name} is {value}, expected a finite number above 0")
 
 
@@ -138,6 +138,10 @@ def config_from_dict(values: Mapping[str, Any], *, origin: str) -> MythosConfig:
     missing = [name for name in FIELD_NAMES if name not in known]
     if missing:
         raise ConfigError(f"{origin}: missing config field {', '.join(missing)}; give it in --config config.json")
+    for name in ("act_threshold", "rope_theta"):
+        # JSON writes whole numbers without a point; one beyond every float fails its check below.
+        if type(known[name]) is int and 0 < known[name] < 1e300:
+            known[name] = float(known[name])
     try:
         return MythosConfig(**known)
     except ConfigError as error:

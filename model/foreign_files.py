@@ -76,8 +76,11 @@ def foreign_kind(start: bytes) -> str | None:
     return told if start[offset:].startswith(mark) else None
 
 
-def refuse_foreign_file(path: Path) -> None:
-    """Raises CheckpointError for a file that is empty, or known as something else than a whole checkpoint."""
+def refuse_foreign_file(path: Path, alone: bool = True) -> None:
+    """Raises CheckpointError for a file that is empty, or known as something else than a whole checkpoint.
+
+    A shard that is read with its index is not ``alone``.
+    """
     with path.open("rb") as file:
         start = file.read(_START_BYTES)
     size = path.stat().st_size
@@ -87,11 +90,11 @@ def refuse_foreign_file(path: Path) -> None:
     named = path.name.endswith(".index.json")
     safetensors = start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= size
     told = None if named or safetensors else foreign_kind(start)
-    shard = _SHARD.search(path.name)
+    shard = _SHARD.search(path.name) if alone else None
     if told is None and shard is not None and shard[3] == "bin" and int(shard[2]) > 1:
         told = bin_shards(path.parent)
     for pattern, meaning in _NAMES:
-        if told is None and pattern.search(path.name) and (shard is None or int(shard[2]) > 1):
+        if told is None and alone and pattern.search(path.name) and (shard is None or int(shard[2]) > 1):
             told = meaning.format(folder=path.parent)
     if told is None and start.startswith(b"PK\x03\x04"):
         told = _foreign_archive(path)

@@ -23,7 +23,9 @@ ROPE_TABLE_CHOICES = ("config", "stored")
 _ANGLE_ERROR = 1e-6
 _LENGTH_ERROR = 1e-5
 _MOST_DIGITS = 9
-_WAYS_ON = "choose --rope-table config (rotate as the config says) or --rope-table stored (use the file's table as it is)"
+_WAYS_ON = (
+    "choose --rope-table config (rotate as the config says) or --rope-table stored (use the file's table as it is)"
+)
 _COMPLEX = (torch.complex64, torch.complex128)
 _REAL = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _WIDE = (*_COMPLEX, torch.float32, torch.float64)
@@ -168,8 +170,7 @@ def unlike_the_config(
     what = "is of no rope_theta (scaled?)" if theta is None else f"was made with rope_theta {theta!r}"
     mend = "" if theta is None else f"give rope_theta {theta!r} in --config, or "
     return "theta", ConfigError(
-        f"{origin}: rope_theta is {config.rope_theta!r}, but the rotary table {name} of {path} {what}: {mend}"
-        f"{_WAYS_ON}"
+        f"{origin}: rope_theta is {config.rope_theta!r}, but the rotary table {name} of {path} {what}: {mend}{_WAYS_ON}"
     )
 
 

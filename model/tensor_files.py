@@ -158,6 +158,7 @@ def _read_sharded(index: Path) -> TensorFile:
             raise CheckpointError(f"{index}: shard {shard!r} is not a plain file name")
         if not (index.parent / shard).is_file():
             raise CheckpointError(f"{index}: shard {shard} is missing: copy it beside the index")
+        refuse_foreign_file(index.parent / shard, alone=False)
         found = _safetensors_entries(index.parent / shard)
         for name in (name for name, file in weight_map.items() if file == shard):
             if name not in found:

@@ -132,7 +132,7 @@ def _checkpoint(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             "bytes": checkpoint.total_bytes,
             "tensors": len(checkpoint.tensors),
             "dtypes": dtypes,
-            "rope_table": _table(checkpoint),
+            "stored_rope_table": _table(checkpoint),
             "config": checkpoint.config.to_dict(),
         }
 

@@ -138,7 +138,7 @@ def open_checkpoint(
     try:
         table = _table(path, shapes, entries, reader, rope_table)
         fields = _fields(path, stored, shapes, Path(config_path) if config_path else None)
-        config = _config(path, fields, shapes, table)
+        config = _config(path, fields, shapes, table, ignores_table=rope_table == "config")
         different = None if rope_table or table is None else _judged(table, config, fields, path, tolerate)
         for name in ROPE_TABLES:
             entries.pop(name, None)
@@ -234,11 +234,19 @@ def _is_same(beside: Path, config_path: Path | None) -> bool:
 
 
 def _config(
-    path: Path, fields: MergedFields, shapes: Mapping[str, tuple[int, ...]], table: StoredTable | None
+    path: Path,
+    fields: MergedFields,
+    shapes: Mapping[str, tuple[int, ...]],
+    table: StoredTable | None,
+    *,
+    ignores_table: bool,
 ) -> MythosConfig:
     """The config that the fields make with what weights and rotary table tell, checked against the weights."""
-    inferred = inferred_fields(shapes, fields.values)
     length = table_length(shapes)
+    if ignores_table and "n_heads" in fields.values:
+        # The table's width tells the heads of GQA; it has no say against the config where it is not wanted.
+        shapes = {name: shape for name, shape in shapes.items() if name not in ROPE_TABLES}
+    inferred = inferred_fields(shapes, fields.values)
     defaults: dict[str, Any] = inferred if length is None else inferred | {"max_seq_len": length}
     if table is not None and "rope_theta" not in fields.values and not table.malformed:
         theta = table.theta()

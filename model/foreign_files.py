@@ -7,6 +7,7 @@ holds. Reads a few hundred bytes and, of an archive, its list of records; never 
 import re
 import zipfile
 from pathlib import Path
+from shlex import quote
 
 from mythos_edge.model.errors import CheckpointError
 
@@ -95,7 +96,7 @@ def refuse_foreign_file(path: Path, alone: bool = True) -> None:
         told = bin_shards(path.parent)
     for pattern, meaning in _NAMES:
         if told is None and alone and pattern.search(path.name) and (shard is None or int(shard[2]) > 1):
-            told = meaning.format(folder=path.parent)
+            told = meaning.format(folder=quote(str(path.parent)))
     if told is None and start.startswith(b"PK\x03\x04"):
         told = _foreign_archive(path)
     if told is not None:
@@ -107,7 +108,9 @@ def refuse_foreign_folder(path: Path) -> None:
     for pattern, meaning in _FOLDERS:
         found = next(iter(sorted(path.glob(pattern))), None)
         if found is not None:
-            raise CheckpointError(f"{path}: is {meaning.format(path=path, found_in=found.parent)}")
+            raise CheckpointError(
+                f"{path}: is {meaning.format(path=quote(str(path)), found_in=quote(str(found.parent)))}"
+            )
 
 
 def bin_shards(folder: Path) -> str:

@@ -215,6 +215,16 @@ def test_a_malformed_table_is_one_line(tmp_path: Path, change: Callable[[Tensor]
         assert checkpoint.stored_table is None
 
 
+@pytest.mark.parametrize("change", [lambda table: table.repeat(1, 2), lambda table: table[:, :2].clone()])
+def test_a_table_of_another_width_for_grouped_queries(tmp_path: Path, change: Callable[[Tensor], Tensor]) -> None:
+    path = _file(tmp_path, _with_table("gqa", change), config_fields("gqa"))
+    with pytest.raises((CheckpointError, ConfigError), match=r"n_heads is 3|8 frequencies") as caught:
+        open_checkpoint(path)
+    assert "\n" not in str(caught.value)
+    with open_checkpoint(path, rope_table="config") as checkpoint:
+        assert checkpoint.config.n_heads == 3
+
+
 def test_what_cannot_be_chosen(tmp_path: Path) -> None:
     weights = stored_weights()
     del weights["freqs_cis_mla"]

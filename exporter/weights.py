@@ -20,7 +20,7 @@ from torch import Tensor
 from mythos_edge.model.bundle import WEIGHTS_FILE
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import CheckpointError, ExportError
-from mythos_edge.model.layout import Recipe, TensorReader, recipes
+from mythos_edge.model.layout import Recipe, TensorReader, recipes, stored_table_of
 from mythos_edge.model.rope_tables import StoredTable
 
 # Vector loads of the CPU kernels want no more; the safetensors format allows no holes between tensors.
@@ -254,7 +254,7 @@ class _HashedReader:
 
     @property
     def stored_table(self) -> StoredTable | None:
-        return self._reader.stored_table
+        return stored_table_of(self._reader)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         tensor = self._reader.read(name, start, stop)

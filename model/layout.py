@@ -28,11 +28,20 @@ class TensorReader(Protocol):
     @property
     def config(self) -> MythosConfig: ...
 
-    @property
-    def stored_table(self) -> StoredTable | None:
-        """The rotary table to compute with, where it is the checkpoint's own; else it is the config's."""
-
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor: ...
+
+
+@runtime_checkable
+class TableReader(Protocol):
+    """A reader that may have a rotary table of its own to compute with, in place of the config's."""
+
+    @property
+    def stored_table(self) -> StoredTable | None: ...
+
+
+def stored_table_of(reader: TensorReader) -> StoredTable | None:
+    """The rotary table that a reader brings along, None where it is the config's."""
+    return reader.stored_table if isinstance(reader, TableReader) else None
 
 
 Pieces = Callable[[TensorReader], Iterator[Tensor]]
@@ -200,7 +209,7 @@ def _tables(c: MythosConfig, max_context: int) -> list[Recipe]:
 
 def _rotary(c: MythosConfig, max_context: int, part: int, reader: TensorReader) -> Iterator[Tensor]:
     """Cosines (``part`` 0) or sines of the rotary table that the checkpoint is computed with."""
-    table = reader.stored_table
+    table = stored_table_of(reader)
     if table is None:
         yield rope_table(c.rope_dim, max_context, c.rope_theta)[part]
         return

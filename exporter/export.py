@@ -80,6 +80,8 @@ def export_bundle(
             raise ConfigError(f"{name} is {getattr(config, name)}: a model without these layers can not be exported")
     if context < 1:
         raise ExportError(f"max_context is {context}, expected at least 1")
+    if checkpoint.stored_table is not None:
+        checkpoint.stored_table.check_length(context, str(checkpoint.path))
     text = tokenizer_for(tokenizer, end_tokens, config.vocab_size)
     plan = plan_weights(config, context, dtype)
     writer = BundleWriter(output, force=force)
@@ -121,7 +123,7 @@ def export_bundle(
                 sample=sample,
                 tokenizer=None if text.data is None else TOKENIZER_FILE,
                 end_tokens=text.end_tokens,
-                rope_table="config",
+                rope_table=checkpoint.rope_table,
                 presets={},
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
             )

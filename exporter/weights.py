@@ -20,7 +20,8 @@ from torch import Tensor
 from mythos_edge.model.bundle import WEIGHTS_FILE
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import CheckpointError, ExportError
-from mythos_edge.model.layout import Recipe, TensorReader, recipes
+from mythos_edge.model.layout import Recipe, TensorReader, recipes, stored_table_of
+from mythos_edge.model.rope_tables import StoredTable
 
 # Vector loads of the CPU kernels want no more; the safetensors format allows no holes between tensors.
 ALIGNMENT = 64
@@ -251,12 +252,17 @@ class _HashedReader:
     def config(self) -> MythosConfig:
         return self._reader.config
 
+    @property
+    def stored_table(self) -> StoredTable | None:
+        return stored_table_of(self._reader)
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         tensor = self._reader.read(name, start, stop)
         # One sum is cheaper than a mask, and is finite unless a weight is not or the sum itself overflows.
-        if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
-            kind = "NaN" if torch.isnan(tensor).any() else "infinity"
+        real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        if not torch.isfinite(real.sum(dtype=torch.float32)) and not torch.isfinite(real).all():
+            kind = "NaN" if torch.isnan(real).any() else "infinity"
             raise CheckpointError(f"{name}: holds {kind}: this checkpoint can not be exported; use an earlier one")
         self.hashes.update(f"{name}[{start}]".encode())
-        self.hashes.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        self.hashes.update(real.contiguous().view(-1).view(torch.uint8).numpy().data)
         return tensor

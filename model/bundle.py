@@ -446,7 +446,7 @@ def read_manifest(path: Path) -> Manifest:
         what = "has no manifest.json" if path.is_dir() else "is no bundle folder" if path.exists() else "does not exist"
         raise BundleError(f"{path} {what}: make a bundle with mythos-edge export")
     try:
-        values = json.loads(manifest_path.read_text(encoding="utf-8"))
+        values = json.loads(manifest_path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise BundleError(f"{manifest_path}: can not be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

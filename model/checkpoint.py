@@ -1,22 +1,25 @@
 """Opening OpenMythos checkpoints of every kind under one set of names, and reading rows of their tensors.
 
-Not a loader: opening reads headers only, ``read`` brings in just the rows asked for, and the optimizer
-state of a trainer file is never touched. What a config or a file leaves open is asked for, never guessed.
+Not a loader: opening reads headers only (and some rows of a rotary table), ``read`` brings in just the rows asked for,
+and the optimizer state of a trainer file is never touched. What a config or a file leaves open is asked for, never
+guessed; what is left out of either is said in ``notes``.
 """
 
 import re
-from collections.abc import Mapping
-from io import FileIO
+from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
-from threading import Lock
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from mythos_edge.model.config import FIELD_NAMES, MythosConfig, config_from_dict, read_config_dict
+from mythos_edge.model.config import MythosConfig, read_config_dict
+from mythos_edge.model.config_sources import ConfigSource, MergedFields
+from mythos_edge.model.entry_reader import EntryReader
 from mythos_edge.model.errors import CheckpointError, ConfigError
+from mythos_edge.model.rope_tables import ROPE_TABLE_CHOICES, StoredTable, unknown_theta, unlike_the_config
 from mythos_edge.model.shapes import (
     ROPE_TABLES,
     check_anchors,
@@ -24,20 +27,26 @@ from mythos_edge.model.shapes import (
     few,
     inferred_fields,
     table_length,
+    table_name,
 )
+from mythos_edge.model.tensor_choice import TENSOR_KEYS
 from mythos_edge.model.tensor_files import TensorEntry, TensorFile, read_tensor_file
 
 __all__ = ["Checkpoint", "TensorEntry", "expected_shapes", "open_checkpoint"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Put in by DDP, torch.compile, FSDP, activation checkpointing and trainers; no upstream name has such a part.
-_WRAPPERS = frozenset({"module", "_orig_mod", "model", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", *TENSOR_KEYS})
+# The counter of torch's AveragedModel, which is no tensor of the model.
+_COUNTERS = frozenset({"n_averaged"})
 _COMPARE_BYTES = 16 << 20
 
 
 class Checkpoint:
     """An open checkpoint: ``tensors`` by upstream name (without head and rope tables) and its ``config``.
 
+    ``table`` is the rotary table that the file holds, ``rope_table`` says whether that ("stored") or the config's
+    ("config") is computed with, ``unlike_config`` whether they differ ("real" or "theta"). ``notes`` are for people.
     Tensors are read, not mapped, so resident memory holds no more than what ``read`` returned.
     """
 
@@ -48,15 +57,28 @@ class Checkpoint:
         config: MythosConfig,
         tensors: Mapping[str, TensorEntry],
         step: int | None = None,
+        *,
+        table: StoredTable | None = None,
+        rope_table: str = "config",
+        unlike_config: str | None = None,
+        notes: tuple[str, ...] = (),
+        reader: EntryReader | None = None,
     ) -> None:
         self.path = path
         self.kind = kind
         self.config = config
         self.tensors = tensors
         self.step = step
-        self._files: dict[Path, FileIO] = {}
-        self._lock = Lock()
-        self._closed = False
+        self.table = table
+        self.rope_table = rope_table
+        self.unlike_config = unlike_config
+        self.notes = notes
+        self._reader = EntryReader() if reader is None else reader
+
+    @property
+    def stored_table(self) -> StoredTable | None:
+        """The rotary table to compute with, where it is the file's own; None where it is the config's."""
+        return self.table if self.rope_table == "stored" else None
 
     @property
     def n_parameters(self) -> int:
@@ -73,14 +95,12 @@ class Checkpoint:
 
         Raises CheckpointError when the file has become shorter or unreadable since it was opened.
         """
-        return self._read(self.tensors[name], start, stop)
+        stored = self.stored_table
+        entry = stored.entry if stored is not None and name == stored.entry.name else self.tensors[name]
+        return self._reader.read(entry, start, stop)
 
     def close(self) -> None:
-        with self._lock:
-            self._closed = True
-            for file in self._files.values():
-                file.close()
-            self._files.clear()
+        self._reader.close()
 
     def __enter__(self) -> Self:
         return self
@@ -90,57 +110,59 @@ class Checkpoint:
     ) -> None:
         self.close()
 
-    def _read(self, entry: TensorEntry, start: int, stop: int | None) -> Tensor:
-        rows, *columns = entry.shape
-        stop = rows if stop is None else stop
-        assert 0 <= start <= stop <= rows, (entry.name, start, stop)
-        row_bytes = entry.n_bytes // rows
-        raw = torch.empty((stop - start) * row_bytes, dtype=torch.uint8)
-        self._fill(raw.numpy().data, entry, entry.offset + start * row_bytes)
-        return raw.view(entry.dtype).view(stop - start, *columns)
 
-    def _fill(self, buffer: memoryview, entry: TensorEntry, offset: int) -> None:
-        # Seek and readinto instead of os.pread: no second copy of the bytes, and Windows has no pread.
-        with self._lock:
-            assert not self._closed, "read after close"
-            try:
-                if entry.path not in self._files:
-                    self._files[entry.path] = FileIO(entry.path, "r")
-                file, filled = self._files[entry.path], 0
-                file.seek(offset)
-                while filled < len(buffer):
-                    got = file.readinto(buffer[filled:])
-                    if not got:
-                        raise CheckpointError(
-                            f"{entry.path}: ends inside {entry.name}: changed while open, or truncated"
-                        )
-                    filled += got
-            except OSError as error:
-                raise CheckpointError(f"{entry.path}: can not read {entry.name}: {error.strerror or error}") from error
-
-
-def open_checkpoint(path: Path | str, config_path: Path | str | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: Path | str,
+    config_path: Path | str | None = None,
+    *,
+    key: str | None = None,
+    rope_table: str | None = None,
+    tolerate: Collection[str] = (),
+) -> Checkpoint:
     """The checkpoint at ``path`` (a file of any known kind, or a folder), checked tensor by tensor.
 
     ``config_path`` is a JSON file with the config, or with just the fields the checkpoint leaves open; it
-    overrules the config stored in the checkpoint, which overrules a config.json beside it.
+    overrules the config stored in the checkpoint, which overrules a config.json beside it. ``key`` (dotted) is where
+    the model's tensors are, if not under a key that trainers use. ``rope_table`` says what to compute with: the
+    rotary table of the "config", or the one that is "stored"; without it they must agree, but for what ``tolerate``
+    names ("real": the file has cosines only; "theta": it is of another rope_theta), which becomes a note.
     Raises CheckpointError for a missing, damaged, unsafe or foreign file; ConfigError when config fields are
-    unknown or contradict the weights.
+    unknown or contradict the weights or the rotary table.
     """
     path = Path(path)
-    stored = read_tensor_file(path)
+    stored = read_tensor_file(path, key)
     entries = _canonical(stored.entries, path)
     shapes = {name: entry.shape for name, entry in entries.items()}
     check_anchors(shapes, origin=str(path))
-    config = _config(path, stored, shapes, Path(config_path) if config_path else None)
-    for table in ROPE_TABLES:
-        entries.pop(table, None)
-    head = entries.pop("head.weight", None)
-    _check_tensors(entries, config, path)
-    checkpoint = Checkpoint(path, stored.kind, config, entries, stored.step)
-    if head is not None:
-        _check_tied(checkpoint, head)
-    return checkpoint
+    reader = EntryReader()
+    try:
+        table = _table(path, shapes, entries, reader, rope_table)
+        fields = _fields(path, stored, shapes, Path(config_path) if config_path else None)
+        config = _config(path, fields, shapes, table, ignores_table=rope_table == "config")
+        different = None if rope_table or table is None else _judged(table, config, fields, path, tolerate)
+        for name in ROPE_TABLES:
+            entries.pop(name, None)
+        head = entries.pop("head.weight", None)
+        _check_tensors(entries, config, path)
+        if table is not None and rope_table != "config":
+            table.check_width(config, str(path))
+        _check_tied(reader, entries["embed.weight"], head, path, fields.wishes_untied)
+    except BaseException:
+        reader.close()
+        raise
+    unlike, note = different or (None, None)
+    return Checkpoint(
+        path,
+        stored.kind,
+        config,
+        entries,
+        stored.step,
+        table=table,
+        rope_table=rope_table or "config",
+        unlike_config=unlike,
+        notes=(*stored.notes, *fields.notes, *([note] if note else [])),
+        reader=reader,
+    )
 
 
 def _canonical(stored: Mapping[str, TensorEntry], path: Path) -> dict[str, TensorEntry]:
@@ -149,8 +171,12 @@ def _canonical(stored: Mapping[str, TensorEntry], path: Path) -> dict[str, Tenso
     origins: dict[str, str] = {}
     for stored_name, entry in stored.items():
         name = ".".join(part for part in stored_name.split(".") if part not in _WRAPPERS)
+        if name in _COUNTERS:
+            continue
         if name in entries:
-            raise CheckpointError(f"{path}: {origins[name]} and {stored_name} are both {name}: keep one model")
+            raise CheckpointError(
+                f"{path}: {origins[name]} and {stored_name} are both {name}: keep one model, or name one with --key"
+            )
         if re.match(r"blocks\.\d+\.", name):
             raise CheckpointError(
                 f"{path}: a moda.py checkpoint ({stored_name}), which is another model without a loop; "
@@ -161,34 +187,98 @@ def _canonical(stored: Mapping[str, TensorEntry], path: Path) -> dict[str, Tenso
     return entries
 
 
-def _config(
+def _table(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    entries: Mapping[str, TensorEntry],
+    reader: EntryReader,
+    wanted: str | None,
+) -> StoredTable | None:
+    """The rotary table of the file that its attention uses, checked unless the config's is wanted; None without one."""
+    if wanted is not None and wanted not in ROPE_TABLE_CHOICES:
+        raise ConfigError(f"--rope-table is {wanted!r}, expected one of {', '.join(ROPE_TABLE_CHOICES)}")
+    name = table_name(shapes)
+    if name not in entries:
+        if wanted == "stored":
+            raise CheckpointError(
+                f"{path}: holds no rotary table {name}: --rope-table config, or save it with the rest"
+            )
+        return None
+    table = StoredTable(entries[name], partial(reader.read, entries[name]))
+    if wanted != "config":
+        table.check(str(path))
+    return table
+
+
+def _fields(
     path: Path, stored: TensorFile, shapes: Mapping[str, tuple[int, ...]], config_path: Path | None
-) -> MythosConfig:
-    """The merged config, checked against the weights; a weaker source only fills in what is missing."""
-    sources: list[tuple[str, Mapping[str, Any]]] = []
+) -> MergedFields:
+    """What the sources say of the config; a weaker one is not looked for once the config is complete."""
+    merged = MergedFields()
+
+    def add(origin: str, content: Any, dedicated: bool) -> None:
+        merged.add(ConfigSource(origin, content, dedicated), inferred_fields(shapes, merged.values))
+
     if config_path is not None:
-        sources.append((str(config_path), read_config_dict(config_path)))
-    if stored.config is not None:
-        sources.append((f"cfg of {path}", stored.config))
+        add(str(config_path), read_config_dict(config_path), True)
+    for name, content in stored.configs.items():
+        add(f"{name} of {path}", content, False)
     beside = (path if path.is_dir() else path.parent) / "config.json"
-    given = {name for _, values in sources for name in values}
-    # A complete config needs no help from a file that may be there for another reason.
-    if not given.issuperset(FIELD_NAMES) and beside.is_file():
-        sources.append((str(beside), read_config_dict(beside)))
-    merged: dict[str, Any] = {}
-    origins: dict[str, str] = {}
-    for origin, values in sources:
-        origins |= {name: origin for name in values if name not in merged}
-        merged = {**values, **merged}
-    inferred = inferred_fields(shapes, merged)
+    if not merged.complete and beside.is_file() and not _is_same(beside, config_path):
+        add(str(beside), read_config_dict(beside), True)
+    return merged
+
+
+def _is_same(beside: Path, config_path: Path | None) -> bool:
+    return config_path is not None and beside.samefile(config_path)
+
+
+def _config(
+    path: Path,
+    fields: MergedFields,
+    shapes: Mapping[str, tuple[int, ...]],
+    table: StoredTable | None,
+    *,
+    ignores_table: bool,
+) -> MythosConfig:
+    """The config that the fields make with what weights and rotary table tell, checked against the weights."""
     length = table_length(shapes)
-    defaults = inferred if length is None else inferred | {"max_seq_len": length}
-    names = " over ".join(origin for origin, _ in sources) or str(path)
-    config = config_from_dict({**defaults, **merged}, origin=names)
+    if ignores_table and "n_heads" in fields.values:
+        # The table's width tells the heads of GQA; it has no say against the config where it is not wanted.
+        shapes = {name: shape for name, shape in shapes.items() if name not in ROPE_TABLES}
+    inferred = inferred_fields(shapes, fields.values)
+    defaults: dict[str, Any] = inferred if length is None else inferred | {"max_seq_len": length}
+    if table is not None and "rope_theta" not in fields.values and not table.malformed:
+        theta = table.theta()
+        if theta is not None:
+            defaults = defaults | {"rope_theta": theta}
+            fields.notes.append(f"rope_theta is {theta!r}, which the rotary table {table.entry.name} was made with")
+        elif fault := unknown_theta(table, str(path)):
+            raise fault
+    config = fields.config(defaults, str(path))
     for name, value in inferred.items():
         if getattr(config, name) != value:
-            raise ConfigError(f"{origins[name]}: {name} is {getattr(config, name)!r}, but the weights have {value!r}")
+            raise ConfigError(
+                f"{fields.origins[name]}: {name} is {getattr(config, name)!r}, but the weights have {value!r}"
+            )
     return config
+
+
+def _judged(
+    table: StoredTable, config: MythosConfig, fields: MergedFields, path: Path, tolerate: Collection[str]
+) -> tuple[str, str] | None:
+    """How the stored table differs from the config's and a note on it; None where it does not.
+
+    Raises ConfigError for a difference that is not tolerated.
+    """
+    table.check_width(config, str(path))
+    found = unlike_the_config(table, config, fields.origins.get("rope_theta", str(path)), str(path))
+    if found is None:
+        return None
+    kind, error = found
+    if kind not in tolerate:
+        raise error
+    return kind, str(error)
 
 
 def _check_tensors(entries: Mapping[str, TensorEntry], config: MythosConfig, path: Path) -> None:
@@ -211,23 +301,25 @@ def _check_tensor(entry: TensorEntry, shape: tuple[int, ...], path: Path) -> Non
         raise CheckpointError(f"{path}: {entry.name} has dtype {entry.dtype}, expected one of {known}")
 
 
-def _check_tied(checkpoint: Checkpoint, head: TensorEntry) -> None:
-    """Raise CheckpointError unless the head's values are the embedding's."""
-    embed = checkpoint.tensors["embed.weight"]
-    _check_tensor(head, embed.shape, checkpoint.path)
+def _check_tied(
+    reader: EntryReader, embed: TensorEntry, head: TensorEntry | None, path: Path, wishes_untied: str | None
+) -> None:
+    """Raise CheckpointError unless the head's values are the embedding's, or there is no head and none is promised."""
+    if head is None:
+        if wishes_untied is not None:
+            raise CheckpointError(
+                f"{path}: {wishes_untied} says that tie_word_embeddings is false, but there is no head.weight: "
+                "save the whole state dict"
+            )
+        return
+    _check_tensor(head, embed.shape, path)
     if (head.path, head.offset, head.dtype) == (embed.path, embed.offset, embed.dtype):
         return
     rows, columns = embed.shape
     height = max(1, _COMPARE_BYTES // (8 * columns))
-    try:
-        for start in range(0, rows, height):
-            stop = min(rows, start + height)
-            pieces = [checkpoint._read(entry, start, stop).double() for entry in (head, embed)]
-            if not torch.equal(*pieces):
-                raise CheckpointError(
-                    f"{checkpoint.path}: head.weight differs from embed.weight in rows {start}:{stop}; "
-                    "untied heads are not supported"
-                )
-    except BaseException:
-        checkpoint.close()
-        raise
+    for start in range(0, rows, height):
+        stop = min(rows, start + height)
+        if not torch.equal(*(reader.read(entry, start, stop).double() for entry in (head, embed))):
+            raise CheckpointError(
+                f"{path}: head.weight differs from embed.weight in rows {start}:{stop}; untied heads are not supported"
+            )

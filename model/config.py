@@ -1,5 +1,6 @@
 """The shape of a model: the checkpoint's own field names, checked. Needs nothing but the standard library."""
 
+import codecs
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -7,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mythos_edge.model.errors import ConfigError
+from mythos_edge.model.errors import ConfigError, MythosEdgeError
+from mythos_edge.model.foreign_files import foreign_kind
 
 # Fields of the reference's config that change nothing at inference; accepted and dropped.
-_INERT_FIELDS = frozenset({"dropout", "max_output_tokens"})
+INERT_FIELDS = frozenset({"dropout", "max_output_tokens"})
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class MythosConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            _check_field(field.name, getattr(self, field.name))
+            check_field(field.name, getattr(self, field.name))
         if self.n_experts_per_tok > self.n_experts:
             raise ConfigError(f"n_experts_per_tok is {self.n_experts_per_tok}, but there are {self.n_experts} experts")
         if self.attn_type == "gqa":
@@ -102,7 +104,7 @@ FIELD_NAMES = tuple(_FIELDS)
 _MLA_FIELDS = frozenset({"kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"})
 
 
-def _check_field(name: str, value: Any) -> None:
+def check_field(name: str, value: Any) -> None:
     kind = _FIELDS[name]
     if kind is str:
         if value not in ("mla", "gqa"):
@@ -115,7 +117,7 @@ def _check_field(name: str, value: Any) -> None:
     if kind is int and value < smallest:
         raise ConfigError(f"{name} is {value}, expected at least {smallest}")
     # NaN fails both comparisons, so it is refused too.
-    if kind is float and not 0 < value < float("inf"):
+    if kind is float and not 0 < value < (1e300 if isinstance(value, int) else float("inf")):
         raise ConfigError(f"{name} is {value}, expected a finite number above 0")
 
 
@@ -124,7 +126,7 @@ def config_from_dict(values: Mapping[str, Any], *, origin: str) -> MythosConfig:
 
     Raises ConfigError for unknown keys, missing keys, wrong types and contradictions.
     """
-    unknown = sorted(set(values) - set(FIELD_NAMES) - _INERT_FIELDS)
+    unknown = sorted(set(values) - set(FIELD_NAMES) - INERT_FIELDS)
     if unknown:
         raise ConfigError(f"{origin}: unknown config field {', '.join(unknown)}; known: {', '.join(FIELD_NAMES)}")
     known = {name: values[name] for name in FIELD_NAMES if name in values}
@@ -136,6 +138,10 @@ def config_from_dict(values: Mapping[str, Any], *, origin: str) -> MythosConfig:
     missing = [name for name in FIELD_NAMES if name not in known]
     if missing:
         raise ConfigError(f"{origin}: missing config field {', '.join(missing)}; give it in --config config.json")
+    for name in ("act_threshold", "rope_theta"):
+        # JSON writes whole numbers without a point; one beyond every float fails its check below.
+        if type(known[name]) is int and 0 < known[name] < 1e300:
+            known[name] = float(known[name])
     try:
         return MythosConfig(**known)
     except ConfigError as error:
@@ -144,14 +150,29 @@ def config_from_dict(values: Mapping[str, Any], *, origin: str) -> MythosConfig:
 
 def read_config_dict(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``; ConfigError when it is missing or not one."""
+    return read_json_object(path, "the config", ConfigError)
+
+
+def read_json_object(path: Path, what: str, error: type[MythosEdgeError]) -> dict[str, Any]:
+    """The JSON object in the UTF-8 file ``path``, with or without a byte order mark.
+
+    Raises ``error``, which calls the file's content ``what``, when it is missing or holds anything else.
+    """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: can not read the config: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}") from error
+        content = path.read_bytes()
+    except OSError as fault:
+        raise error(f"{path}: can not read {what}: {fault.strerror or fault}") from fault
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise error(f"{path}: is UTF-16 text, expected UTF-8: save it again as UTF-8")
+    try:
+        values = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as fault:
+        known = foreign_kind(content[:512]) if not content.lstrip(codecs.BOM_UTF8).startswith(b"{") else None
+        if known is not None:
+            raise error(f"{path}: is {known}") from fault
+        raise error(f"{path}: not valid JSON: {fault}") from fault
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected a JSON object, got {type(values).__name__}")
+        raise error(f"{path}: expected a JSON object, got {type(values).__name__}")
     return values
 
 

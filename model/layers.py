@@ -183,9 +183,13 @@ class Rope(nn.Module):
 
 def rope_table(dim: int, max_context: int, theta: float) -> tuple[Float[Tensor, "M F"], Float[Tensor, "M F"]]:
     """Cosine and sine tables (max_context, dim / 2) in float32."""
-    frequencies = 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
-    angles = torch.outer(torch.arange(max_context, dtype=torch.float32), frequencies)
+    angles = torch.outer(torch.arange(max_context, dtype=torch.float32), rope_frequencies(dim, theta))
     return angles.cos(), angles.sin()
+
+
+def rope_frequencies(dim: int, theta: float) -> Float[Tensor, "F"]:
+    """Angle of each pair of channels at position 1, in float32 as the reference computes it."""
+    return 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
 
 
 class LatentAttention(nn.Module):

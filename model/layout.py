@@ -16,6 +16,7 @@ from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.layers import rope_table
 from mythos_edge.model.loop import loop_frequencies
 from mythos_edge.model.network import Network, in_dtype
+from mythos_edge.model.rope_tables import StoredTable, cos_and_sin
 
 PIECE_BYTES = 16 << 20
 
@@ -28,6 +29,19 @@ class TensorReader(Protocol):
     def config(self) -> MythosConfig: ...
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor: ...
+
+
+@runtime_checkable
+class TableReader(Protocol):
+    """A reader that may have a rotary table of its own to compute with, in place of the config's."""
+
+    @property
+    def stored_table(self) -> StoredTable | None: ...
+
+
+def stored_table_of(reader: TensorReader) -> StoredTable | None:
+    """The rotary table that a reader brings along, None where it is the config's."""
+    return reader.stored_table if isinstance(reader, TableReader) else None
 
 
 Pieces = Callable[[TensorReader], Iterator[Tensor]]
@@ -186,11 +200,22 @@ def _tables(c: MythosConfig, max_context: int) -> list[Recipe]:
     n_cos = c.loop_dim - n_sin
     shape = (max_context, c.rope_dim // 2)
     return [
-        Recipe("rope.cos", shape, lambda _: iter([rope_table(c.rope_dim, max_context, c.rope_theta)[0]])),
-        Recipe("rope.sin", shape, lambda _: iter([rope_table(c.rope_dim, max_context, c.rope_theta)[1]])),
+        Recipe("rope.cos", shape, partial(_rotary, c, max_context, 0)),
+        Recipe("rope.sin", shape, partial(_rotary, c, max_context, 1)),
         Recipe("step.table.sin_frequency", (n_sin,), lambda _: iter([frequencies])),
         Recipe("step.table.cos_frequency", (n_cos,), lambda _: iter([frequencies[:n_cos]])),
     ]
+
+
+def _rotary(c: MythosConfig, max_context: int, part: int, reader: TensorReader) -> Iterator[Tensor]:
+    """Cosines (``part`` 0) or sines of the rotary table that the checkpoint is computed with."""
+    table = stored_table_of(reader)
+    if table is None:
+        yield rope_table(c.rope_dim, max_context, c.rope_theta)[part]
+        return
+    table.check_length(max_context, "the checkpoint")
+    for start, stop in _row_ranges(max_context, 2 * table.width):
+        yield cos_and_sin(reader.read(table.entry.name, start, stop))[part]
 
 
 def _vector(name: str, source: str, size: int) -> Recipe:

@@ -9,7 +9,7 @@ from mythos_edge.model.errors import CheckpointError
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# Regenerated from the config, so what a file stores under these names is never used as weights.
+# The reference's buffers; a model uses the one of its attention (``rope_tables``), the other one changes nothing.
 ROPE_TABLES = ("freqs_cis", "freqs_cis_mla")
 
 _BLOCK = "recurrent.block"
@@ -84,16 +84,21 @@ def inferred_fields(shapes: Shapes, known: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def few(found: Iterable[str], most: int = 5) -> str:
-    """The first names, and how many more there are."""
-    names = list(found)
+    """The first names, and how many more there are; one that would not stay on its line is quoted."""
+    names = [name if name.isprintable() else repr(name) for name in found]
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more if names else "no tensors"
 
 
 def table_length(shapes: Shapes) -> int | None:
     """Positions covered by a stored rope table; None without one. It decides nothing but a default."""
-    table = _rope_table(shapes)
+    table = _table_shape(shapes)
     return table[0] if table else None
+
+
+def table_name(shapes: Shapes) -> str:
+    """The name of the rope table that the attention of these tensors uses."""
+    return ROPE_TABLES[1 if _is_mla(shapes) else 0]
 
 
 def _is_mla(shapes: Shapes) -> bool:
@@ -118,7 +123,7 @@ def _mla_fields(shapes: Shapes) -> dict[str, Any]:
 
 def _gqa_fields(shapes: Shapes, dim: int, known: Mapping[str, Any]) -> dict[str, Any]:
     # The width of a head shows only in the rope table, which may be absent.
-    table = _rope_table(shapes)
+    table = _table_shape(shapes)
     table_heads = _ratio(dim, 2 * table[1]) if table else None
     heads = table_heads or known.get("n_heads")
     head_dim = _ratio(dim, heads)
@@ -126,9 +131,10 @@ def _gqa_fields(shapes: Shapes, dim: int, known: Mapping[str, Any]) -> dict[str,
     return {"attn_type": "gqa", "n_heads": table_heads, "n_kv_heads": kv_heads}
 
 
-def _rope_table(shapes: Shapes) -> tuple[int, ...] | None:
-    table = shapes.get(ROPE_TABLES[1 if _is_mla(shapes) else 0], ())
-    return table if len(table) == 2 and 0 not in table else None
+def _table_shape(shapes: Shapes) -> tuple[int, ...] | None:
+    table = shapes.get(table_name(shapes), ())
+    pairs = len(table) == 3 and table[2] == 2
+    return table if (len(table) == 2 or pairs) and 0 not in table else None
 
 
 def _ratio(whole: int, part: Any) -> int | None:

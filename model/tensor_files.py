@@ -1,28 +1,36 @@
 """Where the tensors of ``torch.save`` and safetensors files lie: headers only, weights are never read here.
 
-Knows no model: names are returned as stored. No code from a file runs: pickles go through torch's
-``weights_only`` unpickler with one extra name allowed, the reference's config dataclass.
+Names are returned as stored; which mapping of a trainer's file is the model's, ``tensor_choice`` says. No code from a
+file runs: pickles go through torch's ``weights_only`` unpickler, and the few extra names that are allowed give a class
+of ours that does nothing.
 """
 
 import json
+import logging
 import math
 import os
 import re
 import zipfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mythos_edge.model.config import read_json_object
+from mythos_edge.model.config_sources import CONFIG_KEYS
 from mythos_edge.model.errors import CheckpointError
+from mythos_edge.model.foreign_files import bin_shards, distributed_tensor, refuse_foreign_file, refuse_foreign_folder
+from mythos_edge.model.tensor_choice import choose_tensors, under_prefix
 
 EXPECTED = (
     "expected a torch.save file (.pt, .pth, .bin), a .safetensors file, "
     "or a folder with model.safetensors or model.safetensors.index.json"
 )
+_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 # The same limit as the safetensors library's own.
 _MAX_HEADER_BYTES = 100_000_000
 # Source: safetensors 0.8, safetensors/src/tensor.rs, enum Dtype.
@@ -64,28 +72,56 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """Tensors of a file or folder by stored name, and the config and trainer step stored with them."""
+    """Tensors of a file or folder by stored name, and the trainer step and what may be the config stored with them.
+
+    ``configs`` has the contents of the keys that may hold the config; ``notes`` are for people.
+    """
 
     kind: str
     entries: Mapping[str, TensorEntry]
-    config: Mapping[str, Any] | None = None
+    configs: Mapping[str, Any] = field(default_factory=dict)
     step: int | None = None
+    notes: tuple[str, ...] = ()
 
 
-class _StoredConfig:
-    """Receives the fields of a pickled ``open_mythos.main.MythosConfig``, which need not be installed."""
+class _Inert:
+    """Stands for a pickled object of ``_INERT_NAMES``, which need not be installed: keeps its fields, does nothing."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __setstate__(self, state: object) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update(state)
 
 
-def read_tensor_file(path: Path) -> TensorFile:
-    """The tensors of a file or folder of any known kind. Raises CheckpointError."""
+# The reference's config, and what trainers store beside a model: their options, a best loss, a path.
+_INERT_NAMES = (
+    "open_mythos.main.MythosConfig",
+    "argparse.Namespace",
+    "types.SimpleNamespace",
+    "pathlib.PosixPath",
+    "pathlib.WindowsPath",
+    "pathlib._local.PosixPath",
+    "pathlib._local.WindowsPath",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.dtype",
+)
+
+
+def read_tensor_file(path: Path, key: str | None = None) -> TensorFile:
+    """The tensors of a file or folder of any known kind; ``key`` (dotted) names the mapping, or the beginning of the
+    names, that is the model's. Raises CheckpointError.
+    """
     try:
         if path.is_dir():
             path = _model_in_folder(path)
-        if path.suffix == ".safetensors":
-            return _read_safetensors(path)
-        if path.name.endswith(".index.json"):
-            return _read_sharded(path)
-        return _read_torch(path)
+        if path.is_file():
+            refuse_foreign_file(path)
+        if path.suffix != ".safetensors" and not path.name.endswith(".index.json"):
+            return _read_torch(path, key)
+        found = _read_safetensors(path) if path.suffix == ".safetensors" else _read_sharded(path)
+        return found if key is None else TensorFile(found.kind, under_prefix(found.entries, key, str(path)))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file: {EXPECTED}") from error
     except OSError as error:
@@ -93,10 +129,15 @@ def read_tensor_file(path: Path) -> TensorFile:
 
 
 def _model_in_folder(folder: Path) -> Path:
-    for name in ("model.safetensors", "model.safetensors.index.json"):
+    for name in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"):
         if (folder / name).is_file():
             return folder / name
-    raise CheckpointError(f"{folder}: no model in this folder: {EXPECTED}")
+    if (folder / "pytorch_model.bin.index.json").is_file():
+        return folder / "pytorch_model.bin.index.json"
+    refuse_foreign_folder(folder)
+    found = sorted(file.name for file in folder.iterdir() if file.suffix in _SUFFIXES)
+    there = f"give one of its files: {', '.join(found[:5])}" if found else EXPECTED
+    raise CheckpointError(f"{folder}: no model in this folder: {there}")
 
 
 def _read_safetensors(path: Path) -> TensorFile:
@@ -105,16 +146,19 @@ def _read_safetensors(path: Path) -> TensorFile:
 
 def _read_sharded(index: Path) -> TensorFile:
     """Source: the index format of Hugging Face transformers, ``{"weight_map": {tensor: file name}}``."""
-    weight_map = _json_object(index.read_bytes(), index).get("weight_map")
+    weight_map = read_json_object(index, "the index", CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index}: no weight_map of tensor names to file names")
     entries: dict[str, TensorEntry] = {}
+    if any(shard.endswith(".bin") for shard in weight_map.values()):
+        raise CheckpointError(f"{index}: the model is {bin_shards(index.parent)}")
     for shard in sorted(set(weight_map.values())):
         # A name with folders could point anywhere on the machine.
         if shard != Path(shard).name or "\\" in shard:
             raise CheckpointError(f"{index}: shard {shard!r} is not a plain file name")
         if not (index.parent / shard).is_file():
             raise CheckpointError(f"{index}: shard {shard} is missing: copy it beside the index")
+        refuse_foreign_file(index.parent / shard, alone=False)
         found = _safetensors_entries(index.parent / shard)
         for name in (name for name, file in weight_map.items() if file == shard):
             if name not in found:
@@ -169,43 +213,50 @@ def _json_object(text: bytes, path: Path) -> dict[str, Any]:
     return values
 
 
-def _read_torch(path: Path) -> TensorFile:
+def _read_torch(path: Path, key: str | None) -> TensorFile:
     records = _zip_records(path)
     loaded = _load_without_weights(path)
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{path}: holds a {type(loaded).__name__}, expected a state dict")
-    tensors, kind = loaded, "state dict"
-    for key in ("model", "state_dict"):
-        if isinstance(loaded.get(key), Mapping):
-            tensors, kind = loaded[key], f"{{{key!r}: ...}} file"
-            break
-    if tensors is not loaded and not loaded.keys().isdisjoint(("optimizer", "muon", "adamw")):
+    chosen = choose_tensors(loaded, key, str(path))
+    kind = f"{{{chosen.path!r}: ...}} file" if chosen.path else "state dict"
+    if chosen.path and not loaded.keys().isdisjoint(("optimizer", "muon", "adamw")):
         kind = "trainer .pt"
-    entries = {name: _torch_entry(name, value, path, records) for name, value in tensors.items()}
+    entries = {name: _torch_entry(name, value, path, records) for name, value in chosen.tensors.items()}
     step = loaded.get("step")
-    return TensorFile(kind, entries, _stored_config(loaded, path), step if isinstance(step, int) else None)
+    configs = {name: _plain(loaded[name]) for name in CONFIG_KEYS if chosen.path and loaded.get(name) is not None}
+    return TensorFile(kind, entries, configs, step if isinstance(step, int) else None, chosen.notes)
 
 
-def _stored_config(loaded: Mapping[Any, Any], path: Path) -> Mapping[str, Any] | None:
-    """Fields of ``cfg``, a pickled config dataclass or a dict; None without one."""
-    stored = loaded.get("cfg")
-    fields = vars(stored) if isinstance(stored, _StoredConfig) else stored
-    if fields is None:
-        return None
-    if not isinstance(fields, Mapping) or not all(isinstance(name, str) for name in fields):
-        raise CheckpointError(f"{path}: cfg is a {type(stored).__name__}, expected a MythosConfig or a dict")
-    return fields
+def _plain(stored: Any) -> Any:
+    """A stored config with the fields of objects, in it and of it, as mappings."""
+    fields = vars(stored) if isinstance(stored, _Inert) else stored
+    return {name: _plain(value) for name, value in fields.items()} if isinstance(fields, Mapping) else fields
+
+
+@contextmanager
+def _quiet_torch() -> Iterator[None]:
+    """Without torch's log lines on what a distributed tensor lacks in this process; it is refused by name here."""
+    logger = logging.getLogger("torch.distributed.device_mesh")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _load_without_weights(path: Path) -> Any:
     """The pickled object with fake tensors: shapes, strides and file offsets, but no tensor bytes."""
     # map_location="meta" would be quicker, but before torch 2.11 it reads every byte of the file first.
-    allowed: list[Any] = [(_StoredConfig, "open_mythos.main.MythosConfig")]
+    allowed: list[Any] = [(_Inert, name) for name in _INERT_NAMES]
     try:
-        with torch.serialization.safe_globals(allowed), FakeTensorMode():
+        with torch.serialization.safe_globals(allowed), FakeTensorMode(), _quiet_torch():
             return torch.load(path, weights_only=True)
     except Exception as error:  # a damaged pickle can fail in any way
         wanted = re.search(r"GLOBAL (\S+)", str(error))
+        if wanted and wanted[1].startswith("torch.distributed."):
+            what = wanted[1].rpartition(".")[2]
+            raise CheckpointError(f"{path}: a tensor in it {distributed_tensor(what)}") from error
         if wanted:
             raise CheckpointError(
                 f"{path}: the pickle asks for the code {wanted[1]}, which was not run; "
@@ -222,6 +273,8 @@ def _torch_entry(name: Any, value: Any, path: Path, records: Mapping[int, int]) 
         raise CheckpointError(
             f"{path}: {name!r} is a {type(value).__name__}, expected only named tensors in the state dict"
         )
+    if type(value).__module__.startswith("torch.distributed."):
+        raise CheckpointError(f"{path}: {name} {distributed_tensor(type(value).__name__)}")
     if value.layout is not torch.strided or value.is_quantized or not value.is_contiguous():
         raise CheckpointError(
             f"{path}: {name} is stored transposed, strided, sparse or quantized; save it with .contiguous()"

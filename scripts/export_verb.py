@@ -25,8 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What can be said of an export beside its two places; optimum's command has the same options."""
-    parser.add_argument(
-        "--config", type=options.path, metavar="JSON", help="config fields the checkpoint does not tell"
+    options.add_checkpoint(
+        parser,
+        "rotary angles as the config says, or the table in the file as the reference would use it "
+        "(default: the config's, and the file's table must agree)",
     )
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="storage of large weights")
     parser.add_argument("--max-context", type=int, metavar="N", help="longest sequence (default: the checkpoint's)")
@@ -60,7 +62,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
         console.note(f"note: --force discards what was built in {args.output}, too: {', '.join(lost)}")
     started = time.perf_counter()
     console.progress("reading the checkpoint", 0.0)
-    with open_checkpoint(args.checkpoint, args.config) as checkpoint:
+    with open_checkpoint(args.checkpoint, args.config, key=args.key, rope_table=args.rope_table) as checkpoint:
+        for note in checkpoint.notes:
+            console.note(f"note: {note}")
         bundle = export_bundle(
             checkpoint,
             args.output,
@@ -98,6 +102,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
             "compute_dtype": manifest.targets["ort-cpu"].compute_dtype,
             "max_context": manifest.max_context,
             "end_tokens": [token.name for token in manifest.end_tokens],
+            "rope_table": manifest.rope_table,
             "seconds": seconds,
         }
     )

@@ -3,7 +3,7 @@
 import argparse
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mythos_edge.model.bundle import Bundle, has_manifest, manifest_to_dict, open_bundle
 from mythos_edge.model.errors import BackendUnavailable, BundleError, CheckpointError, UsageError, unavailable
@@ -13,13 +13,18 @@ from mythos_edge.scripts import options
 from mythos_edge.scripts.build import weights_of
 from mythos_edge.scripts.console import Console
 
+if TYPE_CHECKING:
+    from mythos_edge.model.checkpoint import Checkpoint
+
 HELP = "show what a checkpoint, an .onnx file or a bundle holds"
 EXAMPLE = "mythos-edge inspect model.bundle --json"
+
+_ROPE_TABLES = {"config": "angles computed from the config", "stored": "the checkpoint's own table, as it stands there"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=options.path)
-    parser.add_argument("--config", type=options.path, metavar="JSON", help="config fields a checkpoint does not tell")
+    options.add_checkpoint(parser, None)
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -31,7 +36,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     elif not path.exists():
         raise UsageError(f"{path}: no such file or folder")
     else:
-        found = _onnx(path) if path.suffix == ".onnx" else _checkpoint(path, args.config)
+        found = _onnx(path) if path.suffix == ".onnx" else _checkpoint(args, console)
         _show(console, found)
     console.result(found)
     return 0
@@ -52,6 +57,7 @@ def _bundle(bundle: Bundle) -> dict[str, Any]:
             "pending_bytes_per_token": plan.pending_bytes_per_token,
             "bytes_at_max_context": plan.cache_bytes,
         },
+        "rope_table": manifest.rope_table,
         "manifest": manifest_to_dict(manifest),
     }
 
@@ -97,6 +103,7 @@ def _show_bundle(console: Console, bundle: Bundle) -> None:
         "experts": f"{experts}, {config.n_shared_experts} shared",
         "stored as": manifest.dtype,
         "context": f"{manifest.max_context} tokens; caches of {cache}",
+        "rotary": _ROPE_TABLES[manifest.rope_table],
         "tokenizer": _tokenizer_line(bundle),
         "text ends": ", ".join(map(str, manifest.end_tokens)) or "at --max-new-tokens: the bundle has no end tokens",
         "presets": ", ".join(f"{name} ({one.target})" for name, one in manifest.presets.items()) or "none",
@@ -124,7 +131,8 @@ def _row(bundle: Bundle, name: str) -> tuple[str, ...]:
     return name, by, weights_of(spec), *(f"{size / 1e6:.1f}" for size in (spec.fixed_bytes, spec.step_bytes, own))
 
 
-def _checkpoint(path: Path, config: Path | None) -> dict[str, Any]:
+def _checkpoint(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    path = args.path
     try:
         from mythos_edge.model.checkpoint import open_checkpoint
         from mythos_edge.model.tensor_files import EXPECTED
@@ -132,12 +140,14 @@ def _checkpoint(path: Path, config: Path | None) -> dict[str, Any]:
         raise unavailable(error, "reading a checkpoint", "pip install 'mythos-edge[export]'") from error
 
     try:
-        opened = open_checkpoint(path, config)
+        opened = open_checkpoint(path, args.config, key=args.key, tolerate=("real", "theta"))
     except CheckpointError as error:
         if str(error).endswith(EXPECTED):
             raise CheckpointError(f"{error}; or a bundle's folder, or an .onnx file") from error
         raise
     with opened as checkpoint:
+        for note in checkpoint.notes:
+            console.note(f"note: {note}")
         dtypes = sorted({str(entry.dtype).removeprefix("torch.") for entry in checkpoint.tensors.values()})
         return {
             "kind": "checkpoint",
@@ -148,8 +158,19 @@ def _checkpoint(path: Path, config: Path | None) -> dict[str, Any]:
             "bytes": checkpoint.total_bytes,
             "tensors": len(checkpoint.tensors),
             "dtypes": dtypes,
+            "stored_rope_table": _table(checkpoint),
             "config": checkpoint.config.to_dict(),
         }
+
+
+def _table(checkpoint: "Checkpoint") -> dict[str, Any] | None:
+    """The rotary table that a checkpoint holds, and whether it is the config's; None without one."""
+    table = checkpoint.table
+    if table is None:
+        return None
+    shape, theta = list(table.entry.shape), table.theta()
+    as_config = checkpoint.unlike_config is None
+    return {"name": table.entry.name, "dtype": table.dtype, "shape": shape, "theta": theta, "as_config": as_config}
 
 
 def _onnx(path: Path) -> dict[str, Any]:

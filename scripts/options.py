@@ -68,6 +68,15 @@ def add_drafts(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--draft-tokens", type=_number_or_auto, metavar="N", help="tokens of a draft, or auto (default)")
 
 
+def add_checkpoint(parser: argparse.ArgumentParser, rope_table: str | None) -> None:
+    """How a checkpoint is read; ``rope_table`` is the help of --rope-table, which is left out where it is None."""
+    parser.add_argument("--config", type=path, metavar="JSON", help="config fields the checkpoint does not tell")
+    text = "where the model's tensors are in the file (dotted where nested), if not under a key that trainers use"
+    parser.add_argument("--key", metavar="NAME", help=text)
+    if rope_table is not None:
+        parser.add_argument("--rope-table", choices=("config", "stored"), help=rope_table)
+
+
 def add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", metavar="NAME", help="what mythos-edge build made (default: ort-cpu)")
     parser.add_argument("--preset", metavar="NAME", help="target and depth that mythos-edge tune found")

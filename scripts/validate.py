@@ -44,9 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CHECKPOINT",
         help=f"the checkpoint to compare with, in torch; or the word {quality_gate.FP32}: compare --target with fp32",
     )
-    parser.add_argument(
-        "--config", type=options.path, metavar="JSON", help="config fields the checkpoint does not tell"
-    )
+    options.add_checkpoint(parser, "the rotary table the bundle was exported with, where its checkpoint has another")
     parser.add_argument(
         "--ids", type=options.file_name, metavar="NPY", help="tokens to compare on (default: random ones)"
     )
@@ -94,7 +92,16 @@ def _comparison(
         from mythos_edge.model.checkpoint import open_checkpoint
     except ImportError as error:
         raise unavailable(error, "comparing with a checkpoint", "pip install 'mythos-edge[export]'") from error
-    checkpoint = opened.enter_context(open_checkpoint(Path(args.against), args.config))
+    record = bundle.manifest.rope_table
+    if args.rope_table not in (None, record):
+        raise UsageError(f"--rope-table is {args.rope_table}, but the bundle was made with the table {record}")
+    # The bundle's record settles what to compute with, but a table of another theta it does not excuse.
+    chosen = record if record == "stored" else args.rope_table
+    checkpoint = opened.enter_context(
+        open_checkpoint(Path(args.against), args.config, key=args.key, rope_table=chosen, tolerate=("real",))
+    )
+    for note in checkpoint.notes:
+        console.note(f"note: {note}")
     if checkpoint.config != bundle.manifest.config:
         raise UsageError(
             f"{args.against}: has another config than the bundle: validate against the checkpoint it was made from"

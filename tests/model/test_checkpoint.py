@@ -218,7 +218,11 @@ def _read_bytes() -> int:
 @pytest.mark.parametrize("attn_type", ["mla", "gqa"])
 def test_config_from_shapes_but_for_two_fields(tmp_path: Path, attn_type: str) -> None:
     path = saved(tmp_path, stored_weights(attn_type))
-    assert_refused(ConfigError, "model.pt: missing config field act_threshold, rope_theta;|--config", path)
+    assert_refused(ConfigError, "model.pt: missing config field act_threshold;|--config", path)
+    without_table = saved(tmp_path, bare(attn_type), "bare.pt")
+    fields = {name: value for name, value in config_fields(attn_type).items() if name not in OPEN_FIELDS}
+    rest = write_config(tmp_path, fields, "rest.json")
+    assert_refused(ConfigError, "rest.json: missing config field act_threshold, rope_theta;", without_table, rest)
     extra = write_config(tmp_path, OPEN_FIELDS, "extra.json")
     with open_checkpoint(path, extra) as checkpoint:
         unused = {"n_kv_heads"} if attn_type == "mla" else {n for n in FIELD_NAMES if "lora_r" in n or "_h" in n}
@@ -237,12 +241,16 @@ def test_open_fields_without_rope_table_and_shared_experts(tmp_path: Path) -> No
 
 
 def test_config_sources_in_order(tmp_path: Path) -> None:
-    path = saved(tmp_path, {"model": stored_weights(), "cfg": {"act_threshold": 0.5}})
+    path = saved(tmp_path, {"model": bare(), "cfg": {"act_threshold": 0.5}})
     write_config(tmp_path, OPEN_FIELDS | {"rope_theta": 7.0, "max_seq_len": 12})
     extra = write_config(tmp_path, {"rope_theta": 8.0}, "extra.json")
     with open_checkpoint(path, extra) as checkpoint:
         config = checkpoint.config
         assert (config.act_threshold, config.rope_theta, config.max_seq_len) == (0.5, 8.0, 12)
+        assert checkpoint.notes == (
+            f"act_threshold is 0.5, as cfg of {path} says; {tmp_path / 'config.json'} says 0.99",
+            f"rope_theta is 8.0, as {extra} says; {tmp_path / 'config.json'} says 7.0",
+        )
 
 
 def test_complete_config_ignores_what_lies_beside(tmp_path: Path) -> None:
@@ -283,4 +291,4 @@ def test_bad_config_files(tmp_path: Path) -> None:
     wrong = write_config(tmp_path, OPEN_FIELDS | {"dim": "24"}, "wrong.json")
     assert_refused(ConfigError, "wrong.json: dim is '24', expected an integer", path, wrong)
     path = saved(tmp_path, {"model": stored_weights(), "cfg": [1]})
-    assert_refused(CheckpointError, "cfg is a list", path)
+    assert_refused(ConfigError, "missing config field act_threshold|cfg of|is a list, expected the fields", path)

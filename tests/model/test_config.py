@@ -167,3 +167,29 @@ def test_the_variants_are_the_published_ones() -> None:
 
 def test_the_fields_are_the_references_but_those_of_training() -> None:
     assert set(vars(open_mythos().MythosConfig())) - set(FIELD_NAMES) == {"dropout", "max_output_tokens"}
+
+
+def test_whole_numbers_of_json_are_the_floats_they_stand_for() -> None:
+    assert type(_config(MLA, rope_theta=10000).rope_theta) is float
+    assert f"rope_theta is {10**400}, expected a finite number" in _refused(MLA | {"rope_theta": 10**400})
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-8"])
+def test_a_byte_order_mark_is_no_error(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(MLA), encoding=encoding)
+    assert read_config_dict(path) == MLA
+
+
+def test_another_encoding_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(MLA), encoding="utf-16")
+    with pytest.raises(ConfigError, match="is UTF-16 text, expected UTF-8: save it again as UTF-8"):
+        read_config_dict(path)
+
+
+def test_a_config_that_was_not_downloaded_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n")
+    with pytest.raises(ConfigError, match=r"is a git-LFS pointer.*`git lfs pull`"):
+        read_config_dict(path)

@@ -1,0 +1,128 @@
+"""Merging what several places say of a model's config: a stronger source wins, and nothing is dropped unsaid.
+
+The order is ``--config``, then what the checkpoint itself holds, then a config.json beside it. Only what comes out is
+judged, so an unusable source does no harm where another one completes it. Reads no file and no weight.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mythos_edge.model.config import FIELD_NAMES, INERT_FIELDS, MythosConfig, check_field, config_from_dict
+from mythos_edge.model.errors import ConfigError
+from mythos_edge.model.shapes import few
+
+# Under these a trainer's file, or a config.json of several sections, keeps the model's fields.
+CONFIG_KEYS = (
+    "cfg", "config", "model_config", "model_cfg", "mythos_config", "model_args", "hyper_parameters", "hparams", "args",
+)  # fmt: skip
+# What transformers' ``save_pretrained`` and huggingface_hub write beside a model's own fields. None of it changes what
+# is computed: it tells how to load, generate or label. Names that other models use for our fields are not among them.
+# ``tie_word_embeddings`` is judged by the weights: an untied head is refused there, and the reference always ties.
+_HUGGING_FACE = """
+    _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash _name_or_path
+    add_cross_attention architectures auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
+    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype early_stopping
+    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
+    forced_eos_token_id id2label is_decoder is_encoder_decoder label2id length_penalty library_name license max_length
+    min_length model_type no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences
+    output_attentions output_hidden_states output_scores pad_token_id pipeline_tag prefix problem_type pruned_heads
+    remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens
+    task_specific_params temperature tf_legacy_loss tie_encoder_decoder tie_word_embeddings tokenizer_class top_k top_p
+    torch_dtype torchscript transformers_version transformers.js_config typical_p use_bfloat16 use_cache use_return_dict
+"""
+HUGGING_FACE_FIELDS = frozenset(_HUGGING_FACE.split())
+_MOST_NAMED = 8
+
+
+@dataclass(frozen=True)
+class ConfigSource:
+    """What one place says: ``origin`` names it; ``dedicated`` is a file that is there to hold the model's config."""
+
+    origin: str
+    content: Any
+    dedicated: bool
+
+
+@dataclass
+class MergedFields:
+    """The fields of all sources by strength, where each comes from, and what was left out, in lines for a person."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    wishes_untied: str | None = None
+
+    @property
+    def complete(self) -> bool:
+        return set(self.values).issuperset(FIELD_NAMES)
+
+    def add(self, source: ConfigSource, decided: Mapping[str, Any]) -> None:
+        """Takes what ``source`` says of fields that no stronger source has; ``decided`` is what the weights say.
+
+        Raises ConfigError for an unknown field of a file that is the strongest to tell the config.
+        """
+        told = dict(_fields(source.content))
+        if told.pop("tie_word_embeddings", None) is False:
+            self.wishes_untied = source.origin
+        known = {name: told.pop(name) for name in FIELD_NAMES if name in told}
+        unknown = sorted(set(told) - INERT_FIELDS - HUGGING_FACE_FIELDS)
+        if unknown and source.dedicated and not self.values:
+            raise ConfigError(
+                f"{source.origin}: unknown config field {few(unknown, _MOST_NAMED)}; known: {', '.join(FIELD_NAMES)}: "
+                "take it out, or give the config without it in --config"
+            )
+        if unknown and not source.dedicated:
+            # Options of a trainer may bear the name of a field and mean another thing: what cannot be is left out.
+            unknown += sorted(name for name, value in known.items() if not _fits(name, value, decided))
+            known = {name: value for name, value in known.items() if name not in unknown}
+        if not known and not isinstance(source.content, Mapping):
+            self.notes.append(f"{source.origin} is a {type(source.content).__name__}, expected the fields of a config")
+        elif unknown:
+            self.notes.append(
+                f"{source.origin}: left out {few(unknown, _MOST_NAMED)}, which tells nothing of the model"
+            )
+        self._merge(known, source.origin)
+
+    def config(self, defaults: Mapping[str, Any], path: str) -> MythosConfig:
+        """The config, with ``defaults`` for what no source says. Raises ConfigError, naming the field's origin."""
+        try:
+            return config_from_dict({**defaults, **self.values}, origin=self._names(path))
+        except ConfigError as error:
+            # What a source could not tell is often why a field is missing.
+            unusable = self.notes if "missing config field" in str(error) else []
+            raise ConfigError("; ".join([str(error), *unusable])) from None
+
+    def _names(self, path: str) -> str:
+        return " over ".join(dict.fromkeys(self.origins.values())) or path
+
+    def _merge(self, known: Mapping[str, Any], origin: str) -> None:
+        differing = [name for name, value in known.items() if name in self.values and self.values[name] != value]
+        for name in differing[:_MOST_NAMED]:
+            self.notes.append(
+                f"{name} is {self.values[name]!r}, as {self.origins[name]} says; {origin} says {known[name]!r}"
+            )
+        self.origins |= {name: origin for name in known if name not in self.values}
+        self.values = {**known, **self.values}
+
+
+def _fields(content: Any) -> Iterator[tuple[str, Any]]:
+    """The fields of a source that are not null; of a file with sections, those of the section of the config."""
+    if not isinstance(content, Mapping):
+        return
+    section = next((content[key] for key in CONFIG_KEYS if _is_config(content.get(key))), None)
+    for name, value in {**content, **(section or {})}.items():
+        if value is not None and value is not section:
+            yield str(name), value
+
+
+def _is_config(content: Any) -> bool:
+    return isinstance(content, Mapping) and not content.keys().isdisjoint(FIELD_NAMES)
+
+
+def _fits(name: str, value: Any, decided: Mapping[str, Any]) -> bool:
+    try:
+        check_field(name, value)
+    except ConfigError:
+        return False
+    return name not in decided or bool(decided[name] == value)

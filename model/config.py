@@ -1,14 +1,25 @@
 """The shape of a model: the checkpoint's own field names, checked. Needs nothing but the standard library."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mythos_edge.model.bounded_files import read_json
 from mythos_edge.model.errors import ConfigError
 
+_MOST_CONFIG_BYTES = 1 << 20
+# Far beyond every model there is: what is made one by one must come to an end. Others are held to the weights.
+_LARGEST = {
+    "max_loop_iters": 1 << 16,
+    "prelude_layers": 1 << 12,
+    "coda_layers": 1 << 12,
+    "n_experts": 1 << 16,
+    "n_shared_experts": 1 << 12,
+}
+_LARGEST_SIZE = (1 << 31) - 1
+_LARGEST_NUMBER = 1e38  # of float32, about
 # Fields of the reference's config that change nothing at inference; accepted and dropped.
 _INERT_FIELDS = frozenset({"dropout", "max_output_tokens"})
 
@@ -112,11 +123,19 @@ def _check_field(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
         raise ConfigError(f"{name} is {value!r}, expected {wanted}")
     smallest = 0 if name in ("n_shared_experts", "prelude_layers", "coda_layers") else 1
+    largest = _LARGEST.get(name, _LARGEST_SIZE)
     if kind is int and value < smallest:
-        raise ConfigError(f"{name} is {value}, expected at least {smallest}")
+        raise ConfigError(f"{name} is {_short(value)}, expected at least {smallest}")
+    if kind is int and value > largest:
+        raise ConfigError(f"{name} is {_short(value)}, expected at most {largest}")
     # NaN fails both comparisons, so it is refused too.
-    if kind is float and not 0 < value < float("inf"):
-        raise ConfigError(f"{name} is {value}, expected a finite number above 0")
+    if kind is float and not 0 < value <= _LARGEST_NUMBER:
+        raise ConfigError(f"{name} is {_short(value)}, expected a finite number above 0, at most {_LARGEST_NUMBER:g}")
+
+
+def _short(value: float) -> str:
+    """The number as text: one of thousands of digits cannot even be printed."""
+    return str(value) if isinstance(value, float) or value.bit_length() < 256 else "a number of more than 77 digits"
 
 
 def config_from_dict(values: Mapping[str, Any], *, origin: str) -> MythosConfig:
@@ -145,10 +164,10 @@ def config_from_dict(values: Mapping[str, Any], *, origin: str) -> MythosConfig:
 def read_config_dict(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``; ConfigError when it is missing or not one."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path, _MOST_CONFIG_BYTES, "a config")
     except OSError as error:
         raise ConfigError(f"{path}: can not read the config: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a JSON object, got {type(values).__name__}")

@@ -142,7 +142,7 @@ def test_repacked_torch_file(tmp_path: Path, compression: int) -> None:
 def test_damaged_torch_records(tmp_path: Path) -> None:
     assert_refused(CheckpointError, "big-endian", _repacked(_changed(tmp_path), 0, byteorder=b"big"))
     path = _repacked(_changed(tmp_path), 0, data=b"\x80\x02garbage")
-    assert_refused(CheckpointError, "can not be unpickled safely", path)
+    assert_refused(CheckpointError, "cannot be unpickled safely", path)
 
 
 def _safetensors_bytes(header: Any, data: bytes = b"") -> bytes:

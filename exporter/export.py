@@ -22,8 +22,11 @@ from mythos_edge.exporter.weights import (
     plan_weights,
     write_weights,
 )
+from mythos_edge.model.bounded_files import require_file
 from mythos_edge.model.bundle import (
     CPU_PROVIDER,
+    MOST_CONTEXT,
+    MOST_TOKENIZER_BYTES,
     STAGES,
     TARGET,
     WEIGHTS_FILE,
@@ -72,8 +75,10 @@ def export_bundle(
     for name in ("prelude_layers", "coda_layers"):
         if getattr(config, name) < 1:
             raise ConfigError(f"{name} is {getattr(config, name)}: a model without these layers can not be exported")
-    if context < 1:
-        raise ExportError(f"max_context is {context}, expected at least 1")
+    if not 1 <= context <= MOST_CONTEXT:
+        raise ExportError(
+            f"max_context is {context}, expected at least 1 and at most {MOST_CONTEXT}: lower it with --max-context"
+        )
     if tokenizer is not None:
         _check_tokenizer(tokenizer, config)
     plan = plan_weights(config, context, dtype)
@@ -173,10 +178,13 @@ def _source(checkpoint: Checkpoint, hashes: WeightsHashes) -> Source:
 def _check_tokenizer(path: Path, config: MythosConfig) -> None:
     from tokenizers import Tokenizer
 
-    if not path.is_file():
+    if not path.exists():
         raise ExportError(f"{path}: no such tokenizer; expected a Hugging Face tokenizer.json")
     try:
+        require_file(path, MOST_TOKENIZER_BYTES, "a tokenizer")
         size = Tokenizer.from_file(str(path)).get_vocab_size()
+    except OSError as error:
+        raise ExportError(f"{path}: cannot be read: {error.strerror or error}") from error
     except Exception as error:  # the library raises plain Exception
         raise ExportError(f"{path}: not a Hugging Face tokenizer.json: {error}") from error
     if size > config.vocab_size:

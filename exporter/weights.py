@@ -75,6 +75,7 @@ class WeightsHashes:
     file: str
     source: str
 
+
 _WHERE_IT_FITS = {
     "fp32": "use an earlier checkpoint",
     "bf16": "export with --dtype fp32",

@@ -55,6 +55,12 @@ def check_size(file: BinaryIO, most: int, what: str) -> None:
         raise _too_large(size_text(size), most, what)
 
 
+def require_file(path: Path | str, most: int, what: str) -> None:
+    """Raises OSError unless there is a regular file of at most ``most`` bytes, which a library is to read by its name."""
+    with open_regular(path) as file:
+        check_size(file, most, what)
+
+
 def read_json(path: Path | str, most: int, what: str) -> Any:
     """The JSON value in a regular file of at most ``most`` bytes. Raises OSError and ValueError."""
     return parse_json(read_bounded(path, most, what))

@@ -47,7 +47,11 @@ MOST_DEPTH = 1 << 16
 TIES = ("", "router", "halting")
 # Halting mass this close to the threshold, and experts this close for the router, can fall either way in float32.
 NEAR_TIE_MARGIN = 1e-4
-_MOST_MANIFEST_BYTES = 4 << 20
+# Experts this close for the router are the same but for the rounding of their own sums.
+EXACT_TIE_MARGIN = 1e-6
+# Ten times the largest there are; the library unpacks one to many times its size.
+MOST_TOKENIZER_BYTES = 256_000_000
+_MOST_MANIFEST_BYTES = 4_000_000
 _MOST_SAMPLE_TOKENS = 64
 _HASH_CHUNK_BYTES = 4 << 20
 
@@ -264,7 +268,9 @@ def _check_sample(sample: GoldenSample, config: MythosConfig, max_context: int) 
         f"max_depth {sample.max_depth}, expected 1 to {config.max_loop_iters}": (
             1 <= sample.max_depth <= config.max_loop_iters
         ),
-        f"depths that are not in 1 .. {sample.max_depth}": all(1 <= depth <= sample.max_depth for depth in sample.depth),
+        f"depths that are not in 1 .. {sample.max_depth}": all(
+            1 <= depth <= sample.max_depth for depth in sample.depth
+        ),
         f"threshold {sample.threshold}, expected {config.act_threshold}": sample.threshold == config.act_threshold,
         f"top_ids that are not in 0 .. {vocab[-1]}": all(number in vocab for number in sample.top_ids),
         f"{len(sample.top_logits)} top_logits for {len(sample.top_ids)} top_ids": (

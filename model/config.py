@@ -9,7 +9,7 @@ from typing import Any
 from mythos_edge.model.bounded_files import read_json
 from mythos_edge.model.errors import ConfigError
 
-_MOST_CONFIG_BYTES = 1 << 20
+_MOST_CONFIG_BYTES = 1_000_000
 # Far beyond every model there is: what is made one by one must come to an end. Others are held to the weights.
 _LARGEST = {
     "max_loop_iters": 1 << 16,

@@ -193,10 +193,12 @@ class Rope(nn.Module):
         return turned.view(x.shape)
 
 
-def rope_table(dim: int, max_context: int, theta: float) -> tuple[Float[Tensor, "M F"], Float[Tensor, "M F"]]:
-    """Cosine and sine tables (max_context, dim / 2) in float32."""
+def rope_table(
+    dim: int, max_context: int, theta: float, start: int = 0
+) -> tuple[Float[Tensor, "M F"], Float[Tensor, "M F"]]:
+    """Cosine and sine tables of the positions ``start`` .. ``max_context``, half of ``dim`` wide, in float32."""
     frequencies = 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
-    angles = torch.outer(torch.arange(max_context, dtype=torch.float32), frequencies)
+    angles = torch.outer(torch.arange(start, max_context, dtype=torch.float32), frequencies)
     return angles.cos(), angles.sin()
 
 

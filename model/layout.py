@@ -186,11 +186,17 @@ def _tables(c: MythosConfig, max_context: int) -> list[Recipe]:
     n_cos = c.loop_dim - n_sin
     shape = (max_context, c.rope_dim // 2)
     return [
-        Recipe("rope.cos", shape, lambda _: iter([rope_table(c.rope_dim, max_context, c.rope_theta)[0]])),
-        Recipe("rope.sin", shape, lambda _: iter([rope_table(c.rope_dim, max_context, c.rope_theta)[1]])),
+        Recipe("rope.cos", shape, partial(_angles, c, max_context, 0)),
+        Recipe("rope.sin", shape, partial(_angles, c, max_context, 1)),
         Recipe("step.table.sin_frequency", (n_sin,), lambda _: iter([frequencies])),
         Recipe("step.table.cos_frequency", (n_cos,), lambda _: iter([frequencies[:n_cos]])),
     ]
+
+
+def _angles(c: MythosConfig, max_context: int, which: int, _: TensorReader) -> Iterator[Tensor]:
+    """The cosines (``which`` 0) or sines (1) of the rotary table."""
+    for start, stop in _row_ranges(max_context, c.rope_dim // 2):
+        yield rope_table(c.rope_dim, stop, c.rope_theta, start)[which]
 
 
 def _vector(name: str, source: str, size: int) -> Recipe:

@@ -72,7 +72,9 @@ class Network(nn.Module):
                 margins.append((state.halt_mass - threshold).abs())
         rows = torch.arange(chunk) if logit_rows is None else logit_rows
         logits, _ = self.coda(state.out, rows, window, *[self._no_past(batch)] * config.coda_layers)
-        experts, router_margins = (torch.stack(of_steps).unflatten(1, (batch, chunk)) for of_steps in zip(*choices, strict=True))
+        experts, router_margins = (
+            torch.stack(of_steps).unflatten(1, (batch, chunk)) for of_steps in zip(*choices, strict=True)
+        )
         return Scored(
             logits,
             state.depth,

@@ -10,8 +10,8 @@ from typing import Any
 from mythos_edge.model.bounded_files import size_text
 
 # A checkpoint of 20,000 tensors and their optimizer has some 2 MB of pickle, 1.5 million opcodes, 160,000 calls.
-_MOST_BYTES = 32 << 20
-_MOST_OPCODES = 4_000_000
+_MOST_BYTES = 32_000_000
+_MOST_OPCODES = 2_000_000
 _MOST_CALLS = 400_000
 # Everything that stands in something counts again in what that stands in.
 _MOST_UNPACKED = 200_000_000

@@ -26,7 +26,7 @@ EXPECTED = (
     "or a folder with model.safetensors or model.safetensors.index.json"
 )
 # A tensor takes some 150 bytes of a header, and JSON unpacks to 30 times its size.
-_MOST_HEADER_BYTES = 16 << 20
+_MOST_HEADER_BYTES = 16_000_000
 # Source: safetensors 0.8, safetensors/src/tensor.rs, enum Dtype.
 _DTYPES = {
     "F64": torch.float64,
@@ -293,9 +293,7 @@ def _check_pickle(file: BinaryIO, record: Record, path: Path) -> None:
         file.seek(record.offset)
         check_pickle(file.read(record.n_bytes))
     except ValueError as error:
-        raise CheckpointError(
-            f"{path}: cannot be unpickled safely: {error}: save model.state_dict() alone"
-        ) from error
+        raise CheckpointError(f"{path}: cannot be unpickled safely: {error}: save model.state_dict() alone") from error
 
 
 def _what_instead_of_zip(start: bytes) -> str:

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from mythos_edge.model.bounded_files import size_text
 from mythos_edge.model.errors import CheckpointError
 
 # A record takes some 100 bytes of the directory, and a checkpoint has one a tensor.
-_MOST_DIRECTORY_BYTES = 16 << 20
+_MOST_DIRECTORY_BYTES = 16_000_000
 _SAVE_AGAIN = "load the file with torch.load(weights_only=True) and torch.save it again"
 _LOCAL_HEADER_BYTES = 30
 
@@ -100,5 +101,5 @@ class _BoundedReads:
         most = _MOST_DIRECTORY_BYTES
         data = self._file.read(count if 0 <= count <= most else most + 1)
         if len(data) > most:
-            raise zipfile.BadZipFile(f"its directory is longer than {most >> 20} MB")
+            raise zipfile.BadZipFile(f"its directory is longer than {size_text(most)}")
         return data

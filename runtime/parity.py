@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mythos_edge.model.bundle import NEAR_TIE_MARGIN
+from mythos_edge.model.bundle import EXACT_TIE_MARGIN, NEAR_TIE_MARGIN
 
 Float = NDArray[np.floating[Any]]
 Integer = NDArray[np.integer[Any]]
@@ -142,6 +142,7 @@ def tolerance(reference_error: float, largest_logit: float) -> float:
 
 
 def passes(report: ParityReport, allowed: float) -> bool:
-    """Whether the run is in parity; with nothing left to compare it is not, unless ties of the router are why."""
+    """Whether the run is in parity; with nothing left to compare it is not, unless exact ties of the router are why."""
     agrees = report.depth_agreement == 1.0 and bool(np.isfinite(report.max_abs)) and report.max_abs <= allowed
-    return agrees and (report.compared > 0 or bool(report.router_ties))
+    exact = any(tie.margin < EXACT_TIE_MARGIN for tie in report.router_ties)
+    return agrees and (report.compared > 0 or exact)

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from mythos_edge.model.bounded_files import require_file
+from mythos_edge.model.bundle import MOST_TOKENIZER_BYTES
 from mythos_edge.model.errors import BackendUnavailable, BundleError, UsageError
 
 _END_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|end|>", "<eos>", "<|im_end|>")
@@ -23,7 +25,10 @@ class Tokenizer:
         except ImportError as error:
             raise BackendUnavailable("text needs the tokenizers library", "pip install tokenizers") from error
         try:
+            require_file(path, MOST_TOKENIZER_BYTES, "a tokenizer")
             self._library = Library.from_file(str(path))
+        except OSError as error:
+            raise BundleError(f"{path}: can not be read: {error.strerror or error}") from error
         except Exception as error:  # the library raises plain Exception
             raise BundleError(f"{path}: not a tokenizer: {' '.join(str(error).split())}") from error
         found = (self._library.token_to_id(name) for name in _END_TOKENS)

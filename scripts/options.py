@@ -16,6 +16,8 @@ from mythos_edge.runtime.halting import Policy
 from mythos_edge.runtime.session import Session
 from mythos_edge.runtime.speculation import AUTO
 
+# What numpy and torch both take, and a few more after it.
+_LARGEST_SEED = (1 << 32) - 1
 # Of a .npy file: what numpy itself reads at most, and how, by version of the format.
 _MOST_HEADER_BYTES = 1 << 14
 _HEADER_READERS: Mapping[tuple[int, int], Callable[..., tuple[tuple[int, ...], bool, np.dtype[Any]]]] = {
@@ -96,6 +98,18 @@ def _number_or_auto(text: str) -> int | str:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto") from None
+
+
+def check_nats(limit: float) -> None:
+    """Raises UsageError for a --max-kl that nothing or everything would pass."""
+    if not 0 <= limit < math.inf:  # written so that NaN fails
+        raise UsageError(f"--max-kl is {limit}, expected 0 or more nats")
+
+
+def check_seed(seed: int) -> None:
+    """Raises UsageError for a --seed that no generator of random numbers takes."""
+    if not 0 <= seed <= _LARGEST_SEED:
+        raise UsageError(f"--seed is {seed}, expected 0 to {_LARGEST_SEED}")
 
 
 def ids_from_text(text: str) -> list[int]:

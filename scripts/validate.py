@@ -53,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     quality_gate.check_arguments(args)
+    options.check_seed(args.seed)
     bundle = open_bundle(args.bundle, trust_engines=args.trust)
     ids = _tokens(args, bundle)
     with ExitStack() as opened:
@@ -128,9 +129,7 @@ def _compare(
     routes: dict[str, parity.ParityReport] = {}
     for name, run_route in _routes(session, ids).items():
         console.progress(f"running {name}", 0.0)
-        routes[name] = parity.compare(
-            logits, run_route[0], depth, run_route[1], margin, router_margin, allowed
-        )
+        routes[name] = parity.compare(logits, run_route[0], depth, run_route[1], margin, router_margin, allowed)
     passed = all(parity.passes(route, allowed) for route in routes.values())
     second = min(_SECOND_CHUNK, ids.shape[1])
     exact = session.score(ids, prefill=second).logits
@@ -148,7 +147,9 @@ def _compare(
     console.say(f"near ties of halting: {len(ties)}")
     console.say(f"ties of the router: {len(router_ties)} of {ids.size} positions")
     if router_ties:
-        console.say("there experts are equally good: a bundle takes the lowest index, torch and others may take another")
+        console.say(
+            "there experts are equally good: a bundle takes the lowest index, torch and others may take another"
+        )
     divergence = float(np.abs(last.logits - exact).max())
     console.say(f"policy last differs from exact by up to {divergence:.2g} (it is an approximation)")
     return {

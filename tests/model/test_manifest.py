@@ -45,7 +45,7 @@ def _read(values: dict[str, Any]) -> Manifest:
         {"source": Source("m", "safetensors", "0" * 64, 1200)},
         {"graphs": {}, "targets": {}},
         {"versions": {}},
-        {"sample": GoldenSample((), 1, 0.5, (), (), ())},
+        {"sample": GoldenSample((5,), 1, 0.99, (1,), (0,), (-1.0,), "router")},
     ],
 )
 def test_a_manifest_survives_the_way_through_json(changes: dict[str, Any]) -> None:

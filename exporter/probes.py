@@ -70,7 +70,7 @@ class Router:
     top_k: int
 
     def chosen(self, x: Array) -> NDArray[np.int64]:
-        """The experts (rows, k) of each row of ``x (rows, D)``, best first, of equal ones those with the lowest index."""
+        """The experts (rows, k) of each row of ``x (rows, D)``, best first, of equal ones the lowest index first."""
         logits = x @ self.weight.T + self.bias
         chosen: NDArray[np.int64] = np.argsort(-logits, axis=-1, kind="stable")[:, : self.top_k]
         return chosen

@@ -35,10 +35,10 @@ def check_pickle(data: bytes) -> None:
     # Of each value on the stack its size, in a cell of its own, as what it is put into may grow later.
     stack: list[list[int]] = []
     memo: dict[int, list[int]] = {}
-    opcodes = calls = unpacked = 0
-    for opcode, argument, _ in pickletools.genops(data):
+    calls = unpacked = 0
+    argument: Any
+    for opcodes, (opcode, argument, _) in enumerate(pickletools.genops(data)):
         name = opcode.name
-        opcodes += 1
         calls += name in _CALLS
         if name in ("GLOBAL", "INST") and str(argument).rpartition(" ")[2] == _MAKES_BYTES:
             raise ValueError(f"it calls {_MAKES_BYTES}, which no checkpoint needs")

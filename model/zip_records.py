@@ -64,8 +64,8 @@ def _placed(file: BinaryIO, listed: list[zipfile.ZipInfo], path: Path) -> list[R
         end = record.offset + record.n_bytes
         if end > size:
             raise CheckpointError(
-                f"{path}: truncated or damaged: the record {record.name[:80]!r} ends at byte {end}, the file at {size}: "
-                "copy it again"
+                f"{path}: truncated or damaged: the record {record.name[:80]!r} ends at byte {end}, the file at "
+                f"{size}: copy it again"
             )
         names.add(record.name)
         records.append(record)

@@ -19,7 +19,8 @@ Float64 = NDArray[np.float64]
 @dataclass(frozen=True)
 class Trace:
     """What one run made of a sequence: ``logits (S, V)``, ``depth (S,)``, and at each of the loop steps L the states
-    ``h (L, S, D)`` after it, the experts ``chosen (L, S, k)`` in it and whether others were as good, ``tied (L, S)``."""
+    ``h (L, S, D)`` after it, the experts ``chosen (L, S, k)`` in it and whether others were as good (``tied (L, S)``)
+    as them."""
 
     logits: Float
     depth: Integer

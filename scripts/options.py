@@ -5,6 +5,7 @@ import io
 import math
 import os
 from collections.abc import Callable, Mapping
+from tokenize import TokenError
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -24,6 +25,8 @@ _HEADER_READERS: Mapping[tuple[int, int], Callable[..., tuple[tuple[int, ...], b
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
+# numpy reads a header as Python text, which can fail in each of these ways.
+_NO_ARRAY = (ValueError, EOFError, TypeError, SyntaxError, TokenError, RecursionError, MemoryError)
 _DEPTH = ("policy", "min_depth", "max_depth", "threshold")
 _DRAFTS = ("draft_depth", "draft_tokens")
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
@@ -129,8 +132,7 @@ def ids_from_file(path: str) -> NDArray[Any]:
             return array
     except OSError as error:
         raise UsageError(f"{path}: cannot read the ids: {error.strerror or error}") from error
-    # numpy reads a header as Python text, which can fail in each of these ways.
-    except (ValueError, EOFError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
+    except _NO_ARRAY as error:
         raise UsageError(f"{path}: not a .npy file of numbers: save the ids with numpy.save") from error
 
 
@@ -146,6 +148,8 @@ def _check_array_header(file: BinaryIO, path: str) -> None:
     shape, _, dtype = _HEADER_READERS[version](head)
     if dtype.kind not in "biufc":
         raise ValueError(f"dtype {dtype}")
+    if min(shape, default=0) < 0:
+        raise ValueError(f"shape {shape}")
     needed, found = math.prod(shape) * dtype.itemsize, os.fstat(file.fileno()).st_size - head.tell()
     if needed != found:
         raise UsageError(

@@ -56,7 +56,7 @@ def check_size(file: BinaryIO, most: int, what: str) -> None:
 
 
 def require_file(path: Path | str, most: int, what: str) -> None:
-    """Raises OSError unless ``path`` is a regular file of at most ``most`` bytes, for a library that reads it itself."""
+    """Raises OSError unless ``path`` is a regular file of at most ``most`` bytes: before a library reads it itself."""
     with open_regular(path) as file:
         check_size(file, most, what)
 

@@ -28,7 +28,7 @@ class Tokenizer:
             require_file(path, MOST_TOKENIZER_BYTES, "a tokenizer")
             self._library = Library.from_file(str(path))
         except OSError as error:
-            raise BundleError(f"{path}: can not be read: {error.strerror or error}") from error
+            raise BundleError(f"{path}: not a tokenizer: {error.strerror or error}") from error
         except Exception as error:  # the library raises plain Exception
             raise BundleError(f"{path}: not a tokenizer: {' '.join(str(error).split())}") from error
         found = (self._library.token_to_id(name) for name in _END_TOKENS)

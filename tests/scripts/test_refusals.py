@@ -305,6 +305,19 @@ def test_a_graph_that_is_none_is_refused(damaged: Path, run: Callable[..., Ran])
     refused(run("inspect", damaged / "coda.ort-cpu.onnx"), "not an ONNX file, or damaged")
 
 
+def test_pipes_are_refused_and_not_waited_for(tmp_path: Path, run: Callable[..., Ran]) -> None:
+    for name in ("graph.onnx", "model.pt", "model.safetensors", "config.json", "tokenizer.json"):
+        os.mkfifo(tmp_path / name)
+    for name in ("graph.onnx", "model.pt", "model.safetensors"):
+        refused(run("inspect", tmp_path / name), f"{name}: cannot be read: is a pipe, expected a file: write its")
+    output = tmp_path / "out"
+    refused(run("export", tmp_path / "model.pt", "-o", output), "model.pt: cannot be read: is a pipe")
+    refused(run("export", CHECKPOINT, "-o", output, "--config", tmp_path / "config.json"), "config.json", "is a pipe")
+    tokenizer = tmp_path / "tokenizer.json"
+    refused(run("export", CHECKPOINT, "-o", output, "--tokenizer", tokenizer), "cannot be read: is a pipe")
+    assert not output.exists()
+
+
 # --- an export ----------------------------------------------------------------------------------------------------
 
 

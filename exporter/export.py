@@ -25,6 +25,7 @@ from mythos_edge.exporter.weights import (
 )
 from mythos_edge.model.bundle import (
     CPU_PROVIDER,
+    MOST_CONTEXT,
     STAGES,
     TARGET,
     WEIGHTS_FILE,
@@ -78,8 +79,10 @@ def export_bundle(
     for name in ("prelude_layers", "coda_layers"):
         if getattr(config, name) < 1:
             raise ConfigError(f"{name} is {getattr(config, name)}: a model without these layers can not be exported")
-    if context < 1:
-        raise ExportError(f"max_context is {context}, expected at least 1")
+    if not 1 <= context <= MOST_CONTEXT:
+        raise ExportError(
+            f"max_context is {context}, expected at least 1 and at most {MOST_CONTEXT}: lower it with --max-context"
+        )
     if checkpoint.stored_table is not None:
         checkpoint.stored_table.check_length(context, str(checkpoint.path))
     text = tokenizer_for(tokenizer, end_tokens, config.vocab_size)

@@ -15,7 +15,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 from numpy.typing import NDArray
 
-from mythos_edge.model.bundle import Bundle
+from mythos_edge.model.bundle import EXACT_TIE_MARGIN, Bundle
 from mythos_edge.model.errors import BundleError, MythosEdgeError, unavailable
 from mythos_edge.model.linked_weights import NONE_APART, Apart, lent_weights
 from mythos_edge.model.machine import cores
@@ -79,10 +79,21 @@ class Router:
     top_k: int
 
     def chosen(self, x: Array) -> NDArray[np.int64]:
-        """The experts (rows, k) of each row of ``x (rows, D)``, in no order."""
+        """The experts (rows, k) of each row of ``x (rows, D)``, best first, of equal ones the lowest index first."""
         logits = x @ self.weight.T + self.bias
-        chosen: NDArray[np.int64] = np.argpartition(-logits, self.top_k - 1, axis=-1)[:, : self.top_k]
+        chosen: NDArray[np.int64] = np.argsort(-logits, axis=-1, kind="stable")[:, : self.top_k]
         return chosen
+
+    def tied(self, x: Array) -> NDArray[np.bool_]:
+        """Whether for each row of ``x (rows, D)`` an expert that is not chosen is as good as the last of the chosen.
+
+        Exactly as good: that rounding turns a near tie over is what rounding costs.
+        """
+        best = -np.sort(-(x @ self.weight.T + self.bias), axis=-1)
+        if self.top_k == best.shape[-1]:
+            return np.zeros(len(best), np.bool_)
+        tied: NDArray[np.bool_] = best[:, self.top_k - 1] - best[:, self.top_k] < EXACT_TIE_MARGIN
+        return tied
 
 
 def router_of(bundle: Bundle) -> Router:

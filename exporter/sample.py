@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mythos_edge.exporter.weights import WeightsPlan
-from mythos_edge.model.bundle import WEIGHTS_FILE, GoldenSample
+from mythos_edge.model.bundle import NEAR_TIE_MARGIN, WEIGHTS_FILE, GoldenSample
 from mythos_edge.model.config import MythosConfig
+from mythos_edge.model.errors import ExportError
 from mythos_edge.model.network import Network
 
 _TOKENS = 4
@@ -26,7 +27,10 @@ _PIECE_BYTES = 32 << 20
 
 
 def golden_sample(config: MythosConfig, plan: WeightsPlan, folder: Path, max_context: int) -> GoldenSample:
-    """Depths and largest logits of the network in ``folder`` after a few tokens and at most two loop steps."""
+    """Depths and largest logits of the network in ``folder`` after a few tokens and at most two loop steps.
+
+    Raises ExportError when the logits are not finite.
+    """
     max_depth = min(_MAX_DEPTH, config.max_loop_iters)
     with (folder / WEIGHTS_FILE).open("rb") as file:
         # A private mapping: torch wants writable memory, and nothing is ever written.
@@ -35,18 +39,27 @@ def golden_sample(config: MythosConfig, plan: WeightsPlan, folder: Path, max_con
     for start in range(3, 3 + _ATTEMPTS):
         ids = [(7 * index + start) % config.vocab_size for index in range(min(_TOKENS, max_context))]
         with torch.no_grad(), _Streaming(lambda: mapping.madvise(mmap.MADV_DONTNEED)):
-            logits, depth, margin = network(torch.tensor([ids]), max_depth, logit_rows=torch.tensor([len(ids) - 1]))
-        # Another machine's float32 must come to the same depths.
-        if margin.min() > _CLEAR_MARGIN:
+            scored = network(torch.tensor([ids]), max_depth, logit_rows=torch.tensor([len(ids) - 1]))
+        # Another machine's float32 must come to the same depths and experts.
+        margins = {"router": scored.router_margin.min(), "halting": scored.margin.min()}
+        if all(margin > _CLEAR_MARGIN for margin in margins.values()):
             break
-    top = logits[0, 0].topk(min(_TOP, config.vocab_size))
+    logits = scored.logits[0, 0]
+    if not torch.isfinite(logits).all():
+        wrong = logits[~torch.isfinite(logits)][0].item()
+        raise ExportError(
+            f"the model's logits are not finite: {wrong} after the {len(ids)} tokens of the self-test, as its numbers "
+            "overflow float32: it cannot be run; export an earlier checkpoint"
+        )
+    top = logits.topk(min(_TOP, config.vocab_size))
     return GoldenSample(
         ids=tuple(ids),
         max_depth=max_depth,
         threshold=config.act_threshold,
-        depth=tuple(depth[0].tolist()),
+        depth=tuple(scored.depth[0].tolist()),
         top_ids=tuple(top.indices.tolist()),
         top_logits=tuple(top.values.tolist()),
+        tie=next((decision for decision, margin in margins.items() if margin < NEAR_TIE_MARGIN), ""),
     )
 
 

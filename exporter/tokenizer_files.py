@@ -4,7 +4,6 @@ A tokenizer's folder says which tokens end a text in ``generation_config.json``,
 Where it has neither, special tokens with a name that is used for nothing else do. Needs no torch.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mythos_edge.model.bundle import EndToken
+from mythos_edge.model.config import read_json_object
 from mythos_edge.model.errors import ConfigError, ExportError
 from mythos_edge.model.tokenizer_file import encoding, read_tokenizer, tokens_around_prompt
 
@@ -30,7 +30,8 @@ _END_NAMES = (
 )
 # With the second there, the first ends a message, after which the same turn goes on.
 _ENDS_LESS = {"<|end|>": "<|return|>"}
-_MOST_BYTES = 1 << 24
+# tokenizer_config.json repeats every added token.
+_MOST_BYTES = 16_000_000
 
 
 @dataclass(frozen=True)
@@ -233,20 +234,4 @@ def _from_tokenizer_config(path: Path) -> str | None:
 
 def _read_object(path: Path) -> Mapping[str, Any]:
     """The JSON object in a file, an empty one where there is no file. Raises ConfigError."""
-    if not path.is_file():
-        return {}
-    try:
-        with path.open("rb") as file:
-            data = file.read(_MOST_BYTES + 1)
-        if len(data) > _MOST_BYTES:
-            raise ValueError(f"more than {_MOST_BYTES >> 20} MiB")
-        values = json.loads(data.decode("utf-8-sig"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(
-            f"{path}: not JSON: {error}; mend it, or say with --end-token which tokens end a text"
-        ) from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: holds a {type(values).__name__}, expected a JSON object")
-    return values
+    return read_json_object(path, "its end tokens", ConfigError, _MOST_BYTES) if path.is_file() else {}

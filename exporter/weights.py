@@ -77,6 +77,13 @@ class WeightsHashes:
     source: str
 
 
+_WHERE_IT_FITS = {
+    "fp32": "use an earlier checkpoint",
+    "bf16": "export with --dtype fp32",
+    "fp16": "export with --dtype bf16 or fp32",
+}
+
+
 def plan_weights(config: MythosConfig, max_context: int, dtype: str) -> WeightsPlan:
     """The layout of the weights file: aligned tensors first, so that all of them stay aligned."""
     sized = []
@@ -200,10 +207,11 @@ def _stored_pieces(tensor: StoredTensor, reader: TensorReader) -> Iterator[memor
     length = 0
     for piece in tensor.recipe.pieces(reader):
         stored = piece.to(tensor.type.torch).contiguous()
-        if stored.dtype == torch.float16 and not torch.isfinite(stored).all():
+        largest = torch.finfo(stored.dtype).max
+        if largest < torch.finfo(piece.dtype).max and not torch.isfinite(stored).all():
             raise ExportError(
-                f"{tensor.recipe.name}: a weight of {piece.abs().max().item():g} does not fit fp16 "
-                "(largest 65504): export with --dtype bf16 or fp32"
+                f"{tensor.recipe.name}: a weight of {piece.abs().max().item():g} does not fit {tensor.type.name} "
+                f"(largest {largest:g}): {_WHERE_IT_FITS[tensor.type.name]}"
             )
         length += stored.nbytes
         yield stored.view(-1).view(torch.uint8).numpy().data

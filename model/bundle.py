@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from mythos_edge.model.bounded_files import read_json
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import BundleError, ConfigError, MythosEdgeError
 from mythos_edge.model.typed_json import dataclass_from_json
@@ -43,6 +44,18 @@ ON_SHAPES = "on_shapes/"
 STAGES = ("prelude", "step", "coda")
 # Sequences that one run of a target's ``.many`` graphs can serve.
 MAX_TOGETHER = 8
+# Positions are float32 numbers in the tables of angles, as in the reference: from here on not every one is exact.
+MOST_CONTEXT = 1 << 24
+# Loop steps that a preset may ask for.
+MOST_DEPTH = 1 << 16
+# Why another kernel may come to other numbers than a golden sample's: what decides was too close to call.
+TIES = ("", "router", "halting")
+# Halting mass this close to the threshold, and experts this close for the router, can fall either way in float32.
+NEAR_TIE_MARGIN = 1e-4
+# Experts this close for the router are the same but for the rounding of their own sums.
+EXACT_TIE_MARGIN = 1e-6
+_MOST_MANIFEST_BYTES = 4_000_000
+_MOST_SAMPLE_TOKENS = 64
 _HASH_CHUNK_BYTES = 4 << 20
 # What makes files of the links that a cache of downloads is made of.
 COPY_LINKS = "download it with `hf download REPOSITORY --local-dir FOLDER`, or copy it with `cp -rL`"
@@ -164,7 +177,11 @@ class Source:
 
 @dataclass(frozen=True)
 class GoldenSample:
-    """A self-test: the depth of each position after ``ids``, and the largest logits of the last."""
+    """A self-test: the depth of each position after ``ids``, and the largest logits of the last.
+
+    ``tie`` is "router" when two experts were equally good (within float32) at the edge of the chosen ones, "halting"
+    when halting mass met the threshold, else empty: with a tie another kernel may rightly come to other numbers.
+    """
 
     ids: tuple[int, ...]
     max_depth: int
@@ -172,6 +189,7 @@ class GoldenSample:
     depth: tuple[int, ...]
     top_ids: tuple[int, ...]
     top_logits: tuple[float, ...]
+    tie: str = ""
 
 
 @dataclass(frozen=True)
@@ -234,6 +252,12 @@ class Manifest:
             raise BundleError(f"dtype is {self.dtype!r}, expected one of {', '.join(STORAGE_DTYPES)}")
         if self.rope_table not in ROPE_TABLE_SOURCES:
             raise BundleError(f"rope_table is {self.rope_table!r}, expected one of {', '.join(ROPE_TABLE_SOURCES)}")
+        if not 1 <= self.max_context <= MOST_CONTEXT:
+            raise BundleError(f"max_context is {self.max_context}, expected 1 to {MOST_CONTEXT}")
+        _check_sample(self.sample, self.config, self.max_context)
+        for name, preset in self.presets.items():
+            if not 1 <= preset.max_depth <= MOST_DEPTH:
+                raise BundleError(f"presets.{name}.max_depth is {preset.max_depth}, expected 1 to {MOST_DEPTH}")
         used = self._exported().union(*(target.graphs.values() for target in self.targets.values()))
         for name in [*self.files, *used]:
             _check_name(name, "file")
@@ -246,6 +270,31 @@ class Manifest:
         for name, record in self.files.items():
             if len(record.sha256) != 64 or set(record.sha256) - set("0123456789abcdef"):
                 raise BundleError(f"files.{name}.sha256 is {record.sha256!r}, expected 64 hexadecimal digits")
+
+
+def _check_sample(sample: GoldenSample, config: MythosConfig, max_context: int) -> None:
+    """Raises BundleError for a self-test that no export can have written."""
+    tokens, most, vocab = len(sample.ids), min(max_context, _MOST_SAMPLE_TOKENS), range(config.vocab_size)
+    checks = {
+        f"{tokens} ids, expected 1 to {most}": 1 <= tokens <= most,
+        f"ids that are not in 0 .. {vocab[-1]}": all(number in vocab for number in sample.ids),
+        f"{len(sample.depth)} depths for {tokens} ids": len(sample.depth) == tokens,
+        f"max_depth {sample.max_depth}, expected 1 to {config.max_loop_iters}": (
+            1 <= sample.max_depth <= config.max_loop_iters
+        ),
+        f"depths that are not in 1 .. {sample.max_depth}": all(
+            1 <= depth <= sample.max_depth for depth in sample.depth
+        ),
+        f"threshold {sample.threshold}, expected {config.act_threshold}": sample.threshold == config.act_threshold,
+        f"top_ids that are not in 0 .. {vocab[-1]}": all(number in vocab for number in sample.top_ids),
+        f"{len(sample.top_logits)} top_logits for {len(sample.top_ids)} top_ids": (
+            len(sample.top_logits) == len(sample.top_ids) > 0
+        ),
+        f"tie {sample.tie[:40]!r}, expected one of {', '.join(map(repr, TIES))}": sample.tie in TIES,
+    }
+    wrong = next((what for what, good in checks.items() if not good), None)
+    if wrong is not None:
+        raise BundleError(f"sample has {wrong}: it was damaged or edited")
 
 
 def bundle_identity(source: Source, dtype: str, max_context: int, config: MythosConfig) -> str:
@@ -446,10 +495,10 @@ def read_manifest(path: Path) -> Manifest:
         what = "has no manifest.json" if path.is_dir() else "is no bundle folder" if path.exists() else "does not exist"
         raise BundleError(f"{path} {what}: make a bundle with mythos-edge export")
     try:
-        values = json.loads(manifest_path.read_text(encoding="utf-8-sig"))
+        values = read_json(manifest_path, _MOST_MANIFEST_BYTES, "a manifest")
     except OSError as error:
         raise BundleError(f"{manifest_path}: can not be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise BundleError(f"{manifest_path}: can not be read: {error}") from error
     if not isinstance(values, dict):
         raise BundleError(f"{manifest_path}: expected a JSON object, got {type(values).__name__}")

@@ -2,15 +2,26 @@
 
 import codecs
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mythos_edge.model.bounded_files import parse_json, read_bounded
 from mythos_edge.model.errors import ConfigError, MythosEdgeError
 from mythos_edge.model.foreign_files import foreign_kind
 
+_MOST_CONFIG_BYTES = 1_000_000
+# Far beyond every model there is: what is made one by one must come to an end. Others are held to the weights.
+_LARGEST = {
+    "max_loop_iters": 1 << 16,
+    "prelude_layers": 1 << 12,
+    "coda_layers": 1 << 12,
+    "n_experts": 1 << 16,
+    "n_shared_experts": 1 << 12,
+}
+_LARGEST_SIZE = (1 << 31) - 1
+_LARGEST_NUMBER = 1e38  # of float32, about
 # Fields of the reference's config that change nothing at inference; accepted and dropped.
 INERT_FIELDS = frozenset({"dropout", "max_output_tokens"})
 
@@ -114,11 +125,19 @@ def check_field(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
         raise ConfigError(f"{name} is {value!r}, expected {wanted}")
     smallest = 0 if name in ("n_shared_experts", "prelude_layers", "coda_layers") else 1
+    largest = _LARGEST.get(name, _LARGEST_SIZE)
     if kind is int and value < smallest:
-        raise ConfigError(f"{name} is {value}, expected at least {smallest}")
+        raise ConfigError(f"{name} is {_short(value)}, expected at least {smallest}")
+    if kind is int and value > largest:
+        raise ConfigError(f"{name} is {_short(value)}, expected at most {largest}")
     # NaN fails both comparisons, so it is refused too.
-    if kind is float and not 0 < value < (1e300 if isinstance(value, int) else float("inf")):
-        raise ConfigError(f"{name} is {value}, expected a finite number above 0")
+    if kind is float and not 0 < value <= _LARGEST_NUMBER:
+        raise ConfigError(f"{name} is {_short(value)}, expected a finite number above 0, at most {_LARGEST_NUMBER:g}")
+
+
+def _short(value: float) -> str:
+    """The number as text: one of thousands of digits cannot even be printed."""
+    return str(value) if isinstance(value, float) or value.bit_length() < 256 else "a number of more than 77 digits"
 
 
 def config_from_dict(values: Mapping[str, Any], *, origin: str) -> MythosConfig:
@@ -153,20 +172,20 @@ def read_config_dict(path: Path) -> dict[str, Any]:
     return read_json_object(path, "the config", ConfigError)
 
 
-def read_json_object(path: Path, what: str, error: type[MythosEdgeError]) -> dict[str, Any]:
-    """The JSON object in the UTF-8 file ``path``, with or without a byte order mark.
+def read_json_object(
+    path: Path, what: str, error: type[MythosEdgeError], most: int = _MOST_CONFIG_BYTES
+) -> dict[str, Any]:
+    """The JSON object in a file of at most ``most`` bytes, with or without a byte order mark.
 
     Raises ``error``, which calls the file's content ``what``, when it is missing or holds anything else.
     """
     try:
-        content = path.read_bytes()
+        content = read_bounded(path, most, what)
     except OSError as fault:
-        raise error(f"{path}: can not read {what}: {fault.strerror or fault}") from fault
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise error(f"{path}: is UTF-16 text, expected UTF-8: save it again as UTF-8")
+        raise error(f"{path}: cannot read {what}: {fault.strerror or fault}") from fault
     try:
-        values = json.loads(content.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as fault:
+        values = parse_json(content)
+    except ValueError as fault:
         known = foreign_kind(content[:512]) if not content.lstrip(codecs.BOM_UTF8).startswith(b"{") else None
         if known is not None:
             raise error(f"{path}: is {known}") from fault

@@ -117,7 +117,7 @@ class EagerOps:
         Source: ``MoEFFN.forward``; chosen on biased logits, weighted by unbiased scores renormalised.
         """
         logits = nn.functional.linear(x, router).to(torch.promote_types(x.dtype, torch.float32))
-        chosen = (logits + router_bias).topk(top_k, dim=-1).indices
+        chosen, _ = chosen_experts(logits + router_bias, top_k)
         weights = logits.gather(-1, chosen).softmax(-1).to(x.dtype)
         y = swiglu(x, *shared) if shared else torch.zeros_like(x)
         for expert in chosen.unique().tolist():
@@ -126,6 +126,18 @@ class EagerOps:
             hidden = nn.functional.silu(gate) * up
             y = y.index_add(0, row, nn.functional.linear(hidden, fc2[expert]) * weights[row, rank, None])
         return y
+
+
+def chosen_experts(biased: Float[Tensor, "N E"], top_k: int) -> tuple[Int[Tensor, "N K"], Float[Tensor, "N"]]:
+    """The experts of each row, best first, and by how much the last of them beats the best of the others.
+
+    Source: ``MoEFFN.forward``. Differs: of equally good experts those with the lowest indices, as every kernel here
+    does; the reference leaves it to ``torch.topk``, which promises no order.
+    """
+    best, experts = biased.sort(dim=-1, descending=True, stable=True)
+    if top_k == biased.shape[-1]:
+        return experts, torch.full_like(best[:, 0], torch.inf)
+    return experts[:, :top_k], best[:, top_k - 1] - best[:, top_k]
 
 
 def visible_columns(window: Window, past_columns: int, new_columns: int) -> Bool[Tensor, "B S CS"]:
@@ -181,9 +193,12 @@ class Rope(nn.Module):
         return turned.view(x.shape)
 
 
-def rope_table(dim: int, max_context: int, theta: float) -> tuple[Float[Tensor, "M F"], Float[Tensor, "M F"]]:
-    """Cosine and sine tables (max_context, dim / 2) in float32."""
-    angles = torch.outer(torch.arange(max_context, dtype=torch.float32), rope_frequencies(dim, theta))
+def rope_table(
+    dim: int, max_context: int, theta: float, start: int = 0
+) -> tuple[Float[Tensor, "M F"], Float[Tensor, "M F"]]:
+    """Cosine and sine tables of the positions ``start`` .. ``max_context``, half of ``dim`` wide, in float32."""
+    positions = torch.arange(start, max_context, dtype=torch.float32)
+    angles = torch.outer(positions, rope_frequencies(dim, theta))
     return angles.cos(), angles.sin()
 
 
@@ -299,6 +314,11 @@ class SparseMoE(nn.Module):
     def forward(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
         shared = (self.shared_gate_up, self.shared_down) if hasattr(self, "shared_down") else None
         return self.ops.sparse_moe(x, self.router, self.router_bias, self.fc1, self.fc2, shared, self.top_k)
+
+    def choice(self, x: Float[Tensor, "N D"]) -> tuple[Int[Tensor, "N K"], Float[Tensor, "N"]]:
+        """The experts that ``forward`` uses for each row, and how clear the choice is; see ``chosen_experts``."""
+        logits = nn.functional.linear(x, self.router).to(torch.promote_types(x.dtype, torch.float32))
+        return chosen_experts(logits + self.router_bias, self.top_k)
 
 
 class Block(nn.Module):

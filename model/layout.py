@@ -208,14 +208,15 @@ def _tables(c: MythosConfig, max_context: int) -> list[Recipe]:
 
 
 def _rotary(c: MythosConfig, max_context: int, part: int, reader: TensorReader) -> Iterator[Tensor]:
-    """Cosines (``part`` 0) or sines of the rotary table that the checkpoint is computed with."""
+    """Cosines (``part`` 0) or sines (1) of the rotary table that the checkpoint is computed with."""
     table = stored_table_of(reader)
-    if table is None:
-        yield rope_table(c.rope_dim, max_context, c.rope_theta)[part]
-        return
-    table.check_length(max_context, "the checkpoint")
-    for start, stop in _row_ranges(max_context, 2 * table.width):
-        yield cos_and_sin(reader.read(table.entry.name, start, stop))[part]
+    if table is not None:
+        table.check_length(max_context, "the checkpoint")
+    for start, stop in _row_ranges(max_context, c.rope_dim):
+        if table is None:
+            yield rope_table(c.rope_dim, stop, c.rope_theta, start)[part]
+        else:
+            yield cos_and_sin(reader.read(table.entry.name, start, stop))[part]
 
 
 def _vector(name: str, source: str, size: int) -> Recipe:

@@ -4,7 +4,8 @@ The stages are pure functions with named tensors; the exporter traces exactly th
 parity reference: it runs them over whole sequences without a cache, the way the reference does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -12,17 +13,23 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mythos_edge.model.config import MythosConfig
-from mythos_edge.model.layers import Block, EagerOps, Ops, RMSNorm, Rope, Window
+from mythos_edge.model.layers import Block, EagerOps, Ops, RMSNorm, Rope, SparseMoE, Window
 from mythos_edge.model.loop import Halting, LoopState, LoopStep
 
 
 class Scored(NamedTuple):
-    """What a full pass gives; ``margin`` is the distance of a position's halting mass to the threshold after every
-    loop step."""
+    """What a full pass gives, and how near its decisions were to others, for every loop step.
+
+    ``margin`` is the distance of a position's halting mass to the threshold after the loop step, ``router_margin`` by
+    how much the last chosen expert beat the best of the others (infinite where all are chosen), ``experts`` are those
+    chosen.
+    """
 
     logits: Float[Tensor, "B L V"]
     depth: Int[Tensor, "B S"]
     margin: Float[Tensor, "B S M"]
+    router_margin: Float[Tensor, "B S M"]
+    experts: Int[Tensor, "B S M K"]
 
 
 class Network(nn.Module):
@@ -57,14 +64,36 @@ class Network(nn.Module):
         mass = torch.zeros(batch, chunk, dtype=torch.promote_types(e.dtype, torch.float32))
         state = LoopState(e, torch.zeros_like(e), mass, torch.zeros(batch, chunk, dtype=torch.int64))
         halting, margins = Halting(torch.tensor(threshold), torch.tensor(1)), []
-        for index in range(config.max_loop_iters if max_depth is None else max_depth):
-            state, _ = self.loop_step(
-                state, e, torch.full((batch, chunk), index), halting, window, self._no_past(batch)
-            )
-            margins.append((state.halt_mass - threshold).abs())
+        with self._choices() as choices:
+            for index in range(config.max_loop_iters if max_depth is None else max_depth):
+                state, _ = self.loop_step(
+                    state, e, torch.full((batch, chunk), index), halting, window, self._no_past(batch)
+                )
+                margins.append((state.halt_mass - threshold).abs())
         rows = torch.arange(chunk) if logit_rows is None else logit_rows
         logits, _ = self.coda(state.out, rows, window, *[self._no_past(batch)] * config.coda_layers)
-        return Scored(logits, state.depth, torch.stack(margins, dim=-1))
+        experts, router_margins = (
+            torch.stack(of_steps).unflatten(1, (batch, chunk)) for of_steps in zip(*choices, strict=True)
+        )
+        return Scored(
+            logits,
+            state.depth,
+            torch.stack(margins, dim=-1),
+            router_margins.movedim(0, -1),
+            experts.movedim(0, 2),
+        )
+
+    @contextmanager
+    def _choices(self) -> Iterator[list[tuple[Int[Tensor, "N K"], Float[Tensor, "N"]]]]:
+        """A list that takes down what the router chooses in every loop step that runs meanwhile."""
+        found: list[tuple[Tensor, Tensor]] = []
+        experts = self.step.block.ffn
+        assert isinstance(experts, SparseMoE)
+        watch = experts.register_forward_pre_hook(lambda _, given: found.append(experts.choice(*given)))
+        try:
+            yield found
+        finally:
+            watch.remove()
 
     def _no_past(self, batch: int) -> Float[Tensor, "B 0 W"]:
         return torch.empty(batch, 0, self.config.cache_width, dtype=self.norm.weight.dtype)

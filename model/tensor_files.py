@@ -5,34 +5,36 @@ file runs: pickles go through torch's ``weights_only`` unpickler, and the few ex
 of ours that does nothing.
 """
 
-import json
 import logging
 import math
 import os
 import re
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mythos_edge.model.bounded_files import open_regular, parse_json, size_text
 from mythos_edge.model.config import read_json_object
 from mythos_edge.model.config_sources import CONFIG_KEYS
 from mythos_edge.model.errors import CheckpointError
 from mythos_edge.model.foreign_files import bin_shards, distributed_tensor, refuse_foreign_file, refuse_foreign_folder
+from mythos_edge.model.pickle_bounds import check_pickle, check_pickle_size
 from mythos_edge.model.tensor_choice import choose_tensors, under_prefix
+from mythos_edge.model.zip_records import Record, zip_records
 
 EXPECTED = (
     "expected a torch.save file (.pt, .pth, .bin), a .safetensors file, "
     "or a folder with model.safetensors or model.safetensors.index.json"
 )
 _SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
-# The same limit as the safetensors library's own.
-_MAX_HEADER_BYTES = 100_000_000
+# A tensor takes some 150 bytes of a header, and JSON unpacks to 30 times its size.
+_MOST_HEADER_BYTES = 16_000_000
 # Source: safetensors 0.8, safetensors/src/tensor.rs, enum Dtype.
 _DTYPES = {
     "F64": torch.float64,
@@ -125,7 +127,7 @@ def read_tensor_file(path: Path, key: str | None = None) -> TensorFile:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file: {EXPECTED}") from error
     except OSError as error:
-        raise CheckpointError(f"{path}: can not read: {error.strerror or error}") from error
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def _model_in_folder(folder: Path) -> Path:
@@ -146,21 +148,24 @@ def _read_safetensors(path: Path) -> TensorFile:
 
 def _read_sharded(index: Path) -> TensorFile:
     """Source: the index format of Hugging Face transformers, ``{"weight_map": {tensor: file name}}``."""
-    weight_map = read_json_object(index, "the index", CheckpointError).get("weight_map")
+    weight_map = read_json_object(index, "the index", CheckpointError, _MOST_HEADER_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index}: no weight_map of tensor names to file names")
+    names_of: dict[str, list[str]] = {}
+    for name, shard in weight_map.items():
+        names_of.setdefault(shard, []).append(name)
     entries: dict[str, TensorEntry] = {}
-    if any(shard.endswith(".bin") for shard in weight_map.values()):
+    if any(shard.endswith(".bin") for shard in names_of):
         raise CheckpointError(f"{index}: the model is {bin_shards(index.parent)}")
-    for shard in sorted(set(weight_map.values())):
+    for shard, names in sorted(names_of.items()):
         # A name with folders could point anywhere on the machine.
         if shard != Path(shard).name or "\\" in shard:
-            raise CheckpointError(f"{index}: shard {shard!r} is not a plain file name")
-        if not (index.parent / shard).is_file():
+            raise CheckpointError(f"{index}: shard {shard[:80]!r} is not a plain file name")
+        if not (index.parent / shard).exists():
             raise CheckpointError(f"{index}: shard {shard} is missing: copy it beside the index")
         refuse_foreign_file(index.parent / shard, alone=False)
         found = _safetensors_entries(index.parent / shard)
-        for name in (name for name, file in weight_map.items() if file == shard):
+        for name in names:
             if name not in found:
                 raise CheckpointError(f"{index}: {name} should be in {shard}, but is not there")
             entries[name] = found[name]
@@ -169,17 +174,24 @@ def _read_sharded(index: Path) -> TensorFile:
 
 def _safetensors_entries(path: Path) -> dict[str, TensorEntry]:
     """Source: the safetensors format, 8 bytes header size (little endian), JSON header, tensor bytes."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
         header_bytes = int.from_bytes(file.read(8), "little")
-        if size < 8 or header_bytes > min(size - 8, _MAX_HEADER_BYTES):
+        if size < 8 or header_bytes > size - 8:
             raise CheckpointError(
                 f"{path}: truncated or not safetensors: {size} bytes, header of {header_bytes}; copy it again"
+            )
+        if header_bytes > _MOST_HEADER_BYTES:
+            raise CheckpointError(
+                f"{path}: its header has {size_text(header_bytes)}, that of a model has at most "
+                f"{size_text(_MOST_HEADER_BYTES)}: save the model's own tensors alone"
             )
         header = _json_object(file.read(header_bytes), path)
     header.pop("__metadata__", None)
     start = 8 + header_bytes
-    return {name: _safetensors_entry(name, info, path, start, size) for name, info in header.items()}
+    entries = {name: _safetensors_entry(name, info, path, start, size) for name, info in header.items()}
+    _check_apart(entries.values(), path)
+    return entries
 
 
 def _safetensors_entry(name: str, info: Any, path: Path, start: int, size: int) -> TensorEntry:
@@ -203,10 +215,20 @@ def _safetensors_entry(name: str, info: Any, path: Path, start: int, size: int) 
     return entry
 
 
+def _check_apart(entries: Iterable[TensorEntry], path: Path) -> None:
+    """Raises CheckpointError for tensors that share bytes, which the safetensors format does not know."""
+    placed = sorted((entry for entry in entries if entry.n_bytes), key=lambda entry: entry.offset)
+    for before, entry in pairwise(placed):
+        if entry.offset < before.offset + before.n_bytes:
+            raise CheckpointError(
+                f"{path}: {before.name} and {entry.name} share bytes: the file is damaged or made up; copy it again"
+            )
+
+
 def _json_object(text: bytes, path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        values = parse_json(text)
+    except ValueError as error:
         raise CheckpointError(f"{path}: bad JSON header: {error}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: bad JSON header: expected an object, got {type(values).__name__}")
@@ -214,7 +236,7 @@ def _json_object(text: bytes, path: Path) -> dict[str, Any]:
 
 
 def _read_torch(path: Path, key: str | None) -> TensorFile:
-    records = _zip_records(path)
+    records = {record.offset: record.n_bytes for record in _checked_records(path)}
     loaded = _load_without_weights(path)
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{path}: holds a {type(loaded).__name__}, expected a state dict")
@@ -223,6 +245,7 @@ def _read_torch(path: Path, key: str | None) -> TensorFile:
     if chosen.path and not loaded.keys().isdisjoint(("optimizer", "muon", "adamw")):
         kind = "trainer .pt"
     entries = {name: _torch_entry(name, value, path, records) for name, value in chosen.tensors.items()}
+    _check_total(entries.values(), path)
     step = loaded.get("step")
     configs = {name: _plain(loaded[name]) for name in CONFIG_KEYS if chosen.path and loaded.get(name) is not None}
     return TensorFile(kind, entries, configs, step if isinstance(step, int) else None, chosen.notes)
@@ -265,7 +288,7 @@ def _load_without_weights(path: Path) -> Any:
         # torch's own message ends in advice to drop the protection, so only its reason is passed on.
         text = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
         reason = text.splitlines()[0] if text else type(error).__name__
-        raise CheckpointError(f"{path}: can not be unpickled safely: {reason}") from error
+        raise CheckpointError(f"{path}: cannot be unpickled safely: {reason}") from error
 
 
 def _torch_entry(name: Any, value: Any, path: Path, records: Mapping[int, int]) -> TensorEntry:
@@ -293,21 +316,36 @@ def _torch_entry(name: Any, value: Any, path: Path, records: Mapping[int, int]) 
     return entry
 
 
-def _zip_records(path: Path) -> dict[int, int]:
-    """Bytes of every uncompressed record by the file offset of its data."""
-    with path.open("rb") as file:
+def _check_total(entries: Iterable[TensorEntry], path: Path) -> None:
+    """Raises CheckpointError for tensors of many more bytes than the file has: a tied head may share its own."""
+    total, size = sum(entry.n_bytes for entry in entries), path.stat().st_size
+    if total > 2 * size:
+        raise CheckpointError(
+            f"{path}: its tensors have {size_text(total)}, the file {size_text(size)}: they share bytes; "
+            "save each with .clone()"
+        )
+
+
+def _checked_records(path: Path) -> list[Record]:
+    """The records of a torch.save file, none of which would unpack to more than a checkpoint has."""
+    with open_regular(path) as file:
         start = file.read(4)
         if start != b"PK\x03\x04":
             raise CheckpointError(f"{path}: {_what_instead_of_zip(start)}")
-        try:
-            with zipfile.ZipFile(file) as archive:
-                _check_byte_order(archive, path)
-                stored = [info for info in archive.infolist() if info.compress_type == zipfile.ZIP_STORED]
-        except (zipfile.BadZipFile, EOFError) as error:
-            raise CheckpointError(f"{path}: truncated or damaged ({error}): copy the file again") from error
-        size = os.fstat(file.fileno()).st_size
-        found = {_data_offset(file, info): info.file_size for info in stored}
-    return {offset: n_bytes for offset, n_bytes in found.items() if offset + n_bytes <= size}
+        records = zip_records(file, path)
+        for record in records:
+            if record.name.endswith("/data.pkl") and record.name.count("/") == 1:
+                _check_pickle(file, record, path)
+    return records
+
+
+def _check_pickle(file: BinaryIO, record: Record, path: Path) -> None:
+    try:
+        check_pickle_size(record.n_bytes)
+        file.seek(record.offset)
+        check_pickle(file.read(record.n_bytes))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: cannot be unpickled safely: {error}: save model.state_dict() alone") from error
 
 
 def _what_instead_of_zip(start: bytes) -> str:
@@ -317,16 +355,3 @@ def _what_instead_of_zip(start: bytes) -> str:
             "and torch.save it again with torch 1.6 or newer"
         )
     return f"neither a torch.save nor a safetensors file: {EXPECTED}"
-
-
-def _check_byte_order(archive: zipfile.ZipFile, path: Path) -> None:
-    for name in archive.namelist():
-        if name.endswith("/byteorder") and name.count("/") == 1 and archive.read(name) != b"little":
-            raise CheckpointError(f"{path}: big-endian tensors; save it again on a little-endian machine")
-
-
-def _data_offset(file: BinaryIO, info: zipfile.ZipInfo) -> int:
-    """Source: the zip format, local file header: 30 bytes, then a name and an extra field of any size."""
-    file.seek(info.header_offset + 26)
-    sizes = file.read(4)
-    return info.header_offset + 30 + int.from_bytes(sizes[:2], "little") + int.from_bytes(sizes[2:], "little")

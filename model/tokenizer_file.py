@@ -5,11 +5,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from mythos_edge.model.bounded_files import read_bounded
 from mythos_edge.model.errors import unavailable
+from mythos_edge.model.foreign_files import foreign_kind
 
-_LFS_POINTER = b"version https://git-lfs.github.com/"
-# The largest ones in use have about 40 MB.
-_MOST_BYTES = 1 << 29
+# Several times the largest there are; the library unpacks one to many times its size.
+_MOST_BYTES = 256_000_000
 
 
 def read_tokenizer(path: Path) -> tuple[Any, bytes]:
@@ -21,12 +22,9 @@ def read_tokenizer(path: Path) -> tuple[Any, bytes]:
         from tokenizers import Tokenizer
     except ImportError as error:
         raise unavailable(error, "text", "pip install tokenizers") from error
-    with path.open("rb") as file:
-        data = file.read(_MOST_BYTES + 1)
-    if len(data) > _MOST_BYTES:
-        raise ValueError(f"it has more than {_MOST_BYTES >> 20} MiB")
-    if data.startswith(_LFS_POINTER):
-        raise ValueError("it is a git-LFS pointer, not the file itself: run `git lfs pull` where it came from")
+    data = read_bounded(path, _MOST_BYTES, "a tokenizer")
+    if not data.startswith(b"{") and (known := foreign_kind(data[:512])):
+        raise ValueError(f"it is {known}")
     text = data.decode("utf-8-sig")  # a byte order mark is no error
     try:
         return Tokenizer.from_str(text), data

@@ -3,10 +3,12 @@
 Made for the bundle's manifest, so errors are BundleErrors. No schema language and no file reader: the annotations are
 the schema. Of types it knows what the manifest needs: bool, int, float and str, ``dict[str, X]``, ``tuple[X, ...]``,
 dataclasses, MythosConfig through its own reader, and unions of plain types or of one dataclass and None.
-Nothing is converted but whole numbers to the floats they stand for, and no field may be left out.
+Nothing is converted but whole numbers to the floats they stand for, no field may be left out, floats are finite.
 """
 
 import dataclasses
+import math
+import reprlib
 import types
 import typing
 from typing import Any, TypeVar
@@ -15,6 +17,8 @@ from mythos_edge.model.config import MythosConfig, config_from_dict
 from mythos_edge.model.errors import BundleError
 
 T = TypeVar("T")
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 80
 
 
 def dataclass_from_json(kind: type[T], value: Any, where: str) -> T:
@@ -48,17 +52,19 @@ def _typed(kind: Any, value: Any, where: str) -> Any:
         if nested is not None and isinstance(value, dict):
             return _typed(nested, value, where)
         if isinstance(value, bool) or not isinstance(value, arguments):
-            raise BundleError(f"{where} is {value!r}, expected {kind}")
+            raise BundleError(f"{where} is {_REPR.repr(value)}, expected {kind}")
         return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         try:
             return float(value)
         except OverflowError:
             raise BundleError(f"{where} is too large a number: it was damaged or edited") from None
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BundleError(f"{where} is {value}, expected a finite number: it was damaged or edited")
     return _expect(value, kind, where)
 
 
 def _expect(value: Any, kind: type, where: str) -> Any:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise BundleError(f"{where} is {value!r}, expected {kind.__name__}")
+        raise BundleError(f"{where} is {_REPR.repr(value)}, expected {kind.__name__}")
     return value

@@ -6,6 +6,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mythos_edge.model.bundle import EXACT_TIE_MARGIN, NEAR_TIE_MARGIN
+
+Float = NDArray[np.floating[Any]]
+Integer = NDArray[np.integer[Any]]
 # A run may be this many times as far from float64 as the reference's own float32 run is. Kernels sum in other
 # orders, and depth amplifies: more would be a bug, less is luck.
 NOISE_FACTOR = 3.0
@@ -14,8 +18,6 @@ NOISE_FACTOR = 3.0
 NOISE_FLOOR = 3e-6
 # A bundle's self-test compares with logits that another machine's float32 gave at export: a share of the largest logit.
 SELF_TEST_SHARE = 1e-4
-# Halting mass this close to the threshold can fall either way in float32.
-NEAR_TIE_MARGIN = 1e-4
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,22 @@ class NearTie:
 
 
 @dataclass(frozen=True)
-class ParityReport:
-    """Agreement of ``logits`` and ``depth`` with a reference; figures leave out what follows a near tie.
+class RouterTie:
+    """A position at which, in the loop step ``step_index``, two experts were so equally good for the router at the edge
+    of the chosen ones that float32, or another kernel, may choose either."""
 
-    ``compared`` is the share of positions not left out. ``max_abs`` is NaN when any logit of either is not finite.
+    row: int
+    position: int
+    step_index: int
+    margin: float
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """Agreement of ``logits`` and ``depth`` with a reference; figures leave out what follows a tie.
+
+    ``near_ties`` are of halting, ``router_ties`` of the router where a run then differed. ``compared`` is the share of
+    positions not left out. ``max_abs`` is NaN when any logit of either is not finite.
     ``max_rel_l2`` is the largest ||a - b|| / ||a|| of a position; agreements are shares of positions.
     """
 
@@ -44,21 +58,26 @@ class ParityReport:
     depth_agreement: float
     near_ties: list[NearTie] = field(default_factory=list)
     compared: float = 1.0
+    router_ties: list[RouterTie] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def compare(
-    reference: NDArray[np.floating[Any]],
-    logits: NDArray[np.floating[Any]],
-    reference_depth: NDArray[np.integer[Any]],
-    depth: NDArray[np.integer[Any]],
-    margin: NDArray[np.floating[Any]],
+    reference: Float,
+    logits: Float,
+    reference_depth: Integer,
+    depth: Integer,
+    margin: Float,
+    router_margin: Float | None = None,
+    allowed: float = float("inf"),
 ) -> ParityReport:
     """How ``logits (B, S, V)`` and ``depth (B, S)`` agree with the reference's.
 
-    ``margin (B, S, M)`` is the distance of the reference's halting mass to the threshold after every loop step.
+    ``margin (B, S, M)`` is the distance of the reference's halting mass to the threshold after every loop step, and
+    ``router_margin (B, S, M)`` by how much its router preferred the last chosen expert, so that a run that differs by
+    more than ``allowed`` after a tie of the router is told from one that is wrong.
     """
     differs = reference_depth != depth
     # Only a tie where the two part can have made them differ.
@@ -69,13 +88,16 @@ def compare(
         NearTie(int(b), int(s), int(reference_depth[b, s]), int(depth[b, s]), float(margin[b, s]))
         for b, s in np.argwhere(tie)
     ]
-    # What follows a tie attends to its output in the coda, so it may differ by as much.
-    counted = ~np.logical_or.accumulate(tie, axis=1)
     if not (np.isfinite(reference).all() and np.isfinite(logits).all()):
         return ParityReport(float("nan"), float("nan"), 0.0, float(1 - (differs & ~tie).mean()), ties)
-    if not counted.any():
-        return ParityReport(0.0, 0.0, 1.0, float(1 - (differs & ~tie).mean()), ties, 0.0)
     error = np.abs(reference.astype(np.float64) - logits)
+    # What follows a tie attends to its output, so it may differ by as much.
+    other_experts = _after_router_tie(differs & ~tie | (error.max(-1) > allowed), router_margin)
+    counted = ~(np.logical_or.accumulate(tie, axis=1) | other_experts)
+    depth_agreement = float(1 - (differs & ~tie & ~other_experts).mean())
+    router = [] if router_margin is None else _until_parted(router_ties(router_margin), other_experts)
+    if not counted.any():
+        return ParityReport(0.0, 0.0, 1.0, depth_agreement, ties, 0.0, router)
     norms = np.linalg.norm(reference.astype(np.float64), axis=-1)
     relative = np.linalg.norm(error, axis=-1) / np.maximum(norms, np.finfo(np.float64).tiny)
     same_top = reference.argmax(-1) == logits.argmax(-1)
@@ -83,10 +105,35 @@ def compare(
         max_abs=float(error[counted].max()),
         max_rel_l2=float(relative[counted].max()),
         top1_agreement=float(same_top[counted].mean()),
-        depth_agreement=float(1 - (differs & ~tie).mean()),
+        depth_agreement=depth_agreement,
         near_ties=ties,
         compared=float(counted.mean()),
+        router_ties=router,
     )
+
+
+def router_ties(router_margin: Float) -> list[RouterTie]:
+    """Every position ``router_margin (B, S, M)`` shows a tie at, with the loop step of its smallest margin."""
+    least = router_margin.min(-1)
+    return [
+        RouterTie(int(b), int(s), int(router_margin[b, s].argmin()), float(least[b, s]))
+        for b, s in np.argwhere(least < NEAR_TIE_MARGIN)
+    ]
+
+
+def _after_router_tie(differs: NDArray[np.bool_], router_margin: Float | None) -> NDArray[np.bool_]:
+    """The positions ``(B, S)`` from the first on that ``differs`` at or after a tie: its cache rows reach them all."""
+    if router_margin is None:
+        return np.zeros_like(differs)
+    tied = np.logical_or.accumulate((router_margin < NEAR_TIE_MARGIN).any(-1), axis=1)
+    reached: NDArray[np.bool_] = np.logical_or.accumulate(differs & tied, axis=1)
+    return reached
+
+
+def _until_parted(ties: list[RouterTie], parted: NDArray[np.bool_]) -> list[RouterTie]:
+    """The ties that can have made the runs part: those up to the first position that ``parted (B, S)``."""
+    first = np.where(parted.any(1), parted.argmax(1), -1)
+    return [tie for tie in ties if tie.position <= first[tie.row]]
 
 
 def tolerance(reference_error: float, largest_logit: float) -> float:
@@ -95,6 +142,7 @@ def tolerance(reference_error: float, largest_logit: float) -> float:
 
 
 def passes(report: ParityReport, allowed: float) -> bool:
-    """Whether the run is in parity; with nothing left to compare it is not."""
+    """Whether the run is in parity; with nothing left to compare it is not, unless exact ties of the router are why."""
     agrees = report.depth_agreement == 1.0 and bool(np.isfinite(report.max_abs)) and report.max_abs <= allowed
-    return agrees and report.compared > 0
+    exact = any(tie.margin < EXACT_TIE_MARGIN for tie in report.router_ties)
+    return agrees and (report.compared > 0 or exact)

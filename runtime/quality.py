@@ -19,12 +19,14 @@ Float64 = NDArray[np.float64]
 @dataclass(frozen=True)
 class Trace:
     """What one run made of a sequence: ``logits (S, V)``, ``depth (S,)``, and at each of the loop steps L the states
-    ``h (L, S, D)`` after it and the experts ``chosen (L, S, k)`` in it."""
+    ``h (L, S, D)`` after it, the experts ``chosen (L, S, k)`` in it and whether others were as good (``tied (L, S)``)
+    as them."""
 
     logits: Float
     depth: Integer
     h: Float
     chosen: Integer
+    tied: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Difference:
     """How one run differs from another, position by position.
 
     ``kl (S,)`` in nats, ``same_top1 (S,)``, ``h_error (L, S)`` relative, ``common_experts (L, S)`` as a share,
-    ``depth (S,)`` in loop steps, signed.
+    ``depth (S,)`` in loop steps, signed, ``after_tie (S,)`` at and after the first tie of the router in either run.
     """
 
     kl: Float64
@@ -40,6 +42,19 @@ class Difference:
     h_error: Float64
     common_experts: Float64
     depth: NDArray[np.int64]
+    after_tie: NDArray[np.bool_]
+
+    def before_tie(self) -> "Difference":
+        """The difference at those positions alone that no tie of the router can have reached."""
+        kept = ~self.after_tie
+        return Difference(
+            self.kl[kept],
+            self.same_top1[kept],
+            self.h_error[:, kept],
+            self.common_experts[:, kept],
+            self.depth[kept],
+            self.after_tie[kept],
+        )
 
 
 @dataclass(frozen=True)
@@ -108,6 +123,7 @@ def difference(reference: Trace, run: Trace) -> Difference:
         h_error=relative_error(reference.h, run.h),
         common_experts=common_share(reference.chosen, run.chosen),
         depth=run.depth.astype(np.int64) - reference.depth,
+        after_tie=np.logical_or.accumulate((reference.tied | run.tied).any(axis=0)),
     )
 
 

@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mythos_edge.model.bounded_files import require_file
 from mythos_edge.model.bundle import Bundle, has_manifest, manifest_to_dict, open_bundle
 from mythos_edge.model.errors import BackendUnavailable, BundleError, CheckpointError, UsageError, unavailable
 from mythos_edge.runtime.caches import CachePlan, plan_cache
@@ -16,6 +17,8 @@ from mythos_edge.scripts.console import Console
 if TYPE_CHECKING:
     from mythos_edge.model.checkpoint import Checkpoint
 
+# No protobuf message is longer.
+_MOST_GRAPH_BYTES = 1 << 31
 HELP = "show what a checkpoint, an .onnx file or a bundle holds"
 EXAMPLE = "mythos-edge inspect model.bundle --json"
 
@@ -179,7 +182,10 @@ def _onnx(path: Path) -> dict[str, Any]:
     except ImportError as error:
         raise unavailable(error, "reading .onnx", "pip install 'mythos-edge[export]'") from error
     try:
+        require_file(path, _MOST_GRAPH_BYTES, "a graph")
         model = onnx.load(str(path), load_external_data=False)
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read: {error.strerror or error}") from error
     except Exception as error:  # protobuf's DecodeError is not public
         raise BundleError(f"{path}: not an ONNX file, or damaged: {' '.join(str(error).split())}") from error
     weights = [tensor for tensor in model.graph.initializer if tensor.external_data]

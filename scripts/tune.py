@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mythos_edge.model.bundle import MANIFEST_FILE, TARGET, Bundle, Preset, open_bundle
+from mythos_edge.model.bundle import MANIFEST_FILE, MOST_DEPTH, TARGET, Bundle, Preset, open_bundle
 from mythos_edge.model.bundle_writer import update_manifest
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import UsageError, unavailable
@@ -106,8 +106,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     report = _report_module()
     if args.repetitions < 1:
         raise UsageError(f"--repetitions is {args.repetitions}, expected at least 1")
-    if not args.max_kl >= 0:  # written so that NaN fails
-        raise UsageError(f"--max-kl is {args.max_kl}, expected 0 or more nats")
+    options.check_nats(args.max_kl)
     if not args.save:
         raise UsageError("--save is empty, expected a name for the preset")
     bundle = open_bundle(args.bundle)
@@ -159,6 +158,8 @@ def settings_of(args: argparse.Namespace, bundle: Bundle) -> list[Setting]:
     wanted = [Setting(*one) for one in itertools.product(targets, {*thresholds, own}, {*depths, trained})]
     for setting in wanted:
         Depth(**setting.depth)
+        if setting.max_depth > MOST_DEPTH:  # a preset that no bundle would take
+            raise UsageError(f"--max-depths has {setting.max_depth}, expected at most {MOST_DEPTH}")
     return sorted(set(wanted), key=lambda one: (targets.index(one.target), -one.max_depth, -one.threshold))
 
 

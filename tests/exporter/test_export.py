@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -273,3 +274,60 @@ def test_sharded_and_narrow_checkpoints_give_the_same_bundle(tmp_path: Path, mla
     manifest = open_bundle(mla_bundle).manifest
     assert hashes.file == manifest.files["weights.safetensors"].sha256
     assert hashes.source == manifest.source.sha256
+
+
+@pytest.mark.parametrize("context", [0, (1 << 24) + 1, 10**12])
+def test_contexts_that_no_table_can_hold_are_refused_before_the_work(context: int, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=f"max_context is {context}, expected at least 1 and at most 16777216"):
+        _export(tmp_path / "out", max_context=context)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_context_that_the_disk_cannot_hold_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=300 << 20))
+    monkeypatch.setattr(export_module, "tracing", lambda *_: pytest.fail("traced before the disk was looked at"))
+    with pytest.raises(ExportError, match=r"the bundle needs .* MB, 315 MB are free"):
+        _export(tmp_path / "out", max_context=1 << 24)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _changed_checkpoint(folder: Path, name: str, value: float, dtype: torch.dtype) -> Path:
+    folder.mkdir()
+    tensors = load_file(CHECKPOINT / "model.safetensors")
+    tensors[name] = tensors[name].to(dtype)
+    tensors[name][...] = value
+    save_file(tensors, folder / "model.safetensors")
+    shutil.copy(CHECKPOINT / "config.json", folder)
+    return folder
+
+
+def test_a_model_that_overflows_is_not_exported(tmp_path: Path) -> None:
+    source = _changed_checkpoint(tmp_path / "source", "coda.0.ffn_norm.weight", 3e38, torch.float32)
+    with open_checkpoint(source) as checkpoint, pytest.raises(ExportError, match=r"logits are not finite: .*overflow"):
+        export_bundle(checkpoint, tmp_path / "made" / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stored", "value", "words"),
+    [
+        (
+            "fp16",
+            torch.float32,
+            7e4,
+            "a weight of 70000 does not fit fp16 .largest 65504.: export with --dtype bf16 or",
+        ),
+        ("bf16", torch.float32, 3.4e38, "a weight of 3.4e.38 does not fit bf16 .*: export with --dtype fp32"),
+        ("fp32", torch.float64, 1e300, "a weight of 1e.300 does not fit fp32 .*: use an earlier checkpoint"),
+    ],
+)
+def test_a_weight_that_overflows_what_it_is_stored_in_is_refused(
+    dtype: str, stored: torch.dtype, value: float, words: str, tmp_path: Path
+) -> None:
+    source = _changed_checkpoint(tmp_path / "source", "embed.weight", value, stored)
+    with open_checkpoint(source) as checkpoint:
+        plan = plan_weights(checkpoint.config, 8, dtype)
+        with pytest.raises(ExportError, match=f"embed: {words}"):
+            write_weights(plan, checkpoint, tmp_path / "weights.safetensors", lambda done: None)

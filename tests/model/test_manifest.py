@@ -45,7 +45,7 @@ def _read(values: dict[str, Any]) -> Manifest:
         {"source": Source("m", "safetensors", "0" * 64, 1200)},
         {"graphs": {}, "targets": {}},
         {"versions": {}},
-        {"sample": GoldenSample((), 1, 0.5, (), (), ())},
+        {"sample": GoldenSample((5,), 1, 0.99, (1,), (0,), (-1.0,), "router")},
     ],
 )
 def test_a_manifest_survives_the_way_through_json(changes: dict[str, Any]) -> None:
@@ -203,3 +203,40 @@ def test_names_of_targets_that_would_lead_their_files_out_of_the_folder_are_refu
 def test_a_file_in_a_subfolder_is_fine() -> None:
     listed = {**RECORDS, "parts/a..b.bin": RECORDS["step.onnx"]}
     assert "parts/a..b.bin" in _read(_as_json(sample_manifest(listed))).files
+
+
+# --- what no export can have written -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (("sample", "ids"), [1, 32000], "sample has ids that are not in 0 .. 31999"),
+        (("sample", "ids"), [1, -1], "sample has ids that are not in 0 .. 31999"),
+        (("sample", "ids"), [], "sample has 0 ids, expected 1 to 64"),
+        (("sample", "ids"), [1] * 65, "sample has 65 ids, expected 1 to 64"),
+        (("sample", "ids"), [1, 2, 3], "sample has 2 depths for 3 ids"),
+        (("sample", "depth"), [3, 0], "sample has depths that are not in 1 .. 4"),
+        (("sample", "depth"), [3, 5], "sample has depths that are not in 1 .. 4"),
+        (("sample", "max_depth"), 0, "sample has max_depth 0, expected 1 to 16"),
+        (("sample", "max_depth"), 10**7, "sample has max_depth 10000000, expected 1 to 16"),
+        (("sample", "threshold"), 1e30, "sample has threshold 1e+30, expected 0.99"),
+        (("sample", "threshold"), float("nan"), "sample.threshold is nan, expected a finite number"),
+        (("sample", "top_logits"), [float("inf"), 1.0], "sample.top_logits is inf, expected a finite number"),
+        (("sample", "top_logits"), [1.0], "sample has 1 top_logits for 2 top_ids"),
+        (("sample", "top_ids"), [7, 32000], "sample has top_ids that are not in 0 .. 31999"),
+        (("sample", "top_ids"), [-1, 7], "sample has top_ids that are not in 0 .. 31999"),
+        (("sample", "tie"), "draw", "sample has tie 'draw', expected one of '', 'router', 'halting'"),
+        (("max_context",), 0, "max_context is 0, expected 1 to 16777216"),
+        (("max_context",), 10**12, "max_context is 1000000000000, expected 1 to 16777216"),
+        (("config", "max_loop_iters"), 10**7, "max_loop_iters is 10000000, expected at most 65536"),
+        (("presets", "knee", "max_depth"), 10**7, "presets.knee.max_depth is 10000000, expected 1 to 65536"),
+        (("presets", "knee", "kl"), float("nan"), "presets.knee.kl is nan, expected a finite number"),
+        (("created",), list(range(10**5)), "manifest.created is [0, 1, 2, 3, 4, 5, ...], expected str"),
+    ],
+)
+def test_edited_values_are_one_short_line(path: tuple[str, ...], value: Any, words: str) -> None:
+    with pytest.raises(BundleError) as caught:
+        _read(json.loads(json.dumps(_changed(*path, value=value))))
+    assert words in str(caught.value)
+    assert len(str(caught.value)) < 300

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mythos_edge.model.config import VARIANTS, MythosConfig
-from mythos_edge.model.layers import swiglu
+from mythos_edge.model.layers import chosen_experts, swiglu
 from mythos_edge.model.network import Network
 
 CONFIG = dataclasses.replace(
@@ -66,3 +66,28 @@ def test_logit_rows_choose_positions() -> None:
     network = _network()
     some = network(IDS, logit_rows=torch.tensor([1, 5]))
     torch.testing.assert_close(some.logits, network(IDS).logits[:, [1, 5]], rtol=1e-12, atol=1e-12)
+
+
+def test_of_equal_experts_the_first_are_chosen_and_the_margin_says_how_clear_it_was() -> None:
+    biased = torch.tensor([[1.0, 3.0, 2.0, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0, 0.0], [5.0, 1.0, 2.0, 0.0, 4.0]])
+    chosen, margin = chosen_experts(biased, 3)
+    assert chosen.tolist() == [[1, 3, 2], [0, 1, 2], [0, 4, 2]]
+    assert margin.tolist() == [0.0, 0.0, 1.0]
+    assert chosen_experts(biased, 5)[1].tolist() == [float("inf")] * 3
+
+
+def test_a_pass_tells_what_its_router_chose() -> None:
+    network = _network()
+    scored = network(IDS)
+    shape = (*IDS.shape, CONFIG.max_loop_iters)
+    assert scored.router_margin.shape == shape
+    assert scored.experts.shape == (*shape, CONFIG.n_experts_per_tok)
+    assert (scored.router_margin > 0).all()
+    start = network(IDS[:, :2], max_depth=1)
+    torch.testing.assert_close(start.router_margin, scored.router_margin[:, :2, :1])
+    torch.testing.assert_close(start.experts, scored.experts[:, :2, :1])
+    network.step.block.ffn.router.zero_()
+    network.step.block.ffn.router_bias.zero_()
+    tied = network(IDS)
+    assert (tied.router_margin == 0).all()
+    assert (tied.experts == torch.arange(CONFIG.n_experts_per_tok)).all()

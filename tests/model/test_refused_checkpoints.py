@@ -133,16 +133,17 @@ def _repacked(path: Path, compression: int, **replaced: bytes) -> Path:
     return path
 
 
-@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-def test_repacked_torch_file(tmp_path: Path, compression: int) -> None:
-    path = _repacked(_changed(tmp_path), compression)
+def test_repacked_torch_file(tmp_path: Path) -> None:
+    path = _repacked(_changed(tmp_path), zipfile.ZIP_STORED)
     assert_refused(CheckpointError, "not where torch.save puts them|torch.save it again", path)
+    path = _repacked(_changed(tmp_path), zipfile.ZIP_DEFLATED)
+    assert_refused(CheckpointError, "is compressed or encrypted|torch.save it again", path)
 
 
 def test_damaged_torch_records(tmp_path: Path) -> None:
     assert_refused(CheckpointError, "big-endian", _repacked(_changed(tmp_path), 0, byteorder=b"big"))
     path = _repacked(_changed(tmp_path), 0, data=b"\x80\x02garbage")
-    assert_refused(CheckpointError, "can not be unpickled safely", path)
+    assert_refused(CheckpointError, "cannot be unpickled safely", path)
 
 
 def _safetensors_bytes(header: Any, data: bytes = b"") -> bytes:

@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mythos_edge.runtime.parity import NEAR_TIE_MARGIN, NearTie, ParityReport, compare, passes, tolerance
+from mythos_edge.model.bundle import EXACT_TIE_MARGIN
+from mythos_edge.runtime.parity import (
+    NEAR_TIE_MARGIN,
+    NearTie,
+    ParityReport,
+    RouterTie,
+    compare,
+    passes,
+    router_ties,
+    tolerance,
+)
 
 Array = NDArray[np.float64]
 Depths = NDArray[np.int64]
@@ -181,4 +191,60 @@ def test_a_report_is_fit_for_json(logits: Array, depth: Depths) -> None:
     report = compare(logits, logits, depth, other, _near((0, 2)))
     values = json.loads(json.dumps(report.to_dict()))
     ties = [NearTie(**tie) for tie in values.pop("near_ties")]
+    assert values.pop("router_ties") == []
     assert ParityReport(**values, near_ties=ties) == report
+
+
+# --- ties of the router -------------------------------------------------------------------------------------------
+
+
+def _routed(*places: tuple[int, int, int], margin: float = NEAR_TIE_MARGIN / 2) -> Array:
+    found = FAR.copy()
+    for place in places:
+        found[place] = margin
+    return found
+
+
+def test_what_differs_after_a_tie_of_the_router_is_left_out_and_told(logits: Array, depth: Depths) -> None:
+    other, deeper = logits.copy(), depth.copy()
+    other[0, 2:] += 100
+    deeper[0, 3] += 1
+    routed = _routed((0, 1, 3), (0, 3, 0), (1, 1, 1))
+    report = compare(logits, other, depth, deeper, FAR, routed, 1e-3)
+    assert report.router_ties == [RouterTie(0, 1, 3, NEAR_TIE_MARGIN / 2)]
+    assert (report.max_abs, report.depth_agreement) == (0.0, 1.0)
+    assert report.compared == pytest.approx(6 / 8)
+    assert passes(report, 1e-3)
+
+
+@pytest.mark.parametrize("place", [(0, 0), (1, 2)])
+def test_a_tie_of_the_router_excuses_neither_what_precedes_nor_other_rows(
+    logits: Array, depth: Depths, place: tuple[int, int]
+) -> None:
+    other = logits.copy()
+    other[place] += 0.5
+    report = compare(logits, other, depth, depth, FAR, _routed((0, 1, 0)), 1e-3)
+    assert report.router_ties == []
+    assert report.max_abs == pytest.approx(0.5)
+    assert not passes(report, 1e-3)
+    deeper = depth.copy()
+    deeper[place] += 1
+    assert not passes(compare(logits, logits, depth, deeper, FAR, _routed((0, 1, 0)), 1e-3), 1e-3)
+
+
+def test_ties_that_change_nothing_are_compared(logits: Array, depth: Depths) -> None:
+    everywhere = _routed(*np.ndindex(2, 4, 8), margin=0.0)
+    report = compare(logits, logits + 1e-4, depth, depth, FAR, everywhere, 1e-3)
+    assert (report.compared, report.router_ties) == (1.0, [])
+    assert passes(report, 1e-3)
+    assert len(router_ties(everywhere)) == 8
+
+
+@pytest.mark.parametrize(("margin", "good"), [(0.0, True), (EXACT_TIE_MARGIN / 2, True), (NEAR_TIE_MARGIN / 2, False)])
+def test_only_exact_ties_may_leave_nothing_to_compare(margin: float, good: bool, logits: Array, depth: Depths) -> None:
+    routed = _routed((0, 0, 2), (1, 0, 7), margin=margin)
+    report = compare(logits, logits + 1, depth, depth, FAR, routed, 1e-3)
+    assert report.compared == 0.0
+    assert passes(report, 1e-3) is good
+    spoiled = compare(logits, np.full_like(logits, np.nan), depth, depth, FAR, routed, 1e-3)
+    assert not passes(spoiled, 1e-3)

@@ -27,6 +27,7 @@ def trace(random: np.random.Generator) -> Trace:
         depth=np.array([1, 2, 2], np.int32),
         h=random.normal(size=(2, 3, 4)).astype(np.float32),
         chosen=np.array([[[0, 1], [2, 3], [1, 3]], [[0, 3], [1, 2], [0, 1]]]),
+        tied=np.zeros((2, 3), np.bool_),
     )
 
 

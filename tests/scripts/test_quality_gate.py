@@ -93,6 +93,7 @@ def test_a_recorder_puts_chunks_where_they_belong(demo_bundle: Path) -> None:
         probe = Probe(bundle.path / "step.onnx", [ROUTER])
         recorder = _Recorder(backend, probe, router_of(bundle), ROUTER)
         recorder.h, recorder.chosen = np.zeros_like(whole.h), np.zeros_like(whole.chosen)
+        recorder.tied = np.zeros_like(whole.tied)
         Session(bundle, recorder).score(ids, policy="full", prefill=2)
     np.testing.assert_allclose(recorder.h, whole.h, rtol=1e-3, atol=1e-4)
     np.testing.assert_array_equal(np.sort(recorder.chosen), np.sort(whole.chosen))
@@ -108,6 +109,19 @@ def test_a_recorder_puts_chunks_where_they_belong(demo_bundle: Path) -> None:
         (("--max-kl", "0.1"), "--max-kl is for quality"),
         (("--against", "fp32", "--target", "x", "--ids", "a.npy", "--demo-streams"), "give one of them"),
         (("--against", "fp32", "--target", "x", "--demo-streams", "0"), "--demo-streams is 0, expected at least 1"),
+        (("--against", "fp32", "--target", "x", "--max-kl", "nan"), "--max-kl is nan, expected 0 or more nats"),
+        (("--against", "fp32", "--target", "x", "--max-kl=-1"), "--max-kl is -1.0, expected 0 or more nats"),
+        (("--against", "fp32", "--target", "x", "--max-kl", "inf"), "--max-kl is inf, expected 0 or more nats"),
+        (
+            ("--against", "fp32", "--target", "x", "--min-top1", "nan"),
+            "--min-top1 is nan, expected a share from 0 to 1",
+        ),
+        (
+            ("--against", "fp32", "--target", "x", "--min-top1", "1.5"),
+            "--min-top1 is 1.5, expected a share from 0 to 1",
+        ),
+        (("--seed=-1",), "--seed is -1, expected 0 to 4294967295"),
+        (("--seed", str(1 << 70)), "--seed is 1180591620717411303424, expected 0 to 4294967295"),
     ],
 )
 def test_mistakes_are_one_line(demo_bundle: Path, argv: tuple[str, ...], words: str, run: Callable[..., Ran]) -> None:

@@ -16,6 +16,7 @@ from conftest import FIXTURES
 from tiny_checkpoint import Evil
 
 from mythos_edge.model.bundle import SCHEMA_VERSION, EngineSpec
+from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import score, validate
 
 # --- a request ----------------------------------------------------------------------------------------------------
@@ -60,7 +61,7 @@ def test_ids_files_that_are_none(
     (tmp_path / "text.npy").write_text("1,2,3")
     np.savez(tmp_path / "archive.npz", a=np.arange(3))
     for name, message in {
-        "absent.npy": "can not read the ids: No such file",
+        "absent.npy": "cannot read the ids: No such file",
         "flat.npy": "expected integers (batch, positions): ids[None] makes a batch of them",
         "empty.npy": "ids are empty, of shape (0, 4): expected at least one token",
         "wide.npy": "token id 5000 is out of range",
@@ -70,13 +71,53 @@ def test_ids_files_that_are_none(
     }.items():
         refused(run("score", mla_bundle, "--ids", tmp_path / name, "-o", output), message)
         refused(run("validate", mla_bundle, "--against", CHECKPOINT, "--ids", tmp_path / name), message)
-    np.save(tmp_path / "good.npy", np.array([[1, 2, 3]]))
+    good = np.array([[1, 2, 3]])
+    np.save(tmp_path / "good.npy", good)
+    whole = (tmp_path / "good.npy").read_bytes()
+    header = b"{'descr': '<i8', 'fortran_order': False, 'shape': (1, 999999999999), }".ljust(117) + b"\n"
+    os.mkfifo(tmp_path / "pipe.npy")
+    (tmp_path / "huge.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(48))
+    (tmp_path / "cut.npy").write_bytes(whole[:-1])
+    (tmp_path / "two.npy").write_bytes(whole * 2)
+    (tmp_path / "head.npy").write_bytes(b"\x93NUMPY\x02\x00\xff\xff\xff\xff" + bytes(100))
+    (tmp_path / "nested.npy").write_bytes(b"\x93NUMPY\x01\x00\x10\x27" + b"(" * 10000)
+    (tmp_path / "less.npy").write_bytes(whole.replace(b"(1, 3)", b"(-1,3)"))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "archive.npz").read_bytes()[:100])
+    np.save(tmp_path / "object.npy", np.array([[None]]), allow_pickle=True)
+    np.save(tmp_path / "scalar.npy", np.array(1))
+    np.save(tmp_path / "deep.npy", np.zeros((1, 1, 3), np.int64))
+    for name, message in {
+        "pipe.npy": "cannot read the ids: is a pipe, expected a file",
+        ".": "cannot read the ids: Is a directory",
+        "huge.npy": "int64 of shape (1, 999999999999) takes 8 TB, the file holds 48 bytes of it: save the ids with",
+        "cut.npy": "int64 of shape (1, 3) takes 24 bytes, the file holds 23 bytes of it",
+        "two.npy": "int64 of shape (1, 3) takes 24 bytes, the file holds",
+        "head.npy": "not a .npy file of numbers: save the ids with numpy.save",
+        "nested.npy": "not a .npy file of numbers",
+        "less.npy": "not a .npy file of numbers",
+        "cut.npz": "got an archive",
+        "object.npy": "not a .npy file of numbers",
+        "scalar.npy": "ids are int64 of shape (), expected integers (batch, positions)",
+        "deep.npy": "ids are int64 of shape (1, 1, 3), expected integers (batch, positions)",
+    }.items():
+        refused(run("score", mla_bundle, "--ids", tmp_path / name, "-o", output), message)
+    for other in (good.astype(">i8"), np.asfortranarray(np.repeat(good, 2, 0)), good.astype(np.uint16)):
+        np.save(tmp_path / "other.npy", other)
+        assert run("score", mla_bundle, "--ids", tmp_path / "other.npy", "-o", output).code == 0
+        wanted = _scored(mla_bundle, other.tolist())
+        np.testing.assert_array_equal(np.load(output)["logits"], wanted)
+    output.unlink()
     monkeypatch.setattr(score, "_score", lambda *_: pytest.fail("scored before the place was looked at"))
     for place, message in ((tmp_path / "no" / "out.npz", "No such file"), (tmp_path, "is a folder")):
         refused(run("score", mla_bundle, "--ids", tmp_path / "good.npy", "-o", place), message)
     monkeypatch.undo()
     refused(run("score", mla_bundle, "--ids", tmp_path / "good.npy", "-o", output, "--prefill", 4), "prefill is 4")
     assert not output.exists()
+
+
+def _scored(bundle: Path, ids: list[list[int]]) -> np.ndarray:
+    with Session.open(bundle) as session:
+        return session.score(np.array(ids)).logits
 
 
 @pytest.mark.parametrize("word", ["-5", "12x", ""])
@@ -132,7 +173,7 @@ def test_build_refuses_in_one_line(mla_bundle: Path, tmp_path: Path, run: Callab
         (("--weights", "int4", "--keep", "tail"), "--keep tail fits no matrix of this model"),
         (("--weights", "int8", "--calibrate", tmp_path / "foreign.npy"), "token id 5000 is out of range"),
         (("--weights", "int8", "--calibrate", tmp_path / "long.npy"), "the ids have 300 positions"),
-        (("--weights", "int8", "--calibrate", tmp_path / "absent.npy"), "can not read the ids"),
+        (("--weights", "int8", "--calibrate", tmp_path / "absent.npy"), "cannot read the ids"),
         (("--weights", "fp32", "--calibrate", tmp_path / "long.npy"), "--calibrate is a method of its own"),
     ]:
         refused(run("build", mla_bundle, *words), message)
@@ -262,6 +303,19 @@ def test_a_graph_that_is_none_is_refused(damaged: Path, run: Callable[..., Ran])
     (damaged / "coda.ort-cpu.onnx").write_bytes(b"\xff" * size)
     refused(run("generate", damaged, "--ids", "1"), "coda.ort-cpu.onnx: ONNX Runtime can not load it")
     refused(run("inspect", damaged / "coda.ort-cpu.onnx"), "not an ONNX file, or damaged")
+
+
+def test_pipes_are_refused_and_not_waited_for(tmp_path: Path, run: Callable[..., Ran]) -> None:
+    for name in ("graph.onnx", "model.pt", "model.safetensors", "config.json", "tokenizer.json"):
+        os.mkfifo(tmp_path / name)
+    for name in ("graph.onnx", "model.pt", "model.safetensors"):
+        refused(run("inspect", tmp_path / name), f"{name}: cannot be read: is a pipe, expected a file: write its")
+    output = tmp_path / "out"
+    refused(run("export", tmp_path / "model.pt", "-o", output), "model.pt: cannot be read: is a pipe")
+    refused(run("export", CHECKPOINT, "-o", output, "--config", tmp_path / "config.json"), "config.json", "is a pipe")
+    tokenizer = tmp_path / "tokenizer.json"
+    refused(run("export", CHECKPOINT, "-o", output, "--tokenizer", tokenizer), "cannot be read: is a pipe")
+    assert not output.exists()
 
 
 # --- an export ----------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mythos_edge.model.bounded_files import read_json
-from mythos_edge.model.config import MythosConfig
+from mythos_edge.model.config import MOST_DEPTH, MythosConfig
 from mythos_edge.model.errors import BundleError, ConfigError, MythosEdgeError
 from mythos_edge.model.typed_json import dataclass_from_json
 
@@ -46,15 +46,13 @@ STAGES = ("prelude", "step", "coda")
 MAX_TOGETHER = 8
 # Positions are float32 numbers in the tables of angles, as in the reference: from here on not every one is exact.
 MOST_CONTEXT = 1 << 24
-# Loop steps that a preset may ask for.
-MOST_DEPTH = 1 << 16
 # Why another kernel may come to other numbers than a golden sample's: what decides was too close to call.
 TIES = ("", "router", "halting")
 # Halting mass this close to the threshold, and experts this close for the router, can fall either way in float32.
 NEAR_TIE_MARGIN = 1e-4
 # Experts this close for the router are the same but for the rounding of their own sums.
 EXACT_TIE_MARGIN = 1e-6
-_MOST_MANIFEST_BYTES = 4_000_000
+MOST_MANIFEST_BYTES = 4_000_000
 _MOST_SAMPLE_TOKENS = 64
 _HASH_CHUNK_BYTES = 4 << 20
 # What makes files of the links that a cache of downloads is made of.
@@ -495,7 +493,7 @@ def read_manifest(path: Path) -> Manifest:
         what = "has no manifest.json" if path.is_dir() else "is no bundle folder" if path.exists() else "does not exist"
         raise BundleError(f"{path} {what}: make a bundle with mythos-edge export")
     try:
-        values = read_json(manifest_path, _MOST_MANIFEST_BYTES, "a manifest")
+        values = read_json(manifest_path, MOST_MANIFEST_BYTES, "a manifest")
     except OSError as error:
         raise BundleError(f"{manifest_path}: can not be read: {error.strerror}") from error
     except ValueError as error:

@@ -27,8 +27,10 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
+from mythos_edge.model.bounded_files import read_json
 from mythos_edge.model.bundle import (
     MANIFEST_FILE,
+    MOST_MANIFEST_BYTES,
     Bundle,
     FileRecord,
     Manifest,
@@ -216,7 +218,7 @@ def recover(left: Path, folder: Path) -> None:
 def _settle(left: Path, folder: Path) -> None:
     """Removes what the journal of ``left`` names and no manifest lists; without a manifest the old files come back."""
     try:
-        listed = {*json.loads((folder / MANIFEST_FILE).read_bytes())["files"], MANIFEST_FILE}
+        listed = {*read_json(folder / MANIFEST_FILE, MOST_MANIFEST_BYTES, "a manifest")["files"], MANIFEST_FILE}
     except FileNotFoundError:
         listed = set()
     except (ValueError, LookupError, TypeError):
@@ -233,7 +235,7 @@ def _settle(left: Path, folder: Path) -> None:
 def _journal(partial: Path) -> list[str]:
     """The names of a journal; none where it was not written to its end, before anything was moved."""
     try:
-        names = json.loads((partial / _JOURNAL).read_bytes())
+        names = read_json(partial / _JOURNAL, MOST_MANIFEST_BYTES, "a journal")
     except (OSError, ValueError):
         return []
     # It is read from a folder that others may write to.

@@ -11,10 +11,13 @@ from mythos_edge.model.bounded_files import parse_json, read_bounded
 from mythos_edge.model.errors import ConfigError, MythosEdgeError
 from mythos_edge.model.foreign_files import foreign_kind
 
+# Every loop step is a cache slot of its own, so that a mistyped number would fill the memory with empty slots. The
+# deepest published model takes 64 loop steps.
+MOST_DEPTH = 4096
 _MOST_CONFIG_BYTES = 1_000_000
 # Far beyond every model there is: what is made one by one must come to an end. Others are held to the weights.
 _LARGEST = {
-    "max_loop_iters": 1 << 16,
+    "max_loop_iters": MOST_DEPTH,
     "prelude_layers": 1 << 12,
     "coda_layers": 1 << 12,
     "n_experts": 1 << 16,

@@ -6,13 +6,10 @@ from enum import StrEnum
 from typing import Annotated, Any
 
 from mythos_edge.model.bundle import Manifest
-from mythos_edge.model.config import MythosConfig
+from mythos_edge.model.config import MOST_DEPTH, MythosConfig
 from mythos_edge.model.errors import UsageError
 from mythos_edge.runtime.request_values import Within, check_fields
 
-# Every loop step is a cache slot of its own, so that a mistyped number would fill the memory with empty slots. The
-# deepest published model takes 64 loop steps.
-MOST_DEPTH = 4096
 LOOP_STEPS = Within(least=1, most=MOST_DEPTH, unit="loop step")
 # The graphs compare in float32, where a smaller one would be 0 and a larger one infinite.
 THRESHOLD = Within(above=1e-37, most=3e38, says="a finite number above 0 (more than 1e-37, at most 3e+38)")
@@ -48,10 +45,6 @@ class Depth:
     def resolve(self, config: MythosConfig) -> "ResolvedDepth":
         """The parameters with the model's own values filled in; warns when depth goes beyond training."""
         max_depth = self.max_depth or config.max_loop_iters
-        if max_depth > MOST_DEPTH:
-            raise UsageError(
-                f"this model was trained with {max_depth} loop steps, and at most {MOST_DEPTH} can run: give max_depth"
-            )
         if self.min_depth > max_depth:
             raise UsageError(f"min_depth is {self.min_depth}, expected at most max_depth {max_depth}")
         if max_depth > config.max_loop_iters:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mythos_edge.model.bundle import MANIFEST_FILE, MOST_DEPTH, TARGET, Bundle, Preset, open_bundle
+from mythos_edge.model.bundle import MANIFEST_FILE, TARGET, Bundle, Preset, open_bundle
 from mythos_edge.model.bundle_writer import update_manifest
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import UsageError, unavailable
@@ -158,8 +158,6 @@ def settings_of(args: argparse.Namespace, bundle: Bundle) -> list[Setting]:
     wanted = [Setting(*one) for one in itertools.product(targets, {*thresholds, own}, {*depths, trained})]
     for setting in wanted:
         Depth(**setting.depth)
-        if setting.max_depth > MOST_DEPTH:  # a preset that no bundle would take
-            raise UsageError(f"--max-depths has {setting.max_depth}, expected at most {MOST_DEPTH}")
     return sorted(set(wanted), key=lambda one: (targets.index(one.target), -one.max_depth, -one.threshold))
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from mythos_edge.model.bundle import Preset, open_bundle
 from mythos_edge.model.config import VARIANTS
-from mythos_edge.model.errors import UsageError
+from mythos_edge.model.errors import ConfigError, UsageError
 from mythos_edge.runtime.halting import Depth, Policy, ResolvedDepth, depth_of_preset
 
 CONFIG = dataclasses.replace(VARIANTS["1b"], max_loop_iters=6, act_threshold=0.9)
@@ -83,7 +83,5 @@ def test_a_preset_sets_depth_and_an_unknown_one_names_the_known(demo_bundle: Pat
 
 
 def test_a_model_deeper_than_any_is_refused_before_a_slot_is_made() -> None:
-    deep = dataclasses.replace(CONFIG, max_loop_iters=10**7)
-    with pytest.raises(UsageError, match=r"trained with 10000000 loop steps, and at most 4096 can run: give max_depth"):
-        Depth().resolve(deep)
-    assert Depth(max_depth=4096).resolve(deep).max_depth == 4096
+    with pytest.raises(ConfigError, match="max_loop_iters is 10000000, expected at most 4096"):
+        dataclasses.replace(CONFIG, max_loop_iters=10**7)

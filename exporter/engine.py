@@ -234,11 +234,11 @@ def _port(value: onnx.ValueInfoProto) -> _Port:
 def _first_error(parser: Any) -> str:
     """The parser's first error in one line, with the node it met it at."""
     if not parser.num_errors:
-        return "TensorRT can not parse the graph and says no reason"
+        return "TensorRT cannot parse the graph and says no reason"
     error = parser.get_error(0)
     what = " ".join(str(error.desc()).split())
     name, operator = error.node_name(), error.node_operator()
-    return f"TensorRT can not parse node {name!r} ({operator}): {what}" if operator else f"TensorRT: {what}"
+    return f"TensorRT cannot parse node {name!r} ({operator}): {what}" if operator else f"TensorRT: {what}"
 
 
 @contextmanager
@@ -326,7 +326,7 @@ def _writer(trt: Any, logger: Any, file: IO[bytes], tell: Callable[[str], None])
             try:
                 return file.write(data)
             except OSError as error:
-                logger.log(trt.ILogger.Severity.ERROR, f"the plan can not be written: {error.strerror}")
+                logger.log(trt.ILogger.Severity.ERROR, f"the plan cannot be written: {error.strerror}")
                 return 0
 
     return Writer()

@@ -78,7 +78,7 @@ def export_bundle(
     context = config.max_seq_len if max_context is None else max_context
     for name in ("prelude_layers", "coda_layers"):
         if getattr(config, name) < 1:
-            raise ConfigError(f"{name} is {getattr(config, name)}: a model without these layers can not be exported")
+            raise ConfigError(f"{name} is {getattr(config, name)}: a model without these layers cannot be exported")
     if not 1 <= context <= MOST_CONTEXT:
         raise ExportError(
             f"max_context is {context}, expected at least 1 and at most {MOST_CONTEXT}: lower it with --max-context"
@@ -142,7 +142,7 @@ def _disk_errors(output: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ExportError(f"{output}: can not be written: {error.strerror or error}") from error
+        raise ExportError(f"{output}: cannot be written: {error.strerror or error}") from error
 
 
 def _write_graphs(config: MythosConfig, folder: Path, progress: Progress) -> dict[str, GraphSpec]:

@@ -83,7 +83,7 @@ def write_narrow(
                     done += len(data)
                     progress(done / plan.total_bytes)
     except OSError as error:
-        raise BuildError(f"{path.parent}: can not write the float16 weights: {error.strerror or error}") from error
+        raise BuildError(f"{path.parent}: cannot write the float16 weights: {error.strerror or error}") from error
 
 
 def _narrowed(piece: torch.Tensor, name: str) -> bytes:

@@ -150,7 +150,7 @@ def _session(model: ir.Model, path: Path, prepack: bool, apart: Apart) -> Any:
         with lent_weights(options, apart):
             return ort.InferenceSession(serialized, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # see Probe.run
-        raise BundleError(f"{path.name}: ONNX Runtime can not load it with probes: {_one_line(error)}") from error
+        raise BundleError(f"{path.name}: ONNX Runtime cannot load it with probes: {_one_line(error)}") from error
 
 
 def _one_line(error: Exception) -> str:

@@ -176,7 +176,7 @@ def write_rounded(
                     done += values.nbytes
                     progress(done / total)
     except OSError as error:
-        raise BuildError(f"{path.parent}: can not write the rounded weights: {error.strerror}") from error
+        raise BuildError(f"{path.parent}: cannot write the rounded weights: {error.strerror}") from error
 
 
 def round_blocks(

@@ -49,7 +49,7 @@ def files_beside(bundle: Bundle, name: str, progress: Callable[[str, float], Non
         partial = PartialFolder(bundle.path, name, of_any=True, recover=lambda left: recover(left, bundle.path))
         yield partial.path
     except OSError as error:
-        raise BuildError(f"{bundle.path}: can not be written: {error.strerror or error}") from error
+        raise BuildError(f"{bundle.path}: cannot be written: {error.strerror or error}") from error
     finally:
         if partial is not None:
             partial.remove()

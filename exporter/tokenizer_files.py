@@ -111,7 +111,7 @@ def _tokenizer_path(given: Path) -> Path:
     """The tokenizer.json of what was given: the file, its folder, or a file beside it."""
     folder = given if given.is_dir() else given.parent if given.name in _SIBLINGS else None
     path = given if folder is None else folder / TOKENIZER_FILE
-    if path.is_file():
+    if path.exists() and not path.is_dir():  # a pipe is refused by who reads it
         return path
     others = [] if folder is None or not folder.is_dir() else [name for name in _SIBLINGS if (folder / name).is_file()]
     if others and not path.exists():

@@ -62,7 +62,7 @@ def write_engine_weights(
                 progress(done / total)
             assert done == total
     except OSError as error:
-        raise BuildError(f"{folder}: can not write the engine's weights: {error.strerror}") from error
+        raise BuildError(f"{folder}: cannot write the engine's weights: {error.strerror}") from error
     return linked | placed
 
 
@@ -75,7 +75,7 @@ def attach(graph: ir.Graph, tensors: Mapping[str, ir.ExternalTensor]) -> None:
 
 
 def _linked(wanted: Wanted, stored: TensorFile, source: Path, folder: Path) -> dict[str, ir.ExternalTensor]:
-    """The tensors that the bundle has as they are wanted, by a link to its file; none where links can not be."""
+    """The tensors that the bundle has as they are wanted, by a link to its file; none where links cannot be."""
     same = [
         name
         for name, value in wanted.items()

@@ -135,7 +135,7 @@ def write_weights(
                     progress(done)
             assert done == plan.total_bytes
     except OSError as error:
-        raise ExportError(f"{path.parent}: can not write the weights: {error.strerror}") from error
+        raise ExportError(f"{path.parent}: cannot write the weights: {error.strerror}") from error
     return WeightsHashes(written.hexdigest(), source.hashes.hexdigest())
 
 
@@ -270,7 +270,7 @@ class _HashedReader:
         real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
         if not torch.isfinite(real.sum(dtype=torch.float32)) and not torch.isfinite(real).all():
             kind = "NaN" if torch.isnan(real).any() else "infinity"
-            raise CheckpointError(f"{name}: holds {kind}: this checkpoint can not be exported; use an earlier one")
+            raise CheckpointError(f"{name}: holds {kind}: this checkpoint cannot be exported; use an earlier one")
         self.hashes.update(f"{name}[{start}]".encode())
         self.hashes.update(real.contiguous().view(-1).view(torch.uint8).numpy().data)
         return tensor

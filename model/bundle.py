@@ -495,9 +495,9 @@ def read_manifest(path: Path) -> Manifest:
     try:
         values = read_json(manifest_path, MOST_MANIFEST_BYTES, "a manifest")
     except OSError as error:
-        raise BundleError(f"{manifest_path}: can not be read: {error.strerror}") from error
+        raise BundleError(f"{manifest_path}: cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise BundleError(f"{manifest_path}: can not be read: {error}") from error
+        raise BundleError(f"{manifest_path}: cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise BundleError(f"{manifest_path}: expected a JSON object, got {type(values).__name__}")
     return manifest_from_dict(values, origin=str(manifest_path))
@@ -510,7 +510,7 @@ def has_manifest(path: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
-        raise BundleError(f"{path}: can not be read: {error.strerror}") from error
+        raise BundleError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _trusted(bundle: Bundle) -> set[str]:
@@ -527,7 +527,7 @@ def check_files(bundle: Bundle, names: Collection[str]) -> None:
         try:
             size = _size(file)
         except OSError as error:
-            raise BundleError(f"{file}: can not be read: {error.strerror}") from error
+            raise BundleError(f"{file}: cannot be read: {error.strerror}") from error
         if size is None:
             raise BundleError(f"{file}: is missing: {_mend(bundle, name)}")
         if size != listed and name not in trusted:
@@ -560,7 +560,7 @@ def verify_hashes(
         try:
             found = sha256_of(bundle.file(name))
         except OSError as error:
-            raise BundleError(f"{bundle.path / name}: can not be read: {error.strerror}") from error
+            raise BundleError(f"{bundle.path / name}: cannot be read: {error.strerror}") from error
         listed = bundle.manifest.files[name].sha256
         if found != listed:
             raise BundleError(

@@ -86,7 +86,7 @@ class BundleWriter:
             self._partial = PartialFolder(self._parent, self._path.name, recover=self._recover)
         except OSError as error:
             self._remove_parents()
-            raise ExportError(f"{self._shown.parent}: can not write there: {error.strerror}") from error
+            raise ExportError(f"{self._shown.parent}: cannot write there: {error.strerror}") from error
         self.folder = self._partial.path
         return self
 
@@ -311,7 +311,7 @@ def changing(bundle: Bundle) -> Iterator[Manifest]:
     except FileNotFoundError as error:
         raise BundleError(f"{bundle.path}: was replaced or removed meanwhile: begin again") from error
     except OSError as error:
-        raise BundleError(f"{bundle.path}: can not write its manifest: {error.strerror}") from error
+        raise BundleError(f"{bundle.path}: cannot write its manifest: {error.strerror}") from error
 
 
 def _replace_manifest(bundle: Bundle, now: Manifest, manifest: Manifest, beside: Path) -> Bundle:

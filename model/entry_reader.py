@@ -56,4 +56,4 @@ class EntryReader:
                         )
                     filled += got
             except OSError as error:
-                raise CheckpointError(f"{entry.path}: can not read {entry.name}: {error.strerror or error}") from error
+                raise CheckpointError(f"{entry.path}: cannot read {entry.name}: {error.strerror or error}") from error

@@ -30,7 +30,7 @@ class ConfigError(MythosEdgeError):
 
 
 class CheckpointError(MythosEdgeError):
-    """A checkpoint can not be read as an OpenMythos model."""
+    """A checkpoint cannot be read as an OpenMythos model."""
 
 
 class ExportError(MythosEdgeError):
@@ -46,7 +46,7 @@ class BuildError(MythosEdgeError):
 
 
 class BundleError(MythosEdgeError):
-    """A bundle can not be trusted or read."""
+    """A bundle cannot be trusted or read."""
 
 
 class BackendUnavailable(MythosEdgeError):

@@ -5,11 +5,12 @@ holds. Reads a few hundred bytes and, of an archive, its list of records; never 
 """
 
 import re
-import zipfile
 from pathlib import Path
 from shlex import quote
 
+from mythos_edge.model.bounded_files import open_regular
 from mythos_edge.model.errors import CheckpointError
+from mythos_edge.model.zip_records import zip_directory
 
 _START_BYTES = 512
 _DOWNLOAD = "download the file itself with `hf download REPO FILE`"
@@ -82,7 +83,7 @@ def refuse_foreign_file(path: Path, alone: bool = True) -> None:
 
     A shard that is read with its index is not ``alone``.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         start = file.read(_START_BYTES)
     size = path.stat().st_size
     if not start:
@@ -134,9 +135,9 @@ def distributed_tensor(what: str) -> str:
 def _foreign_archive(path: Path) -> str | None:
     """What a zip archive is that torch.save did not write; None for one of torch.save, or a damaged one."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, EOFError, OSError):
+        with open_regular(path) as file:
+            names = [record.filename for record in zip_directory(file)]
+    except (ValueError, OSError):
         return None
     if any(name.endswith("/constants.pkl") for name in names):
         return "a TorchScript program, not a state dict: save torch.jit.load(FILE).state_dict() with torch.save"

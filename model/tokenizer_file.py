@@ -23,9 +23,9 @@ def read_tokenizer(path: Path) -> tuple[Any, bytes]:
     except ImportError as error:
         raise unavailable(error, "text", "pip install tokenizers") from error
     data = read_bounded(path, _MOST_BYTES, "a tokenizer")
-    if not data.startswith(b"{") and (known := foreign_kind(data[:512])):
-        raise ValueError(f"it is {known}")
     text = data.decode("utf-8-sig")  # a byte order mark is no error
+    if not text.startswith("{") and (known := foreign_kind(data[:512])):
+        raise ValueError(f"it is {known}")
     try:
         return Tokenizer.from_str(text), data
     except Exception as error:  # the library raises plain Exception

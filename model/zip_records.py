@@ -35,10 +35,8 @@ def zip_records(file: BinaryIO, path: Path) -> list[Record]:
     Raises CheckpointError for a damaged file, a compressed or encrypted record, and records that share bytes.
     """
     try:
-        with zipfile.ZipFile(_BoundedReads(file)) as archive:
-            listed = archive.infolist()
-    # What zipfile raises for headers that contradict themselves.
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError, OverflowError, struct.error) as error:
+        listed = zip_directory(file)
+    except ValueError as error:
         raise CheckpointError(f"{path}: truncated or damaged ({error}): copy the file again") from error
     for info in listed:
         packed = info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size
@@ -50,6 +48,16 @@ def zip_records(file: BinaryIO, path: Path) -> list[Record]:
     records = _placed(file, sorted(listed, key=lambda info: info.header_offset), path)
     _check_byte_order(file, records, path)
     return records
+
+
+def zip_directory(file: BinaryIO) -> list[zipfile.ZipInfo]:
+    """The records that an open zip file lists. Raises ValueError for a damaged or an endless list."""
+    try:
+        with zipfile.ZipFile(_BoundedReads(file)) as archive:
+            return archive.infolist()
+    # What zipfile raises for headers that contradict themselves.
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, OverflowError, struct.error) as error:
+        raise ValueError(str(error)) from error
 
 
 def _placed(file: BinaryIO, listed: list[zipfile.ZipInfo], path: Path) -> list[Record]:

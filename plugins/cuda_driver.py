@@ -102,7 +102,7 @@ class Driver:
             library = ctypes.CDLL(name)
         except OSError as error:
             raise BackendUnavailable(
-                f"no NVIDIA driver: {name} can not be loaded; install the driver, and look whether it finds the GPU",
+                f"no NVIDIA driver: {name} cannot be loaded; install the driver, and look whether it finds the GPU",
                 "nvidia-smi",
             ) from error
         return cls(library)

@@ -111,7 +111,7 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise BuildError(f"{path}: can not read: {error.strerror}: {_REINSTALL}") from error
+        raise BuildError(f"{path}: cannot read: {error.strerror}: {_REINSTALL}") from error
 
 
 @lru_cache(maxsize=2)
@@ -136,5 +136,5 @@ def _archive(folder: Path, compute_capability: int) -> dict[str, bytes]:
                 file = archive.extractfile(member)
                 contents[member.name] = b"" if file is None else file.read()
     except (OSError, EOFError, tarfile.TarError) as error:
-        raise BuildError(f"{path}: can not read: {error}: {_REINSTALL}") from error
+        raise BuildError(f"{path}: cannot read: {error}: {_REINSTALL}") from error
     return contents

@@ -181,7 +181,7 @@ def _latent_attention(shapes: Shapes, dtypes: Dtypes, attributes: Attributes) ->
 
 
 def fixed_splits(heads: int, values: int, columns: int, max_rows: int) -> int:
-    """The parts to split attention into where their number can not depend on the rows: those of one row, unless
+    """The parts to split attention into where their number cannot depend on the rows: those of one row, unless
     partials of ``max_rows`` rows would then fill too much memory.
     """
     row_bytes = heads * values * _BYTES["fp32"]

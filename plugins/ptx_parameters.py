@@ -21,7 +21,7 @@ def rearranged(ptx: str, entry: str, order: Sequence[int | None]) -> str:
     body = ptx[found.end() :]
     for number in range(len(declared)):
         if number not in order and re.search(rf"\b{re.escape(entry)}_param_{number}\b", body):
-            raise BuildError(f"kernel {entry} reads parameter {number}, which TensorRT can not give it")
+            raise BuildError(f"kernel {entry} reads parameter {number}, which TensorRT cannot give it")
     lines = [
         f"\t.param .u64 {entry}_ignored_{place}" if number is None else declared[number]
         for place, number in enumerate(order)

@@ -38,7 +38,7 @@ def load(flavour: str) -> ModuleType:
     except (ImportError, OSError) as error:
         raise_interrupt(error)
         reason = " ".join(str(error).split())
-        raise BackendUnavailable(f"{name} can not be imported ({reason})", install) from error
+        raise BackendUnavailable(f"{name} cannot be imported ({reason})", install) from error
 
 
 def version(trt: ModuleType) -> str:
@@ -72,7 +72,7 @@ def compute_capability_member(trt: ModuleType, compute_capability: int) -> Any:
     known = known_compute_capabilities(trt)
     if compute_capability not in known:
         names = ", ".join(map(str, known)) or "none: it builds for the GPU of this machine"
-        raise BuildError(f"{trt.__name__} {version(trt)} can not build for SM {compute_capability}, expected {names}")
+        raise BuildError(f"{trt.__name__} {version(trt)} cannot build for SM {compute_capability}, expected {names}")
     return trt.ComputeCapability.__members__[f"SM{compute_capability}"]
 
 
@@ -90,7 +90,7 @@ def require_fields(trt: ModuleType) -> None:
     (field,) = trt.PluginFieldCollection([trt.PluginField("probe", sent, trt.PluginFieldType.INT8)])
     if not np.array_equal(np.asarray(field.data), sent):
         raise BackendUnavailable(
-            f"{trt.__name__} {version(trt)} can not read arrays of NumPy {np.__version__}, which plugins need",
+            f"{trt.__name__} {version(trt)} cannot read arrays of NumPy {np.__version__}, which plugins need",
             "pip install 'numpy<2'",
         )
 
@@ -147,7 +147,7 @@ def library_path_for_plugins(trt: ModuleType) -> dict[str, str]:
     The parser of TensorRT for RTX opens ``libtensorrt_rtx.so``, which its wheel lacks, and aborts the process at the
     first plugin. So a folder in the user's cache gets a link of that name to the library these bindings use: another
     copy of it would crash as well. The dynamic loader reads the path at the start alone. Empty where nothing is
-    needed. Raises BuildError when the cache can not be written.
+    needed. Raises BuildError when the cache cannot be written.
     """
     library = _rtx_library(trt)
     if library is None or sys.platform == "win32" or (library.parent / _PARSER_WANTS).exists():
@@ -195,5 +195,5 @@ def _link(link: Path, target: Path) -> None:
         beside.replace(link)
     except OSError as error:
         raise BuildError(
-            f"{link.parent}: can not be written: {error.strerror or error}: set XDG_CACHE_HOME to a folder that can"
+            f"{link.parent}: cannot be written: {error.strerror or error}: set XDG_CACHE_HOME to a folder that can"
         ) from error

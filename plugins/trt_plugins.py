@@ -66,7 +66,7 @@ def carrying(compute_capabilities: Sequence[int], max_rows: int) -> Iterator[Non
     Raises BuildError at the end when a callback failed and TensorRT built a plan all the same.
     """
     global _build
-    assert _build is None, "builds can not be nested"
+    assert _build is None, "builds cannot be nested"
     _failures.clear()
     _build = _Build(tuple(sorted(compute_capabilities)), max_rows)
     try:

@@ -59,7 +59,7 @@ class Backend(Protocol):
 class OrtBackend:
     """One of the bundle's ONNX Runtime CPU targets.
 
-    Raises BackendUnavailable without onnxruntime, BundleError when a graph can not be loaded.
+    Raises BackendUnavailable without onnxruntime, BundleError when a graph cannot be loaded.
     """
 
     max_context: int | None = None
@@ -199,7 +199,7 @@ def ort_session(path: Path, threads: int = 0, prepack: bool = False, apart: Apar
         with lent_weights(options, apart):
             return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # see BoundGraph.run
-        raise BundleError(f"{path.name}: ONNX Runtime can not load it: {one_line(error)}") from error
+        raise BundleError(f"{path.name}: ONNX Runtime cannot load it: {one_line(error)}") from error
 
 
 def session_options(ort: Any, threads: int, prepack: bool) -> Any:

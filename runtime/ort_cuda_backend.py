@@ -29,7 +29,7 @@ _ALIGNMENT = 256
 class OrtCudaBackend(OrtBackend):
     """One of the bundle's ``ort-cuda`` targets on one GPU.
 
-    Raises BackendUnavailable without a working CUDA provider, driver or GPU, BundleError when a graph can not be
+    Raises BackendUnavailable without a working CUDA provider, driver or GPU, BundleError when a graph cannot be
     loaded.
     """
 

@@ -1,6 +1,6 @@
 """Sessions of ONNX Runtime on a GPU, on the providers that were asked for and never quietly without one.
 
-ONNX Runtime itself goes on with the CPU when a provider can not be loaded, and gives single nodes to the CPU when no
+ONNX Runtime itself goes on with the CPU when a provider cannot be loaded, and gives single nodes to the CPU when no
 provider has a kernel for them. Both are errors here. ``session.disable_cpu_ep_fallback`` would refuse every graph:
 arithmetic on shapes belongs on the CPU, so what was placed where is read and checked instead.
 """
@@ -51,7 +51,7 @@ def gpu_session(
     """An onnxruntime.InferenceSession on ``providers``, each at work, and with only shapes' arithmetic on the CPU.
 
     ``apart`` are weights that are not in the graph's folder, see ``linked_weights``.
-    Raises BackendUnavailable, BundleError when the graph can not be loaded.
+    Raises BackendUnavailable, BundleError when the graph cannot be loaded.
     """
     ort = import_gpu_onnxruntime(*providers)
     options = session_options(ort, threads, prepack)
@@ -67,7 +67,7 @@ def gpu_session(
         for name in providers:
             if reason := _not_loadable(ort, name):
                 raise _not_loaded(name, reason) from error
-        raise BundleError(f"{path.name}: ONNX Runtime can not load it on the GPU: {one_line(error)}") from error
+        raise BundleError(f"{path.name}: ONNX Runtime cannot load it on the GPU: {one_line(error)}") from error
     loaded, assignment = session.get_providers(), session.get_provider_graph_assignment_info()
     try:
         for name in providers:
@@ -105,7 +105,7 @@ def import_gpu_onnxruntime(*providers: str) -> Any:
         )
     # What it logs by itself, about CUDA that is missing, is an error below.
     ort.set_default_logger_severity(4)
-    # Finds CUDA's libraries where pip put them; what it can not find it prints, and the session says why it fails.
+    # Finds CUDA's libraries where pip put them; what it cannot find it prints, and the session says why it fails.
     with contextlib.redirect_stdout(io.StringIO()):
         ort.preload_dlls()
     if TENSORRT_PROVIDER in providers:
@@ -157,7 +157,7 @@ def _not_loaded(name: str, reason: str) -> BackendUnavailable:
 
 
 def _not_loadable(ort: Any, name: str) -> str | None:
-    """Why a provider's library can not be loaded: ONNX Runtime writes it to its log only, the loader tells it again."""
+    """Why a provider's library cannot be loaded: ONNX Runtime writes it to its log only, the loader tells it again."""
     library = Path(ort.__file__).parent / "capi" / _LIBRARIES[name][0]
     try:
         ctypes.CDLL(str(library))

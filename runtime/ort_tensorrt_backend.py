@@ -115,7 +115,7 @@ class _EngineFolder:
             self._private = PartialFolder(parent, key, mode=0o700)
         except OSError as error:
             raise UsageError(
-                f"{parent}: can not be written: {error.strerror}: set XDG_CACHE_HOME to a folder that can"
+                f"{parent}: cannot be written: {error.strerror}: set XDG_CACHE_HOME to a folder that can"
             ) from error
         self.path = self._private.path
 

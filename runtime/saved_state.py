@@ -78,7 +78,7 @@ def read(path: Path, weights: str, config: MythosConfig, max_context: int) -> Sa
         arrays = _arrays(path)
         header = _header(arrays.pop("header"))
     except OSError as error:
-        raise UsageError(f"{path}: can not read the session: {error.strerror or error}") from error
+        raise UsageError(f"{path}: cannot read the session: {error.strerror or error}") from error
     except _DAMAGE as error:
         raise damaged(path, error) from error
     # Before anything else, which another format may hold in another way.

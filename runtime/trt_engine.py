@@ -92,7 +92,7 @@ class Runtime:
         try:
             plan = path.read_bytes()
         except OSError as error:
-            raise BundleError(f"{path}: can not be read: {error.strerror}") from error
+            raise BundleError(f"{path}: cannot be read: {error.strerror}") from error
         wanted, found = self._bundle.manifest.files[file].sha256, hashlib.sha256(plan).hexdigest()
         if found != wanted and not trust:
             raise BundleError(
@@ -101,7 +101,7 @@ class Runtime:
             )
         engine = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
-            raise BundleError(f"{path}: TensorRT can not load it: {said(self.trt)}")
+            raise BundleError(f"{path}: TensorRT cannot load it: {said(self.trt)}")
         cache = f"{self._target}.{key}.sm{self.gpu.compute_capability}.{self.spec.version}.bin"
         return Engine(self, engine, path.name, self._bundle.path / CACHE_FOLDER / cache)
 
@@ -147,7 +147,7 @@ class Engine:
             raise MythosEdgeError(f"{self.name}: TensorRT failed: {said(self._runtime.trt)}")
 
     def capturable(self, shapes: Shapes, rows: int, stream: int) -> bool:
-        """Whether TensorRT allows a CUDA graph of such a run; a flavour that can not tell leaves it to a try."""
+        """Whether TensorRT allows a CUDA graph of such a run; a flavour that cannot tell leaves it to a try."""
         ask = getattr(self._context(shapes, rows, stream, captured=True).context, "is_stream_capturable", None)
         return ask is None or bool(ask(stream))
 
@@ -242,7 +242,7 @@ class _CompiledCache:
         config.set_runtime_cache(self._compiled)
 
     def keep(self) -> None:
-        """Writes it, whole or not at all; in a bundle that can not be written to it is compiled again next time."""
+        """Writes it, whole or not at all; in a bundle that cannot be written to it is compiled again next time."""
         serialized = None if self._compiled is None else self._compiled.serialize()
         self._compiled = None
         if serialized is None or not (made := bytes(serialized)) or made == self._before:

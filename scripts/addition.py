@@ -27,7 +27,7 @@ def columns_of(a: int, b: int, width: int | None = None) -> list[int]:
 def stream_of(a: int, b: int) -> list[int]:
     """The columns of a + b after one of zeros, which marks the start.
 
-    Without it the second column can not be told from the first when both are alike: attention over equal values gives
+    Without it the second column cannot be told from the first when both are alike: attention over equal values gives
     the same value, whatever the position. The digit of the added column is 0 and says nothing.
     """
     return [0, *columns_of(a, b)]
@@ -78,7 +78,7 @@ def random_streams(random: np.random.Generator, batch: int, length: int) -> Int6
 def check_operand(text: str) -> int:
     """The number in ``text``; UsageError unless it is a whole number of at least 0."""
     if not text.isascii() or not text.isdigit():
-        raise UsageError(f"{text!r} can not be added here: expected a whole number, 0 or more, in digits")
+        raise UsageError(f"{text!r} cannot be added here: expected a whole number, 0 or more, in digits")
     if len(text) > MAX_DIGITS:
         raise UsageError(f"a number has {len(text)} digits, the demo adds up to {MAX_DIGITS}: give a shorter one")
     return int(text)

@@ -15,7 +15,7 @@ from mythos_edge.model.errors import UsageError
 from mythos_edge.model.machine import free_memory_bytes
 from mythos_edge.runtime.backend import OrtBackend, graph_runner, thread_count
 from mythos_edge.runtime.caches import plan_cache, require_memory
-from mythos_edge.runtime.halting import Depth
+from mythos_edge.runtime.options import Options
 from mythos_edge.runtime.session import Session
 from mythos_edge.runtime.speculation import check_draft
 from mythos_edge.scripts import measuring, options
@@ -188,8 +188,9 @@ def _check_before(args: argparse.Namespace, names: list[str]) -> None:
     bundle = open_bundle(args.bundle)
     for name in names:
         bundle.target(name)
-    depth = Depth(**options.depth_of(args)).resolve(bundle.manifest.config)
-    check_draft(args.draft_depth, depth)
+    wanted = Options(**options.depth_of(args), **options.drafts_of(args))
+    depth = wanted.depth.resolve(bundle.manifest.config)
+    check_draft(wanted.draft_depth, depth)
     needed, limit = args.prompt_tokens + args.new_tokens, bundle.manifest.max_context
     if needed > limit:
         raise UsageError(

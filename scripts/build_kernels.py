@@ -1,6 +1,6 @@
 """``scripts/build_kernels``: compiles every kernel for every GPU, no GPU needed; ``--check`` compares with what ships.
 
-One process per GPU, two at a time: LLVM ends the process when it can not go on, and that becomes one error. The output
+One process per GPU, two at a time: LLVM ends the process when it cannot go on, and that becomes one error. The output
 depends on the sources, on Triton's version and on nothing of the machine; archives are compared by their contents.
 """
 

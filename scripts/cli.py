@@ -1,6 +1,6 @@
 """The command ``mythos-edge``: one verb per module, one line per error.
 
-Exit codes: 0 done, 1 an expected error or a parity failure, 2 a command line that can not be read.
+Exit codes: 0 done, 1 an expected error or a parity failure, 2 a command line that cannot be read.
 """
 
 import argparse

@@ -110,7 +110,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 
 def _built_targets(path: Path) -> list[str]:
-    """The targets that a bundle at ``path`` has beside the one of every export, none where it can not be read."""
+    """The targets that a bundle at ``path`` has beside the one of every export, none where it cannot be read."""
     with suppress(BundleError):
         return [name for name in open_bundle(path).manifest.targets if name != TARGET]
     return []

@@ -2,7 +2,7 @@
 
     scripts/gpu_check --folder out/gpu-check
 
-Writes report.md and report.json after every section. What can not run here is listed as skipped, with its reason. The
+Writes report.md and report.json after every section. What cannot run here is listed as skipped, with its reason. The
 exit code is 0 when nothing failed, 1 when something did or there is no GPU. Kernels below their bandwidth are right all
 the same: their section is "below the aim", and the summary counts them. Each group of kernels has its own process.
 """

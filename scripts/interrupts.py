@@ -24,7 +24,10 @@ def install() -> None:
 
 
 def leave_with(code: int) -> None:
-    """Makes a signal end the process with ``code``: everything is done and said, and Python has only to leave."""
+    """Makes a signal end the process with ``code``: everything is done and said, and Python has only to leave.
+
+    After an interrupt another one is ignored, as Python gives signals back their own ways before it has left.
+    """
 
     def leave(number: int, frame: FrameType | None) -> None:
         del number, frame
@@ -33,7 +36,7 @@ def leave_with(code: int) -> None:
 
     for number in [getattr(signal, name) for name in _ASKED_BY if hasattr(signal, name)]:
         if signal.getsignal(number) is _interrupt:
-            signal.signal(number, leave)
+            signal.signal(number, signal.SIG_IGN if _last_asked else leave)
 
 
 def caused(error: BaseException) -> bool:

@@ -89,7 +89,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 def _comparison(
     args: argparse.Namespace, bundle: Bundle, ids: NDArray[np.int64], console: Console, opened: ExitStack
 ) -> Callable[[Session], dict[str, Any]] | None:
-    """What --against asks for, None without it: all of it is open already, and refused where that can not be."""
+    """What --against asks for, None without it: all of it is open already, and refused where that cannot be."""
     if args.against is None:
         return None
     if args.against == quality_gate.FP32:

@@ -1,6 +1,6 @@
 """A CUDA driver without a GPU: device memory is host memory, and kernels are Python functions.
 
-It is stricter than CUDA: every pointer must lie in live memory (AssertionError), calls that a graph can not capture
+It is stricter than CUDA: every pointer must lie in live memory (AssertionError), calls that a graph cannot capture
 fail while one is captured, and fresh memory is full of NaN. Each thread has a current context of its own, or none.
 With ``delayed`` the work of a stream is done only when somebody waits for it, and until then a copy's destination holds
 garbage.

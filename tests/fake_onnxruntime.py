@@ -38,7 +38,7 @@ class Part:
 class FakeOnnxruntime:
     """The module. ``asked`` are the providers of each session with their options, and its own config entry.
 
-    ``without`` providers can not be loaded. ``on_host`` are inputs that graphs read on the host. ``builds`` counts the
+    ``without`` providers cannot be loaded. ``on_host`` are inputs that graphs read on the host. ``builds`` counts the
     engines that the TensorRT provider makes for a wider range of shapes, each a file. ``ran`` are the files of the
     graphs that ran. Runs of the stage ``fails_at`` fail, and all where less than ``scratch_bytes`` are free.
     """

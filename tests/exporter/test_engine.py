@@ -110,7 +110,7 @@ def test_engines_whose_runs_are_captured_take_memory_from_who_runs_them(work: Pa
 def test_a_node_that_can_not_be_parsed_is_named(work: Path, log: Path) -> None:
     nodes = [*_scores()[:2], helper.make_node("Nonsense", ["q", "columns"], ["y"], name="the_odd_one")]
     message = refused(_job(_graph(work, nodes)), log)
-    assert message.startswith("small.onnx: TensorRT can not parse node 'the_odd_one' (Nonsense): ")
+    assert message.startswith("small.onnx: TensorRT cannot parse node 'the_odd_one' (Nonsense): ")
     assert message.endswith(f"its log: {log}")
 
 

@@ -219,7 +219,7 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
 def test_models_without_a_prelude_or_coda_are_refused(name: str, tmp_path: Path) -> None:
     with open_checkpoint(FIXTURES / "mla-small") as checkpoint:
         checkpoint.config = dataclasses.replace(checkpoint.config, **{name: 0})
-        with pytest.raises(ConfigError, match=f"{name} is 0: a model without these layers can not be exported"):
+        with pytest.raises(ConfigError, match=f"{name} is 0: a model without these layers cannot be exported"):
             export_bundle(checkpoint, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

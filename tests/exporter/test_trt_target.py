@@ -52,7 +52,7 @@ def lower(
 def lower_badly(
     bundle: Bundle, folder: Path, options: EngineOptions, progress: Callable[[str, float], None]
 ) -> LoweredForTensorRT:
-    """The same, with a coda that TensorRT can not parse."""
+    """The same, with a coda that TensorRT cannot parse."""
     lowered = lower(bundle, folder, options, progress)
     _doubling(lowered.graphs["coda"], "Nonsense")
     return lowered
@@ -113,7 +113,7 @@ def test_a_damaged_engine_is_built_again(bundle: Path, file: str) -> None:
 
 def test_a_build_that_fails_leaves_the_bundle_as_it_was_and_its_log(bundle: Path, logs: Path) -> None:
     before = files_of(bundle)
-    with pytest.raises(BuildError, match=r"coda\.onnx: TensorRT can not parse") as caught:
+    with pytest.raises(BuildError, match=r"coda\.onnx: TensorRT cannot parse") as caught:
         build(bundle, lower=lower_badly)
     assert files_of(bundle) == before
     assert not list(bundle.glob(".*"))

@@ -283,7 +283,7 @@ def test_arguments_that_ask_for_nothing_are_taken(model: MythosForCausalLM) -> N
 
 def test_padding_is_never_guessed(model: MythosForCausalLM) -> None:
     ids = torch.tensor([[0, 82], [84, 104]])
-    model.generation_config.pad_token_id = None
+    model.generation_config.pad_token_id, model.end_ids = None, ()
     with pytest.raises(UsageError, match="2 rows may end at different lengths: pass pad_token_id"):
         model.generate(ids, max_new_tokens=2)
     with pytest.raises(UsageError, match="pad_token_id 0 stands in input_ids: pass the attention_mask"):

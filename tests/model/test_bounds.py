@@ -125,7 +125,7 @@ def test_hostile_checkpoints_are_one_line_in_little_memory_and_time(tmp_path: Pa
 def test_hostile_configs_are_one_line_in_little_memory_and_time(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.json")
     words = {
-        str(sparse(tmp_path / "huge.json", 23 * 10**9)): "has 23 GB, a config has at most 1 MB",
+        str(sparse(tmp_path / "huge.json", 23 * 10**9)): "has 23 GB, the config has at most 1 MB",
         str(tmp_path / "pipe.json"): "is a pipe",
         "/dev/zero": "is a device",
         str(tmp_path): "Is a directory",

@@ -51,9 +51,9 @@ def test_what_is_no_bundle_is_told_apart(tmp_path: Path, made: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        (b"", "can not be read"),
-        (b"{", "can not be read"),
-        (b"\xff\xfe", "can not be read"),
+        (b"", "cannot be read"),
+        (b"{", "cannot be read"),
+        (b"\xff\xfe", "cannot be read"),
         (b"[1]", "expected a JSON object, got list"),
         (b"null", "expected a JSON object, got NoneType"),
         (b"{}", "schema_version is None"),
@@ -282,7 +282,7 @@ def test_a_manifest_that_can_not_be_written_leaves_the_old_one(made: Path, monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(bundle_writer, "_sync", full)
-    with pytest.raises(BundleError, match="can not write its manifest: No space left"):
+    with pytest.raises(BundleError, match="cannot write its manifest: No space left"):
         update_manifest(open_bundle(made), presets={})
     assert tree(made) == before
 

@@ -285,7 +285,7 @@ def test_rope_table_betrays_a_wrong_head_count(tmp_path: Path) -> None:
 
 def test_bad_config_files(tmp_path: Path) -> None:
     path = saved(tmp_path, stored_weights())
-    assert_refused(ConfigError, "absent.json: can not read", path, tmp_path / "absent.json")
+    assert_refused(ConfigError, "absent.json: cannot read", path, tmp_path / "absent.json")
     wrong = write_config(tmp_path, OPEN_FIELDS | {"colour": 1}, "wrong.json")
     assert_refused(ConfigError, "wrong.json: unknown config field colour", path, wrong)
     wrong = write_config(tmp_path, OPEN_FIELDS | {"dim": "24"}, "wrong.json")

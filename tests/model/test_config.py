@@ -133,7 +133,7 @@ def test_a_config_file_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        (None, "can not read the config: No such file"),
+        (None, "cannot read the config: No such file"),
         (b"", "not valid JSON"),
         (b"{'dim': 1}", "not valid JSON"),
         (b"\xff", "not valid JSON"),
@@ -149,7 +149,7 @@ def test_a_file_that_is_no_config_is_one_line(tmp_path: Path, content: bytes | N
         read_config_dict(path)
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
-    with pytest.raises(ConfigError, match="can not read the config: Is a directory"):
+    with pytest.raises(ConfigError, match="cannot read the config: Is a directory"):
         read_config_dict(tmp_path)
 
 
@@ -171,21 +171,16 @@ def test_the_fields_are_the_references_but_those_of_training() -> None:
 
 def test_whole_numbers_of_json_are_the_floats_they_stand_for() -> None:
     assert type(_config(MLA, rope_theta=10000).rope_theta) is float
-    assert f"rope_theta is {10**400}, expected a finite number" in _refused(MLA | {"rope_theta": 10**400})
+    assert "rope_theta is a number of more than 77 digits, expected a finite number" in _refused(
+        MLA | {"rope_theta": 10**400}
+    )
 
 
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-8"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-8", "utf-16"])
 def test_a_byte_order_mark_is_no_error(tmp_path: Path, encoding: str) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(MLA), encoding=encoding)
     assert read_config_dict(path) == MLA
-
-
-def test_another_encoding_is_told(tmp_path: Path) -> None:
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(MLA), encoding="utf-16")
-    with pytest.raises(ConfigError, match="is UTF-16 text, expected UTF-8: save it again as UTF-8"):
-        read_config_dict(path)
 
 
 def test_a_config_that_was_not_downloaded_is_told(tmp_path: Path) -> None:

@@ -134,10 +134,10 @@ def test_a_damaged_archive_is_refused(copy: Path) -> None:
         kernel_store.kernel("group_pairs", 89)
     path = copy / kernel_store.archive_name(86)
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(BuildError, match=r"sm_86\.tar\.xz: can not read: .*: reinstall mythos-edge$"):
+    with pytest.raises(BuildError, match=r"sm_86\.tar\.xz: cannot read: .*: reinstall mythos-edge$"):
         kernel_store.kernel("group_pairs", 86)
     path.unlink()
-    with pytest.raises(BuildError, match="can not read"):
+    with pytest.raises(BuildError, match="cannot read"):
         kernel_store.ptx("group_pairs", 86)
 
 
@@ -146,7 +146,7 @@ def test_a_damaged_manifest_is_refused(copy: Path) -> None:
     with pytest.raises(BuildError, match=r"manifest\.json: damaged: 'gpus': reinstall mythos-edge$"):
         kernel_store.kernel("group_pairs", 89)
     (copy / "manifest.json").unlink()
-    with pytest.raises(BuildError, match=r"manifest\.json: can not read: .*: reinstall mythos-edge$"):
+    with pytest.raises(BuildError, match=r"manifest\.json: cannot read: .*: reinstall mythos-edge$"):
         kernel_store.kernel("group_pairs", 89)
 
 
@@ -159,7 +159,7 @@ def test_a_changed_source_fails_the_check(tmp_path: Path) -> None:
 
 
 def test_a_kernel_that_ends_the_process_is_one_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """LLVM aborts on what it can not compile."""
+    """LLVM aborts on what it cannot compile."""
     real = subprocess.run
 
     def aborted(command: list[str], **options: Any) -> Any:

@@ -75,7 +75,7 @@ def test_experts_in_float16(shape: tuple[int, ...], random: np.random.Generator,
 
 @pytest.mark.parametrize("narrow", [False, True])
 def test_experts_are_chosen_in_float32(narrow: bool, random: np.random.Generator, tmp_path: Path) -> None:
-    """Biased logits that float16 can not tell apart still choose the larger one, and do not weigh."""
+    """Biased logits that float16 cannot tell apart still choose the larger one, and do not weigh."""
     feeds = expert_feeds(random, (64, 32, 8, 2, 16, 0, False))
     # Two experts compete for the second place, 1e-4 apart around 1000; the first place is the last expert's.
     feeds["router"][:2] = feeds["router"][0]

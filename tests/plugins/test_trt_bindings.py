@@ -23,7 +23,7 @@ def test_rtx_is_asked_for_gpus_by_name(rtx: ModuleType) -> None:
     assert trt_bindings.names_gpus(rtx)
     assert {75, 80, 86, 89, 120} <= set(trt_bindings.known_compute_capabilities(rtx))
     assert trt_bindings.compute_capability_member(rtx, 89) == rtx.ComputeCapability.SM89
-    with pytest.raises(BuildError, match="can not build for SM 90, expected 75, 80, 86, 89"):
+    with pytest.raises(BuildError, match="cannot build for SM 90, expected 75, 80, 86, 89"):
         trt_bindings.compute_capability_member(rtx, 90)
     assert trt_bindings.strongly_typed(rtx) == 1 << int(rtx.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
 
@@ -37,7 +37,7 @@ def test_the_gpus_of_rtx_are_known_without_it(rtx: ModuleType, monkeypatch: pyte
 
 def test_a_missing_library_says_how_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(BackendUnavailable, match=r"tensorrt can not be imported.*run `pip install") as failure:
+    with pytest.raises(BackendUnavailable, match=r"tensorrt cannot be imported.*run `pip install") as failure:
         trt_bindings.load("trt")
     assert failure.value.install == "pip install 'mythos-edge[tensorrt]'"
 
@@ -78,5 +78,5 @@ def test_the_parser_finds_the_library_of_the_bindings(
 def test_an_unwritable_cache_says_how_to_mend(rtx: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(BuildError, match=r"can not be written: .*set XDG_CACHE_HOME"):
+    with pytest.raises(BuildError, match=r"cannot be written: .*set XDG_CACHE_HOME"):
         trt_bindings.library_path_for_plugins(rtx)

@@ -198,7 +198,7 @@ def _install(folder: Path, package: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["pip failed"]
-        pytest.skip(f"{package} can not be installed: {reason[-1]}")
+        pytest.skip(f"{package} cannot be installed: {reason[-1]}")
 
 
 def _check_that_numpy_2_is_refused(environment: dict[str, str]) -> None:

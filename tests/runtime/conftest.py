@@ -203,7 +203,7 @@ def installed(
         return fake
 
     def none(flavour: str) -> None:
-        raise BackendUnavailable("tensorrt can not be imported", "pip install tensorrt")
+        raise BackendUnavailable("tensorrt cannot be imported", "pip install tensorrt")
 
     monkeypatch.setattr(trt_bindings, "load", none)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))

@@ -119,7 +119,7 @@ def test_engines_of_whoever_was_faster_stay(
 def test_the_cache_must_be_writable(targets: Path, installed: Callable[..., FakeOnnxruntime], tmp_path: Path) -> None:
     installed()
     (tmp_path / "user").write_text("a file")
-    with pytest.raises(UsageError, match="can not be written: Not a directory: set XDG_CACHE_HOME"):
+    with pytest.raises(UsageError, match="cannot be written: Not a directory: set XDG_CACHE_HOME"):
         Session.open(targets, target=TENSORRT)
 
 

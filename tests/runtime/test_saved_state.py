@@ -277,4 +277,4 @@ def test_what_is_no_file_is_refused(session: Session, tmp_path: Path) -> None:
     refused(session, tmp_path / "fifo", "not a regular file")
     refused(session, Path("/dev/zero"), "not a regular file")
     refused(session, tmp_path, "not a regular file")
-    refused(session, tmp_path / "missing.npz", "can not read the session: No such file")
+    refused(session, tmp_path / "missing.npz", "cannot read the session: No such file")

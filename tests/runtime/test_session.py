@@ -374,7 +374,7 @@ def test_a_damaged_session_file_is_refused(content: bytes, session: Session, tmp
     (tmp_path / "saved.npz").write_bytes(content)
     with pytest.raises(UsageError, match="not a saved session, or damaged"):
         session.restore(tmp_path / "saved.npz")
-    with pytest.raises(UsageError, match="can not read the session"):
+    with pytest.raises(UsageError, match="cannot read the session"):
         session.restore(tmp_path / "missing.npz")
 
 

@@ -31,7 +31,7 @@ def continued(sequences: list[TokenSequence], backend: Backend, options: list[Op
     """What the next request on each sequence gives: one alone, several together."""
     results = [Generation() for _ in sequences]
     works = [
-        Decoding(sequence, wanted, wanted.stop_ids or (), TextSoFar(None, ()), result).whole()
+        Decoding(sequence, wanted, wanted.stop_ids or (), TextSoFar(None, wanted), result).whole()
         for sequence, wanted, result in zip(sequences, options, results, strict=True)
     ]
     if len(works) == 1:

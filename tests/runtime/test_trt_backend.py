@@ -284,7 +284,7 @@ def test_an_engine_that_the_manifest_does_not_list_is_refused_unless_trusted(
 def test_a_damaged_engine_is_one_line(own_engines: Path, trt: FakeTensorRT, driver: FakeDriver) -> None:
     file = own_engines / "coda.rtx-sm89-fp32.engine"
     file.write_bytes(b"x" * file.stat().st_size)
-    with pytest.raises(BundleError, match=r"coda\..*engine: TensorRT can not load it: the plan is no plan"):
+    with pytest.raises(BundleError, match=r"coda\..*engine: TensorRT cannot load it: the plan is no plan"):
         _opened(own_engines, driver, trust=True)
 
 

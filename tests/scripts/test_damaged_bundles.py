@@ -104,7 +104,7 @@ def _edit(bundle: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     "edit",
     [
         lambda m: m["config"].update(dim=m["config"]["dim"] + 1),
-        lambda m: m.update(max_context=10**9),
+        lambda m: m.update(max_context=10**6),
         lambda m: m.update(dtype="fp16"),
         lambda m: m["source"].update(sha256="0" * 64),
     ],
@@ -155,6 +155,19 @@ def _forbid(monkeypatch: pytest.MonkeyPatch, method: str, forbidden: Callable[[P
     monkeypatch.setattr(Path, method, guarded)
 
 
+def _forbid_opening(monkeypatch: pytest.MonkeyPatch, forbidden: Path) -> None:
+    """Also by its name, as a reader with bounds opens it."""
+    original = os.open
+
+    def guarded(path: Any, *arguments: Any, **options: Any) -> int:
+        if path == forbidden:
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", guarded)
+    _forbid(monkeypatch, "open", lambda path: path == forbidden)
+
+
 @pytest.mark.parametrize(
     "argv", [("inspect",), ("generate", "--ids", "1"), ("validate",), ("build", "--weights", "int8")]
 )
@@ -162,7 +175,7 @@ def test_a_folder_that_may_not_be_looked_into_is_one_line(
     argv: tuple[str, ...], bundle: Path, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _forbid(monkeypatch, "stat", lambda path: path.parent == bundle)
-    refused(run(argv[0], bundle, *argv[1:]), f"{bundle}: can not be read: Permission denied")
+    refused(run(argv[0], bundle, *argv[1:]), f"{bundle}: cannot be read: Permission denied")
 
 
 @pytest.mark.parametrize(
@@ -177,5 +190,5 @@ def test_a_folder_that_may_not_be_looked_into_is_one_line(
 def test_a_file_that_may_not_be_read_is_named(
     name: str, argv: tuple[str, ...], bundle: Path, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _forbid(monkeypatch, "open", lambda path: path == bundle / name)
-    refused(run(argv[0], bundle, *argv[1:]), f"{bundle / name}: can not be read: Permission denied")
+    _forbid_opening(monkeypatch, bundle / name)
+    refused(run(argv[0], bundle, *argv[1:]), f"{bundle / name}: cannot be read: Permission denied")

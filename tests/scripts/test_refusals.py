@@ -276,7 +276,7 @@ DAMAGES: dict[Callable[[Path], None], str] = {
     _lose: "step.onnx: is missing: export the bundle again",
     _climb: "'../secret' leaves the bundle's folder: do not trust this bundle",
     _newer: f"made by a newer mythos-edge (schema 999, this one reads {SCHEMA_VERSION}): upgrade it",
-    _no_json: "manifest.json: can not be read",
+    _no_json: "manifest.json: cannot be read",
 }
 
 
@@ -301,7 +301,7 @@ def test_what_is_no_bundle_is_refused_by_every_verb(tmp_path: Path, run: Callabl
 def test_a_graph_that_is_none_is_refused(damaged: Path, run: Callable[..., Ran]) -> None:
     size = (damaged / "coda.ort-cpu.onnx").stat().st_size
     (damaged / "coda.ort-cpu.onnx").write_bytes(b"\xff" * size)
-    refused(run("generate", damaged, "--ids", "1"), "coda.ort-cpu.onnx: ONNX Runtime can not load it")
+    refused(run("generate", damaged, "--ids", "1"), "coda.ort-cpu.onnx: ONNX Runtime cannot load it")
     refused(run("inspect", damaged / "coda.ort-cpu.onnx"), "not an ONNX file, or damaged")
 
 
@@ -355,7 +355,7 @@ def test_checkpoints_that_are_refused(tmp_path: Path, run: Callable[..., Ran]) -
             refused(run("inspect", tmp_path / name), *words[:1])
     (tmp_path / "step.engine").write_bytes(b"plan")
     refused(run("inspect", tmp_path / "step.engine"), "or a bundle's folder, or an .onnx file")
-    refused(run("inspect", tmp_path), "no model in this folder", "or a bundle's folder, or an .onnx file")
+    refused(run("inspect", tmp_path), "no model in this folder: give one of its files: cut.pt, evil.pt")
     assert not trace.exists()
 
 

@@ -172,7 +172,7 @@ CHECKPOINTS: dict[str, tuple[str, Maker]] = {
     ),
     "long.safetensors": ("its header has 17 MB", lambda path: safetensors_file(path, b" " * 17_000_000)),
     "model.safetensors.index.json": ("t0 should be in 0", _index),
-    "huge.index.json": ("has 23 GB, an index has at most 16 MB", lambda path: sparse(path, 23 * 10**9)),
+    "huge.index.json": ("has 23 GB, the index has at most 16 MB", lambda path: sparse(path, 23 * 10**9)),
     "pipe.pt": ("is a pipe, expected a file", _fifo),
     "pipe.safetensors": ("is a pipe, expected a file", _fifo),
     "pipe.index.json": ("is a pipe, expected a file", _fifo),

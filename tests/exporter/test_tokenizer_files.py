@@ -75,7 +75,7 @@ def test_a_folder_without_the_file_says_what_it_has(tmp_path: Path) -> None:
         with pytest.raises(ExportError, match=r"it has tokenizer.model, expected tokenizer.json; save_pretrained"):
             Taken(given)
     os.mkfifo(tmp_path / "pipe.json")
-    wrong = {"none.json": "no such tokenizer", "pipe.json": "is no file", "n" * 5000: "name too long"}
+    wrong = {"none.json": "no such tokenizer", "pipe.json": "is a pipe, expected a file", "n" * 5000: "name too long"}
     for name, words in wrong.items():
         with pytest.raises(ExportError, match=words):
             Taken(tmp_path / name)

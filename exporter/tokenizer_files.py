@@ -81,13 +81,14 @@ def tokenizer_for(given: Path | None, end_tokens: Sequence[str], vocab_size: int
         return TokenizerFiles(None, tuple(dict.fromkeys(ends)), ())
     try:
         path = _tokenizer_path(given)
-        library, data = read_tokenizer(path)
+        library, data, switched_off = read_tokenizer(path)
     except OSError as error:
         raise ExportError(f"{given}: cannot be read: {error.strerror or error}") from error
     except ValueError as error:
         raise ExportError(f"{given}: not a Hugging Face tokenizer.json: {error}") from error
     notes: list[str] = []
-    _switch_off(path, library, notes.append)
+    if switched_off:
+        notes.append(f"{path}: {' and '.join(switched_off)} of its own: switched off, prompts are taken as they are")
     vocabulary = _Vocabulary(library)
     _check_vocabulary(path, vocabulary, vocab_size, notes.append)
     ends, said = _end_tokens(path, vocabulary, end_tokens, notes.append)
@@ -121,21 +122,6 @@ def _tokenizer_path(given: Path) -> Path:
         )
     what = "is no file" if path.exists() else "no such tokenizer"
     raise ExportError(f"{path}: {what}; expected a Hugging Face {TOKENIZER_FILE}, or its folder")
-
-
-def _switch_off(path: Path, library: Any, note: Callable[[str], None]) -> None:
-    """Drops what the tokenizer does to prompts of its own, and tells of it; the runtime drops it, too."""
-    off = []
-    if library.truncation is not None:
-        off.append(f"cuts prompts to {library.truncation['max_length']} tokens")
-        library.no_truncation()
-    if library.padding is not None:
-        off.append(f"pads them to {library.padding['length']}" if library.padding["length"] else "pads them")
-        library.no_padding()
-    if getattr(library.model, "dropout", None) is not None:
-        off.append("leaves out merges at random")
-    if off:
-        note(f"{path}: {' and '.join(off)} of its own: switched off, prompts are taken as they are")
 
 
 def _tell_what_ends_prompts(path: Path, library: Any, ends: Sequence[EndToken], note: Callable[[str], None]) -> None:

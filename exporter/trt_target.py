@@ -28,7 +28,7 @@ from mythos_edge.exporter.target_files import files_beside, install, log_file
 from mythos_edge.exporter.trt_lowering import EngineOptions, LoweredForTensorRT, lower_for_tensorrt
 from mythos_edge.model.bundle import CUDA_TARGET, TARGET, Bundle, EngineSpec, Profile, TargetSpec, open_bundle
 from mythos_edge.model.bundle_writer import require_free_space
-from mythos_edge.model.config import MythosConfig
+from mythos_edge.model.config import MOST_DEPTH, MythosConfig
 from mythos_edge.model.errors import BuildError
 from mythos_edge.plugins import kernel_store, trt_bindings
 from mythos_edge.plugins.cuda_driver import Driver
@@ -37,8 +37,6 @@ THIS_GPU = "trt-this-gpu"
 # Rows of the longest chunk of a step layout, unless asked for otherwise.
 DEFAULT_MAX_ROWS = 64
 _FLAVOURS = {"rtx": "TensorRT for RTX", "trt": "TensorRT"}
-# A loop runs as deep as it is told; this bounds what it may be told.
-_MOST_DEPTH = 1024
 # Machines that people try, and that only full TensorRT serves.
 _ELSEWHERE = {87: "Jetson Orin", 90: "Hopper", 100: "data centre Blackwell", 110: "Jetson Thor"}
 # The least compute capability on which TensorRT has a type; TensorRT for RTX has no float32 products on Turing.
@@ -188,7 +186,7 @@ def engine_jobs(
     gpus: Gpus, options: EngineOptions, lowered: LoweredForTensorRT, name: str, folder: Path, config: MythosConfig
 ) -> dict[str, EngineJob]:
     """A job for each graph; the plans go to ``folder``."""
-    depth = (1, config.max_loop_iters, max(_MOST_DEPTH, config.max_loop_iters))
+    depth = (1, config.max_loop_iters, MOST_DEPTH)
     return {
         stage: EngineJob(
             graph=str(graph),

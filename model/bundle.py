@@ -19,9 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mythos_edge.model.bounded_files import read_json
+from mythos_edge.model.bounded_files import open_regular, read_json
 from mythos_edge.model.config import MOST_DEPTH, MythosConfig
 from mythos_edge.model.errors import BundleError, ConfigError, MythosEdgeError
+from mythos_edge.model.foreign_files import foreign_kind
 from mythos_edge.model.typed_json import dataclass_from_json
 
 SCHEMA_VERSION = 5
@@ -497,7 +498,8 @@ def read_manifest(path: Path) -> Manifest:
     except OSError as error:
         raise BundleError(f"{manifest_path}: cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise BundleError(f"{manifest_path}: cannot be read: {error}") from error
+        known = _foreign(manifest_path)
+        raise BundleError(f"{manifest_path}: {f'is {known}' if known else f'cannot be read: {error}'}") from error
     if not isinstance(values, dict):
         raise BundleError(f"{manifest_path}: expected a JSON object, got {type(values).__name__}")
     return manifest_from_dict(values, origin=str(manifest_path))
@@ -530,8 +532,16 @@ def check_files(bundle: Bundle, names: Collection[str]) -> None:
             raise BundleError(f"{file}: cannot be read: {error.strerror}") from error
         if size is None:
             raise BundleError(f"{file}: is missing: {_mend(bundle, name)}")
+        if size != listed and name not in trusted and (known := _foreign(file)):
+            raise BundleError(f"{file}: is {known}")
         if size != listed and name not in trusted:
             raise BundleError(f"{file}: has {size} bytes, the manifest says {listed}: {_mend(bundle, name)}")
+
+
+def _foreign(file: Path) -> str | None:
+    """The kind of a file that stands in place of another, such as a pointer to it, and what to do about it."""
+    with open_regular(file) as opened:
+        return foreign_kind(opened.read(512))
 
 
 def _size(file: Path) -> int | None:

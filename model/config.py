@@ -1,6 +1,5 @@
 """The shape of a model: the checkpoint's own field names, checked. Needs nothing but the standard library."""
 
-import codecs
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -189,8 +188,7 @@ def read_json_object(
     try:
         values = parse_json(content)
     except ValueError as fault:
-        known = foreign_kind(content[:512]) if not content.lstrip(codecs.BOM_UTF8).startswith(b"{") else None
-        if known is not None:
+        if (known := foreign_kind(content[:512])) is not None:
             raise error(f"{path}: is {known}") from fault
         raise error(f"{path}: not valid JSON: {fault}") from fault
     if not isinstance(values, dict):

@@ -51,6 +51,7 @@ class MergedFields:
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    tied: bool | None = None
     wishes_untied: str | None = None
 
     @property
@@ -63,8 +64,10 @@ class MergedFields:
         Raises ConfigError for an unknown field of a file that is the strongest to tell the config.
         """
         told = dict(_fields(source.content))
-        if told.pop("tie_word_embeddings", None) is False:
-            self.wishes_untied = source.origin
+        tied = told.pop("tie_word_embeddings", None)
+        if self.tied is None and tied is not None:
+            self.tied = bool(tied)
+            self.wishes_untied = None if tied else source.origin
         known = {name: told.pop(name) for name in FIELD_NAMES if name in told}
         unknown = sorted(set(told) - INERT_FIELDS - HUGGING_FACE_FIELDS)
         if unknown and source.dedicated and not self.values:

@@ -35,8 +35,8 @@ _BEGINNINGS: tuple[tuple[bytes, str], ...] = (
     (b"\x28\xb5\x2f\xfd", f"compressed with zstd: {_UNPACK} (`tar --zstd -xf`, or `unzstd`)"),
     (b"bzh", f"compressed with bzip2: {_UNPACK} (`tar -xjf`, or `bunzip2`)"),
     (b"7z\xbc\xaf\x27\x1c", f"a 7-Zip archive: {_UNPACK} (`7z x`)"),
-    (b"{", "a JSON file, not a checkpoint: give the checkpoint, and a config with --config"),
 )
+_JSON = "a JSON file, not a checkpoint: give the checkpoint, and a config with --config"
 _TAR = (257, b"ustar", f"a tar archive: {_UNPACK} (`tar -xf`)")
 
 # What is told by the name of a file.
@@ -92,6 +92,8 @@ def refuse_foreign_file(path: Path, alone: bool = True) -> None:
     named = path.name.endswith(".index.json")
     safetensors = start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= size
     told = None if named or safetensors else foreign_kind(start)
+    if told is None and not named and not safetensors and start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
+        told = _JSON
     shard = _SHARD.search(path.name) if alone else None
     if told is None and shard is not None and shard[3] == "bin" and int(shard[2]) > 1:
         told = bin_shards(path.parent)
@@ -118,7 +120,7 @@ def bin_shards(folder: Path) -> str:
     """The line on a model in several .bin files, with the command that makes one file of them."""
     merge = (
         "import glob, torch; torch.save({name: tensor "
-        f"for file in glob.glob('{folder}/pytorch_model-*.bin') "
+        f"for file in glob.glob({str(folder / 'pytorch_model-*.bin')!r}) "
         "for name, tensor in torch.load(file, weights_only=True).items()}, 'whole.pt')"
     )
     return f'one of several .bin files that an index lists: make one file of them with `python -c "{merge}"`'

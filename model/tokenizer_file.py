@@ -13,8 +13,8 @@ from mythos_edge.model.foreign_files import foreign_kind
 _MOST_BYTES = 256_000_000
 
 
-def read_tokenizer(path: Path) -> tuple[Any, bytes]:
-    """The library's tokenizer as the file has it, and the file's bytes.
+def read_tokenizer(path: Path) -> tuple[Any, bytes, list[str]]:
+    """The library's tokenizer, the file's bytes, and what the file would do to prompts of its own, which is off now.
 
     Raises ValueError that says why the file is no tokenizer, OSError, and BackendUnavailable without the library.
     """
@@ -23,13 +23,31 @@ def read_tokenizer(path: Path) -> tuple[Any, bytes]:
     except ImportError as error:
         raise unavailable(error, "text", "pip install tokenizers") from error
     data = read_bounded(path, _MOST_BYTES, "a tokenizer")
-    text = data.decode("utf-8-sig")  # a byte order mark is no error
-    if not text.startswith("{") and (known := foreign_kind(data[:512])):
+    if known := foreign_kind(data[:512]):
         raise ValueError(f"it is {known}")
     try:
-        return Tokenizer.from_str(text), data
+        library = Tokenizer.from_str(data.decode("utf-8-sig"))  # a byte order mark is no error
+    except UnicodeDecodeError:
+        raise
     except Exception as error:  # the library raises plain Exception
         raise ValueError(" ".join(str(error).split())) from error
+    return library, data, _switched_off(library)
+
+
+def _switched_off(library: Any) -> list[str]:
+    """Ends what a tokenizer does to prompts beside encoding them, and says what that was."""
+    found = []
+    if library.truncation is not None:
+        found.append(f"cuts prompts to {library.truncation['max_length']} tokens")
+        library.no_truncation()
+    if library.padding is not None:
+        length = library.padding["length"]
+        found.append(f"pads them to {length}" if length else "pads them")
+        library.no_padding()
+    if getattr(library.model, "dropout", None) is not None:
+        found.append("leaves out merges at random")
+        library.model.dropout = None
+    return found
 
 
 def encoding(library: Any, text: str, *, around: bool) -> Any:

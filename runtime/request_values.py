@@ -99,28 +99,35 @@ def flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def token_ids(name: str, value: Any, *, ordered: bool = True) -> list[int]:
+def name_or_none(name: str, value: Any) -> str | None:
+    """The text that names something, or None. Raises UsageError."""
+    if value is not None and not isinstance(value, str):
+        raise _unexpected(name, value, "a name")
+    return value
+
+
+def token_ids(name: str, value: Any, *, ordered: bool = True, of: str = "token id") -> list[int]:
     """The token ids in a list, a tuple or an array of integers with one axis; without ``ordered`` a set will do.
 
-    Raises UsageError.
+    ``of`` is what the numbers are, where they are none of tokens. Raises UsageError.
     """
     if hasattr(value, "__array__"):
-        return _ids_of_array(name, value)
+        return _ids_of_array(name, value, of)
     kinds = (Sequence,) if ordered else (Sequence, AbstractSet)
     if not isinstance(value, kinds) or isinstance(value, str | bytes | bytearray | memoryview):
-        raise UsageError(f"{name} is of type {type(value).__name__}, expected a list of token ids")
+        raise UsageError(f"{name} is of type {type(value).__name__}, expected a list of {of}s")
     if all(type(item) is int for item in value):
         return list(value)
-    return [whole(f"a token id of {name}", item) for item in value]
+    return [whole(f"a {of} of {name}", item) for item in value]
 
 
-def _ids_of_array(name: str, value: Any) -> list[int]:
+def _ids_of_array(name: str, value: Any, of: str) -> list[int]:
     array = as_array(name, value)
     if array.ndim != 1:
-        raise UsageError(f"{name} is an array of shape {array.shape}, expected token ids along one axis")
+        raise UsageError(f"{name} is an array of shape {array.shape}, expected {of}s along one axis")
     # An empty array has numpy's own dtype, float64.
     if array.size and array.dtype.kind not in "iu":
-        raise UsageError(f"{name} is an array of {array.dtype}, expected token ids, which are integers")
+        raise UsageError(f"{name} is an array of {array.dtype}, expected {of}s, which are integers")
     return [int(number) for number in array.tolist()]
 
 

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import stat
 import struct
 import tokenize
 import zipfile
@@ -16,6 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from mythos_edge.model.bounded_files import open_regular
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import UsageError
 from mythos_edge.model.output_files import writing
@@ -103,10 +103,7 @@ def damaged(path: Path, error: Exception) -> UsageError:
 
 def _arrays(path: Path) -> dict[str, NDArray[Any]]:
     """The arrays of an .npz as ``numpy.savez`` writes it. Raises ValueError for anything else in it."""
-    # Opening a FIFO would wait for a writer, and a device has no end.
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise ValueError("not a regular file")
-    with path.open("rb") as opened, zipfile.ZipFile(opened) as archive:
+    with open_regular(path) as opened, zipfile.ZipFile(opened) as archive:
         members, size = archive.infolist(), os.fstat(opened.fileno()).st_size
         # Savez compresses nothing: what would unfold, or shares its bytes with another, was not written by it.
         if any(one.compress_type != zipfile.ZIP_STORED for one in members):

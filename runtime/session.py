@@ -10,8 +10,10 @@ unless told to ``resume``. It serves one call at a time, of whatever thread: one
 UsageError. Several threads open a session each, or one gives several prompts to ``generate``.
 """
 
+import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, Self, Unpack, overload
 
@@ -22,12 +24,12 @@ from mythos_edge.runtime.backend import Backend, OrtBackend, thread_count
 from mythos_edge.runtime.caches import CachePlan, plan_cache, require_memory
 from mythos_edge.runtime.decoding import Decoding, Generation, TextSoFar, TokenSequence
 from mythos_edge.runtime.draft_tuner import DraftTuner
-from mythos_edge.runtime.halting import ResolvedDepth, depth_of_preset
+from mythos_edge.runtime.halting import LOOP_STEPS, ResolvedDepth, depth_of_preset
 from mythos_edge.runtime.options import Options, RequestOptions, ScoreOptions
 from mythos_edge.runtime.ort_cuda_backend import OrtCudaBackend
 from mythos_edge.runtime.ort_tensorrt_backend import OrtTensorrtBackend
 from mythos_edge.runtime.prompts import Prompt, Prompts, check_range, checked_ids, ids_of, separate
-from mythos_edge.runtime.request_values import Within, check_names, flag, whole
+from mythos_edge.runtime.request_values import Within, check_names, flag, name_or_none, shown, token_ids, whole
 from mythos_edge.runtime.sampling import Sampler
 from mythos_edge.runtime.scoring import Score, score_of, scoring, spans_of
 from mythos_edge.runtime.speculation import AUTO, check_draft
@@ -59,7 +61,7 @@ class Session:
         # The one that is half read. Not kept alive: nobody may be reading it any more.
         self._stream: weakref.ref[TokenStream] | None = None
         self.config = bundle.manifest.config
-        self._max_context = min(bundle.manifest.max_context, backend.max_context or bundle.manifest.max_context)
+        self.max_context = min(bundle.manifest.max_context, backend.max_context or bundle.manifest.max_context)
         name = bundle.manifest.tokenizer
         self.tokenizer = None
         if name is not None:
@@ -90,7 +92,10 @@ class Session:
         ``threads`` are by default one per core. ``trust`` takes TensorRT engines that are not the files the manifest
         lists, which are native code. Raises BundleError, BackendUnavailable, UsageError.
         """
-        bundle = open_bundle(Path(path), hashes=hashes, trust_engines=trust)
+        if not isinstance(path, str | os.PathLike):
+            raise UsageError(f"path is {shown(path)}, expected the path of a bundle's folder")
+        target, preset = name_or_none("target", target), name_or_none("preset", preset)
+        bundle = open_bundle(Path(path), hashes=flag("hashes", hashes), trust_engines=flag("trust", trust))
         defaults: dict[str, Any] = {}
         if preset is not None:
             defaults = depth_of_preset(bundle.manifest, preset)
@@ -114,8 +119,10 @@ class Session:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        # What a call that still runs elsewhere says must not hide the error under way.
+        with suppress(UsageError) if kind is not None else nullcontext():
+            self.close()
 
     def _options(self, values: Mapping[str, object]) -> Options:
         """The request, with the preset's depth where it sets none of its own."""
@@ -126,8 +133,9 @@ class Session:
     @in_turn
     def plan(self, context: int | None = None, batch: int = 1, max_depth: int | None = None) -> CachePlan:
         """The cache memory of ``context`` tokens (by default the longest) before anything is allocated."""
-        tokens = self._max_context if context is None else whole("context", context, _COUNT)
-        depth = self.config.max_loop_iters if max_depth is None else whole("max_depth", max_depth, _COUNT)
+        room = Within(least=1, most=self.max_context)
+        tokens = self.max_context if context is None else whole("context", context, room)
+        depth = self.config.max_loop_iters if max_depth is None else whole("max_depth", max_depth, LOOP_STEPS)
         return self._plan(tokens, whole("batch", batch, _COUNT), depth)
 
     def _plan(self, tokens: int, batch: int, max_depth: int) -> CachePlan:
@@ -267,7 +275,7 @@ class Session:
         Raises UsageError when the file is damaged or belongs to other weights; the session is then as it was.
         """
         path = Path(path)
-        saved = saved_state.read(path, self.bundle.weights_identity(self._target), self.config, self._max_context)
+        saved = saved_state.read(path, self.bundle.weights_identity(self._target), self.config, self.max_context)
         sequence = TokenSequence(saved.ids, self._new_staircase(saved.depth, None), Sampler(saved.sampling))
         try:
             sequence.staircase.restore(saved.arrays)
@@ -307,9 +315,10 @@ class Session:
         """A sampler for every prompt, where each has a seed of its own."""
         if seeds is None:
             return []
-        if len(seeds) != prompts or options.get("seed") is not None:
-            raise UsageError(f"seeds are {len(seeds)} for {prompts} prompts: give one for each, and no seed beside")
-        return [Sampler(self._options({**options, "seed": seed}).sampling) for seed in seeds]
+        numbers = token_ids("seeds", seeds, of="seed")
+        if len(numbers) != prompts or options.get("seed") is not None:
+            raise UsageError(f"seeds are {len(numbers)} for {prompts} prompts: give one for each, and no seed beside")
+        return [Sampler(self._options({**options, "seed": seed}).sampling) for seed in numbers]
 
     def _tuner(self, options: Options, depth: ResolvedDepth, prompts: int) -> DraftTuner | None:
         """What chooses drafts where the options leave it open. Raises UsageError for drafts that are not possible."""
@@ -368,10 +377,10 @@ class Session:
             sequence.staircase.expect(len(sequence.ids) + new_tokens)
 
     def _new_staircase(self, depth: ResolvedDepth, max_lag: int | None) -> Staircase:
-        return Staircase(self.backend, self.config, depth, self._max_context, max_lag)
+        return Staircase(self.backend, self.config, depth, self.max_context, max_lag)
 
     def _check_length(self, tokens: int) -> None:
-        limit = self._max_context
+        limit = self.max_context
         if tokens > limit:
             raise CapacityError(
                 f"the prompt has {tokens} tokens; this bundle was exported for {limit}: "
@@ -379,7 +388,7 @@ class Session:
             )
 
     def _check_memory(self, columns: int, batch: int, depth: ResolvedDepth, held: int) -> None:
-        context = min(columns, self._max_context)
+        context = min(columns, self.max_context)
         require_memory(self._plan(context, batch, depth.max_depth), held, self.backend.memory.free_bytes())
 
     def _encode(self, prompt: Any, first: bool) -> list[int]:

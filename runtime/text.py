@@ -21,13 +21,9 @@ class Tokenizer:
 
     def __init__(self, path: Path) -> None:
         try:
-            self._library, _ = read_tokenizer(path)
+            self._library, _, _ = read_tokenizer(path)
         except (ValueError, OSError) as error:
             raise BundleError(f"{path}: not a tokenizer: {error}") from error
-        self._library.no_truncation()
-        self._library.no_padding()
-        if getattr(self._library.model, "dropout", None) is not None:
-            self._library.model.dropout = None
         added = self._library.get_added_tokens_decoder().values()
         self._special = frozenset(token.content for token in added if token.special)
         self._texts: dict[int, str] = {}

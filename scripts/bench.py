@@ -18,7 +18,7 @@ from mythos_edge.runtime.caches import plan_cache, require_memory
 from mythos_edge.runtime.options import Options
 from mythos_edge.runtime.session import Session
 from mythos_edge.runtime.speculation import check_draft
-from mythos_edge.scripts import measuring, options
+from mythos_edge.scripts import arguments, measuring, options
 from mythos_edge.scripts.console import Console
 from mythos_edge.scripts.doctor import processor
 
@@ -46,7 +46,7 @@ _DEPTH_ROUNDS = 6
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=options.path)
+    parser.add_argument("bundle", type=arguments.path)
     parser.add_argument("-p", "--prompt-tokens", type=int, default=512, metavar="N")
     parser.add_argument("-n", "--new-tokens", type=int, default=128, metavar="N")
     parser.add_argument("-d", "--depth", type=float, metavar="X", help="set the threshold for this mean depth")

@@ -9,7 +9,7 @@ from typing import Any
 from mythos_edge.model.bundle import CUDA_TARGET, TARGET, Bundle, TargetSpec, open_bundle
 from mythos_edge.model.errors import UsageError, unavailable
 from mythos_edge.runtime.prompts import checked_ids
-from mythos_edge.scripts import options
+from mythos_edge.scripts import arguments, options
 from mythos_edge.scripts.console import Console
 
 HELP = "add a target for a backend to a bundle: rounded or prepacked weights, TensorRT engines"
@@ -32,7 +32,7 @@ _ASKED_WITH = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=options.path)
+    parser.add_argument("bundle", type=arguments.path)
     names = "ort-cpu (default), ort-cuda, rtx-sm89, rtx-sm86+sm89+sm120 (several GPUs), trt-this-gpu"
     parser.add_argument("--target", default=TARGET, metavar="NAME", help=f"what to build for: {names}")
     weights = "ort-cpu: fp32, int8, int4; ort-cuda: none, int8, int4; TensorRT: none, int8, int4, fp8"
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rounding.add_argument("--keep", metavar="PARTS", help=f"what stays fp32: {parts}")
     rounding.add_argument("--method", choices=("rtn", "search"), help="round to nearest, or search each block's scale")
     rounding.add_argument(
-        "--calibrate", type=options.file_name, metavar="NPY", help="token ids to weigh the input channels with"
+        "--calibrate", type=arguments.file_name, metavar="NPY", help="token ids to weigh the input channels with"
     )
 
 

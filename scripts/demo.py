@@ -18,7 +18,7 @@ from mythos_edge.model.bundle import SCHEMA_VERSION, TARGET, open_bundle, sha256
 from mythos_edge.model.errors import ExportError, MythosEdgeError, UsageError, unavailable
 from mythos_edge.plugins.trt_bindings import cache_folder
 from mythos_edge.runtime.session import Session
-from mythos_edge.scripts import addition, options
+from mythos_edge.scripts import addition, arguments
 from mythos_edge.scripts.console import Console
 
 HELP = "add two numbers with the demo model and show how deep it thought about each digit"
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add.add_argument("a", metavar="A")
     add.add_argument("b", metavar="B")
     add.add_argument(
-        "--bundle", type=options.path, help="the demo bundle (default: made once in the user's cache folder)"
+        "--bundle", type=arguments.path, help="the demo bundle (default: made once in the user's cache folder)"
     )
     # Also accepted after the task, where people type them; SUPPRESS keeps those given before it.
     add.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)

@@ -8,7 +8,7 @@ from pathlib import Path
 from mythos_edge.model.bundle import TARGET, open_bundle
 from mythos_edge.model.bundle_writer import BundleWriter
 from mythos_edge.model.errors import BundleError, unavailable
-from mythos_edge.scripts import options
+from mythos_edge.scripts import arguments
 from mythos_edge.scripts.console import Console
 
 HELP = "export a checkpoint to a bundle"
@@ -17,15 +17,15 @@ EXAMPLE = "mythos-edge export step_0001000.pt -o model.bundle --tokenizer tokeni
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "checkpoint", type=options.path, help=".pt, .pth, .bin, .safetensors, or a folder with safetensors"
+        "checkpoint", type=arguments.path, help=".pt, .pth, .bin, .safetensors, or a folder with safetensors"
     )
-    parser.add_argument("-o", "--output", type=options.path, required=True, metavar="BUNDLE", help="folder to write")
+    parser.add_argument("-o", "--output", type=arguments.path, required=True, metavar="BUNDLE", help="folder to write")
     add_options(parser)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What can be said of an export beside its two places; optimum's command has the same options."""
-    options.add_checkpoint(
+    arguments.add_checkpoint(
         parser,
         "rotary angles as the config says, or the table in the file as the reference would use it "
         "(default: the config's, and the file's table must agree)",
@@ -33,7 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="storage of large weights")
     parser.add_argument("--max-context", type=int, metavar="N", help="longest sequence (default: the checkpoint's)")
     parser.add_argument(
-        "--tokenizer", type=options.path, metavar="PATH", help="Hugging Face tokenizer.json, or its folder"
+        "--tokenizer", type=arguments.path, metavar="PATH", help="Hugging Face tokenizer.json, or its folder"
     )
     parser.add_argument(
         "--end-token",

@@ -3,7 +3,7 @@
 import argparse
 from dataclasses import asdict
 
-from mythos_edge.scripts import options
+from mythos_edge.scripts import arguments, options
 from mythos_edge.scripts.console import Console
 
 HELP = "generate text or token ids from a bundle"
@@ -11,7 +11,7 @@ EXAMPLE = 'mythos-edge generate model.bundle -p "Once upon a time" --max-new-tok
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=options.path)
+    parser.add_argument("bundle", type=arguments.path)
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument(
         "-p", "--prompt", metavar="TEXT", help="may begin with a dash; one that is an option: -p=--json"
@@ -39,11 +39,11 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if args.prompt is None:
         prompt: str | list[int] = options.ids_from_text(args.ids)
     else:
-        prompt = options.text_of(args.prompt, "--prompt")
+        prompt = arguments.text_of(args.prompt, "--prompt")
     request = {
         "max_new_tokens": args.max_new_tokens,
         "stop_ids": None if args.stop_id is None else tuple(args.stop_id),
-        "stop_strings": tuple(options.text_of(stop, "--stop") for stop in args.stop),
+        "stop_strings": tuple(arguments.text_of(stop, "--stop") for stop in args.stop),
         "special_tokens": args.special_tokens,
         **options.depth_of(args),
         **options.sampling_of(args),

@@ -5,12 +5,13 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mythos_edge.model.bounded_files import require_file
+from mythos_edge.model.bounded_files import open_regular, require_file
 from mythos_edge.model.bundle import Bundle, has_manifest, manifest_to_dict, open_bundle
 from mythos_edge.model.errors import BackendUnavailable, BundleError, CheckpointError, UsageError, unavailable
+from mythos_edge.model.foreign_files import foreign_kind
 from mythos_edge.runtime.caches import CachePlan, plan_cache
 from mythos_edge.runtime.text import Tokenizer
-from mythos_edge.scripts import options
+from mythos_edge.scripts import arguments
 from mythos_edge.scripts.build import weights_of
 from mythos_edge.scripts.console import Console
 
@@ -26,8 +27,8 @@ _ROPE_TABLES = {"config": "angles computed from the config", "stored": "the chec
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=options.path)
-    options.add_checkpoint(parser, None)
+    parser.add_argument("path", type=arguments.path)
+    arguments.add_checkpoint(parser, None)
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -187,6 +188,10 @@ def _onnx(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise BundleError(f"{path}: cannot be read: {error.strerror or error}") from error
     except Exception as error:  # protobuf's DecodeError is not public
+        with open_regular(path) as file:
+            known = foreign_kind(file.read(512))
+        if known is not None:
+            raise BundleError(f"{path}: is {known}") from error
         raise BundleError(f"{path}: not an ONNX file, or damaged: {' '.join(str(error).split())}") from error
     weights = [tensor for tensor in model.graph.initializer if tensor.external_data]
     files = {entry.value for tensor in weights for entry in tensor.external_data if entry.key == "location"}

@@ -5,7 +5,6 @@ import io
 import math
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from tokenize import TokenError
 from typing import Any, BinaryIO
 
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from mythos_edge.model.bounded_files import open_regular, size_text
 from mythos_edge.model.errors import UsageError
+from mythos_edge.model.foreign_files import foreign_kind
 from mythos_edge.runtime.halting import Policy
 from mythos_edge.runtime.session import Session
 from mythos_edge.runtime.speculation import AUTO
@@ -31,27 +31,6 @@ _NO_ARRAY = (ValueError, EOFError, TypeError, SyntaxError, TokenError, Recursion
 _DEPTH = ("policy", "min_depth", "max_depth", "threshold")
 _DRAFTS = ("draft_depth", "draft_tokens")
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-
-
-def path(text: str) -> Path:
-    """A file or folder that is named in an argument. Raises UsageError for an empty name, which would be ``.``."""
-    return Path(file_name(text))
-
-
-def file_name(text: str) -> str:
-    """A name that is not empty. Raises UsageError."""
-    if not text:
-        raise UsageError("the name of a file or folder is empty: name one, or leave its option out")
-    return text
-
-
-def text_of(text: str, option: str) -> str:
-    """A text as it stands in the command line. Raises UsageError for bytes that are no UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UsageError(f"{option} is not UTF-8, from character {error.start + 1} on: give it in UTF-8") from None
-    return text
 
 
 def add_depth(parser: argparse.ArgumentParser) -> None:
@@ -82,15 +61,6 @@ def add_drafts(parser: argparse.ArgumentParser) -> None:
         "--draft-depth", type=_number_or_auto, metavar="N", help="loop steps of a draft, or auto (default: none)"
     )
     group.add_argument("--draft-tokens", type=_number_or_auto, metavar="N", help="tokens of a draft, or auto (default)")
-
-
-def add_checkpoint(parser: argparse.ArgumentParser, rope_table: str | None) -> None:
-    """How a checkpoint is read; ``rope_table`` is the help of --rope-table, which is left out where it is None."""
-    parser.add_argument("--config", type=path, metavar="JSON", help="config fields the checkpoint does not tell")
-    text = "where the model's tensors are in the file (dotted where nested), if not under a key that trainers use"
-    parser.add_argument("--key", metavar="NAME", help=text)
-    if rope_table is not None:
-        parser.add_argument("--rope-table", choices=("config", "stored"), help=rope_table)
 
 
 def add_target(parser: argparse.ArgumentParser) -> None:
@@ -164,6 +134,11 @@ def ids_from_file(path: str) -> NDArray[Any]:
     except OSError as error:
         raise UsageError(f"{path}: cannot read the ids: {error.strerror or error}") from error
     except _NO_ARRAY as error:
+        with open_regular(path) as file:
+            known = foreign_kind(file.read(512))
+        # A .npy file that is damaged begins as one.
+        if known and not known.startswith("a NumPy"):
+            raise UsageError(f"{path}: is {known}") from error
         raise UsageError(f"{path}: not a .npy file of numbers: save the ids with numpy.save") from error
 
 

@@ -11,7 +11,7 @@ from mythos_edge.model.errors import UsageError
 from mythos_edge.model.output_files import check_output, writing
 from mythos_edge.runtime.loop_engine import LAYOUT, LoopEngine
 from mythos_edge.runtime.scoring import Score
-from mythos_edge.scripts import options
+from mythos_edge.scripts import arguments, options
 from mythos_edge.scripts.console import Console
 
 HELP = "write the logits and depth of given tokens"
@@ -20,11 +20,11 @@ _SCORES = "the scores"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=options.path)
+    parser.add_argument("bundle", type=arguments.path)
     parser.add_argument(
-        "--ids", type=options.file_name, required=True, metavar="NPY", help="int64 array (batch, positions)"
+        "--ids", type=arguments.file_name, required=True, metavar="NPY", help="int64 array (batch, positions)"
     )
-    parser.add_argument("-o", "--output", type=options.path, required=True, metavar="NPZ")
+    parser.add_argument("-o", "--output", type=arguments.path, required=True, metavar="NPZ")
     parser.add_argument("--prefill", type=int, metavar="N", help="positions fed as one chunk (default: all)")
     options.add_depth(parser)
     options.add_target(parser)

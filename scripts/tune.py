@@ -25,7 +25,7 @@ from mythos_edge.runtime.halting import Depth
 from mythos_edge.runtime.prompts import checked_ids
 from mythos_edge.runtime.quality import kl_divergence
 from mythos_edge.runtime.session import Session, open_backend
-from mythos_edge.scripts import measuring, options
+from mythos_edge.scripts import arguments, measuring, options
 from mythos_edge.scripts.console import Console
 
 HELP = "measure quality against speed over thresholds, depths and targets, and save the best point as a preset"
@@ -76,10 +76,10 @@ class Point:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=options.path)
+    parser.add_argument("bundle", type=arguments.path)
     parser.add_argument(
         "--data",
-        type=options.file_name,
+        type=arguments.file_name,
         required=True,
         metavar="NPY",
         help="tokens of the kind the model is for (rows, positions)",
@@ -87,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o",
         "--output",
-        type=options.path,
+        type=arguments.path,
         metavar="FOLDER",
         help="for curve.png and curve.html (default: BUNDLE-tune)",
     )

@@ -16,7 +16,7 @@ from mythos_edge.runtime import parity
 from mythos_edge.runtime.backend import graph_runner
 from mythos_edge.runtime.prompts import checked_ids
 from mythos_edge.runtime.session import Session, open_backend
-from mythos_edge.scripts import options, quality_gate
+from mythos_edge.scripts import arguments, options, quality_gate
 from mythos_edge.scripts.console import Console
 
 if TYPE_CHECKING:
@@ -40,16 +40,16 @@ _MOVED = 1 / 12 / (_FLOAT32_RUNS - 1)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=options.path)
+    parser.add_argument("bundle", type=arguments.path)
     parser.add_argument(
         "--against",
-        type=options.file_name,
+        type=arguments.file_name,
         metavar="CHECKPOINT",
         help=f"the checkpoint to compare with, in torch; or the word {quality_gate.FP32}: compare --target with fp32",
     )
-    options.add_checkpoint(parser, "the rotary table the bundle was exported with, where its checkpoint has another")
+    arguments.add_checkpoint(parser, "the rotary table the bundle was exported with, where its checkpoint has another")
     parser.add_argument(
-        "--ids", type=options.file_name, metavar="NPY", help="tokens to compare on (default: random ones)"
+        "--ids", type=arguments.file_name, metavar="NPY", help="tokens to compare on (default: random ones)"
     )
     parser.add_argument("--positions", type=int, default=48, metavar="N", help="length of the random sequence")
     parser.add_argument("--seed", type=int, default=0, metavar="N")

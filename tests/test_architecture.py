@@ -23,15 +23,12 @@ MAY_IMPORT = {
     "scripts/optimum_command": set(),
 }
 # What the base install can run: neither torch nor onnx.
+NEED_TORCH = {
+    *("checkpoint", "entry_reader", "layers", "layout", "loop", "network", "rope_tables", "tensor_choice"),
+    "tensor_files",
+}
 IMPORT_LIGHT = [
-    "model.errors",
-    "model.config",
-    "model.bundle",
-    "model.bundle_writer",
-    "model.file_locks",
-    "model.linked_weights",
-    "model.partial_folders",
-    "model.typed_json",
+    *(f"model.{path.stem}" for path in sorted((ROOT / "model").glob("*.py")) if path.stem not in NEED_TORCH),
     "plugins.processor",
     "plugins.kernel_store",
     "plugins.kernels.variants",

@@ -11,7 +11,6 @@ What a session cannot do is refused by name. torch and transformers are imported
 Not here: training, other devices (the bundle's target decides), and saving.
 """
 
-import operator
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
@@ -22,9 +21,10 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from mythos_edge.model.errors import BackendUnavailable, UsageError
+from mythos_edge.model.errors import UsageError, unavailable
 from mythos_edge.runtime.decoding import Generation
 from mythos_edge.runtime.prompts import checked_ids
+from mythos_edge.runtime.request_values import Within, flag, texts, token_ids, whole
 from mythos_edge.runtime.session import Session
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ _RUN = ("chunk", "max_lag", "draft_depth", "draft_tokens")
 # How transformers samples where nothing is said, and what says nothing where it does not sample.
 _SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}
 _NOT_SAMPLING = {"temperature": (0, 1), "top_k": (0, 50), "top_p": (1,), "min_p": (0,)}
+_TOKEN_ID = Within(least=0)
 _NEW_TOKENS = 20
 # Values with which arguments that are not known here ask for nothing; 0, False and nothing do so for all others.
 _NEUTRAL = {
@@ -168,7 +169,7 @@ class MythosForCausalLM:
         else:
             results = [self._streamed(prompts, streamer, given, request)]
         if any(result.finish_reason == "context" for result in results):
-            longest = self.session.bundle.manifest.max_context
+            longest = self.session.max_context
             warnings.warn(f"the text ended where the bundle's longest context of {longest} tokens did", stacklevel=2)
         return _output(given, results, request)
 
@@ -225,24 +226,26 @@ class MythosForCausalLM:
         given = {name: value for name, value in values.items() if value is not None and name not in _OF_FILES}
         options = {name: given.pop(name) for name in (*_DEPTH, *_RUN, "repetition_penalty") if name in given}
         options["max_new_tokens"] = _new_tokens(given, positions)
-        samples = bool(given.pop("do_sample", False))
+        samples = flag("do_sample", given.pop("do_sample", False))
         options |= _sampling(given, samples)
-        seed = given.pop("seed", None) if samples else None
-        rows = _whole("num_return_sequences", given.pop("num_return_sequences", 1))
+        seed = given.pop("seed", None)
+        if seed is not None and not samples:
+            raise UsageError(f"seed is {seed} without do_sample, which leaves no choice: pass do_sample=True")
+        rows = whole("num_return_sequences", given.pop("num_return_sequences", 1))
         if rows < 1 or (rows > 1 and not samples):
             raise UsageError(f"num_return_sequences is {rows}, expected 1, or more with do_sample")
-        pad = _whole("pad_token_id", given.pop("pad_token_id")) if "pad_token_id" in given else None
+        pad = whole("pad_token_id", given.pop("pad_token_id"), _TOKEN_ID) if "pad_token_id" in given else None
         ends = self.end_ids
         if "eos_token_id" in given:
-            ends = tuple(_whole("eos_token_id", number) for number in np.ravel(_numpy(given.pop("eos_token_id"))))
+            end = given.pop("eos_token_id")
+            ends = tuple(token_ids("eos_token_id", [end] if isinstance(end, int) else _listed(end)))
         if ends != self.end_ids:
             options["stop_ids"] = ends
         pad = ends[0] if pad is None and ends else pad
         if "stop_strings" in given:
-            stops = given.pop("stop_strings")
-            options["stop_strings"] = (stops,) if isinstance(stops, str) else tuple(stops)
+            options["stop_strings"] = texts("stop_strings", given.pop("stop_strings"))
             given.pop("tokenizer", None)  # the bundle's own finds them
-        as_dict = bool(given.pop("return_dict_in_generate", False))
+        as_dict = flag("return_dict_in_generate", given.pop("return_dict_in_generate", False))
         _refuse_unknown(given)
         return _Request(options, rows, pad, _seed(seed) if samples else None, as_dict)
 
@@ -274,14 +277,18 @@ def _libraries() -> tuple[Any, Any]:
         import torch
         import transformers
     except ImportError as error:
-        message = f"a model of transformers needs {error.name}, which is not installed"
-        raise BackendUnavailable(message, "pip install 'mythos-edge[transformers]'") from error
+        raise unavailable(error, "a model of transformers", "pip install 'mythos-edge[transformers]'") from error
     return torch, transformers
 
 
 def _numpy(value: Any) -> NDArray[Any]:
     """An array of a tensor on any device, or of a list."""
     return np.asarray(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
+
+
+def _listed(value: Any) -> Any:
+    """A list as it is, and a tensor or an array of any shape as one of one axis."""
+    return value if isinstance(value, list | tuple) else np.ravel(_numpy(value))
 
 
 def _device(value: Any) -> Any:
@@ -309,10 +316,10 @@ def _new_tokens(given: dict[str, Any], positions: int) -> int:
     if new is not None and total is not None:
         raise UsageError(f"max_new_tokens is {new} and max_length is {total}: give one of them")
     if total is None:
-        return _NEW_TOKENS if new is None else _whole("max_new_tokens", new)
-    if _whole("max_length", total) <= positions:
+        return _NEW_TOKENS if new is None else whole("max_new_tokens", new)
+    if whole("max_length", total) <= positions:
         raise UsageError(f"max_length is {total}, but the prompts have {positions} tokens: pass max_new_tokens")
-    return _whole("max_length", total) - positions
+    return whole("max_length", total) - positions
 
 
 def _sampling(given: dict[str, Any], samples: bool) -> dict[str, Any]:
@@ -331,15 +338,7 @@ def _sampling(given: dict[str, Any], samples: bool) -> dict[str, Any]:
 def _seed(seed: int | None) -> int:
     """The seed that was given, or one that the random state of torch gives."""
     torch, _ = _libraries()
-    return int(torch.randint(2**62, ())) if seed is None else _whole("seed", seed)
-
-
-def _whole(name: str, value: Any) -> int:
-    """The number that was given for an argument. Raises UsageError unless it is a whole one."""
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise UsageError(f"{name} is {value!r}, expected a whole number") from None
+    return int(torch.randint(2**62, ())) if seed is None else whole("seed", seed)
 
 
 def _refuse_unknown(arguments: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from argparse import ArgumentParser
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from optimum.commands.export.base import ExportCommand
 
-from mythos_edge.scripts import cli, export_verb, interrupts, options
+from mythos_edge.scripts import arguments, cli, export_verb, interrupts
 from mythos_edge.scripts.console import Console
 
 
@@ -24,9 +24,9 @@ class MythosExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]  # optim
         """Declares the options, those of ``mythos-edge export`` among them."""
         model = ".pt, .pth, .bin, .safetensors, or a folder with safetensors"
         parser.add_argument(
-            "--model", "-m", type=options.path, required=True, dest="checkpoint", metavar="CKPT", help=model
+            "--model", "-m", type=arguments.path, required=True, dest="checkpoint", metavar="CKPT", help=model
         )
-        parser.add_argument("output", type=options.path, metavar="OUT", help="folder to write")
+        parser.add_argument("output", type=arguments.path, metavar="OUT", help="folder to write")
         export_verb.add_options(parser)
         cli.add_common(parser)
         parser.set_defaults(run=export_verb.run)

@@ -318,6 +318,19 @@ def test_pipes_are_refused_and_not_waited_for(tmp_path: Path, run: Callable[...,
     assert not output.exists()
 
 
+def test_pointers_in_place_of_files_are_told(damaged: Path, tmp_path: Path, run: Callable[..., Ran]) -> None:
+    """As a clone without git-LFS has them: what is missing is not mended by another export."""
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n"
+    for name in ("ids.npy", "graph.onnx"):
+        (tmp_path / name).write_bytes(pointer)
+    told = "is a git-LFS pointer, not the file it stands for: run `git lfs pull`"
+    refused(run("score", damaged, "--ids", tmp_path / "ids.npy", "-o", tmp_path / "o.npz"), "ids.npy", told)
+    refused(run("inspect", tmp_path / "graph.onnx"), "graph.onnx", told)
+    for name in ("weights.safetensors", "manifest.json"):
+        (damaged / name).write_bytes(pointer)
+        refused(run("generate", damaged, "--ids", "1"), name, told)
+
+
 # --- an export ----------------------------------------------------------------------------------------------------
 
 

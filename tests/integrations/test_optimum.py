@@ -15,7 +15,7 @@ from conftest import FIXTURES
 from optimum.commands.register import register_mythos
 
 from mythos_edge.model.bundle import open_bundle
-from mythos_edge.scripts import cli, export_verb
+from mythos_edge.scripts import cli, export_verb, interrupts
 
 PROGRAM = str(Path(sys.executable).with_name("optimum-cli"))
 
@@ -77,17 +77,20 @@ def test_errors_are_one_line(tmp_path: Path) -> None:
 
 @pytest.fixture
 def handlers() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.usefixtures("handlers")
 def test_it_ends_with_the_exit_code_of_our_verb(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "run", lambda parse: parse())
+    monkeypatch.setattr(cli, "run", lambda parse, console, debug: parse().code)
     subparsers = argparse.ArgumentParser().add_subparsers()
-    command = register_mythos.MythosExportCommand(subparsers, args=3)
+    command = register_mythos.MythosExportCommand(subparsers, args=argparse.Namespace(json=False, debug=False, code=3))
     with pytest.raises(SystemExit) as ended:
         command.run()
     assert ended.value.code == 3
-    assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    monkeypatch.setattr(interrupts, "_last_asked", [])
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGTERM)

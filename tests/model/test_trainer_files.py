@@ -238,6 +238,11 @@ def test_an_untied_head_that_is_promised_is_missed(tmp_path: Path) -> None:
     assert _opens(safetensors_folder(tmp_path, bare() | {"head.weight": head}, config)) == ()
 
 
+def test_the_stronger_source_says_whether_embeddings_are_tied(tmp_path: Path) -> None:
+    folder = safetensors_folder(tmp_path, bare(), config_fields() | {"tie_word_embeddings": False})
+    open_checkpoint(folder, write_config(tmp_path, {"tie_word_embeddings": True}, "given.json")).close()
+
+
 def test_a_config_in_a_section(tmp_path: Path) -> None:
     folder = safetensors_folder(tmp_path, bare(), {"cfg": config_fields()})
     assert _opens(folder) == ()

@@ -451,3 +451,35 @@ def test_a_session_saved_with_another_storage_dtype_is_refused(session: Session,
     session.bundle = dataclasses.replace(session.bundle, manifest=manifest)
     with pytest.raises(UsageError, match="was saved with another bundle"):
         session.restore(tmp_path / "saved.npz")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"path": 5}, "path is 5, expected the path of a bundle's folder"),
+        ({"target": ["x"]}, r"target is \['x'\], expected a name"),
+        ({"preset": 3}, "preset is 3, expected a name"),
+        ({"hashes": "yes"}, "hashes is 'yes', expected True or False"),
+        ({"trust": 1}, "trust is 1, expected True or False"),
+    ],
+)
+def test_what_is_opened_is_named_as_it_must_be(given: dict[str, Any], message: str, mla_bundle: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        Session.open(**{"path": mla_bundle, **given})
+
+
+def test_seeds_are_whole_numbers_one_for_each_prompt(mla_bundle: Path) -> None:
+    with Session.open(mla_bundle) as session:
+        for seeds in (7, 7.5, [None], [True], {7: 8}, "7", [-1]):
+            with pytest.raises(UsageError, match="seed"):
+                session.generate([1, 2], max_new_tokens=1, temperature=1.0, seeds=seeds)
+        with pytest.raises(UsageError, match="seeds are 2 for 1 prompts"):
+            session.generate([1, 2], max_new_tokens=1, seeds=[1, 2])
+
+
+def test_a_plan_is_of_what_can_run(mla_bundle: Path) -> None:
+    with Session.open(mla_bundle) as session:
+        assert session.plan(session.max_context).cache_bytes == session.plan().cache_bytes
+        for given in ({"context": 10**15}, {"max_depth": 10**9}, {"context": 0}):
+            with pytest.raises(UsageError, match=f"{next(iter(given))} is"):
+                session.plan(**given)

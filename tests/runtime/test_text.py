@@ -105,8 +105,9 @@ def test_what_is_put_around_a_first_prompt(name: str, around: tuple[list[str], l
 
 def test_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
-    path.write_bytes(b"\xef\xbb\xbf" + (FIXTURES / "tokenizers" / "t5.json").read_bytes())
-    assert Tokenizer(path).encode("a") == Tokenizer(FIXTURES / "tokenizers" / "t5.json").encode("a")
+    for before in (b"\xef\xbb\xbf", b"\n", b"\xef\xbb\xbf \r\n"):
+        path.write_bytes(before + (FIXTURES / "tokenizers" / "t5.json").read_bytes())
+        assert Tokenizer(path).encode("a") == Tokenizer(FIXTURES / "tokenizers" / "t5.json").encode("a")
 
 
 def test_text_that_can_not_be_encoded_is_one_line(tmp_path: Path, byte_level: Tokenizer) -> None:

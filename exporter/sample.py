@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mythos_edge.exporter.weights import WeightsPlan
-from mythos_edge.model.bundle import NEAR_TIE_MARGIN, WEIGHTS_FILE, GoldenSample
+from mythos_edge.model.bundle import EXACT_TIE_MARGIN, NEAR_TIE_MARGIN, WEIGHTS_FILE, GoldenSample
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import ExportError
 from mythos_edge.model.network import Network
@@ -22,7 +22,9 @@ from mythos_edge.model.network import Network
 _TOKENS = 4
 _MAX_DEPTH = 2
 _TOP = 8
-_ATTEMPTS, _CLEAR_MARGIN = 4, 1e-3
+_ATTEMPTS, _CLEAR_MARGIN = 8, 1e-3
+# Closer than this, another machine may rightly decide otherwise.
+_TIE_MARGINS = {"router": EXACT_TIE_MARGIN, "halting": NEAR_TIE_MARGIN}
 _PIECE_BYTES = 32 << 20
 
 
@@ -41,7 +43,7 @@ def golden_sample(config: MythosConfig, plan: WeightsPlan, folder: Path, max_con
         with torch.no_grad(), _Streaming(lambda: mapping.madvise(mmap.MADV_DONTNEED)):
             scored = network(torch.tensor([ids]), max_depth, logit_rows=torch.tensor([len(ids) - 1]))
         # Another machine's float32 must come to the same depths and experts.
-        margins = {"router": scored.router_margin.min(), "halting": scored.margin.min()}
+        margins = {"router": float(scored.router_margin.min()), "halting": float(scored.margin.min())}
         if all(margin > _CLEAR_MARGIN for margin in margins.values()):
             break
     logits = scored.logits[0, 0]
@@ -59,7 +61,7 @@ def golden_sample(config: MythosConfig, plan: WeightsPlan, folder: Path, max_con
         depth=tuple(scored.depth[0].tolist()),
         top_ids=tuple(top.indices.tolist()),
         top_logits=tuple(top.values.tolist()),
-        tie=next((decision for decision, margin in margins.items() if margin < NEAR_TIE_MARGIN), ""),
+        tie=next((decision for decision, margin in margins.items() if margin < _TIE_MARGINS[decision]), ""),
     )
 
 

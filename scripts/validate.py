@@ -77,7 +77,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         console.say(f"files     whole ({len(bundle.manifest.files)} files)")
         console.say(f"self-test largest logit difference {sample_error:.2g}, allowed {allowed:.2g}")
         if tie:
-            console.say(f"          {_TIES[tie]}, so the difference is no failure")
+            console.say(f"          {_TIES[tie]}, so the difference is no failure: the self-test decides nothing here")
         if compare is not None:
             compared = compare(session)
             report |= compared | {"passed": report["passed"] and compared["passed"]}
@@ -160,6 +160,12 @@ def _compare(
     console.say(f"allowed max abs {allowed:.2g}: the reference's own float32 error is {own_error:.2g}")
     console.say(f"near ties of halting: {len(ties)}")
     console.say(f"ties of the router: {len(router_ties)} of {ids.size} positions")
+    least = np.unravel_index(router_margin.argmin(), router_margin.shape)
+    if not passed and parity.near_router_tie(router_margin):
+        console.say(
+            f"a near tie of the router (margin {router_margin[least]:.1g} at position {least[1]}, loop step "
+            f"{least[2]}) may be why: compare on other tokens, with another --seed or --ids"
+        )
     if router_ties:
         console.say(
             "there experts are equally good: a bundle takes the lowest index, torch and others may take another"

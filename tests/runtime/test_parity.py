@@ -13,6 +13,7 @@ from mythos_edge.runtime.parity import (
     ParityReport,
     RouterTie,
     compare,
+    near_router_tie,
     passes,
     router_ties,
     tolerance,
@@ -198,7 +199,7 @@ def test_a_report_is_fit_for_json(logits: Array, depth: Depths) -> None:
 # --- ties of the router -------------------------------------------------------------------------------------------
 
 
-def _routed(*places: tuple[int, int, int], margin: float = NEAR_TIE_MARGIN / 2) -> Array:
+def _routed(*places: tuple[int, int, int], margin: float = EXACT_TIE_MARGIN / 2) -> Array:
     found = FAR.copy()
     for place in places:
         found[place] = margin
@@ -211,10 +212,21 @@ def test_what_differs_after_a_tie_of_the_router_is_left_out_and_told(logits: Arr
     deeper[0, 3] += 1
     routed = _routed((0, 1, 3), (0, 3, 0), (1, 1, 1))
     report = compare(logits, other, depth, deeper, FAR, routed, 1e-3)
-    assert report.router_ties == [RouterTie(0, 1, 3, NEAR_TIE_MARGIN / 2)]
+    assert report.router_ties == [RouterTie(0, 1, 3, EXACT_TIE_MARGIN / 2)]
     assert (report.max_abs, report.depth_agreement) == (0.0, 1.0)
     assert report.compared == pytest.approx(6 / 8)
     assert passes(report, 1e-3)
+
+
+def test_a_near_tie_of_the_router_excuses_nothing(logits: Array, depth: Depths) -> None:
+    other = logits.copy()
+    other[0, 2:] += 100
+    routed = _routed((0, 1, 3), margin=NEAR_TIE_MARGIN / 2)
+    report = compare(logits, other, depth, depth, FAR, routed, 1e-3)
+    assert (report.compared, report.router_ties) == (1.0, [])
+    assert not passes(report, 1e-3)
+    assert near_router_tie(routed)
+    assert not near_router_tie(FAR)
 
 
 @pytest.mark.parametrize("place", [(0, 0), (1, 2)])
@@ -244,7 +256,7 @@ def test_ties_that_change_nothing_are_compared(logits: Array, depth: Depths) -> 
 def test_only_exact_ties_may_leave_nothing_to_compare(margin: float, good: bool, logits: Array, depth: Depths) -> None:
     routed = _routed((0, 0, 2), (1, 0, 7), margin=margin)
     report = compare(logits, logits + 1, depth, depth, FAR, routed, 1e-3)
-    assert report.compared == 0.0
+    assert (report.compared == 0.0) is good
     assert passes(report, 1e-3) is good
     spoiled = compare(logits, np.full_like(logits, np.nan), depth, depth, FAR, routed, 1e-3)
     assert not passes(spoiled, 1e-3)

@@ -12,9 +12,8 @@ import onnx_ir as ir
 from onnx.inliner import inline_local_functions
 
 from mythos_edge.exporter.passes import check_graph
-from mythos_edge.exporter.target_files import files_beside
-from mythos_edge.model.bundle import Bundle, GraphSpec, open_bundle
-from mythos_edge.model.bundle_writer import record_of, update_manifest
+from mythos_edge.exporter.target_files import files_beside, install_into
+from mythos_edge.model.bundle import Bundle, FileRecord, GraphSpec, Manifest, open_bundle
 
 # ONNX's own ops, under the two names of their domain.
 _STANDARD = ("", "ai.onnx")
@@ -41,10 +40,18 @@ def inline_bundle(path: Path, progress: Callable[[str, float], None] = lambda ph
     bundle = open_bundle(path)
     with files_beside(bundle, "portable", progress) as folder:
         graphs = write_portable(bundle.manifest.graphs, bundle.path, folder)
-        records = {file.name: record_of(file) for file in sorted(folder.iterdir())}
-        for file in records:
-            (folder / file).replace(bundle.path / file)
-        return update_manifest(bundle, graphs=graphs, files={**bundle.manifest.files, **records})
+        made = {name: spec for name, spec in graphs.items() if name.endswith(_SUFFIX)}
+
+        def with_graphs(now: Manifest, names: Mapping[str, str], records: Mapping[str, FileRecord]) -> Manifest:
+            before = set(portable_files(now.graphs).values())
+            return replace(
+                now,
+                graphs={**now.graphs, **{name: replace(spec, file=names[spec.file]) for name, spec in made.items()}},
+                files={file: record for file, record in now.files.items() if file not in before}
+                | {names[file]: record for file, record in records.items()},
+            )
+
+        return install_into(bundle, folder, with_graphs)
 
 
 def portable_files(graphs: Mapping[str, GraphSpec]) -> dict[str, str]:

@@ -5,11 +5,19 @@ are.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from mythos_edge.model.bundle import COPY_LINKS, TARGET, Bundle, TargetSpec, read_manifest, verify_hashes
+from mythos_edge.model.bundle import (
+    TARGET,
+    Bundle,
+    FileRecord,
+    Manifest,
+    TargetSpec,
+    read_manifest,
+    verify_hashes,
+)
 from mythos_edge.model.bundle_writer import changing, free_name, install_files, record_of, recover
 from mythos_edge.model.errors import BuildError
 from mythos_edge.model.partial_folders import PartialFolder
@@ -35,14 +43,11 @@ def log_of(bundle: Bundle, name: str) -> Path:
 def files_beside(bundle: Bundle, name: str, progress: Callable[[str, float], None]) -> Iterator[Path]:
     """A folder inside the bundle for files that are not whole yet, removed at the end with what is left in it.
 
-    Raises BundleError when the export is not what it was: nothing sound can be built from it; and BuildError for a
-    bundle of links, which may be a cache of downloads.
+    Raises BundleError when the export is not what it was: nothing sound can be built from it; and for a bundle of
+    links.
     """
     bundle.target(TARGET)
-    if any(bundle.leads_out(file) for file in bundle.manifest.files_of(TARGET)):
-        raise BuildError(
-            f"{bundle.path}: is a bundle of links out of its folder, in which nothing is built: {COPY_LINKS}"
-        )
+    bundle.require_own_files()
     verify_hashes(bundle, lambda file: progress("hashing the export", 0.0), bundle.manifest.files_of(TARGET))
     partial = None
     try:
@@ -74,17 +79,14 @@ def install(bundle: Bundle, folder: Path, name: str, target: TargetSpec) -> Bund
     One that is there stays whole, with its presets, until the new one is. Raises BuildError when the bundle was
     exported anew meanwhile, or the same target built.
     """
-    records = {file.name: record_of(file) for file in sorted(folder.iterdir())}
-    with changing(bundle) as now:
-        if now.identity != bundle.manifest.identity or bundle.differs_from(now, TARGET):
-            raise BuildError(f"{bundle.path}: was exported anew during the build: build again")
-        names = {file: free_name(now, file, record) for file, record in records.items()}
+
+    def with_target(now: Manifest, names: Mapping[str, str], records: Mapping[str, FileRecord]) -> Manifest:
         # Graphs hold the names of weights.
         if any(names[file] != file for file in records if file.startswith("weights.")):
             raise BuildError(f"{bundle.path}: {name} was built by another process meanwhile: use it, or build again")
         replaced = now.files_of(name) - now.files_of(TARGET) if name in now.targets else set()
         graphs = {stage: names[file] for stage, file in target.graphs.items()}
-        manifest = dataclasses.replace(
+        return dataclasses.replace(
             now,
             targets={**now.targets, name: dataclasses.replace(target, graphs=graphs)},
             files={file: record for file, record in now.files.items() if file not in replaced}
@@ -92,4 +94,23 @@ def install(bundle: Bundle, folder: Path, name: str, target: TargetSpec) -> Bund
             # They were measured with the weights that go.
             presets={preset: found for preset, found in now.presets.items() if not (replaced and found.target == name)},
         )
-        return install_files(bundle, folder, names, now, manifest)
+
+    return install_into(bundle, folder, with_target)
+
+
+def install_into(
+    bundle: Bundle,
+    folder: Path,
+    change: Callable[[Manifest, Mapping[str, str], Mapping[str, FileRecord]], Manifest],
+) -> Bundle:
+    """The bundle with all files of ``folder`` moved into it, and the manifest that ``change`` makes of the present one.
+
+    ``change`` also gets the name that each file will have and the record of each. Raises BuildError when the bundle
+    was exported anew meanwhile.
+    """
+    records = {file.name: record_of(file) for file in sorted(folder.iterdir())}
+    with changing(bundle) as now:
+        if now.identity != bundle.manifest.identity or bundle.differs_from(now, TARGET):
+            raise BuildError(f"{bundle.path}: was exported anew during the build: build again")
+        names = {file: free_name(now, file, record) for file, record in records.items()}
+        return install_files(bundle, folder, names, now, change(now, names, records))

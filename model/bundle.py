@@ -409,6 +409,13 @@ class Bundle:
             self._follow(name, self.path / name)
         return self.path / name
 
+    def require_own_files(self) -> None:
+        """Raises BundleError for a bundle of links out of its folder, which may be a cache that others share."""
+        if any(self.leads_out(name) for name in self.manifest.files_of(TARGET)):
+            raise BundleError(
+                f"{self.path}: is a bundle of links out of its folder, in which nothing is changed: {COPY_LINKS}"
+            )
+
     def leads_out(self, name: str) -> bool:
         """Whether a listed file is a link out of the folder. Raises BundleError where that cannot be told."""
         try:

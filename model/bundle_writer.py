@@ -23,7 +23,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
@@ -272,11 +272,14 @@ def update_manifest(bundle: Bundle, *, held_to: str | None = None, **changes: An
         if held_to is not None:
             bundle.require_unchanged(held_to)
         new = {name: change(getattr(now, name)) if callable(change) else change for name, change in changes.items()}
-        # Whoever holds the lock is the only one, so what others have left is nobody's.
-        for left in bundle.path.glob(f".{MANIFEST_FILE}.partial-*"):
-            left.unlink(missing_ok=True)
         beside = bundle.path / partial_name(MANIFEST_FILE)
-        return _replace_manifest(bundle, now, dataclasses.replace(now, **new), beside)
+        try:
+            # Whoever holds the lock is the only one, so what others have left is nobody's.
+            for left in bundle.path.glob(f".{MANIFEST_FILE}.partial-*"):
+                left.unlink(missing_ok=True)
+            return _replace_manifest(bundle, now, dataclasses.replace(now, **new), beside)
+        except OSError as error:
+            raise BundleError(f"{bundle.path}: cannot write its manifest: {error.strerror}") from error
 
 
 def install_files(bundle: Bundle, partial: Path, names: Mapping[str, str], now: Manifest, manifest: Manifest) -> Bundle:
@@ -305,13 +308,15 @@ def free_name(manifest: Manifest, name: str, record: FileRecord) -> str:
 @contextmanager
 def changing(bundle: Bundle) -> Iterator[Manifest]:
     """What the bundle on the disk says while nobody else changes it. Raises BundleError."""
-    try:
-        with locked(bundle.path / MANIFEST_FILE):
-            yield read_manifest(bundle.path)
-    except FileNotFoundError as error:
-        raise BundleError(f"{bundle.path}: was replaced or removed meanwhile: begin again") from error
-    except OSError as error:
-        raise BundleError(f"{bundle.path}: cannot write its manifest: {error.strerror}") from error
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(bundle.path / MANIFEST_FILE))
+            now = read_manifest(bundle.path)
+        except FileNotFoundError as error:
+            raise BundleError(f"{bundle.path}: was replaced or removed meanwhile: begin again") from error
+        except OSError as error:
+            raise BundleError(f"{bundle.path}: cannot be changed: {error.strerror}") from error
+        yield now
 
 
 def _replace_manifest(bundle: Bundle, now: Manifest, manifest: Manifest, beside: Path) -> Bundle:

@@ -11,7 +11,7 @@ Standard library only.
 import errno
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -72,15 +72,21 @@ def unlock(held: int) -> None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Holds the lock on a file that is there, also where others keep replacing it by a rename.
+def locked(
+    path: Path, *, create: bool = False, patience_s: float = _PATIENCE_S, waiting: Callable[[], None] = lambda: None
+) -> Iterator[None]:
+    """Holds the lock on a file, also where others keep replacing it by a rename; ``create`` makes an absent one.
 
-    Raises TimeoutError where one process holds it for a minute, and OSError.
+    ``waiting`` is called once where another process holds it. Raises TimeoutError where one holds it for
+    ``patience_s``, and OSError.
     """
-    until = time.monotonic() + _PATIENCE_S
-    while (held := try_lock(path)) is None:
+    until, told = time.monotonic() + patience_s, False
+    while (held := try_lock(path, create)) is None:
+        if not told:
+            waiting()
+            told = True
         if time.monotonic() > until:
-            raise TimeoutError(errno.ETIMEDOUT, "another process has been changing it for a minute")
+            raise TimeoutError(errno.ETIMEDOUT, f"another process has held its lock for {patience_s:.0f} s")
         time.sleep(_PAUSE_S)
     try:
         yield

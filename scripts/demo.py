@@ -1,13 +1,10 @@
 """``mythos-edge demo``: a small trained model that adds, so that halting depth can be seen to mean something."""
 
 import argparse
-import fcntl
 import os
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ import numpy as np
 
 from mythos_edge.model.bundle import SCHEMA_VERSION, TARGET, open_bundle, sha256_of
 from mythos_edge.model.errors import ExportError, MythosEdgeError, UsageError, unavailable
+from mythos_edge.model.file_locks import locked
 from mythos_edge.plugins.trt_bindings import cache_folder
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import addition, arguments
@@ -30,6 +28,9 @@ _MAX_DEPTH = 16
 _MODEL = "01d2e372e4e6e6c4f4fb67e2b07cef4546c973ff9964f5837ba5af67dd382bb2"
 _ELSEWHERE = "set XDG_CACHE_HOME to a folder that can be written, or export the model and name it with --bundle"
 _INSTALL = "pip install 'mythos-edge[export]'"
+# Longer than any export of so small a model takes.
+_PATIENCE_S = 600.0
+_WAITING = "waiting for another run, which exports the demo model"
 _COLOURS = (34, 36, 32, 92, 33, 93, 91, 31, 35, 95)
 
 
@@ -143,7 +144,9 @@ def _cached_bundle(console: Console) -> Path:
                 return root / name
             root.mkdir(parents=True, exist_ok=True)
             # Of several first runs at once one exports, and the others wait for it.
-            with _locked(root / f".{name}.lock", console):
+            with locked(
+                root / f".{name}.lock", create=True, patience_s=_PATIENCE_S, waiting=lambda: console.note(_WAITING)
+            ):
                 damage = _damage(root / name)
                 if damage is not None:
                     _export(checkpoint, root / name, damage, console)
@@ -161,18 +164,6 @@ def _damage(bundle: Path) -> str | None:
     except MythosEdgeError as error:
         return str(error)
     return None
-
-
-@contextmanager
-def _locked(path: Path, console: Console) -> Iterator[None]:
-    """Alone at work among processes of this name, until the end of the block or of the process."""
-    with path.open("w", encoding="ascii") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            console.note("waiting for another run, which exports the demo model")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _export(checkpoint: Path, bundle: Path, damage: str, console: Console) -> None:

@@ -137,10 +137,11 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 
 def _check_outputs(bundle: Bundle, folder: Path, files: Sequence[str]) -> None:
-    """Raises UsageError where the curve or the preset cannot be written, which is better known before the minutes."""
+    """Raises UsageError or BundleError where the curve or the preset cannot be written: before minutes of measuring."""
     check_output_folder(folder, "the curve")
     for name in files if folder.is_dir() else ():
         check_output(folder / name, "the curve")
+    bundle.require_own_files()
     check_output(bundle.path / MANIFEST_FILE, "the preset")
 
 

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -10,6 +11,7 @@ import pytest
 from conftest import FIXTURES
 
 from mythos_edge.exporter import portable
+from mythos_edge.exporter.ort_target import build_target
 from mythos_edge.exporter.portable import inline_bundle
 from mythos_edge.model.bundle import open_bundle, verify_hashes
 from mythos_edge.model.errors import BundleError
@@ -112,3 +114,21 @@ def test_an_interrupt_leaves_the_bundle_as_it_was(rounded_bundle: Path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         inline_bundle(rounded_bundle)
     assert {file.name: file.read_bytes() for file in rounded_bundle.iterdir()} == before
+
+
+def test_a_target_that_is_built_meanwhile_stays(
+    mla_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(shutil.copytree(mla_bundle, tmp_path / "some.bundle"))
+    write = portable.write_portable
+
+    def meanwhile(*given: Any) -> Any:
+        build_target(path, "fp32")
+        return write(*given)
+
+    monkeypatch.setattr(portable, "write_portable", meanwhile)
+    inlined = inline_bundle(path).manifest
+    assert "ort-cpu-fp32" in inlined.targets
+    assert "model.portable" in inlined.graphs
+    verify_hashes(open_bundle(path))
+    assert not [file.name for file in path.iterdir() if file.name not in {*inlined.files, "manifest.json"}]

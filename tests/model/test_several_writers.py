@@ -106,7 +106,7 @@ def test_a_manifest_that_is_held_for_long_is_one_line(made: Path, monkeypatch: p
     opened = open_bundle(made)
     with (
         bundle_writer.changing(opened),
-        pytest.raises(BundleError, match="another process has been changing it for a minute"),
+        pytest.raises(BundleError, match="cannot be changed: another process has held its lock"),
     ):
         update_manifest(opened, presets={})
     update_manifest(opened, presets={})

@@ -73,14 +73,15 @@ def unlock(held: int) -> None:
 
 @contextmanager
 def locked(
-    path: Path, *, create: bool = False, patience_s: float = _PATIENCE_S, waiting: Callable[[], None] = lambda: None
+    path: Path, *, create: bool = False, patience_s: float | None = None, waiting: Callable[[], None] = lambda: None
 ) -> Iterator[None]:
     """Holds the lock on a file, also where others keep replacing it by a rename; ``create`` makes an absent one.
 
     ``waiting`` is called once where another process holds it. Raises TimeoutError where one holds it for
-    ``patience_s``, and OSError.
+    ``patience_s`` (by default longer than any change of a manifest takes), and OSError.
     """
-    until, told = time.monotonic() + patience_s, False
+    patience_s, told = _PATIENCE_S if patience_s is None else patience_s, False
+    until = time.monotonic() + patience_s
     while (held := try_lock(path, create)) is None:
         if not told:
             waiting()

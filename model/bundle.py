@@ -200,7 +200,7 @@ class EndToken:
 
     @property
     def name(self) -> str:
-        """What to call it: its text, else its id."""
+        """Its text, or its id where it has none."""
         return self.text or str(self.id)
 
     def __str__(self) -> str:
@@ -495,7 +495,7 @@ def open_bundle(path: Path | str, hashes: bool = False, trust_engines: bool = Fa
 
 
 def read_manifest(path: Path) -> Manifest:
-    """What the bundle at ``path`` says, of which no other file is looked at. Raises BundleError."""
+    """Reads the manifest of the bundle at ``path`` and looks at no other file. Raises BundleError."""
     manifest_path = path / MANIFEST_FILE
     if not has_manifest(path):
         what = "has no manifest.json" if path.is_dir() else "is no bundle folder" if path.exists() else "does not exist"

@@ -179,7 +179,7 @@ def _is_fixed(path: Path) -> bool:
 
 
 def _content(folder: Path) -> list[Path]:
-    """What is in a folder that belongs to somebody: not what a killed or another writer has there."""
+    """Lists what in a folder belongs to somebody: not what a killed or another writer has there."""
     return [path for path in folder.iterdir() if not is_partial(path) and path.name != _NEVER_MOVED]
 
 
@@ -307,7 +307,7 @@ def free_name(manifest: Manifest, name: str, record: FileRecord) -> str:
 
 @contextmanager
 def changing(bundle: Bundle) -> Iterator[Manifest]:
-    """What the bundle on the disk says while nobody else changes it. Raises BundleError."""
+    """Gives the manifest on the disk, and keeps everybody else from changing it meanwhile. Raises BundleError."""
     with ExitStack() as held:
         try:
             held.enter_context(locked(bundle.path / MANIFEST_FILE))

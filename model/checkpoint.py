@@ -213,7 +213,7 @@ def _table(
 def _fields(
     path: Path, stored: TensorFile, shapes: Mapping[str, tuple[int, ...]], config_path: Path | None
 ) -> MergedFields:
-    """What the sources say of the config; a weaker one is not looked for once the config is complete."""
+    """Lists the sources of the config; a weaker one is not looked for once the config is complete."""
     merged = MergedFields()
 
     def add(origin: str, content: Any, dedicated: bool) -> None:

@@ -37,7 +37,7 @@ _MOST_NAMED = 8
 
 @dataclass(frozen=True)
 class ConfigSource:
-    """What one place says: ``origin`` names it; ``dedicated`` is a file that is there to hold the model's config."""
+    """One source of config fields; ``origin`` names it, ``dedicated`` is a file that holds the model's config alone."""
 
     origin: str
     content: Any

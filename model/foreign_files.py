@@ -135,7 +135,7 @@ def distributed_tensor(what: str) -> str:
 
 
 def _foreign_archive(path: Path) -> str | None:
-    """What a zip archive is that torch.save did not write; None for one of torch.save, or a damaged one."""
+    """Tells a zip archive that torch.save did not write; None for one of torch.save, or a damaged one."""
     try:
         with open_regular(path) as file:
             names = [record.filename for record in zip_directory(file)]

@@ -140,7 +140,7 @@ def _table(file: Path) -> dict[str, int]:
 
 
 def _text(file: Path) -> str:
-    """What stands in a file of the kernel; nothing where it is not there or may not be read."""
+    """Reads a file of the kernel; nothing where it is not there or may not be read."""
     try:
         return file.read_text(encoding="ascii", errors="replace").strip()
     except OSError:

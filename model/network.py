@@ -18,7 +18,7 @@ from mythos_edge.model.loop import Halting, LoopState, LoopStep
 
 
 class Scored(NamedTuple):
-    """What a full pass gives, and how near its decisions were to others, for every loop step.
+    """The result of a full pass, and how near its decisions were to others at every loop step.
 
     ``margin`` is the distance of a position's halting mass to the threshold after the loop step, ``router_margin`` by
     how much the last chosen expert beat the best of the others (infinite where all are chosen), ``experts`` are those

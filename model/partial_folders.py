@@ -73,7 +73,7 @@ class PartialFolder:
 
 
 def partial_name(name: str) -> str:
-    """What this process calls the partial folder of ``name``, where that is free."""
+    """The name of this process's partial folder of ``name``, where that is free."""
     return f".{_short(name)}{_MARK}{os.getpid()}"
 
 

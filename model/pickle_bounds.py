@@ -55,7 +55,7 @@ def check_pickle(data: bytes) -> None:
 
 
 def _apply(opcode: Any, argument: Any, stack: list[list[int]]) -> int:
-    """What the opcode does to the sizes on ``stack``; returns the size of what it took from there."""
+    """Does to the sizes on ``stack`` as the opcode does to values; returns the size of what it took from there."""
     taken = _taken(opcode, stack)
     if opcode.name in _INTO_CONTAINERS and taken:
         container, added = taken[0], sum(cell[0] for cell in taken[1:])

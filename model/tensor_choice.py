@@ -76,7 +76,7 @@ def under_prefix(names: Mapping[str, Any], prefix: str, origin: str) -> dict[str
 
 
 def _under(loaded: Named, key: str, origin: str) -> Named:
-    """What the dotted ``key`` leads to, through nested mappings and, from there on, as the beginning of names."""
+    """Follows the dotted ``key``, through nested mappings and, from there on, as the beginning of names."""
     place, rest = loaded, key
     while rest:
         parts = rest.split(".")

@@ -1,4 +1,4 @@
-"""What a request may ask for, declared once: a field's annotation is its rule.
+"""The options of a request, declared once: a field's annotation is its rule.
 
 The typed dictionaries say the same to editors and type checkers, for calls with keywords; a test holds them to the
 fields.
@@ -25,7 +25,7 @@ _COUNT = Within(least=1)
 
 @dataclass(frozen=True)
 class Options(Depth, SamplingParams):
-    """What a request may ask for. Raises UsageError for values of another type or out of range.
+    """The options of a request. Raises UsageError for values of another type or out of range.
 
     Depth: see ``halting.Depth``. Sampling: see ``sampling.SamplingParams`` (temperature 0 is greedy).
     ``stop_ids``: tokens that end the text; by default the bundle's end tokens. ``stop_strings``: texts that end it; one
@@ -78,7 +78,7 @@ class DepthOptions(TypedDict, total=False):
 
 
 class ScoreOptions(DepthOptions, total=False):
-    """What ``Session.score`` takes as keywords: how deep, and how soon loop steps are caught up."""
+    """The keywords of ``Session.score``: how deep, and how soon loop steps are caught up."""
 
     max_lag: Whole | None
 

@@ -1,4 +1,4 @@
-"""What a caller gives as prompts or tokens, made into token ids of the model. Not here: text (``text``)."""
+"""Makes the prompts or tokens that a caller gives into token ids of the model. Not here: text (``text``)."""
 
 from collections.abc import Sequence
 from typing import Any, TypeAlias

@@ -42,7 +42,7 @@ class Within:
     says: str = ""
 
     def missed(self, number: float) -> str:
-        """What was expected in place of ``number``; "" where it is finite and in range, which NaN never is."""
+        """Says what was expected in place of ``number``; "" where it is finite and in range, which NaN never is."""
         low = high = ""
         if self.above is not None and not number > self.above:
             low = f"more than {self.above:g}"

@@ -70,7 +70,7 @@ def write(path: Path, weights: str, ids: list[int], sampler: Sampler, staircase:
 
 
 def read(path: Path, weights: str, config: MythosConfig, max_context: int) -> Saved:
-    """What ``path`` holds, in memory bounded by its size.
+    """Reads a saved session, in memory bounded by its size.
 
     Raises UsageError when the file is missing, damaged, or of other weights than those of the identity ``weights``.
     """

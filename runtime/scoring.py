@@ -1,4 +1,4 @@
-"""What the logits and depth of given tokens are, and the work of finding them."""
+"""Logits and depth of given tokens, and the work of computing them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

@@ -44,7 +44,7 @@ class Tokenizer:
         return str(self._library.decode(list(ids), skip_special_tokens=not special_tokens)) if ids else ""
 
     def token(self, token_id: int) -> str | None:
-        """What the tokenizer calls a token; None where it has none of that id."""
+        """The tokenizer's name of a token; None where it has none of that id."""
         found = self._library.id_to_token(token_id)
         return None if found is None else str(found)
 
@@ -131,7 +131,7 @@ class TextStream:
         return ended + (self._take() if self._cuts.closes(token) else "")
 
     def flush(self) -> str:
-        """What is left, when no token follows: this is to be the last call."""
+        """Returns the text that is left; no token may follow."""
         text, self._open = self._text_since_cut(), []
         return self._news(text)
 

@@ -105,7 +105,7 @@ class Nowhere:
 
 
 def cuts_of(decoder: Mapping[str, Any] | None) -> Callable[[], Cuts]:
-    """What makes the Cuts for a decoder as tokenizer.json has it."""
+    """Returns the maker of Cuts for a decoder as tokenizer.json describes it."""
     stages = _stages(decoder)
     kinds = [stage.get("type") for stage in stages]
     if kinds == ["ByteLevel"]:

@@ -73,7 +73,7 @@ def _parsed(words: list[str]) -> argparse.Namespace:
 
 
 def _message(error: BaseException) -> str:
-    """What is said of an error, in one line: never "internal error" for what a user, a file or a machine did."""
+    """Tells an error in one line: never "internal error" for what a user, a file or a machine did."""
     if interrupts.caused(error):
         return _INTERRUPTED
     if isinstance(error, MythosEdgeError | _UnreadableCommand):
@@ -155,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
-    """What every verb takes."""
+    """Adds the options that every verb takes."""
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, the rest on stderr")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 

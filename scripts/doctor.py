@@ -116,7 +116,7 @@ def examine(load_driver: Callable[[], Driver]) -> dict[str, Any]:
 
 
 def _limit(report: dict[str, Any], name: str) -> str:
-    """What stands behind a fact that a control group may limit: its limit, and what the machine has."""
+    """Explains a fact that a control group may limit: its limit, and what the machine has."""
     limit, machine, unit = {
         "cores": (report["core_limit"], report["machine_cores"], "cores"),
         "free_memory_gb": (report["memory_limit_gb"], report["machine_free_memory_gb"], "GB free"),

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What can be said of an export beside its two places; optimum's command has the same options."""
+    """Adds the options of an export, without its two places; optimum's command has the same options."""
     arguments.add_checkpoint(
         parser,
         "rotary angles as the config says, or the table in the file as the reference would use it "

@@ -18,6 +18,8 @@ NOISE_FACTOR = 3.0
 NOISE_FLOOR = 3e-6
 # A bundle's self-test compares with logits that another machine's float32 gave at export: a share of the largest logit.
 SELF_TEST_SHARE = 1e-4
+# Where the self-test meets a tie, other experts give other logits: this share of the run's largest at most.
+TIED_SELF_TEST_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,8 @@ class NearTie:
 
 @dataclass(frozen=True)
 class RouterTie:
-    """A position at which, in the loop step ``step_index``, two experts at the edge of the chosen ones were equally
-    good for the router, so that another kernel may choose the other."""
+    """A position at which, in the loop step ``step_index``, two experts were so equally good for the router at the edge
+    of the chosen ones that float32, or another kernel, may choose either."""
 
     row: int
     position: int
@@ -48,7 +50,9 @@ class ParityReport:
     """Agreement of ``logits`` and ``depth`` with a reference; figures leave out what follows a tie.
 
     ``near_ties`` are of halting, ``router_ties`` of the router where a run then differed. ``compared`` is the share of
-    positions not left out. ``max_abs`` is NaN when any logit of either is not finite.
+    positions not left out; of the router, only exact ties leave any out. ``inconclusive`` is the share that follows a
+    difference at or after a near tie of the router, and 0 when anything differs that no tie of the router precedes.
+    ``max_abs`` is NaN when any logit of either is not finite.
     ``max_rel_l2`` is the largest ||a - b|| / ||a|| of a position; agreements are shares of positions.
     """
 
@@ -59,6 +63,7 @@ class ParityReport:
     near_ties: list[NearTie] = field(default_factory=list)
     compared: float = 1.0
     router_ties: list[RouterTie] = field(default_factory=list)
+    inconclusive: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -77,7 +82,7 @@ def compare(
 
     ``margin (B, S, M)`` is the distance of the reference's halting mass to the threshold after every loop step, and
     ``router_margin (B, S, M)`` by how much its router preferred the last chosen expert, so that a run that differs by
-    more than ``allowed`` after a tie of the router is told from one that is wrong.
+    more than ``allowed`` after an exact tie of the router is told from one that is wrong.
     """
     differs = reference_depth != depth
     # Only a tie where the two part can have made them differ.
@@ -92,10 +97,14 @@ def compare(
         return ParityReport(float("nan"), float("nan"), 0.0, float(1 - (differs & ~tie).mean()), ties)
     error = np.abs(reference.astype(np.float64) - logits)
     # What follows a tie attends to its output, so it may differ by as much.
-    other_experts = _after_router_tie(differs & ~tie | (error.max(-1) > allowed), router_margin)
+    wrong = differs & ~tie | (error.max(-1) > allowed)
+    other_experts = _after_router_tie(wrong, router_margin, EXACT_TIE_MARGIN)
     counted = ~(np.logical_or.accumulate(tie, axis=1) | other_experts)
+    wrong &= counted
+    unsure = _after_router_tie(wrong, router_margin, NEAR_TIE_MARGIN) & counted
+    inconclusive = 0.0 if (wrong & ~unsure).any() else float(unsure.mean())
     depth_agreement = float(1 - (differs & ~tie & ~other_experts).mean())
-    router = [] if router_margin is None else _until_parted(router_ties(router_margin), other_experts)
+    router = [] if router_margin is None else _until_parted(router_ties(router_margin), other_experts | unsure)
     if not counted.any():
         return ParityReport(0.0, 0.0, 1.0, depth_agreement, ties, 0.0, router)
     norms = np.linalg.norm(reference.astype(np.float64), axis=-1)
@@ -109,31 +118,27 @@ def compare(
         near_ties=ties,
         compared=float(counted.mean()),
         router_ties=router,
+        inconclusive=inconclusive,
     )
 
 
 def router_ties(router_margin: Float) -> list[RouterTie]:
-    """Every position ``router_margin (B, S, M)`` shows an exact tie at, with the loop step of its smallest margin."""
+    """Every position ``router_margin (B, S, M)`` shows a tie at, with the loop step of its smallest margin."""
     least = router_margin.min(-1)
     return [
         RouterTie(int(b), int(s), int(router_margin[b, s].argmin()), float(least[b, s]))
-        for b, s in np.argwhere(least < EXACT_TIE_MARGIN)
+        for b, s in np.argwhere(least < NEAR_TIE_MARGIN)
     ]
 
 
-def near_router_tie(router_margin: Float) -> bool:
-    """Whether float32 may have chosen other experts than the reference somewhere."""
-    return bool((router_margin < NEAR_TIE_MARGIN).any())
+def _after_router_tie(differs: NDArray[np.bool_], router_margin: Float | None, tie: float) -> NDArray[np.bool_]:
+    """The positions ``(B, S)`` from the first on that ``differs`` at or after a margin below ``tie``.
 
-
-def _after_router_tie(differs: NDArray[np.bool_], router_margin: Float | None) -> NDArray[np.bool_]:
-    """The positions ``(B, S)`` from the first on that ``differs`` at or after a tie: its cache rows reach them all.
-
-    Exact ties alone: near ones are so many in a deep model that they would excuse nearly everything.
+    The cache rows of that position reach all later ones.
     """
     if router_margin is None:
         return np.zeros_like(differs)
-    tied = np.logical_or.accumulate((router_margin < EXACT_TIE_MARGIN).any(-1), axis=1)
+    tied = np.logical_or.accumulate((router_margin < tie).any(-1), axis=1)
     reached: NDArray[np.bool_] = np.logical_or.accumulate(differs & tied, axis=1)
     return reached
 
@@ -150,6 +155,7 @@ def tolerance(reference_error: float, largest_logit: float) -> float:
 
 
 def passes(report: ParityReport, allowed: float) -> bool:
-    """Whether the run is in parity; with nothing left to compare it is not, unless ties of the router are why."""
+    """Whether the run is in parity; with nothing left to compare it is not, unless exact ties of the router are why."""
     agrees = report.depth_agreement == 1.0 and bool(np.isfinite(report.max_abs)) and report.max_abs <= allowed
-    return agrees and (report.compared > 0 or bool(report.router_ties))
+    exact = any(tie.margin < EXACT_TIE_MARGIN for tie in report.router_ties)
+    return agrees and (report.compared > 0 or exact)

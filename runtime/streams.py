@@ -11,7 +11,7 @@ from mythos_edge.runtime.turns import Turns, in_turn
 
 
 class TokenStream(Iterator[Token]):
-    """The tokens of ``Session.stream`` as they come. It holds the session only while it computes a token, not between two.
+    """The tokens of ``Session.stream`` as they come. They hold the session while one is computed, not between two.
 
     Raises UsageError once another call has changed its sequence, after an error or an interrupt, and when the session
     is closed or in use by another thread.

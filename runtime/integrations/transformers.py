@@ -354,7 +354,7 @@ def _refuse_unknown(arguments: dict[str, Any]) -> None:
 
 
 def _output(input_ids: Any, results: list[Generation], request: _Request) -> Any:
-    """Prompts and the tokens that follow them, as transformers gives them back, with a dictionary around it when asked for."""
+    """Prompts and the tokens that follow, as transformers gives them back, in a dictionary when asked for."""
     torch, transformers = _libraries()
     prompts = np.repeat(_numpy(input_ids), request.rows_a_prompt, axis=0)
     new = max(len(result.ids) for result in results)

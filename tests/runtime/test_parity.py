@@ -13,7 +13,6 @@ from mythos_edge.runtime.parity import (
     ParityReport,
     RouterTie,
     compare,
-    near_router_tie,
     passes,
     router_ties,
     tolerance,
@@ -199,49 +198,58 @@ def test_a_report_is_fit_for_json(logits: Array, depth: Depths) -> None:
 # --- ties of the router -------------------------------------------------------------------------------------------
 
 
-def _routed(*places: tuple[int, int, int], margin: float = EXACT_TIE_MARGIN / 2) -> Array:
+def _routed(*places: tuple[int, int, int], margin: float = NEAR_TIE_MARGIN / 2) -> Array:
     found = FAR.copy()
     for place in places:
         found[place] = margin
     return found
 
 
-def test_what_differs_after_a_tie_of_the_router_is_left_out_and_told(logits: Array, depth: Depths) -> None:
+def test_what_differs_after_an_exact_tie_of_the_router_is_left_out_and_told(logits: Array, depth: Depths) -> None:
     other, deeper = logits.copy(), depth.copy()
     other[0, 2:] += 100
     deeper[0, 3] += 1
-    routed = _routed((0, 1, 3), (0, 3, 0), (1, 1, 1))
+    routed = _routed((0, 1, 3), (0, 3, 0), (1, 1, 1), margin=EXACT_TIE_MARGIN / 2)
     report = compare(logits, other, depth, deeper, FAR, routed, 1e-3)
     assert report.router_ties == [RouterTie(0, 1, 3, EXACT_TIE_MARGIN / 2)]
+    assert report.inconclusive == 0.0
     assert (report.max_abs, report.depth_agreement) == (0.0, 1.0)
     assert report.compared == pytest.approx(6 / 8)
     assert passes(report, 1e-3)
 
 
-def test_a_near_tie_of_the_router_excuses_nothing(logits: Array, depth: Depths) -> None:
-    other = logits.copy()
+@pytest.mark.parametrize("margin", [EXACT_TIE_MARGIN, NEAR_TIE_MARGIN / 2])
+def test_what_differs_after_a_near_tie_of_the_router_is_compared(margin: float, logits: Array, depth: Depths) -> None:
+    other, deeper = logits.copy(), depth.copy()
     other[0, 2:] += 100
-    routed = _routed((0, 1, 3), margin=NEAR_TIE_MARGIN / 2)
-    report = compare(logits, other, depth, depth, FAR, routed, 1e-3)
-    assert (report.compared, report.router_ties) == (1.0, [])
-    assert not passes(report, 1e-3)
-    assert near_router_tie(routed)
-    assert not near_router_tie(FAR)
+    deeper[0, 3] += 1
+    for run, depths in ((other, depth), (logits, deeper), (other, deeper)):
+        report = compare(logits, run, depth, depths, FAR, _routed((0, 1, 3), margin=margin), 1e-3)
+        assert report.router_ties == [RouterTie(0, 1, 3, margin)]
+        assert report.compared == 1.0
+        assert not passes(report, 1e-3)
+    assert report.inconclusive == pytest.approx(2 / 8)
+    assert report.max_abs == pytest.approx(100)
+    other[1, 0] += 1
+    report = compare(logits, other, depth, deeper, FAR, _routed((0, 1, 3), margin=margin), 1e-3)
+    assert report.inconclusive == 0.0, "what no tie precedes is wrong, whatever follows one"
 
 
+@pytest.mark.parametrize("margin", [0.0, NEAR_TIE_MARGIN / 2])
 @pytest.mark.parametrize("place", [(0, 0), (1, 2)])
 def test_a_tie_of_the_router_excuses_neither_what_precedes_nor_other_rows(
-    logits: Array, depth: Depths, place: tuple[int, int]
+    logits: Array, depth: Depths, place: tuple[int, int], margin: float
 ) -> None:
     other = logits.copy()
     other[place] += 0.5
-    report = compare(logits, other, depth, depth, FAR, _routed((0, 1, 0)), 1e-3)
-    assert report.router_ties == []
+    routed = _routed((0, 1, 0), margin=margin)
+    report = compare(logits, other, depth, depth, FAR, routed, 1e-3)
+    assert (report.router_ties, report.inconclusive) == ([], 0.0)
     assert report.max_abs == pytest.approx(0.5)
     assert not passes(report, 1e-3)
     deeper = depth.copy()
     deeper[place] += 1
-    assert not passes(compare(logits, logits, depth, deeper, FAR, _routed((0, 1, 0)), 1e-3), 1e-3)
+    assert not passes(compare(logits, logits, depth, deeper, FAR, routed, 1e-3), 1e-3)
 
 
 def test_ties_that_change_nothing_are_compared(logits: Array, depth: Depths) -> None:
@@ -256,7 +264,7 @@ def test_ties_that_change_nothing_are_compared(logits: Array, depth: Depths) -> 
 def test_only_exact_ties_may_leave_nothing_to_compare(margin: float, good: bool, logits: Array, depth: Depths) -> None:
     routed = _routed((0, 0, 2), (1, 0, 7), margin=margin)
     report = compare(logits, logits + 1, depth, depth, FAR, routed, 1e-3)
-    assert (report.compared == 0.0) is good
+    assert report.compared == (0.0 if good else 1.0)
     assert passes(report, 1e-3) is good
     spoiled = compare(logits, np.full_like(logits, np.nan), depth, depth, FAR, routed, 1e-3)
     assert not passes(spoiled, 1e-3)

@@ -69,13 +69,27 @@ def test_a_kernel_that_chooses_other_experts_is_no_failure_of_the_self_test(
     tied: Path, mla_bundle: Path, tmp_path: Path, run: Callable[..., Ran]
 ) -> None:
     sample = open_bundle(tied).manifest.sample
-    other = [number + 1 for number in sample.top_logits]
+    other = [number + 0.4 * max(map(abs, sample.top_logits)) for number in sample.top_logits]
     ran = run("validate", _with_sample(tied, tmp_path / "tied", top_logits=other))
     assert ran.code == 0, ran.out
-    assert "a tie of the router: two experts are equally good, and another kernel may choose the other" in ran.out
-    ran = run("validate", _with_sample(tied, tmp_path / "deeper", depth=[1] * len(sample.ids)), "--json")
+    told = "a tie of the router: two experts are equally good, and another kernel may choose the other"
+    assert f"not decisive: {told}" in ran.out
+    ran = run("validate", tmp_path / "tied", "--json")
     assert (ran.json["passed"], ran.json["self_test_tie"]) == (True, "router")
     ran = run("validate", _with_sample(tied, tmp_path / "untied", top_logits=other, tie=""), "--json")
+    assert (ran.code, ran.json["passed"], ran.json["self_test_tie"]) == (1, False, None)
+
+
+@pytest.mark.parametrize("tie", ["router", "halting"])
+def test_a_recorded_tie_does_not_switch_the_self_test_off(
+    tie: str, tied: Path, tmp_path: Path, run: Callable[..., Ran]
+) -> None:
+    sample = open_bundle(tied).manifest.sample
+    far = [number + 10 * max(map(abs, sample.top_logits)) for number in sample.top_logits]
+    ran = run("validate", _with_sample(tied, tmp_path / "far", top_logits=far, tie=tie), "--json")
+    assert (ran.code, ran.json["passed"], ran.json["self_test_tie"]) == (1, False, None)
+    other = [3 - depth for depth in sample.depth]
+    ran = run("validate", _with_sample(tied, tmp_path / "depths", depth=other, tie="router"), "--json")
     assert (ran.code, ran.json["passed"], ran.json["self_test_tie"]) == (1, False, None)
 
 

@@ -92,6 +92,8 @@ def refuse_foreign_file(path: Path, alone: bool = True) -> None:
     named = path.name.endswith(".index.json")
     safetensors = start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= size
     told = None if named or safetensors else foreign_kind(start)
+    if alone and safetensors and path.suffix != ".safetensors":
+        told = "a safetensors file of another name: rename it to end in .safetensors"
     if told is None and not named and not safetensors and start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
         told = _JSON
     shard = _SHARD.search(path.name) if alone else None
@@ -102,6 +104,8 @@ def refuse_foreign_file(path: Path, alone: bool = True) -> None:
             told = meaning.format(folder=quote(str(path.parent)))
     if told is None and start.startswith(b"PK\x03\x04"):
         told = _foreign_archive(path)
+        if told is None and path.suffix == ".safetensors":
+            told = "a torch.save file of another name: rename it to end in .pt"
     if told is not None:
         raise CheckpointError(f"{path}: is {told}")
 

@@ -5,6 +5,7 @@ system of the machine begins, so that tests can bring one of their own. Not here
 (``plugins/processor.py``) and GPUs.
 """
 
+import functools
 import math
 import os
 from collections.abc import Iterator
@@ -103,7 +104,13 @@ def _quotas(root: Path) -> Iterator[float]:
             yield int(quota) / int(period)
 
 
-def _groups(root: Path, controller: str) -> Iterator[tuple[int, Path]]:
+@functools.cache
+def _groups(root: Path, controller: str) -> tuple[tuple[int, Path], ...]:
+    """As ``_found_groups``, looked up once: every request asks for the free memory, and processes keep their groups."""
+    return tuple(_found_groups(root, controller))
+
+
+def _found_groups(root: Path, controller: str) -> Iterator[tuple[int, Path]]:
     """The folders of the control groups that a controller may limit this process in, with their version, inner first.
 
     In a container the path that the kernel tells may be that of the host, while only the container's own part of the

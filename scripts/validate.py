@@ -92,6 +92,9 @@ def _comparison(
 ) -> Callable[[Session], dict[str, Any]] | None:
     """What --against asks for, None without it: all of it is open already, and refused where that cannot be."""
     if args.against is None:
+        ignored = [name for name in ("rope_table", "key", "config") if getattr(args, name) is not None]
+        if ignored:
+            raise UsageError(f"--{ignored[0].replace('_', '-')} is about a checkpoint: add --against CHECKPOINT")
         return None
     if args.against == quality_gate.FP32:
         rounded = open_backend(bundle, args.target, trust=args.trust)

@@ -210,3 +210,14 @@ def test_a_sharded_tensor_is_told_without_running_its_code(tmp_path: Path) -> No
 def test_arrays_are_told_by_their_archive(tmp_path: Path) -> None:
     np.savez(tmp_path / "model.npz", w=np.ones(3))
     assert_refused(CheckpointError, "NumPy arrays (.npz)", tmp_path / "model.npz")
+
+
+def test_files_that_bear_each_others_names_are_told(tmp_path: Path) -> None:
+    save_file(bare(), tmp_path / "model.pt")
+    torch.save(bare(), tmp_path / "model.safetensors")
+    write_config(tmp_path)
+    assert_refused(
+        CheckpointError, "model.pt: is a safetensors file|rename it to end in .safetensors", tmp_path / "model.pt"
+    )
+    wrong = tmp_path / "model.safetensors"
+    assert_refused(CheckpointError, "model.safetensors: is a torch.save file|rename it to end in .pt", wrong)

@@ -13,23 +13,22 @@ from onnx.inliner import inline_local_functions
 
 from mythos_edge.exporter.passes import check_graph
 from mythos_edge.exporter.target_files import files_beside, install_into
-from mythos_edge.model.bundle import Bundle, FileRecord, GraphSpec, Manifest, open_bundle
+from mythos_edge.model.bundle import STANDARD_OPS, Bundle, FileRecord, GraphSpec, Manifest, open_bundle
 
 # ONNX's own ops, under the two names of their domain.
 _STANDARD = ("", "ai.onnx")
-_SUFFIX = ".portable"
 
 
 def write_portable(graphs: Mapping[str, GraphSpec], source: Path, folder: Path) -> dict[str, GraphSpec]:
     """Writes every graph of ``source`` to ``folder`` in standard ops alone; the graphs of a manifest with them."""
     made = {}
     for name, spec in graphs.items():
-        if name.endswith(_SUFFIX):
+        if name.endswith(STANDARD_OPS):
             continue
         # The weights stay where they are: what is loaded and written refers to their file.
         model = _inlined(onnx.load(source / spec.file, load_external_data=False))
         _check(model)
-        portable = f"{name}{_SUFFIX}"
+        portable = f"{name}{STANDARD_OPS}"
         onnx.save(model, folder / f"{portable}.onnx")
         made[portable] = replace(spec, file=f"{portable}.onnx")
     return {**graphs, **made}
@@ -40,7 +39,7 @@ def inline_bundle(path: Path, progress: Callable[[str, float], None] = lambda ph
     bundle = open_bundle(path)
     with files_beside(bundle, "portable", progress) as folder:
         graphs = write_portable(bundle.manifest.graphs, bundle.path, folder)
-        made = {name: spec for name, spec in graphs.items() if name.endswith(_SUFFIX)}
+        made = {name: spec for name, spec in graphs.items() if name.endswith(STANDARD_OPS)}
 
         def with_graphs(now: Manifest, names: Mapping[str, str], records: Mapping[str, FileRecord]) -> Manifest:
             before = set(portable_files(now.graphs).values())
@@ -56,7 +55,7 @@ def inline_bundle(path: Path, progress: Callable[[str, float], None] = lambda ph
 
 def portable_files(graphs: Mapping[str, GraphSpec]) -> dict[str, str]:
     """The portable graphs among those of a manifest: the name of what each is a form of -> file."""
-    return {name.removesuffix(_SUFFIX): spec.file for name, spec in graphs.items() if name.endswith(_SUFFIX)}
+    return {name.removesuffix(STANDARD_OPS): spec.file for name, spec in graphs.items() if name.endswith(STANDARD_OPS)}
 
 
 def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -33,10 +33,10 @@ def log_file(name: str) -> str:
     return f"build.{name}.log"
 
 
-def log_of(bundle: Bundle, name: str) -> Path:
-    """The file with what the native builder of a target that is in the bundle said."""
-    (log,) = (file for file in bundle.manifest.files_of(name) if file.startswith("build."))
-    return bundle.path / log
+def log_of(bundle: Bundle, name: str) -> Path | None:
+    """The file with what the native builder of a target that is in the bundle said; None where it has none."""
+    logs = sorted(file for file in bundle.manifest.files_of(name) if file.startswith(f"build.{name}."))
+    return bundle.path / logs[0] if logs else None
 
 
 @contextmanager

@@ -30,6 +30,8 @@ MANIFEST_FILE = "manifest.json"
 # What every export has; built targets add what their weights are.
 TARGET = "ort-cpu"
 WEIGHTS_FILE = "weights.safetensors"
+# Ends the names of graphs in standard ops alone, which are for other engines: no session runs them.
+STANDARD_OPS = ".portable"
 # Where the rotary table comes from: made from the config, or as the checkpoint stores it.
 ROPE_TABLE_SOURCES = ("config", "stored")
 # What the large weights can be stored in.
@@ -478,7 +480,9 @@ class Bundle:
         own = self.manifest
         if own.targets.get(target) != now.targets.get(target):
             return True
-        return any(now.files.get(name) != own.files[name] for name in own.files_of(target))
+        # Made again from the others at any time, which concerns nobody who has the bundle open.
+        remade = {graph.file for name, graph in own.graphs.items() if name.endswith(STANDARD_OPS)}
+        return any(now.files.get(name) != own.files[name] for name in own.files_of(target) - remade)
 
 
 def open_bundle(path: Path | str, hashes: bool = False, trust_engines: bool = False) -> Bundle:

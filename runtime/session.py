@@ -94,8 +94,24 @@ class Session:
         """
         if not isinstance(path, str | os.PathLike):
             raise UsageError(f"path is {shown(path)}, expected the path of a bundle's folder")
-        target, preset = name_or_none("target", target), name_or_none("preset", preset)
         bundle = open_bundle(Path(path), hashes=flag("hashes", hashes), trust_engines=flag("trust", trust))
+        return cls.of(bundle, target=target, preset=preset, threads=threads, trust=trust)
+
+    @classmethod
+    def of(
+        cls,
+        bundle: Bundle,
+        *,
+        target: str | None = None,
+        preset: str | None = None,
+        threads: int = 0,
+        trust: bool = False,
+    ) -> Self:
+        """A bundle that is open already, and was looked at, on one of its targets; parameters and errors as ``open``.
+
+        What stands at its path now may be another bundle, which is refused.
+        """
+        target, preset, trust = name_or_none("target", target), name_or_none("preset", preset), flag("trust", trust)
         defaults: dict[str, Any] = {}
         if preset is not None:
             defaults = depth_of_preset(bundle.manifest, preset)

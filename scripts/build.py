@@ -164,7 +164,9 @@ def _tell(console: Console, before: Bundle, bundle: Bundle, name: str, **more: A
     if target.engine is not None:
         from mythos_edge.exporter.target_files import log_of
 
-        console.say(f"what TensorRT {target.engine.version} said is in {log_of(bundle, name)}")
+        log = log_of(bundle, name)
+        if log is not None:
+            console.say(f"what TensorRT {target.engine.version} said is in {log}")
     if target.note:
         console.say(target.note)
     console.say(f"use it with --target {name}")

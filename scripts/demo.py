@@ -129,7 +129,8 @@ def _open(given: Path | None, console: Console) -> Session:
         )
     if bundle.manifest.source.sha256 != _MODEL:
         console.note(f"note: {given} is not of the weights that come with the demo: its sums may be wrong")
-    return Session.open(given)
+    # What was looked at, whatever stands there by now.
+    return Session.of(bundle)
 
 
 def _cached_bundle(console: Console) -> Path:

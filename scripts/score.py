@@ -11,6 +11,7 @@ from mythos_edge.model.errors import UsageError
 from mythos_edge.model.output_files import check_output, writing
 from mythos_edge.runtime.loop_engine import LAYOUT, LoopEngine
 from mythos_edge.runtime.scoring import Score
+from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import arguments, options
 from mythos_edge.scripts.console import Console
 
@@ -61,13 +62,14 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 
 def _score(args: argparse.Namespace, ids: NDArray[Any], console: Console) -> Score:
-    spec = None if args.target is None else open_bundle(args.bundle, trust_engines=args.trust).target(args.target)
+    bundle = open_bundle(args.bundle, trust_engines=args.trust)
+    spec = None if args.target is None else bundle.target(args.target)
     if spec is not None and spec.engine is not None and spec.engine.layout == LAYOUT:
         if args.prefill is not None:
             raise UsageError("--prefill is for a cache, and this target has none: leave it out")
-        with LoopEngine.open(args.bundle, args.target, trust=args.trust) as engine:
+        with LoopEngine(bundle, args.target, trust=args.trust) as engine:
             return engine.score(ids, **options.depth_of(args))
-    with options.session_of(args) as session:
+    with Session.of(bundle, target=args.target, preset=args.preset, threads=args.threads, trust=args.trust) as session:
         return session.score(
             ids,
             prefill=args.prefill,

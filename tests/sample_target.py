@@ -35,5 +35,7 @@ def content_of(bundle: Bundle, name: str = NAME) -> str:
     (weights,) = bundle.own_weights(name)
     assert bundle.file(spec.graphs["step"]).read_text() == f"{spec.note}: {weights}"
     assert bundle.file(weights).read_text() == f"{spec.note} weights"
-    assert log_of(bundle, name).read_text() == f"{spec.note} said"
+    log = log_of(bundle, name)
+    assert log is not None
+    assert log.read_text() == f"{spec.note} said"
     return spec.note

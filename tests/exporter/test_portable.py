@@ -13,7 +13,7 @@ from conftest import FIXTURES
 from mythos_edge.exporter import portable
 from mythos_edge.exporter.ort_target import build_target
 from mythos_edge.exporter.portable import inline_bundle
-from mythos_edge.model.bundle import open_bundle, verify_hashes
+from mythos_edge.model.bundle import TARGET, open_bundle, verify_hashes
 from mythos_edge.model.errors import BundleError
 from mythos_edge.runtime.backend import ort_session
 from mythos_edge.runtime.session import Session
@@ -132,3 +132,53 @@ def test_a_target_that_is_built_meanwhile_stays(
     assert "model.portable" in inlined.graphs
     verify_hashes(open_bundle(path))
     assert not [file.name for file in path.iterdir() if file.name not in {*inlined.files, "manifest.json"}]
+
+
+@pytest.fixture
+def other_graphs(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Inlines as another version of ONNX may: other bytes of the same meaning."""
+    inlined = portable._inlined
+
+    def told(model: onnx.ModelProto) -> onnx.ModelProto:
+        made = inlined(model)
+        made.doc_string = "made by another version"
+        return made
+
+    def inline(path: Path) -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(portable, "_inlined", told)
+            inline_bundle(path)
+
+    return inline
+
+
+def test_graphs_that_are_made_again_do_not_concern_what_is_open(
+    rounded_bundle: Path, other_graphs: Callable[[Path], None]
+) -> None:
+    inline_bundle(rounded_bundle)
+    opened = open_bundle(rounded_bundle)
+    with Session.of(opened, target="ort-cpu-int4") as session:
+        other_graphs(rounded_bundle)
+        assert open_bundle(rounded_bundle).manifest.files != opened.manifest.files
+        opened.require_unchanged(TARGET)
+        opened.require_unchanged("ort-cpu-int4")
+        assert session.generate([[1, 2, 3], [1, 2]], max_new_tokens=2)
+    with Session.of(opened) as session:
+        assert session.generate([1, 2, 3], max_new_tokens=2).ids
+
+
+def test_of_two_that_inline_at_once_the_last_one_s_graphs_are_whole(
+    rounded_bundle: Path, other_graphs: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = inline_bundle(rounded_bundle).manifest
+    write = portable.write_portable
+
+    def meanwhile(*given: Any) -> Any:
+        monkeypatch.setattr(portable, "write_portable", write)
+        other_graphs(rounded_bundle)
+        return write(*given)
+
+    monkeypatch.setattr(portable, "write_portable", meanwhile)
+    assert inline_bundle(rounded_bundle).manifest == first
+    verify_hashes(open_bundle(rounded_bundle))
+    assert {file.name for file in rounded_bundle.iterdir()} == {*first.files, "manifest.json"}

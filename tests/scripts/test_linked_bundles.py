@@ -79,12 +79,17 @@ def test_a_bundle_of_links_is_validated(
     np.testing.assert_array_equal(found.weight, wanted.weight)
 
 
-def test_nothing_is_built_in_a_bundle_of_links(demo_bundle: Path, tmp_path: Path, run: Callable[..., Ran]) -> None:
+def test_nothing_is_changed_in_a_bundle_of_links(demo_bundle: Path, tmp_path: Path, run: Callable[..., Ran]) -> None:
     linked = _snapshot(demo_bundle, tmp_path / "cache")
     before = tree(tmp_path)
     with pytest.raises(BundleError, match="is a bundle of links out of its folder, in which nothing is changed"):
         build_target(linked, "int8")
     refused(run("build", linked, "--target", "ort-cuda"), "hf download REPOSITORY --local-dir FOLDER", "cp -rL")
+    refused(run("inline", linked), "in which nothing is changed", "cp -rL")
+    np.save(tmp_path / "ids.npy", np.tile(IDS, 2))
+    before = tree(tmp_path)
+    tune = run("tune", linked, "--data", tmp_path / "ids.npy", "-o", tmp_path / "curve", "-r", 1)
+    refused(tune, "in which nothing is changed", "cp -rL")
     assert tree(tmp_path) == before
 
 

@@ -12,6 +12,8 @@ from mythos_edge.model.errors import MythosEdgeError
 from mythos_edge.runtime.request_values import Within, check_fields
 
 Float64 = NDArray[np.float64]
+# Less than half a unit in the last place of the largest float32, so that subtracting it from any cannot overflow.
+_FAR_FROM_OVERFLOW = 1e30
 # Any float32 logit times or divided by one of these is a finite number above 0 in float64, so that the order of the
 # scores, and a distribution of them, is always there.
 PENALTY = Within(least=1e-200, most=1e200)
@@ -138,9 +140,9 @@ def _check_finite(logits: NDArray[np.float32]) -> None:
 
 def _logprob(logits: NDArray[np.float32], token: int) -> float:
     largest = logits.max()
-    with np.errstate(over="ignore"):  # -inf is right for logits as far apart as float32 can be
-        # float32 is a quarter of the time; only the sum wants more.
-        total = np.exp(logits - largest).sum(dtype=np.float64)
+    # float32 is a quarter of the time, and only the sum wants more; but differences must not leave its range.
+    wide = logits if largest < _FAR_FROM_OVERFLOW else logits.astype(np.float64)
+    total = np.exp(wide - largest).sum(dtype=np.float64)
     return float(logits[token]) - float(largest) - math.log(total)
 
 

@@ -213,7 +213,7 @@ def _table(
 def _fields(
     path: Path, stored: TensorFile, shapes: Mapping[str, tuple[int, ...]], config_path: Path | None
 ) -> MergedFields:
-    """Lists the sources of the config; a weaker one is not looked for once the config is complete."""
+    """Lists the sources of the config. Once it is complete a weaker one changes nothing; what it says is noted."""
     merged = MergedFields()
 
     def add(origin: str, content: Any, dedicated: bool) -> None:
@@ -224,8 +224,15 @@ def _fields(
     for name, content in stored.configs.items():
         add(f"{name} of {path}", content, False)
     beside = (path if path.is_dir() else path.parent) / "config.json"
-    if not merged.complete and beside.is_file() and not _is_same(beside, config_path):
-        add(str(beside), read_config_dict(beside), True)
+    if beside.is_file() and not _is_same(beside, config_path):
+        try:
+            content = read_config_dict(beside)
+        except ConfigError as error:
+            if not merged.complete:
+                raise
+            merged.notes.append(f"{error}; the config is complete without it")
+        else:
+            add(str(beside), content, True)
     return merged
 
 

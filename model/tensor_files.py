@@ -96,7 +96,8 @@ class _Inert:
             self.__dict__.update(state)
 
 
-# The reference's config, and what trainers store beside a model: their options, a best loss, a path.
+# The reference's config, and what trainers store beside a model: their options, a best loss, a path, the state
+# of numpy's random numbers.
 _INERT_NAMES = (
     "open_mythos.main.MythosConfig",
     "argparse.Namespace",
@@ -105,6 +106,9 @@ _INERT_NAMES = (
     "pathlib.WindowsPath",
     "pathlib._local.PosixPath",
     "pathlib._local.WindowsPath",
+    "numpy.ndarray",
+    "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray._reconstruct",
     "numpy.core.multiarray.scalar",
     "numpy._core.multiarray.scalar",
     "numpy.dtype",

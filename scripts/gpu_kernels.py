@@ -70,7 +70,7 @@ def rows(gpu: MeasuredGpu, made: Iterable[Case], compared: Compared) -> Iterator
 
 
 def torch_comparison(ways: str) -> Compared:
-    """What torch takes for a case, in columns of the report; a reason instead where it cannot be had."""
+    """Measures torch on a case, in columns of the report; gives a reason instead where it cannot be had."""
     if ways == "none":
         return lambda case: {}
     try:

@@ -90,7 +90,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 def _comparison(
     args: argparse.Namespace, bundle: Bundle, ids: NDArray[np.int64], console: Console, opened: ExitStack
 ) -> Callable[[Session], dict[str, Any]] | None:
-    """What --against asks for, None without it: all of it is open already, and refused where that cannot be."""
+    """Opens what --against names and returns the comparison to run; None without it."""
     if args.against is None:
         ignored = [name for name in ("rope_table", "key", "config") if getattr(args, name) is not None]
         if ignored:
@@ -257,7 +257,7 @@ def _random_ids(args: argparse.Namespace, bundle: Bundle, seed: int) -> NDArray[
 def _reference(
     args: argparse.Namespace, checkpoint: "Checkpoint", bundle: Bundle, ids: NDArray[np.int64], console: Console
 ) -> tuple["Scored", float]:
-    """What the checkpoint gives in float64, and how far its own float32 run is from that."""
+    """Runs the checkpoint in float64, and measures how far its own float32 run is from that."""
     import torch
 
     from mythos_edge.model.layout import load_network

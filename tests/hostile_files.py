@@ -181,7 +181,7 @@ CHECKPOINTS: dict[str, tuple[str, Maker]] = {
 
 
 def measured(module: str, function: str, paths: Sequence[Path | str], *, warm: Path) -> dict[str, Any]:
-    """What ``function(path)`` says of each path, in a child that can use 1 GB more than it does for ``warm``.
+    """Collects what ``function(path)`` says of each path, in a child that can use 1 GB more than it does for ``warm``.
 
     ``messages`` by path, the longest ``seconds`` of one, and ``grown`` bytes of resident memory.
     """

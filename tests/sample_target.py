@@ -30,7 +30,7 @@ def build(path: Path, content: str, name: str = NAME) -> Bundle:
 
 
 def content_of(bundle: Bundle, name: str = NAME) -> str:
-    """What all files of the target say; they are of one build."""
+    """The content of all files of the target, which are of one build."""
     spec = bundle.target(name)
     (weights,) = bundle.own_weights(name)
     assert bundle.file(spec.graphs["step"]).read_text() == f"{spec.note}: {weights}"

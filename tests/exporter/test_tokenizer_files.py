@@ -22,7 +22,7 @@ GPT_OSS_ENDS = (EndToken(514, "<|return|>"), EndToken(513, "<|endoftext|>"), End
 
 
 class Taken:
-    """What came of a tokenizer, and what was told of it."""
+    """A tokenizer as export took it, and what was told of it."""
 
     def __init__(self, path: Path | None, *end_tokens: str, vocab_size: int = 1000) -> None:
         self.files: TokenizerFiles = tokenizer_for(path, end_tokens, vocab_size)

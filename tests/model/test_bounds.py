@@ -1,4 +1,4 @@
-"""What no file may do, whatever stands in it: wait for ever, or take more memory and time than its size is worth."""
+"""No file, whatever stands in it, may wait for ever or take more memory and time than its size is worth."""
 
 import json
 import os

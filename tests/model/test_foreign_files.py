@@ -168,7 +168,7 @@ def test_folders(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one process of a distributed run of one saves: a state dict of shards, and a checkpoint folder."""
+    """Saves as one process of a distributed run of one does: a state dict of shards, and a checkpoint folder."""
     folder = tmp_path_factory.mktemp("distributed")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:

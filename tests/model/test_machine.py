@@ -1,4 +1,4 @@
-"""What a process may use of a machine, with and without control groups of both versions."""
+"""The memory and cores that a process may use, with and without control groups of both versions."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What becomes of an output that is a file, a link, a device, a FIFO, an open descriptor, or no place to write to."""
+"""Outputs that are a file, a link, a device, a FIFO, an open descriptor, or no place to write to."""
 
 import os
 import resource

@@ -155,7 +155,7 @@ def test_cosines_alone_are_refused_with_both_ways_on(
 
 
 def test_the_reference_leaves_cosines_when_it_is_cast() -> None:
-    """What the refusal says of ``model.to(bfloat16)`` is true."""
+    """The refusal says the truth about ``model.to(bfloat16)``."""
     main = open_mythos()
     model = main.OpenMythos(main.MythosConfig(**config_fields()))
     with pytest.warns(UserWarning, match="discards the imaginary part"):

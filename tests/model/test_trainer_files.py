@@ -1,4 +1,4 @@
-"""What public trainers save: where the tensors are, where the config is, and what else lies in the file."""
+"""Files of public trainers: where the tensors are, where the config is, and what else lies in them."""
 
 import argparse
 import pathlib
@@ -200,10 +200,18 @@ def test_a_complete_source_ends_the_matter(tmp_path: Path) -> None:
     path = saved(tmp_path, trainer_content(stored_weights()))
     beside = tmp_path / "config.json"
     beside.write_text("not ours")
-    assert _opens(path) == ()
+    (note,) = _opens(path)
+    assert note.startswith(f"{beside}: not valid JSON")
+    assert note.endswith("the config is complete without it")
+    write_config(tmp_path, config_fields() | {"n_layers": 3, "act_threshold": 0.5})
+    assert _opens(path) == (
+        f"{beside}: left out n_layers, which tells nothing of the model",
+        f"act_threshold is 0.99, as cfg of {path} says; {beside} says 0.5",
+    )
+    beside.write_text("not ours")
     path = saved(tmp_path, {"model": stored_weights(), "cfg": TRAINING})
     assert_refused(ConfigError, "config.json: not valid JSON", path)
-    assert len(_opens(path, config=write_config(tmp_path, name="complete.json"))) == 1
+    assert len(_opens(path, config=write_config(tmp_path, name="complete.json"))) == 2
 
 
 def test_null_is_absent(tmp_path: Path) -> None:
@@ -261,3 +269,8 @@ def test_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
 def test_names_that_would_break_the_line_are_quoted(tmp_path: Path) -> None:
     path = saved(tmp_path, {"model": stored_weights(), "cfg": OPEN_FIELDS | {"a\nb\x1b[31m": 1}})
     assert _opens(path) == (f"cfg of {path}: left out 'a\\nb\\x1b[31m', which tells nothing of the model",)
+
+
+def test_the_state_of_random_numbers_beside_a_model_is_no_code(tmp_path: Path) -> None:
+    state = {"numpy": np.random.RandomState(3).get_state(), "best": np.float64(0.5), "steps": np.arange(3)}
+    _opens(saved(tmp_path, trainer_content(stored_weights(), random=state)))

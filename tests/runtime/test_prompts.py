@@ -1,4 +1,4 @@
-"""What is taken for a prompt, for several, and for tokens to score; and what is refused in one line."""
+"""Prompts and tokens to score in every form, and those that are refused in one line."""
 
 import array
 import io
@@ -23,7 +23,7 @@ def session(mla_bundle: Path) -> Iterator[Session]:
 
 
 class Tensor:
-    """What other libraries' arrays have in common."""
+    """An array as other libraries have it."""
 
     ndim = 1
 

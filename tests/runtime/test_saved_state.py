@@ -29,7 +29,7 @@ def session(mla_bundle: Path) -> Iterator[Session]:
 
 @pytest.fixture(scope="module")
 def saved(session: Session, tmp_path_factory: pytest.TempPathFactory) -> Arrays:
-    """What a session saves."""
+    """The arrays that a session saves."""
     session.generate(PROMPT, max_new_tokens=6, temperature=1.0, seed=3, max_lag=2)
     path = tmp_path_factory.mktemp("saved") / "saved.npz"
     session.save(path)

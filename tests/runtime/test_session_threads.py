@@ -46,7 +46,7 @@ def calls_of(session: Session, folder: Path) -> dict[str, Callable[[], Any]]:
 
 
 def in_thread(call: Callable[[], Any]) -> BaseException | None:
-    """What the call raises in another thread."""
+    """The error that the call raises in another thread."""
     raised: list[BaseException | None] = []
 
     def run() -> None:

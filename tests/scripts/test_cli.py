@@ -249,7 +249,7 @@ def test_a_stderr_that_takes_nothing_is_no_reason_to_end(stderr: str, mla_bundle
 
 
 def test_closed_streams_do_not_become_files(mla_bundle: Path, tmp_path: Path) -> None:
-    """What a library prints to a closed stream must not land in the file that is opened next."""
+    """Words of a library for a closed stream must not land in the file that is opened next."""
     np.save(tmp_path / "ids.npy", np.array([[1, 2]]))
     ran = _shell(f"mythos-edge score {mla_bundle} --ids {tmp_path}/ids.npy -o {tmp_path}/out.npz <&- 2>&-")
     assert ran.code == 0, ran

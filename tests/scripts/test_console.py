@@ -1,4 +1,4 @@
-"""What reaches stdout and stderr of what a verb says: without control characters, in any encoding, or refused."""
+"""Words of verbs on stdout and stderr: without control characters, in any encoding, or refused."""
 
 import io
 import json

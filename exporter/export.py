@@ -1,32 +1,23 @@
-"""Checkpoint in, bundle out: traces the stages while the weights stream to disk, then weaves, lowers and checks.
+"""Checkpoint in, bundle out: streams the weights to disk, then makes the graphs over them, or finds them kept.
 
 The bundle appears whole or not at all. Memory does not grow with the model: no tensor is ever whole in it.
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
-import onnx
-import onnx_ir as ir
-
-from mythos_edge.exporter import loop_graph, ort_target
-from mythos_edge.exporter.portable import write_portable
+from mythos_edge.exporter.kept_graphs import LIBRARIES, Graphs, kept
 from mythos_edge.exporter.sample import golden_sample
 from mythos_edge.exporter.tokenizer_files import TOKENIZER_FILE, tokenizer_for
-from mythos_edge.exporter.tracing import tracing
-from mythos_edge.exporter.weights import (
-    STORAGE_TYPES,
-    WeightsHashes,
-    plan_weights,
-    write_weights,
-)
+from mythos_edge.exporter.weights import STORAGE_TYPES, WeightsHashes, WeightsPlan, plan_weights, write_weights
 from mythos_edge.model.bundle import (
     CPU_PROVIDER,
     MOST_CONTEXT,
-    STAGES,
     TARGET,
     WEIGHTS_FILE,
     Bundle,
@@ -35,7 +26,6 @@ from mythos_edge.model.bundle import (
     Manifest,
     Source,
     TargetSpec,
-    TensorSpec,
     bundle_identity,
     open_bundle,
 )
@@ -43,10 +33,9 @@ from mythos_edge.model.bundle_writer import BundleWriter, require_free_space
 from mythos_edge.model.checkpoint import Checkpoint
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import ConfigError, ExportError
-from mythos_edge.plugins.torch_ops import add_functions
+from mythos_edge.model.typed_json import dataclass_from_json
 
 _GRAPHS_BYTES = 16 << 20
-_LIBRARIES = ("mythos-edge", "torch", "onnx", "onnx-ir", "onnxscript")
 
 Progress = Callable[[str, float], None]
 
@@ -91,20 +80,14 @@ def export_bundle(
     require_free_space(writer.folder, plan.total_bytes + _GRAPHS_BYTES)
     with writer, _disk_errors(output):
         folder = writer.folder
-        with tracing(config, context, dtype, folder) as finish_tracing:
-            hashes = write_weights(
-                plan,
-                checkpoint,
-                folder / WEIGHTS_FILE,
-                lambda done: progress("weights", done / plan.total_bytes),
-            )
-            progress("graphs", 0.0)
-            finish_tracing()
-        graphs = _write_graphs(config, folder, progress)
-        if portable:
-            graphs = write_portable(graphs, folder, folder)
-        stages = {stage: ir.load(folder / f"{stage}.onnx") for stage in STAGES}
-        lowered = ort_target.write_graphs(stages, folder, TARGET, config)
+        hashes = write_weights(
+            plan,
+            checkpoint,
+            folder / WEIGHTS_FILE,
+            lambda done: progress("weights", done / plan.total_bytes),
+        )
+        progress("graphs", 0.0)
+        made = _graphs(config, context, dtype, plan, folder, portable, progress, note)
         if text.data is not None:
             (folder / TOKENIZER_FILE).write_bytes(text.data)
         progress("self-test sample", 0.0)
@@ -118,10 +101,10 @@ def export_bundle(
                 config=config,
                 dtype=dtype,
                 max_context=context,
-                graphs=graphs,
-                targets={TARGET: _mapped_target(lowered, dtype, identity)},
+                graphs=made.graphs,
+                targets={TARGET: _mapped_target(made, dtype, identity)},
                 files=dict(files),
-                versions={name: metadata.version(name) for name in _LIBRARIES},
+                versions={name: metadata.version(name) for name in LIBRARIES},
                 source=source,
                 sample=sample,
                 tokenizer=None if text.data is None else TOKENIZER_FILE,
@@ -145,40 +128,48 @@ def _disk_errors(output: Path) -> Iterator[None]:
         raise ExportError(f"{output}: cannot be written: {error.strerror or error}") from error
 
 
-def _write_graphs(config: MythosConfig, folder: Path, progress: Progress) -> dict[str, GraphSpec]:
-    stages = {stage: ir.load(folder / f"{stage}.onnx") for stage in STAGES}
-    models = dict(stages)
-    models["model"] = loop_graph.loop_model(stages, config)
-    models["model_with_past"] = loop_graph.loop_model_with_past(stages, config)
-    for index, (name, model) in enumerate(models.items()):
-        progress("graphs", index / len(models))
-        add_functions(model)
-        path = folder / f"{name}.onnx"
-        ir.save(model, path)
-        onnx.checker.check_model(str(path), full_check=True)
-    return {
-        name: GraphSpec(f"{name}.onnx", _tensor_specs(model.graph.inputs), _tensor_specs(model.graph.outputs))
-        for name, model in models.items()
-    }
+@dataclass(frozen=True)
+class _MadeGraphs:
+    """The portable graphs of a bundle and, by stage, those of the target it starts with, whose weights it counts."""
+
+    graphs: dict[str, GraphSpec]
+    lowered: dict[str, str]
+    fixed_bytes: int
+    step_bytes: int
 
 
-def _tensor_specs(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
-    specs = []
-    for value in values:
-        assert value.shape is not None
-        assert value.dtype is not None
-        shape = tuple(size if isinstance(size, int) else str(size.value) for size in value.shape)
-        specs.append(TensorSpec(str(value.name), str(value.dtype.numpy()), shape))
-    return tuple(specs)
+def _graphs(
+    config: MythosConfig,
+    context: int,
+    dtype: str,
+    plan: WeightsPlan,
+    folder: Path,
+    portable: bool,
+    progress: Progress,
+    note: Callable[[str], None],
+) -> _MadeGraphs:
+    """Puts all graphs into ``folder``: those kept from an export of such a model, or made now."""
+
+    def make() -> Graphs:
+        from mythos_edge.exporter.bundle_graphs import write_bundle_graphs
+
+        graphs, lowered = write_bundle_graphs(config, context, plan, folder, portable, progress)
+        made = _MadeGraphs(graphs, lowered.graphs, lowered.fixed_bytes, lowered.step_bytes)
+        files = [*(spec.file for spec in graphs.values()), *lowered.graphs.values()]
+        return Graphs({file: (folder / file).read_bytes() for file in files}, json.loads(json.dumps(asdict(made))))
+
+    depends_on = {"config": config.to_dict(), "max_context": context, "dtype": dtype, "portable": portable}
+    found = kept("bundle", depends_on, make, note)
+    for file, data in found.files.items():
+        (folder / file).write_bytes(data)
+    return dataclass_from_json(_MadeGraphs, found.facts, "kept graphs")
 
 
-def _mapped_target(lowered: ort_target.Lowered, dtype: str, identity: str) -> TargetSpec:
+def _mapped_target(made: _MadeGraphs, dtype: str, identity: str) -> TargetSpec:
     """The target every export has: float32 weights that stay mapped in the bundle's file."""
     note = "" if dtype == "fp32" else f"weights are stored in {dtype}; the CPU has no fast {dtype} and computes in fp32"
-    sizes = (lowered.fixed_bytes, lowered.step_bytes)
-    return TargetSpec(
-        lowered.graphs, "fp32", "fp32", 0, "none", (), False, *sizes, identity, note, None, (CPU_PROVIDER,)
-    )
+    sizes = (made.fixed_bytes, made.step_bytes)
+    return TargetSpec(made.lowered, "fp32", "fp32", 0, "none", (), False, *sizes, identity, note, None, (CPU_PROVIDER,))
 
 
 def _source(checkpoint: Checkpoint, hashes: WeightsHashes) -> Source:

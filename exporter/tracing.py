@@ -1,30 +1,32 @@
-"""Traces each stage once, on fake tensors: graphs without a single weight in memory.
+"""Traces the stages of a model on fake tensors: graphs without a single weight in memory.
 
-What comes out are onnx_ir models whose initializers have names and shapes (those of ``Network``) but no values;
-``weights`` gives them values on disk. Not here: the Loop (``loop_graph``), lowering, files.
+What comes out are onnx_ir models whose initializers have the names and shapes of ``Network``'s parameters, and
+stand-ins for values; ``weights`` gives them values on disk. Not here: the Loop (``loop_graph``), lowering, files.
 """
 
-import json
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import gc
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import IO, Any
+from dataclasses import dataclass
+from typing import Any
 
+import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 import torch
+from onnxscript import opset23
 from onnxscript.optimizer import fold_constants
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import ExportedProgram
 
-from mythos_edge.exporter import child_process
-from mythos_edge.exporter.weights import STORAGE_TYPES, attach_weights, name_weights, plan_weights
+from mythos_edge.exporter.kept_graphs import Graphs, kept
+from mythos_edge.exporter.weights import STORAGE_TYPES, name_weights
 from mythos_edge.model.bundle import STAGES
 from mythos_edge.model.config import MythosConfig
-from mythos_edge.model.errors import ExportError
+from mythos_edge.model.errors import ExportError, raise_interrupt
 from mythos_edge.model.layers import Window
 from mythos_edge.model.loop import Halting, LoopState
 from mythos_edge.model.network import Network, in_dtype
@@ -32,27 +34,28 @@ from mythos_edge.plugins import ops
 from mythos_edge.plugins.torch_ops import TracedOps
 
 Axes = dict[int, Any]
-# Two processes trace, so that tracing takes about as long as streaming a small model's weights.
-_TRACE_GROUPS = (("step",), ("prelude", "coda"))
+# Loggers that tell of what torch's exporter and its passes leave alone, which is meant.
+_TALKATIVE = ("torch.onnx", "onnx_ir", "onnxscript")
 
 
-class _Prelude(nn.Module):
-    # The dynamo exporter fails on NamedTuple arguments; these faces keep the graph's inputs flat and named.
-    def __init__(self, network: Network) -> None:
-        super().__init__()
-        self.network = network
+class _Stages(nn.Module):
+    """All stages as one module, so that torch's exporter, which takes longest to get going, runs once."""
 
-    def forward(self, input_ids: Tensor, length: Tensor, first: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
-        e, rows = self.network.prelude(input_ids, Window(length, first), *past)
-        return e, *rows
-
-
-class _Step(nn.Module):
+    # The exporter fails on NamedTuple arguments; these faces keep the inputs flat and named.
     def __init__(self, network: Network) -> None:
         super().__init__()
         self.network = network
 
     def forward(
+        self, prelude: dict[str, Any], step: dict[str, Any], coda: dict[str, Any]
+    ) -> tuple[tuple[Tensor, ...], ...]:
+        return self._prelude(**prelude), self._step(**step), self._coda(**coda)
+
+    def _prelude(self, input_ids: Tensor, length: Tensor, first: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
+        e, rows = self.network.prelude(input_ids, Window(length, first), *past)
+        return e, *rows
+
+    def _step(
         self,
         h: Tensor,
         out: Tensor,
@@ -74,13 +77,7 @@ class _Step(nn.Module):
         state, rows = self.network.loop_step(state, e, step_index, halting, window, past)
         return *state, rows
 
-
-class _Coda(nn.Module):
-    def __init__(self, network: Network) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(
+    def _coda(
         self, out: Tensor, logit_rows: Tensor, length: Tensor, first: Tensor, past: list[Tensor]
     ) -> tuple[Tensor, ...]:
         logits, rows = self.network.coda(out, logit_rows, Window(length, first), *past)
@@ -95,49 +92,117 @@ class _Inputs:
     axes: dict[str, Any]
 
 
-def trace_stages(
-    config: MythosConfig,
-    max_context: int,
-    stages: Sequence[str] = STAGES,
-    dtype: torch.dtype = torch.float32,
-    *,
-    one_sequence: bool = False,
+def traced_stages(
+    config: MythosConfig, max_context: int, dtype: str = "fp32", *, one_sequence: bool = False
 ) -> dict[str, ir.Model]:
-    """The stage graphs by name, initializers without values; they compute in ``dtype``.
+    """The stage graphs by name, which compute in ``dtype``; their weights are stand-ins: see ``weights.unwritten``.
 
     Whatever the dtype, halting and the loop table are float32, and so are the logits. With ``one_sequence`` the batch
-    is one and all rows of a chunk are active.
+    is one and all rows of a chunk are active. Traced once for each shape of model, and kept. Raises ExportError.
     """
-    sizes = _Sizes.of(dtype, one_sequence)
-    with FakeTensorMode():
-        network = in_dtype(Network(config, max_context, TracedOps()), dtype).requires_grad_(False).eval()
-        faces: dict[str, tuple[nn.Module, _Inputs]] = {
-            "prelude": (_Prelude(network), _prelude_inputs(config, sizes)),
-            "step": (_Step(network), _step_inputs(config, sizes)),
-            "coda": (_Coda(network), _coda_inputs(config, sizes)),
-        }
-        return {stage: _trace(stage, *faces[stage], config) for stage in stages}
+
+    def make() -> Graphs:
+        traced = _trace(config, max_context, STORAGE_TYPES[dtype].torch, one_sequence)
+        return Graphs({stage: ir.to_proto(model).SerializeToString() for stage, model in traced.items()})
+
+    depends_on = {
+        "config": config.to_dict(),
+        "max_context": max_context,
+        "dtype": dtype,
+        "one_sequence": one_sequence,
+    }
+    found = kept("stages", depends_on, make)
+    return {stage: ir.from_proto(onnx.load_model_from_string(data)) for stage, data in found.files.items()}
 
 
-def _trace(stage: str, face: nn.Module, inputs: _Inputs, config: MythosConfig) -> ir.Model:
-    exported = torch.export.export(face, (), inputs.values, dynamic_shapes=inputs.axes)
+def _trace(config: MythosConfig, max_context: int, dtype: torch.dtype, one_sequence: bool) -> dict[str, ir.Model]:
+    mode = FakeTensorMode()
+    # Looking a symbolic shape up costs torch more than working it out.
+    mode.cache_enabled = False
+    try:
+        with _undisturbed(), mode:
+            network = in_dtype(Network(config, max_context, TracedOps()), dtype).requires_grad_(False).eval()
+            makers = {"prelude": _prelude_inputs, "step": _step_inputs, "coda": _coda_inputs}
+            inputs = {stage: make(config, _Sizes(stage, dtype, one_sequence)) for stage, make in makers.items()}
+            values, axes = ({stage: getattr(one, kind) for stage, one in inputs.items()} for kind in ("values", "axes"))
+            exported = torch.export.export(_Stages(network), (), values, dynamic_shapes=axes)
+            model = _in_onnx(exported, inputs, config)
+            return {stage: _tidy(model.clone(), stage, inputs[stage]) for stage in STAGES}
+    except Exception as error:  # torch's exporter can fail in any way
+        raise_interrupt(error)
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise ExportError(f"tracing the model failed: {reason}") from error
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Without warnings, log lines, and the garbage collector, which would search millions of objects of torch's."""
+    loggers = [logging.getLogger(name) for name in _TALKATIVE]
+    levels, collects = [logger.level for logger in loggers], gc.isenabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        gc.disable()
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+            if collects:
+                gc.enable()
+
+
+def _in_onnx(exported: ExportedProgram, inputs: Mapping[str, _Inputs], config: MythosConfig) -> ir.Model:
+    """All stages in one graph, its inputs and outputs named ``<stage>/<name>``."""
+    if all(not _mutates(node.target) for node in exported.graph.nodes):
+        # The exporter would trace it all again to decompose its ops and make them free of mutation; it need not.
+        exported.run_decompositions = lambda *_: exported  # type: ignore[method-assign]
     program = torch.onnx.export(
         exported,
         dynamo=True,
         opset_version=ops.OPSET,
         optimize=False,
-        input_names=_names_of_inputs(inputs.values),
-        output_names=_output_names(stage, config),
+        input_names=[f"{stage}/{name}" for stage, one in inputs.items() for name in _names_of_inputs(one.values)],
+        output_names=[f"{stage}/{name}" for stage in inputs for name in _output_names(stage, config)],
+        custom_translation_table=_TRANSLATIONS,
         verbose=False,
     )
     assert program is not None
-    return _tidy(program.model, stage, inputs)
+    return program.model
+
+
+def _mutates(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def _cast(x: ir.Value, dtype: int, non_blocking: bool = False, copy: bool = False, memory_format: Any = None) -> Any:
+    return opset23.Cast(x, to=dtype)
+
+
+def _subtract_from(x: ir.Value, other: float, alpha: float = 1) -> Any:
+    assert alpha == 1
+    return opset23.Sub(opset23.CastLike(opset23.Constant(value_float=float(other)), x), x)
+
+
+# Ops that the exporter knows only decomposed.
+_TRANSLATIONS: dict[Any, Any] = {
+    torch.ops.aten.to.dtype: _cast,
+    torch.ops.aten.rsub.Scalar: _subtract_from,
+}
 
 
 def _tidy(model: ir.Model, stage: str, inputs: _Inputs) -> ir.Model:
-    """The traced graph with the names of this project, constants folded and nothing of the tracer left."""
+    """``stage`` alone of the traced stages, with the names of this project, constants folded, nothing of the tracer left."""
     graph = model.graph
     graph.name = stage
+    for values in (graph.inputs, graph.outputs):
+        own = [value for value in values if str(value.name).startswith(f"{stage}/")]
+        values.clear()
+        values.extend(own)
+    passes.RemoveUnusedNodesPass()(model)
+    for value in [*graph.inputs, *graph.outputs]:
+        value.name = str(value.name).removeprefix(f"{stage}/")
     for value in list(graph.initializers.values()):
         value.name = str(value.name).removeprefix("network.")
         value.const_value = None
@@ -156,6 +221,7 @@ def _tidy(model: ir.Model, stage: str, inputs: _Inputs) -> ir.Model:
         passes.RemoveUnusedNodesPass(),
         passes.ClearMetadataAndDocStringPass(),
     )(model)
+    name_weights(graph)
     return model
 
 
@@ -168,8 +234,7 @@ def _axis_names(graph: ir.Graph, inputs: _Inputs) -> dict[str, str]:
     for value, axes in zip(graph.inputs, flat, strict=True):
         for axis, dim in (axes or {}).items():
             assert value.shape is not None
-            if dim is not None:
-                names[str(value.shape[axis])] = dim.__name__
+            names[str(value.shape[axis])] = dim.__name__.removeprefix(f"{graph.name}_")
     return names
 
 
@@ -201,28 +266,36 @@ def _output_names(stage: str, config: MythosConfig) -> list[str]:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Example sizes of the free axes, distinct from each other so that none is tied to another, and their symbols.
+    """Example sizes of the free axes of a stage, distinct so that none is tied to another, and their symbols.
 
-    A batch that is free must not be one in the example either, or it would be specialised.
+    Every stage has symbols of its own, or it would ask for the sizes of another one's inputs. A batch that is free
+    must not be one in the example either, or it would be specialised.
     """
 
+    stage: str
     dtype: torch.dtype
-    batch: int
-    active: int
-    batch_axis: Any
-    active_axis: Any
-    chunk_axis: Any
-    context_axis: Any
+    one_sequence: bool
     chunk: int = 5
     context: int = 7
     logit_count: int = 4
 
-    @classmethod
-    def of(cls, dtype: torch.dtype, one_sequence: bool) -> "_Sizes":
-        batch, active, chunk, context = (torch.export.Dim(name) for name in ("batch", "active", "chunk", "context"))
-        if one_sequence:
-            return cls(dtype, 1, cls.chunk, None, chunk, chunk, context)
-        return cls(dtype, 2, 3, batch, active, chunk, context)
+    @property
+    def batch(self) -> int:
+        return 1 if self.one_sequence else 2
+
+    @property
+    def active(self) -> int:
+        return self.chunk if self.one_sequence else 3
+
+    def axes(self, *names: str) -> Axes:
+        """The symbols of the leading axes, none for a batch of one."""
+        if self.one_sequence:
+            names = tuple("chunk" if name == "active" else name for name in names)
+        return {
+            axis: torch.export.Dim(f"{self.stage}_{name}")
+            for axis, name in enumerate(names)
+            if not (self.one_sequence and name == "batch")
+        }
 
     def window(self) -> dict[str, Tensor]:
         return {"length": torch.zeros((), dtype=torch.int64), "first": torch.zeros(self.batch, dtype=torch.int64)}
@@ -231,7 +304,7 @@ class _Sizes:
         return [self.floats(self.batch, self.context, config.cache_width) for _ in range(count)]
 
     def past_axes(self, count: int) -> list[Axes]:
-        return [{0: self.batch_axis, 1: self.context_axis} for _ in range(count)]
+        return [self.axes("batch", "context") for _ in range(count)]
 
     def floats(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype)
@@ -245,9 +318,9 @@ def _prelude_inputs(config: MythosConfig, sizes: _Sizes) -> _Inputs:
         "past": sizes.past(config, layers),
     }
     axes = {
-        "input_ids": {0: sizes.batch_axis, 1: sizes.chunk_axis},
+        "input_ids": sizes.axes("batch", "chunk"),
         "length": None,
-        "first": {0: sizes.batch_axis},
+        "first": sizes.axes("batch"),
         "past": sizes.past_axes(layers),
     }
     return _Inputs(values, axes)
@@ -267,7 +340,7 @@ def _step_inputs(config: MythosConfig, sizes: _Sizes) -> _Inputs:
         **sizes.window(),
         "past": sizes.past(config, 1)[0],
     }
-    whole, tail = {0: sizes.batch_axis, 1: sizes.chunk_axis}, {0: sizes.batch_axis, 1: sizes.active_axis}
+    whole, tail = sizes.axes("batch", "chunk"), sizes.axes("batch", "active")
     axes = dict.fromkeys(values, None) | {
         "h": whole,
         "e": whole,
@@ -275,7 +348,7 @@ def _step_inputs(config: MythosConfig, sizes: _Sizes) -> _Inputs:
         "out": tail,
         "halt_mass": tail,
         "depth": tail,
-        "first": {0: sizes.batch_axis},
+        "first": sizes.axes("batch"),
         "past": sizes.past_axes(1)[0],
     }
     return _Inputs(values, axes)
@@ -290,78 +363,10 @@ def _coda_inputs(config: MythosConfig, sizes: _Sizes) -> _Inputs:
         "past": sizes.past(config, layers),
     }
     axes = {
-        "out": {0: sizes.batch_axis, 1: sizes.chunk_axis},
-        "logit_rows": {0: torch.export.Dim("logit_count")},
+        "out": sizes.axes("batch", "chunk"),
+        "logit_rows": sizes.axes("logit_count"),
         "length": None,
-        "first": {0: sizes.batch_axis},
+        "first": sizes.axes("batch"),
         "past": sizes.past_axes(layers),
     }
     return _Inputs(values, axes)
-
-
-@dataclass(frozen=True)
-class TraceJob:
-    """Which stages to trace into ``folder`` as ``<stage>.onnx``, over a weights file that need not exist yet.
-
-    A bundle's graphs compute in float32 whatever ``dtype`` the weights are stored in. With ``engine`` they compute in
-    ``dtype``, for one sequence, and their weights are only named: see ``weights.unwritten``.
-    """
-
-    config: dict[str, Any]
-    max_context: int
-    dtype: str
-    stages: tuple[str, ...]
-    folder: str
-    engine: bool = False
-
-    def run(self) -> None:
-        config = MythosConfig(**self.config)
-        if self.engine:
-            dtype = STORAGE_TYPES[self.dtype].torch
-            for stage, model in trace_stages(config, self.max_context, self.stages, dtype, one_sequence=True).items():
-                name_weights(model.graph)
-                ir.save(model, Path(self.folder) / f"{stage}.onnx")
-            return
-        plan = plan_weights(config, self.max_context, self.dtype)
-        for stage, model in trace_stages(config, self.max_context, self.stages).items():
-            attach_weights(model.graph, plan, Path(self.folder))
-            ir.save(model, Path(self.folder) / f"{stage}.onnx")
-
-
-def start_tracing(job: TraceJob, log: IO[bytes]) -> subprocess.Popen[bytes]:
-    """Traces in a process of its own, beside the streaming of the weights; what torch prints goes to ``log``."""
-    return child_process.start("mythos_edge.exporter.tracing", json.dumps(asdict(job)), stdout=log, stderr=log)
-
-
-@contextmanager
-def tracing(
-    config: MythosConfig, context: int, dtype: str, folder: Path, *, engine: bool = False
-) -> Iterator[Callable[[], None]]:
-    """Tracing of all stages under way in processes of their own; calling what is yielded waits for them.
-
-    Raises ExportError from that call when one of them fails.
-    """
-    logs = [folder / f"trace-{index}.log" for index in range(len(_TRACE_GROUPS))]
-    processes: list[subprocess.Popen[bytes]] = []
-    try:
-        for stages, log in zip(_TRACE_GROUPS, logs, strict=True):
-            with log.open("wb") as file:
-                job = TraceJob(config.to_dict(), context, dtype, stages, str(folder), engine)
-                processes.append(start_tracing(job, file))
-
-        def finish() -> None:
-            for process, log in zip(processes, logs, strict=True):
-                if process.wait() != 0:
-                    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"]
-                    raise ExportError(f"tracing the model failed with status {process.returncode}: {lines[-1]}")
-
-        yield finish
-    finally:
-        for process in processes:
-            child_process.end(process)
-        for log in logs:
-            log.unlink(missing_ok=True)
-
-
-if __name__ == "__main__":
-    TraceJob(**json.loads(sys.argv[1])).run()

@@ -12,10 +12,10 @@ import onnx_ir as ir
 
 from mythos_edge.exporter import trt_passes
 from mythos_edge.exporter.loop_graph import loop_model
-from mythos_edge.exporter.tracing import tracing
+from mythos_edge.exporter.tracing import traced_stages
 from mythos_edge.exporter.trt_weights import attach, write_engine_weights
 from mythos_edge.exporter.weights import STORAGE_TYPES, bytes_read, is_unwritten
-from mythos_edge.model.bundle import STAGES, Bundle
+from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import BuildError, ExportError
 from mythos_edge.model.layout import recipes
@@ -83,7 +83,10 @@ def lower_for_tensorrt(
             f"export with --max-context {options.max_context}"
         )
     progress("graphs", 0.0)
-    stages = _traced(bundle, folder, options)
+    try:
+        stages = traced_stages(config, bundle.manifest.max_context, options.dtype, one_sequence=True)
+    except ExportError as error:
+        raise BuildError(str(error)) from error
     for model in stages.values():
         _lower(model, config, options, bundle.manifest.max_context)
     models = dict(stages) if options.layout == "step" else {"model": loop_model(stages, config)}
@@ -114,20 +117,6 @@ def attention_is_native(config: MythosConfig, options: EngineOptions) -> bool:
     head = config.cache_width if config.is_mla else config.head_dim
     fits = head <= _LARGEST_HEAD and head % _HEAD_STEP == 0
     return options.layout == "step" and options.dtype != "fp32" and fits
-
-
-def _traced(bundle: Bundle, folder: Path, options: EngineOptions) -> dict[str, ir.Model]:
-    """The stages in the compute dtype, their weights without values."""
-    manifest = bundle.manifest
-    try:
-        with tracing(manifest.config, manifest.max_context, options.dtype, folder, engine=True) as finish:
-            finish()
-    except ExportError as error:
-        raise BuildError(str(error)) from error
-    stages = {stage: ir.load(folder / f"{stage}.onnx") for stage in STAGES}
-    for stage in stages:
-        (folder / f"{stage}.onnx").unlink()
-    return stages
 
 
 def _lower(model: ir.Model, config: MythosConfig, options: EngineOptions, positions: int) -> None:

@@ -2,6 +2,7 @@
 
 The file is a safetensors file that is also the external data of every graph, so the weights of a bundle stay
 readable by everyone and exist once. Not here: what a stored tensor is made of (``model/layout.py``).
+onnx is imported where graphs are touched: an export that finds its graphs kept needs none of it.
 """
 
 import hashlib
@@ -12,8 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import onnx_ir as ir
 import torch
 from torch import Tensor
 
@@ -22,6 +23,9 @@ from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import CheckpointError, ExportError
 from mythos_edge.model.layout import Recipe, TensorReader, recipes, stored_table_of
 from mythos_edge.model.rope_tables import StoredTable
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 # Vector loads of the CPU kernels want no more; the safetensors format allows no holes between tensors.
 ALIGNMENT = 64
@@ -37,13 +41,13 @@ class StorageType:
     name: str
     torch: torch.dtype
     safetensors: str
-    onnx: ir.DataType
+    onnx: str
 
 
 STORAGE_TYPES = {
-    "fp32": StorageType("fp32", torch.float32, "F32", ir.DataType.FLOAT),
-    "fp16": StorageType("fp16", torch.float16, "F16", ir.DataType.FLOAT16),
-    "bf16": StorageType("bf16", torch.bfloat16, "BF16", ir.DataType.BFLOAT16),
+    "fp32": StorageType("fp32", torch.float32, "F32", "FLOAT"),
+    "fp16": StorageType("fp16", torch.float16, "F16", "FLOAT16"),
+    "bf16": StorageType("bf16", torch.bfloat16, "BF16", "BFLOAT16"),
 }
 
 
@@ -139,37 +143,44 @@ def write_weights(
     return WeightsHashes(written.hexdigest(), source.hashes.hexdigest())
 
 
-def attach_weights(graph: ir.Graph, plan: WeightsPlan, folder: Path) -> None:
+def attach_weights(graph: "ir.Graph", plan: WeightsPlan, folder: Path) -> None:
     """Points every weight of a traced graph into the weights file, with a Cast where it is stored narrower."""
+    import onnx_ir as ir
+
     stored = {tensor.recipe.name: tensor for tensor in plan.tensors}
     for name, value in list(graph.initializers.items()):
         if name not in stored:
             assert value.const_value is not None, name
             continue
         tensor = stored[name]
+        kind = ir.DataType[tensor.type.onnx]
         value.const_value = ir.ExternalTensor(
             WEIGHTS_FILE,
             tensor.offset,
             tensor.length,
-            tensor.type.onnx,
+            kind,
             shape=ir.Shape(tensor.recipe.shape),
             name=name,
             base_dir=str(folder),
         )
-        if tensor.type.onnx != ir.DataType.FLOAT:
-            _widen(graph, value, tensor.type.onnx)
+        if kind != ir.DataType.FLOAT:
+            _widen(graph, value, kind)
 
 
-def unwritten(name: str, dtype: ir.DataType, shape: Sequence[int]) -> ir.ExternalTensor:
+def unwritten(name: str, dtype: "ir.DataType", shape: Sequence[int]) -> "ir.ExternalTensor":
     """A stand-in for the value of a weight that is not on disk yet: graphs can be changed, saved and loaded with it."""
+    import onnx_ir as ir
+
     return ir.ExternalTensor(_NOWHERE, 0, 0, dtype, shape=ir.Shape(shape), name=name, base_dir="")
 
 
-def is_unwritten(value: ir.Value) -> bool:
+def is_unwritten(value: "ir.Value") -> bool:
+    import onnx_ir as ir
+
     return isinstance(value.const_value, ir.ExternalTensor) and value.const_value.location == _NOWHERE
 
 
-def name_weights(graph: ir.Graph) -> None:
+def name_weights(graph: "ir.Graph") -> None:
     """Gives all weights of a traced graph stand-ins for values."""
     for name, value in graph.initializers.items():
         if value.const_value is None:
@@ -178,8 +189,10 @@ def name_weights(graph: ir.Graph) -> None:
             value.const_value = unwritten(name, value.dtype, value.shape.numpy())
 
 
-def bytes_read(graph: ir.Graph, config: MythosConfig) -> int:
+def bytes_read(graph: "ir.Graph", config: MythosConfig) -> int:
     """Bytes of weights that one row reads: all, but of the experts the chosen, and of tables next to nothing."""
+    import onnx_ir as ir
+
     share = config.n_experts_per_tok / config.n_experts
     total = 0.0
     for value in graph.initializers.values():
@@ -192,8 +205,10 @@ def bytes_read(graph: ir.Graph, config: MythosConfig) -> int:
     return round(total)
 
 
-def _widen(graph: ir.Graph, value: ir.Value, stored: ir.DataType) -> None:
+def _widen(graph: "ir.Graph", value: "ir.Value", stored: "ir.DataType") -> None:
     """Stores ``value`` as ``stored`` and computes with it in float32, which every runtime can do."""
+    import onnx_ir as ir
+
     cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT}, name=f"{value.name}.cast")
     wide = cast.outputs[0]
     wide.name, wide.type, wide.shape = f"{value.name}.fp32", ir.TensorType(ir.DataType.FLOAT), value.shape

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from mythos_edge.model.errors import BackendUnavailable, BuildError, UsageError, raise_interrupt
+from mythos_edge.model.errors import BackendUnavailable, BuildError, raise_interrupt
+from mythos_edge.model.user_cache import cache_folder
 
 FLAVOURS = {
     "rtx": ("tensorrt_rtx", "pip install 'mythos-edge[tensorrt-rtx]'"),
@@ -156,18 +157,6 @@ def library_path_for_plugins(trt: ModuleType) -> dict[str, str]:
     _link(folder / _PARSER_WANTS, library)
     before = os.environ.get("LD_LIBRARY_PATH")
     return {"LD_LIBRARY_PATH": f"{folder}{os.pathsep}{before}" if before else str(folder)}
-
-
-def cache_folder() -> Path:
-    """Where this user keeps what processes may load; not the temporary folder, which others own as well.
-
-    A relative XDG_CACHE_HOME is ignored, as the standard asks. Raises UsageError for a user without a home.
-    """
-    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    try:
-        return (given if given.is_absolute() else Path.home() / ".cache") / "mythos-edge"
-    except RuntimeError as error:
-        raise UsageError("this user has no home folder: set XDG_CACHE_HOME to a folder that can be written") from error
 
 
 def _rtx_library(trt: ModuleType) -> Path | None:

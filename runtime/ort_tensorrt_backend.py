@@ -16,6 +16,7 @@ import numpy as np
 from mythos_edge.model.bundle import CUDA_PROVIDER, STAGES, TARGET, TENSORRT_PROVIDER, Bundle, TensorSpec, verify_hashes
 from mythos_edge.model.errors import BackendUnavailable, CapacityError, MythosEdgeError, UsageError
 from mythos_edge.model.partial_folders import PartialFolder
+from mythos_edge.model.user_cache import cache_folder
 from mythos_edge.plugins import trt_bindings
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.runtime.device import DeviceMemory
@@ -105,7 +106,7 @@ class _EngineFolder:
     """
 
     def __init__(self, key: str) -> None:
-        parent = trt_bindings.cache_folder() / "ort-tensorrt"
+        parent = cache_folder() / "ort-tensorrt"
         self.path = self._whole = parent / key
         self.is_new = not self._whole.is_dir()
         if not self.is_new:

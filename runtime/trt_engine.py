@@ -13,6 +13,7 @@ from typing import Any
 
 from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.errors import BundleError, MythosEdgeError
+from mythos_edge.model.user_cache import cache_folder
 from mythos_edge.plugins import kernel_store, trt_bindings, trt_plugins
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.plugins.kernel_launch import Scratch
@@ -261,4 +262,4 @@ class _CompiledCache:
 
 def _own_mark(content: bytes) -> Path:
     """An empty file that says that ``content`` was written by this user."""
-    return trt_bindings.cache_folder() / "compiled" / hashlib.sha256(content).hexdigest()
+    return cache_folder() / "compiled" / hashlib.sha256(content).hexdigest()

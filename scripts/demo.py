@@ -14,7 +14,7 @@ import numpy as np
 from mythos_edge.model.bundle import SCHEMA_VERSION, TARGET, open_bundle, sha256_of
 from mythos_edge.model.errors import ExportError, MythosEdgeError, UsageError, unavailable
 from mythos_edge.model.file_locks import locked
-from mythos_edge.plugins.trt_bindings import cache_folder
+from mythos_edge.model.user_cache import cache_folder
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import addition, arguments
 from mythos_edge.scripts.console import Console

@@ -50,7 +50,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> int:
     try:
         from mythos_edge.exporter.export import export_bundle
-        from mythos_edge.exporter.portable import portable_files
         from mythos_edge.exporter.tokenizer_files import tokenizer_beside
         from mythos_edge.model.checkpoint import open_checkpoint
     except ImportError as error:
@@ -90,8 +89,12 @@ def run(args: argparse.Namespace, console: Console) -> int:
     )
     ends = ", ".join(map(str, manifest.end_tokens)) or "none: a text ends at --max-new-tokens"
     console.say(f"end tokens: {ends}")
-    portable = portable_files(manifest.graphs)
-    if portable:
+    portable: dict[str, str] = {}
+    if args.portable:
+        # Imports onnx, which an export that finds its graphs kept needs for nothing else.
+        from mythos_edge.exporter.portable import portable_files
+
+        portable = portable_files(manifest.graphs)
         console.say(f"graphs of standard ops alone: {', '.join(portable.values())}")
     console.result(
         {

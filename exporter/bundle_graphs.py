@@ -1,0 +1,59 @@
+"""All graph files of a new bundle: its stages, the loops woven from them, and those of the target that it starts with.
+
+Imports torch's exporter, so an export that finds its graphs kept does not import this.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from mythos_edge.exporter import loop_graph, ort_target
+from mythos_edge.exporter.portable import write_portable
+from mythos_edge.exporter.tracing import traced_stages
+from mythos_edge.exporter.weights import WeightsPlan, attach_weights
+from mythos_edge.model.bundle import STAGES, TARGET, GraphSpec, TensorSpec
+from mythos_edge.model.config import MythosConfig
+from mythos_edge.plugins.torch_ops import add_functions
+
+
+def write_bundle_graphs(
+    config: MythosConfig,
+    max_context: int,
+    plan: WeightsPlan,
+    folder: Path,
+    portable: bool,
+    progress: Callable[[str, float], None],
+) -> tuple[dict[str, GraphSpec], ort_target.Lowered]:
+    """Writes the graphs to ``folder``, where the weights of ``plan`` are, and checks them."""
+    stages = traced_stages(config, max_context)
+    for model in stages.values():
+        attach_weights(model.graph, plan, folder)
+    models = dict(stages)
+    models["model"] = loop_graph.loop_model(stages, config)
+    models["model_with_past"] = loop_graph.loop_model_with_past(stages, config)
+    for index, (name, model) in enumerate(models.items()):
+        progress("graphs", index / len(models))
+        add_functions(model)
+        path = folder / f"{name}.onnx"
+        ir.save(model, path)
+        onnx.checker.check_model(str(path), full_check=True)
+    graphs = {
+        name: GraphSpec(f"{name}.onnx", _tensor_specs(model.graph.inputs), _tensor_specs(model.graph.outputs))
+        for name, model in models.items()
+    }
+    if portable:
+        graphs = write_portable(graphs, folder, folder)
+    stages = {stage: ir.load(folder / f"{stage}.onnx") for stage in STAGES}
+    return graphs, ort_target.write_graphs(stages, folder, TARGET, config)
+
+
+def _tensor_specs(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
+    specs = []
+    for value in values:
+        assert value.shape is not None
+        assert value.dtype is not None
+        shape = tuple(size if isinstance(size, int) else str(size.value) for size in value.shape)
+        specs.append(TensorSpec(str(value.name), str(value.dtype.numpy()), shape))
+    return tuple(specs)

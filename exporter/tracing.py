@@ -34,6 +34,7 @@ from mythos_edge.plugins import ops
 from mythos_edge.plugins.torch_ops import TracedOps
 
 Axes = dict[int, Any]
+_OP: Any = opset23
 # Loggers that tell of what torch's exporter and its passes leave alone, which is meant.
 _TALKATIVE = ("torch.onnx", "onnx_ir", "onnxscript")
 
@@ -157,7 +158,7 @@ def _in_onnx(exported: ExportedProgram, inputs: Mapping[str, _Inputs], config: M
     """All stages in one graph, its inputs and outputs named ``<stage>/<name>``."""
     if all(not _mutates(node.target) for node in exported.graph.nodes):
         # The exporter would trace it all again to decompose its ops and make them free of mutation; it need not.
-        exported.run_decompositions = lambda *_: exported  # type: ignore[method-assign]
+        exported.run_decompositions = lambda *_: exported
     program = torch.onnx.export(
         exported,
         dynamo=True,
@@ -176,13 +177,13 @@ def _mutates(target: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 
-def _cast(x: ir.Value, dtype: int, non_blocking: bool = False, copy: bool = False, memory_format: Any = None) -> Any:
-    return opset23.Cast(x, to=dtype)
+def _cast(x: Any, dtype: int, non_blocking: bool = False, copy: bool = False, memory_format: Any = None) -> Any:
+    return _OP.Cast(x, to=dtype)
 
 
-def _subtract_from(x: ir.Value, other: float, alpha: float = 1) -> Any:
+def _subtract_from(x: Any, other: float, alpha: float = 1) -> Any:
     assert alpha == 1
-    return opset23.Sub(opset23.CastLike(opset23.Constant(value_float=float(other)), x), x)
+    return _OP.Sub(_OP.CastLike(_OP.Constant(value_float=float(other)), x), x)
 
 
 # Ops that the exporter knows only decomposed.
@@ -193,7 +194,7 @@ _TRANSLATIONS: dict[Any, Any] = {
 
 
 def _tidy(model: ir.Model, stage: str, inputs: _Inputs) -> ir.Model:
-    """``stage`` alone of the traced stages, with the names of this project, constants folded, nothing of the tracer left."""
+    """``stage`` alone, with the names of this project, constants folded, and nothing of the tracer left."""
     graph = model.graph
     graph.name = stage
     for values in (graph.inputs, graph.outputs):

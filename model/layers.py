@@ -64,6 +64,14 @@ class Ops(Protocol):
         top_k: int,
     ) -> Float[Tensor, "N D"]: ...
 
+    def rotate(
+        self,
+        x: Float[Tensor, "B S H P"],
+        cos: Float[Tensor, "M F"],
+        sin: Float[Tensor, "M F"],
+        positions: Int[Tensor, "B S"],
+    ) -> Float[Tensor, "B S H P"]: ...
+
 
 class EagerOps:
     """The operations in plain torch, for any floating dtype."""
@@ -127,6 +135,18 @@ class EagerOps:
             y = y.index_add(0, row, nn.functional.linear(hidden, fc2[expert]) * weights[row, rank, None])
         return y
 
+    def rotate(
+        self,
+        x: Float[Tensor, "B S H P"],
+        cos: Float[Tensor, "M F"],
+        sin: Float[Tensor, "M F"],
+        positions: Int[Tensor, "B S"],
+    ) -> Float[Tensor, "B S H P"]:
+        """Each adjacent pair of ``x`` turned by its position's angle."""
+        real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = cos[positions].unsqueeze(2), sin[positions].unsqueeze(2)
+        return torch.stack([cos * real - sin * imaginary, sin * real + cos * imaginary], dim=-1).flatten(-2)
+
 
 def chosen_experts(biased: Float[Tensor, "N E"], top_k: int) -> tuple[Int[Tensor, "N K"], Float[Tensor, "N"]]:
     """The experts of each row, best first, and by how much the last of them beats the best of the others.
@@ -175,22 +195,15 @@ class Rope(nn.Module):
     Source: ``precompute_rope_freqs``. Differs: real tables, two float32 rows instead of one complex row.
     """
 
-    def __init__(self, config: MythosConfig, max_context: int) -> None:
+    def __init__(self, config: MythosConfig, max_context: int, ops: Ops) -> None:
         super().__init__()
+        self.ops = ops
         self.cos = nn.Parameter(torch.empty(max_context, config.rope_dim // 2), requires_grad=False)
         self.sin = nn.Parameter(torch.empty(max_context, config.rope_dim // 2), requires_grad=False)
 
     def forward(self, x: Float[Tensor, "B S H P"], positions: Int[Tensor, "B S"]) -> Float[Tensor, "B S H P"]:
         """Each adjacent pair of ``x`` turned by its position's angle. Source: ``apply_rope``."""
-        turned = torch.onnx.ops.rotary_embedding(
-            x.flatten(2),
-            self.cos.to(x.dtype),
-            self.sin.to(x.dtype),
-            positions,
-            interleaved=True,
-            num_heads=x.shape[2],
-        )
-        return turned.view(x.shape)
+        return self.ops.rotate(x, self.cos.to(x.dtype), self.sin.to(x.dtype), positions)
 
 
 def rope_table(

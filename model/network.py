@@ -43,7 +43,7 @@ class Network(nn.Module):
         ops = ops or EagerOps()
         self.config = config
         self.embed = nn.Parameter(torch.empty(config.vocab_size, config.dim))
-        self.rope = Rope(config, max_context or config.max_seq_len)
+        self.rope = Rope(config, max_context or config.max_seq_len, ops)
         self.prelude_blocks = nn.ModuleList(Block(config, ops, moe=False) for _ in range(config.prelude_layers))
         self.step = LoopStep(config, ops)
         self.coda_blocks = nn.ModuleList(Block(config, ops, moe=False) for _ in range(config.coda_layers))

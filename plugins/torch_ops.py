@@ -45,6 +45,12 @@ class TracedOps:
         inputs = (x, router, router_bias, fc1, fc2, *(shared or ()))
         return _node(ops.SPARSE_MOE, inputs, tuple(x.shape), {"top_k": top_k})
 
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
+        turned = torch.onnx.ops.rotary_embedding(
+            x.flatten(2), cos, sin, positions, interleaved=True, num_heads=x.shape[2]
+        )
+        return turned.view(x.shape)
+
 
 def _node(
     spec: ops.OpSpec, inputs: tuple[Tensor, ...], shape: tuple[int, ...], attributes: dict[str, int | float]

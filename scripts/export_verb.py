@@ -1,6 +1,7 @@
 """``mythos-edge export``: a checkpoint becomes a bundle."""
 
 import argparse
+import gc
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -48,6 +49,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
+    collects = gc.isenabled()
+    # To import torch and to trace make millions of objects that stay; looking at them all takes a fifth of the time.
+    gc.disable()
+    try:
+        return _export(args, console)
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _export(args: argparse.Namespace, console: Console) -> int:
     try:
         from mythos_edge.exporter.export import export_bundle
         from mythos_edge.exporter.tokenizer_files import tokenizer_beside

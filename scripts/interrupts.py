@@ -3,7 +3,6 @@
 Not here: what is said then (``cli``).
 """
 
-import os
 import signal
 import time
 from types import FrameType
@@ -21,22 +20,6 @@ def install() -> None:
     for number in [getattr(signal, name) for name in _ASKED_BY if hasattr(signal, name)]:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _interrupt)
-
-
-def leave_with(code: int) -> None:
-    """Makes a signal end the process with ``code``: everything is done and said, and Python has only to leave.
-
-    After an interrupt another one is ignored, as Python gives signals back their own ways before it has left.
-    """
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        del number, frame
-        if not _asked_just_now():
-            os._exit(code)
-
-    for number in [getattr(signal, name) for name in _ASKED_BY if hasattr(signal, name)]:
-        if signal.getsignal(number) is _interrupt:
-            signal.signal(number, signal.SIG_IGN if _last_asked else leave)
 
 
 def caused(error: BaseException) -> bool:

@@ -3,20 +3,17 @@
 import dataclasses
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from mythos_edge.exporter import trt_lowering
+from mythos_edge.exporter import kept_graphs
 from mythos_edge.exporter.export import export_bundle
 from mythos_edge.exporter.ort_target import build_target
 from mythos_edge.exporter.portable import inline_bundle
-from mythos_edge.model.bundle import STAGES
 from mythos_edge.model.checkpoint import open_checkpoint
-from mythos_edge.model.config import VARIANTS, MythosConfig
+from mythos_edge.model.config import VARIANTS
 from mythos_edge.scripts import train_text
 
 ROOT = Path(__file__).parent.parent
@@ -36,28 +33,10 @@ SMALL = dataclasses.replace(
 
 
 @pytest.fixture(scope="session", autouse=True)
-def traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Engines of one model and dtype share the tracing, ten seconds each time."""
-    kept: dict[object, Path] = {}
-    trace = trt_lowering.tracing
-
-    @contextmanager
-    def once(
-        config: MythosConfig, max_context: int, dtype: str, folder: Path, **options: Any
-    ) -> Iterator[Callable[[], None]]:
-        key = (config, max_context, dtype, *sorted(options.items()))
-        if key not in kept:
-            with trace(config, max_context, dtype, folder, **options) as finish:
-                finish()
-            kept[key] = tmp_path_factory.mktemp("traced")
-            for stage in STAGES:
-                shutil.copy(folder / f"{stage}.onnx", kept[key])
-        else:
-            shutil.copytree(kept[key], folder, dirs_exist_ok=True)
-        yield lambda: None
-
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests keep graphs in a folder of this run, children of theirs too: each shape is traced once, and none before."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trt_lowering, "tracing", once)
+        patch.setenv(kept_graphs.VARIABLE, str(tmp_path_factory.mktemp("kept-graphs")))
         yield
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,11 @@ import pytest
 import torch
 from conftest import FIXTURES, GOLDENS, ROOT, copy_links
 
-from mythos_edge.exporter import trt_lowering, trt_passes
+from mythos_edge.exporter import trt_passes
 from mythos_edge.exporter.passes import check_graph
 from mythos_edge.exporter.trt_lowering import EngineOptions, LoweredForTensorRT, lower_for_tensorrt
 from mythos_edge.exporter.trt_weights import ENGINE_WEIGHTS_FILE
-from mythos_edge.model.bundle import WEIGHTS_FILE, Bundle, open_bundle
+from mythos_edge.model.bundle import WEIGHTS_FILE, open_bundle
 from mythos_edge.model.checkpoint import open_checkpoint
 from mythos_edge.model.errors import BuildError
 from mythos_edge.model.layout import load_network
@@ -39,17 +39,9 @@ FLOATS = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.Dat
 
 
 @pytest.fixture(scope="module")
-def lower(exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lower]:
-    """``lower(name, dtype, layout, weights, plugins)``: each lowering made once, and each dtype traced once."""
+def lower(exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Lower:
+    """``lower(name, dtype, layout, weights, plugins)``: each lowering made once."""
     made: dict[Any, LoweredForTensorRT] = {}
-    traced: dict[Any, dict[str, ir.Model]] = {}
-    trace = trt_lowering._traced
-
-    def traced_once(bundle: Bundle, folder: Path, options: EngineOptions) -> dict[str, ir.Model]:
-        key = (bundle.path, options.dtype)
-        if key not in traced:
-            traced[key] = trace(bundle, folder, options)
-        return {stage: model.clone() for stage, model in traced[key].items()}
 
     def lowered(
         name: str, dtype: str, layout: str = "step", weights: str = "none", plugins: str = "python"
@@ -62,9 +54,7 @@ def lower(exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactor
             copy_links(folder)
         return made[key]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trt_lowering, "_traced", traced_once)
-        yield lowered
+    return lowered
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,11 @@ def kept(
     ``depends_on`` holds JSON values; versions of libraries and our own code are added to it. ``note`` is told when
     graphs cannot be kept.
     """
-    folder = _folder()
+    try:
+        folder = _folder()
+    except UsageError as error:
+        note(f"the graphs are not kept for the next export: {error}")
+        folder = None
     if folder is None:
         return make()
     key = json.dumps({"what": what, **depends_on, **_surroundings()}, sort_keys=True).encode()
@@ -70,9 +74,7 @@ def _folder() -> Path | None:
     given = os.environ.get(VARIABLE, "")
     if given == "off":
         return None
-    with suppress(UsageError):
-        return Path(given).absolute() if given else cache_folder() / "graphs"
-    return None
+    return Path(given).absolute() if given else cache_folder() / "graphs"
 
 
 def _surroundings() -> dict[str, Any]:

@@ -127,7 +127,11 @@ def _trace(config: MythosConfig, max_context: int, dtype: torch.dtype, one_seque
             inputs = {stage: make(config, _Sizes(stage, dtype, one_sequence)) for stage, make in makers.items()}
             values, axes = ({stage: getattr(one, kind) for stage, one in inputs.items()} for kind in ("values", "axes"))
             exported = torch.export.export(_Stages(network), (), values, dynamic_shapes=axes)
-            model = _in_onnx(exported, inputs, config)
+            model = _in_onnx(
+                exported,
+                [f"{stage}/{name}" for stage, one in inputs.items() for name in _names_of_inputs(one.values)],
+                [f"{stage}/{name}" for stage in inputs for name in _output_names(stage, config)],
+            )
             return {stage: _tidy(model.clone(), stage, inputs[stage]) for stage in STAGES}
     except Exception as error:  # torch's exporter can fail in any way
         raise_interrupt(error)
@@ -154,23 +158,32 @@ def _undisturbed() -> Iterator[None]:
                 gc.enable()
 
 
-def _in_onnx(exported: ExportedProgram, inputs: Mapping[str, _Inputs], config: MythosConfig) -> ir.Model:
-    """All stages in one graph, its inputs and outputs named ``<stage>/<name>``."""
-    if all(not _mutates(node.target) for node in exported.graph.nodes):
-        # The exporter would trace it all again to decompose its ops and make them free of mutation; it need not.
-        exported.run_decompositions = lambda *_: exported
-    program = torch.onnx.export(
-        exported,
-        dynamo=True,
-        opset_version=ops.OPSET,
-        optimize=False,
-        input_names=[f"{stage}/{name}" for stage, one in inputs.items() for name in _names_of_inputs(one.values)],
-        output_names=[f"{stage}/{name}" for stage in inputs for name in _output_names(stage, config)],
-        custom_translation_table=_TRANSLATIONS,
-        verbose=False,
-    )
-    assert program is not None
-    return program.model
+def _in_onnx(exported: ExportedProgram, input_names: list[str], output_names: list[str]) -> ir.Model:
+    """The program in ONNX, without what torch's exporter does before: tracing it again, to decompose its ops.
+
+    Of the ops here it knows nearly all as they are. It does it where one mutates a tensor, or is unknown to it.
+    """
+    decompose, whole = exported.run_decompositions, any(_mutates(node.target) for node in exported.graph.nodes)
+    while True:
+        exported.run_decompositions = decompose if whole else lambda *_: exported
+        try:
+            program = torch.onnx.export(
+                exported,
+                dynamo=True,
+                opset_version=ops.OPSET,
+                optimize=False,
+                input_names=input_names,
+                output_names=output_names,
+                custom_translation_table=_TRANSLATIONS,
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError:
+            if whole:
+                raise
+            whole = True
+        else:
+            assert program is not None
+            return program.model
 
 
 def _mutates(target: Any) -> bool:

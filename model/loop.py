@@ -52,7 +52,7 @@ class LoopTable(nn.Module):
         self.rest = config.dim - loop_dim
 
     def forward(self, step_index: Int[Tensor, "N"]) -> Float[Tensor, "N D"]:
-        index = step_index[:, None].to(self.sin_frequency.dtype)
+        index = step_index.unsqueeze(1).to(self.sin_frequency.dtype)
         waves = torch.cat([(index * self.sin_frequency).sin(), (index * self.cos_frequency).cos()], dim=-1)
         return nn.functional.pad(waves, (0, self.rest))
 
@@ -135,7 +135,7 @@ class LoopStep(nn.Module):
         weight = torch.where(running, weight, 0.0)
         return LoopState(
             h=h,
-            out=state.out + weight[..., None].to(state.out.dtype) * active,
+            out=state.out + weight.unsqueeze(-1).to(state.out.dtype) * active,
             halt_mass=torch.where(running, mass, state.halt_mass),
             depth=state.depth + running.to(state.depth.dtype),
         )

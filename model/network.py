@@ -145,7 +145,7 @@ class Network(nn.Module):
         """The position of each new row in its sequence; rows that nothing looks at (padding, and rows of a sequence
         that has ended at the longest context while others of its batch go on) get the nearest there is."""
         columns = window.length + torch.arange(chunk)
-        return (columns[None, :] - window.first[:, None]).clamp(min=0, max=self.rope.cos.shape[0] - 1)
+        return (columns.unsqueeze(0) - window.first.unsqueeze(1)).clamp(min=0, max=self.rope.cos.shape[0] - 1)
 
 
 # What a position's depth is decided with, and tables of angles, which need their digits.

@@ -4,11 +4,13 @@ import dataclasses
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import jaxtyping
 import numpy as np
 import pytest
 
-from mythos_edge.exporter import kept_graphs
+from mythos_edge.exporter import kept_graphs, tracing
 from mythos_edge.exporter.export import export_bundle
 from mythos_edge.exporter.ort_target import build_target
 from mythos_edge.exporter.portable import inline_bundle
@@ -37,6 +39,23 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Tests keep graphs in a folder of this run, children of theirs too: each shape is traced once, and none before."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(kept_graphs.VARIABLE, str(tmp_path_factory.mktemp("kept-graphs")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def unchecked_while_tracing() -> Iterator[None]:
+    """Annotated shapes are checked where the model's maths runs on numbers; symbols of sizes are none."""
+    trace = tracing._trace
+
+    def unchecked(*arguments: Any) -> Any:
+        jaxtyping.config.update("jaxtyping_disable", True)
+        try:
+            return trace(*arguments)
+        finally:
+            jaxtyping.config.update("jaxtyping_disable", False)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracing, "_trace", unchecked)
         yield
 
 

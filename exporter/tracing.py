@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import onnx
@@ -27,7 +28,7 @@ from mythos_edge.exporter.weights import STORAGE_TYPES, name_weights
 from mythos_edge.model.bundle import STAGES
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import ExportError, raise_interrupt
-from mythos_edge.model.layers import Window
+from mythos_edge.model.layers import Rope, Window
 from mythos_edge.model.loop import Halting, LoopState
 from mythos_edge.model.network import Network, in_dtype
 from mythos_edge.plugins import ops
@@ -35,22 +36,38 @@ from mythos_edge.plugins.torch_ops import TracedOps
 
 Axes = dict[int, Any]
 _OP: Any = opset23
+# The name of the piece that is traced once for all blocks.
+_ATTENTION = "attention"
 # Loggers that tell of what torch's exporter and its passes leave alone, which is meant.
 _TALKATIVE = ("torch.onnx", "onnx_ir", "onnxscript")
 
 
 class _Stages(nn.Module):
-    """All stages as one module, so that torch's exporter, which takes longest to get going, runs once."""
+    """All stages as one module, so that torch's exporter, which takes longest to get going, runs once.
+
+    The attention of all blocks has one shape, and half of all ops: it is traced once, as a piece of its own that each
+    block calls.
+    """
 
     # The exporter fails on NamedTuple arguments; these faces keep the inputs flat and named.
     def __init__(self, network: Network) -> None:
         super().__init__()
         self.network = network
+        blocks = [*network.prelude_blocks, network.step.block, *network.coda_blocks]
+        self._real_attention: Any = network.step.block.attn.forward
+        for block in blocks:
+            block.attn.forward = partial(_call_attention, block.attn)
 
     def forward(
-        self, prelude: dict[str, Any], step: dict[str, Any], coda: dict[str, Any]
+        self, prelude: dict[str, Any], step: dict[str, Any], coda: dict[str, Any], attention: dict[str, Any]
     ) -> tuple[tuple[Tensor, ...], ...]:
-        return self._prelude(**prelude), self._step(**step), self._coda(**coda)
+        return self._prelude(**prelude), self._step(**step), self._coda(**coda), self._attention(**attention)
+
+    def _attention(
+        self, x: Tensor, positions: Tensor, past: Tensor, length: Tensor, first: Tensor
+    ) -> tuple[Tensor, ...]:
+        window = Window(length, first)
+        return tuple(self._real_attention(x.flatten(0, 1), self.network.rope, positions, past, window))
 
     def _prelude(self, input_ids: Tensor, length: Tensor, first: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
         e, rows = self.network.prelude(input_ids, Window(length, first), *past)
@@ -83,6 +100,18 @@ class _Stages(nn.Module):
     ) -> tuple[Tensor, ...]:
         logits, rows = self.network.coda(out, logit_rows, Window(length, first), *past)
         return logits.float(), *rows
+
+
+def _call_attention(
+    attention: nn.Module, x: Tensor, rope: Rope, positions: Tensor, past: Tensor, window: Window
+) -> tuple[Tensor, ...]:
+    inputs = (x, positions, past, *window, *rope.parameters(), *attention.parameters())
+    shapes = (x.shape, (*positions.shape, past.shape[-1]))
+    return tuple(
+        torch.onnx.ops.symbolic_multi_out(
+            f"{ops.DOMAIN}::{_ATTENTION}", inputs, dtypes=(x.dtype, x.dtype), shapes=shapes, version=ops.VERSION
+        )
+    )
 
 
 @dataclass(frozen=True)
@@ -123,7 +152,12 @@ def _trace(config: MythosConfig, max_context: int, dtype: torch.dtype, one_seque
     try:
         with _undisturbed(), mode:
             network = in_dtype(Network(config, max_context, TracedOps()), dtype).requires_grad_(False).eval()
-            makers = {"prelude": _prelude_inputs, "step": _step_inputs, "coda": _coda_inputs}
+            makers = {
+                "prelude": _prelude_inputs,
+                "step": _step_inputs,
+                "coda": _coda_inputs,
+                _ATTENTION: _attention_inputs,
+            }
             inputs = {stage: make(config, _Sizes(stage, dtype, one_sequence)) for stage, make in makers.items()}
             values, axes = ({stage: getattr(one, kind) for stage, one in inputs.items()} for kind in ("values", "axes"))
             exported = torch.export.export(_Stages(network), (), values, dynamic_shapes=axes)
@@ -132,7 +166,8 @@ def _trace(config: MythosConfig, max_context: int, dtype: torch.dtype, one_seque
                 [f"{stage}/{name}" for stage, one in inputs.items() for name in _names_of_inputs(one.values)],
                 [f"{stage}/{name}" for stage in inputs for name in _output_names(stage, config)],
             )
-            return {stage: _tidy(model.clone(), stage, inputs[stage]) for stage in STAGES}
+            attention = _function(model, network, inputs[_ATTENTION])
+            return {stage: _tidy(_inlined(model, stage, attention), inputs[stage]) for stage in STAGES}
     except Exception as error:  # torch's exporter can fail in any way
         raise_interrupt(error)
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
@@ -206,26 +241,59 @@ _TRANSLATIONS: dict[Any, Any] = {
 }
 
 
-def _tidy(model: ir.Model, stage: str, inputs: _Inputs) -> ir.Model:
-    """``stage`` alone, with the names of this project, constants folded, and nothing of the tracer left."""
-    graph = model.graph
-    graph.name = stage
-    for values in (graph.inputs, graph.outputs):
+def _part(model: ir.Model, stage: str) -> ir.Model:
+    """A copy of ``stage`` alone."""
+    part = model.clone()
+    part.graph.name = stage
+    for values in (part.graph.inputs, part.graph.outputs):
         own = [value for value in values if str(value.name).startswith(f"{stage}/")]
         values.clear()
         values.extend(own)
-    passes.RemoveUnusedNodesPass()(model)
-    for value in [*graph.inputs, *graph.outputs]:
+    passes.RemoveUnusedNodesPass()(part)
+    for value in [*part.graph.inputs, *part.graph.outputs]:
         value.name = str(value.name).removeprefix(f"{stage}/")
+    return part
+
+
+def _function(model: ir.Model, network: Network, inputs: _Inputs) -> ir.Function:
+    """The attention of all blocks as a function of what ``_call_attention`` gives, its weights among it."""
+    graph = _part(model, _ATTENTION).graph
+    _rename_all_axes(graph, inputs)
+    x, *others = graph.inputs
+    for node, index in tuple(x.uses()):
+        if node.op_type == "Shape":
+            assert node.attributes["end"].as_int() <= len(others[0].shape or ())
+            node.replace_input_with(index, others[0])
+    ((flatten, _),) = x.uses()
+    # The blocks have flat rows already; the piece starts from unflattened ones to know what they are a product of.
+    rows = ir.Value(name="rows", type=flatten.outputs[0].type, shape=flatten.outputs[0].shape)
+    ir.convenience.replace_all_uses_with(flatten.outputs[0], rows)
+    graph.remove(flatten, safe=True)
+    modules = {"rope": network.rope, "step.block.attn": network.step.block.attn}
+    weights = [
+        graph.initializers.pop(f"network.{place}.{name}")
+        for place, module in modules.items()
+        for name, _ in module.named_parameters()
+    ]
+    graph.inputs.clear()
+    graph.inputs.extend([rows, *others, *weights])
+    return ir.Function(ops.DOMAIN, _ATTENTION, graph=graph, attributes=[])
+
+
+def _inlined(model: ir.Model, stage: str, attention: ir.Function) -> ir.Model:
+    part = _part(model, stage)
+    part.functions[attention.identifier()] = attention
+    passes.InlinePass()(part)
+    return part
+
+
+def _tidy(model: ir.Model, inputs: _Inputs) -> ir.Model:
+    """The stage with the names of this project, constants folded, and nothing of the tracer left."""
+    graph = model.graph
     for value in list(graph.initializers.values()):
         value.name = str(value.name).removeprefix("network.")
         value.const_value = None
-    names = _axis_names(graph, inputs)
-    for node in graph:
-        for value in node.outputs:
-            _rename_axes(value, names)
-    for value in graph.inputs:
-        _rename_axes(value, names)
+    _rename_all_axes(graph, inputs)
     fold_constants(model)
     ir.passes.Sequential(
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
@@ -237,6 +305,14 @@ def _tidy(model: ir.Model, stage: str, inputs: _Inputs) -> ir.Model:
     )(model)
     name_weights(graph)
     return model
+
+
+def _rename_all_axes(graph: ir.Graph, inputs: _Inputs) -> None:
+    names = _axis_names(graph, inputs)
+    # Of what was inlined, the axes are named already.
+    names |= {name: name for name in names.values()}
+    for value in [*graph.inputs, *(value for node in graph for value in node.outputs)]:
+        _rename_axes(value, names)
 
 
 def _axis_names(graph: ir.Graph, inputs: _Inputs) -> dict[str, str]:
@@ -271,6 +347,8 @@ def _names_of_inputs(values: Mapping[str, Any]) -> list[str]:
 
 
 def _output_names(stage: str, config: MythosConfig) -> list[str]:
+    if stage == _ATTENTION:
+        return ["attended", "new_rows"]
     if stage == "prelude":
         return ["e", *(f"rows_{index}" for index in range(config.prelude_layers))]
     if stage == "coda":
@@ -364,6 +442,23 @@ def _step_inputs(config: MythosConfig, sizes: _Sizes) -> _Inputs:
         "depth": tail,
         "first": sizes.axes("batch"),
         "past": sizes.past_axes(1)[0],
+    }
+    return _Inputs(values, axes)
+
+
+def _attention_inputs(config: MythosConfig, sizes: _Sizes) -> _Inputs:
+    values = {
+        "x": sizes.floats(sizes.batch, sizes.chunk, config.dim),
+        "positions": torch.zeros(sizes.batch, sizes.chunk, dtype=torch.int64),
+        "past": sizes.past(config, 1)[0],
+        **sizes.window(),
+    }
+    axes = {
+        "x": sizes.axes("batch", "chunk"),
+        "positions": sizes.axes("batch", "chunk"),
+        "past": sizes.past_axes(1)[0],
+        "length": None,
+        "first": sizes.axes("batch"),
     }
     return _Inputs(values, axes)
 

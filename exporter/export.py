@@ -11,6 +11,8 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
+import torch
+
 from mythos_edge.exporter.kept_graphs import LIBRARIES, Graphs, kept
 from mythos_edge.exporter.sample import golden_sample
 from mythos_edge.exporter.tokenizer_files import TOKENIZER_FILE, tokenizer_for
@@ -158,11 +160,29 @@ def _graphs(
         files = [*(spec.file for spec in graphs.values()), *lowered.graphs.values()]
         return Graphs({file: (folder / file).read_bytes() for file in files}, json.loads(json.dumps(asdict(made))))
 
-    depends_on = {"config": config.to_dict(), "max_context": context, "dtype": dtype, "portable": portable}
+    depends_on = {
+        "config": config.to_dict(),
+        "max_context": context,
+        "dtype": dtype,
+        "portable": portable,
+        "biased": _biased(plan, folder / WEIGHTS_FILE),
+    }
     found = kept("bundle", depends_on, make, note)
     for file, data in found.files.items():
         (folder / file).write_bytes(data)
     return dataclass_from_json(_MadeGraphs, found.facts, "kept graphs")
+
+
+def _biased(plan: WeightsPlan, weights: Path) -> dict[str, bool]:
+    """Whether each selection bias is other than zeros, which lowering leaves out: all that a graph has of values."""
+    found = {}
+    with weights.open("rb") as file:
+        for tensor in plan.tensors:
+            if tensor.recipe.name.endswith("router_bias"):
+                file.seek(tensor.offset)
+                values = torch.frombuffer(bytearray(file.read(tensor.length)), dtype=tensor.type.torch)
+                found[tensor.recipe.name] = bool(values.any())
+    return found
 
 
 def _mapped_target(made: _MadeGraphs, dtype: str, identity: str) -> TargetSpec:

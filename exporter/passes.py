@@ -118,13 +118,17 @@ def _constant(graph: ir.Graph, name: str, numbers: list[int]) -> ir.Value:
 
 def _fold(model: ir.Model) -> None:
     ir.passes.Sequential(passes.RemoveUnusedNodesPass(), passes.CommonSubexpressionEliminationPass())(model)
-    # A small weight that is stored narrow would become a constant without a name.
-    fold_constants(model, should_fold=lambda node: False if node.op_type == "Cast" else None)
+    # A small weight would become a constant without a name, in graphs that are kept for other weights, too.
+    fold_constants(model, should_fold=lambda node: False if node.op_type == "Cast" or _has_weight(node) else None)
     ir.passes.Sequential(
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         passes.DeduplicateInitializersPass(),
         passes.RemoveUnusedNodesPass(),
     )(model)
+
+
+def _has_weight(node: ir.Node) -> bool:
+    return any(value is not None and isinstance(value.const_value, ir.ExternalTensor) for value in node.inputs)
 
 
 def _has_rows(graph: ir.Graph, node: ir.Node, rows: ir.Value, job: int) -> ir.Value:

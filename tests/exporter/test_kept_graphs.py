@@ -1,14 +1,19 @@
 """Graphs that are kept between exports: found again for the same model alone, and never trusted without a look."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import onnx_ir as ir
 import pytest
+import torch
 from conftest import FIXTURES, ROOT
 from killed import at_each_step
+from safetensors.torch import load_file, save_file
 
 from mythos_edge.exporter import kept_graphs
 from mythos_edge.exporter.export import export_bundle
@@ -200,33 +205,70 @@ def test_several_processes_may_keep_the_same(cache: Path) -> None:
     assert kept("stages", {}, lambda: Graphs({})).facts == {"bytes": 7}
 
 
+def _export(checkpoint: Path, path: Path, **options: object) -> Path:
+    with open_checkpoint(checkpoint) as opened:
+        return export_bundle(opened, path, **options).path  # type: ignore[arg-type]
+
+
+def _assert_same_bundle(one: Path, other: Path) -> None:
+    assert {file.name for file in one.iterdir()} == {file.name for file in other.iterdir()}
+    for file in one.iterdir():
+        if file.name == "manifest.json":
+            ours, theirs = (
+                [line for line in (bundle / file.name).read_text().splitlines() if '"created"' not in line]
+                for bundle in (one, other)
+            )
+            assert ours == theirs
+        else:
+            assert (other / file.name).read_bytes() == file.read_bytes(), file.name
+
+
 @pytest.mark.parametrize("options", [{"dtype": "fp16", "portable": True, "max_context": 24}, {}])
 def test_a_bundle_with_kept_graphs_is_the_same_bit_by_bit(
     options: dict[str, object], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def export(name: str) -> Path:
-        with open_checkpoint(FIXTURES / "gqa-small") as checkpoint:
-            return export_bundle(checkpoint, tmp_path / name, **options).path  # type: ignore[arg-type]
-
     monkeypatch.setenv(VARIABLE, "off")
-    plain = export("plain")
+    plain = _export(FIXTURES / "gqa-small", tmp_path / "plain", **options)
     monkeypatch.setenv(VARIABLE, str(cache))
-    first = export("first")
+    first = _export(FIXTURES / "gqa-small", tmp_path / "first", **options)
     for entry in cache.iterdir():
         assert entry.stat().st_size < 200_000, "weights are kept"
     monkeypatch.setattr("mythos_edge.exporter.bundle_graphs.traced_stages", lambda *_: pytest.fail("traced again"))
-    again = export("again")
-    for other in (first, again):
-        assert {file.name for file in other.iterdir()} == {file.name for file in plain.iterdir()}
-        for file in plain.iterdir():
-            if file.name == "manifest.json":
-                kept_lines, lines = (
-                    [line for line in (one / file.name).read_text().splitlines() if '"created"' not in line]
-                    for one in (other, plain)
-                )
-                assert kept_lines == lines
-            else:
-                assert (other / file.name).read_bytes() == file.read_bytes(), file.name
+    again = _export(FIXTURES / "gqa-small", tmp_path / "again", **options)
+    _assert_same_bundle(plain, first)
+    _assert_same_bundle(plain, again)
+
+
+def test_a_checkpoint_with_other_weights_gets_no_graphs_of_another(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lowering leaves out a selection bias of zeros: the one thing that a graph depends on beside the config."""
+    tensors = load_file(FIXTURES / "mla-small" / "model.safetensors")
+    (router,) = (name for name in tensors if name.endswith("router_bias"))
+    bundles = {}
+    for name, value in {"zeros": 0.0, "biased": 0.5, "minus zeros": -0.0, "biased otherwise": 0.25}.items():
+        shutil.copytree(FIXTURES / "mla-small", tmp_path / name)
+        save_file(tensors | {router: torch.full_like(tensors[router], value)}, tmp_path / name / "model.safetensors")
+        bundles[name] = _export(tmp_path / name, tmp_path / f"{name}.bundle")
+    steps = {name: (bundle / "step.ort-cpu.onnx").read_bytes() for name, bundle in bundles.items()}
+    assert steps["zeros"] == steps["minus zeros"] != steps["biased"] == steps["biased otherwise"]
+    monkeypatch.setenv(VARIABLE, "off")
+    for name in ("minus zeros", "biased otherwise"):
+        _assert_same_bundle(bundles[name], _export(tmp_path / name, tmp_path / f"{name} alone.bundle"))
+
+
+def test_graphs_are_made_without_a_look_at_other_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: set[str | None] = set()
+    read = ir.ExternalTensor.numpy
+
+    def watched(tensor: ir.ExternalTensor) -> np.ndarray:
+        looked_at.add(tensor.name)
+        return read(tensor)
+
+    monkeypatch.setattr(ir.ExternalTensor, "numpy", watched)
+    monkeypatch.setenv(VARIABLE, "off")
+    _export(FIXTURES / "mla-small", tmp_path / "out", dtype="bf16")
+    assert looked_at == {"step.block.ffn.router_bias"}
 
 
 def test_an_export_that_finds_its_graphs_imports_no_tracer(demo_bundle: Path, tmp_path: Path) -> None:
@@ -238,5 +280,4 @@ def test_an_export_that_finds_its_graphs_imports_no_tracer(demo_bundle: Path, tm
         "assert not {'onnx', 'onnx_ir', 'onnxscript', 'torch._dynamo'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
-    for file in demo_bundle.iterdir():
-        assert file.name == "manifest.json" or (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+    _assert_same_bundle(demo_bundle, tmp_path / "out")

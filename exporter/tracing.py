@@ -6,6 +6,7 @@ stand-ins for values; ``weights`` gives them values on disk. Not here: the Loop 
 
 import gc
 import logging
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -36,6 +37,8 @@ from mythos_edge.plugins.torch_ops import TracedOps
 
 Axes = dict[int, Any]
 _OP: Any = opset23
+# torch's exporter changes torch for all threads while it traces.
+_ONE_AT_A_TIME = threading.Lock()
 # The name of the piece that is traced once for all blocks.
 _ATTENTION = "attention"
 # Loggers that tell of what torch's exporter and its passes leave alone, which is meant.
@@ -150,7 +153,7 @@ def _trace(config: MythosConfig, max_context: int, dtype: torch.dtype, one_seque
     # Looking a symbolic shape up costs torch more than working it out.
     mode.cache_enabled = False
     try:
-        with _undisturbed(), mode:
+        with _ONE_AT_A_TIME, _undisturbed(), mode:
             network = in_dtype(Network(config, max_context, TracedOps()), dtype).requires_grad_(False).eval()
             makers = {
                 "prelude": _prelude_inputs,

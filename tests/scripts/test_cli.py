@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from command_line import CHECKPOINT, PROGRAM, Ran, refused
 
+from mythos_edge.exporter.kept_graphs import VARIABLE
+
 VERBS = ("doctor", "inspect", "export", "build", "inline", "generate", "score", "validate", "tune", "bench", "demo")
 
 
@@ -58,7 +60,7 @@ _DEADLINE_S = 120.0
 
 @contextmanager
 def _exporting(output: Path, before: Callable[[], object] = lambda: None) -> Iterator[subprocess.Popen[str]]:
-    """The installed command at work: its first weights are written, and its children trace."""
+    """The installed command at work: its weights are written, and it traces, as no graphs are kept."""
 
     def prepare() -> None:
         # A shell starts what runs in its background deaf to it.
@@ -68,6 +70,7 @@ def _exporting(output: Path, before: Callable[[], object] = lambda: None) -> Ite
     with subprocess.Popen(
         [INSTALLED, "export", str(CHECKPOINT), "-o", str(output)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=prepare,
+        env={**os.environ, VARIABLE: "off"},
     ) as process:  # fmt: skip
         try:
             assert process.stderr is not None
@@ -110,7 +113,7 @@ def _members(group: int) -> list[Path]:
 def test_an_interrupt_leaves_nothing_half_written(
     tmp_path: Path, sent: signal.Signals, send: Callable[[int, int], None]
 ) -> None:
-    """As a terminal sends it, to the whole process group, tracing children too; or to the process alone."""
+    """As a terminal sends it, to the whole process group, or to the process alone."""
     with _exporting(tmp_path / "out.bundle") as process:
         send(process.pid, sent)
         out, err = process.communicate(timeout=_DEADLINE_S)
@@ -141,9 +144,20 @@ def test_what_is_ignored_stays_ignored(tmp_path: Path) -> None:
     refused(Ran(process.returncode, out, err), "interrupted")
 
 
-def test_children_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
-    with _exporting(tmp_path / "out.bundle") as process:
-        assert len(_members(process.pid)) == 3
+def test_children_end_with_a_parent_that_is_killed() -> None:
+    program = """
+import subprocess, time
+from mythos_edge.exporter import child_process
+child_process.start("http.server", "0", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+print("started", flush=True)
+time.sleep(600)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert len(_members(process.pid)) == 2
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         _group_is_gone(process.pid)

@@ -183,3 +183,12 @@ def test_rounded_sparse_moe(bits: int, block: int, method: str, random: np.rando
     error = np.linalg.norm(run_saved(lowered, feeds, tmp_path) - wanted) / np.linalg.norm(wanted)
     # The kernels round activations to 8 bits too, twice in a row: up to 0.6 % each, more after SiLU.
     assert error < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rotation_in_plain_torch_is_that_of_the_onnx_op(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, cos, sin = (torch.randn(shape, generator=generator).to(dtype) for shape in ((2, 5, 3, 8), (9, 4), (9, 4)))
+    positions = torch.randint(0, 9, (2, 5), generator=generator)
+    turned = torch.onnx.ops.rotary_embedding(x.flatten(2), cos, sin, positions, interleaved=True, num_heads=3)
+    assert torch.equal(EagerOps().rotate(x, cos, sin, positions), turned.view(x.shape))

@@ -17,7 +17,7 @@ from mythos_edge.exporter.portable import inline_bundle
 from mythos_edge.model.bundle import STAGES
 from mythos_edge.model.checkpoint import open_checkpoint
 from mythos_edge.model.config import VARIANTS, MythosConfig
-from mythos_edge.scripts import train_text
+from mythos_edge.scripts.lab import train_text
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = ROOT / "tests" / "fixtures"

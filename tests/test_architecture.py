@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("model", "plugins", "plugins/kernels", "exporter", "runtime", "runtime/integrations", "scripts")
+FOLDERS = (
+    "model",
+    "plugins",
+    "plugins/kernels",
+    "exporter",
+    "runtime",
+    "runtime/integrations",
+    "scripts",
+    "scripts/lab",
+)
 # What is installed into the namespace of another package.
 FOREIGN = {"scripts/optimum_command": "optimum.commands.register"}
 MAY_IMPORT = {
@@ -20,6 +29,7 @@ MAY_IMPORT = {
     "runtime": {"plugins", "model"},
     "runtime/integrations": {"plugins", "model"},
     "scripts": {"exporter", "runtime", "plugins", "model"},
+    "scripts/lab": {"exporter", "runtime", "plugins", "model"},
     "scripts/optimum_command": set(),
 }
 # What the base install can run: neither torch nor onnx.

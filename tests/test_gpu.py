@@ -27,9 +27,10 @@ from mythos_edge.runtime.loop_engine import LoopEngine
 from mythos_edge.runtime.scoring import Score
 from mythos_edge.runtime.session import Session
 from mythos_edge.runtime.trt_backend import TrtBackend
-from mythos_edge.scripts import addition, gpu_bench
-from mythos_edge.scripts.gpu_bench import MeasuredGpu
-from mythos_edge.scripts.kernel_cases import NUMPY, TOLERANCES, Case, attention, experts, relative_error
+from mythos_edge.scripts import addition
+from mythos_edge.scripts.lab import gpu_bench
+from mythos_edge.scripts.lab.gpu_bench import MeasuredGpu
+from mythos_edge.scripts.lab.kernel_cases import NUMPY, TOLERANCES, Case, attention, experts, relative_error
 
 FLOATS, CODES = ("fp16", "bf16", "fp32"), ("int8", "int4", "fp8")
 # One row is decoding, three a short chunk, 64 fill tiles of experts.

@@ -22,7 +22,7 @@ from mythos_edge.exporter.trt_target import BuiltEngines, build_trt_target
 from mythos_edge.model.bundle import Bundle, open_bundle, verify_hashes
 from mythos_edge.model.checkpoint import open_checkpoint
 from mythos_edge.model.config import VARIANTS, MythosConfig, config_from_dict
-from mythos_edge.scripts.bench_export import write_checkpoint
+from mythos_edge.scripts.lab.bench_export import write_checkpoint
 
 pytest.importorskip("tensorrt_rtx")
 # The state of a loop step, and what a step layout's engines have beside their caches.

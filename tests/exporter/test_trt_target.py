@@ -9,7 +9,7 @@ from typing import Any
 
 import onnx
 import pytest
-from fake_driver import FakeDriver
+from fakes.driver import FakeDriver
 from onnx import TensorProto, helper
 
 from mythos_edge.exporter import engine_process, trt_target

@@ -11,11 +11,11 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import fake_kernels
 import numpy as np
 import plugin_graphs
 import pytest
-from fake_driver import FakeDriver
+from fakes.driver import FakeDriver
+from fakes.kernels import fake_kernel
 from plugin_graphs import ATTRIBUTES, CASES, MAX_CONTEXT, MAX_ROWS, dtypes, sized
 
 from mythos_edge.model.errors import BuildError, BundleError
@@ -31,7 +31,7 @@ FLOATS, CODES = ("fp16", "bf16", "fp32"), ("int8", "int4", "fp8")
 
 @pytest.fixture(autouse=True)
 def _fake_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(carried_kernels.kernel_store, "kernel", fake_kernels.fake_kernel)
+    monkeypatch.setattr(carried_kernels.kernel_store, "kernel", fake_kernel)
     trt_plugins.take_failures()
     yield
     trt_plugins.take_failures()
@@ -378,7 +378,7 @@ def test_launches_are_those_of_the_program(maker: Maker, op: str, dtype: str, co
     plugin.enqueue(descriptions, [], inputs, outputs, 0, stream)
     assert len(driver.launches) == len(program.launches)
     for launch, record in zip(program.launches, driver.launches, strict=True):
-        kernel = fake_kernels.fake_kernel(launch.kernel, 89)
+        kernel = fake_kernel(launch.kernel, 89)
         assert (record.entry, record.grid) == (kernel.entry, launch.grid)
         assert (record.threads, record.shared_bytes) == (kernel.threads, kernel.shared_bytes)
         expected = [

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import copy_links
-from fake_driver import FakeDriver
-from fake_onnxruntime import FakeOnnxruntime
-from fake_tensorrt import VERSION, FakeTensorRT, plan_of
+from fakes.driver import FakeDriver
+from fakes.onnxruntime import FakeOnnxruntime
+from fakes.tensorrt import VERSION, FakeTensorRT, plan_of
 
 from mythos_edge.exporter.ort_cuda_target import build_ort_cuda_target
 from mythos_edge.exporter.trt_lowering import EngineOptions, lower_for_tensorrt

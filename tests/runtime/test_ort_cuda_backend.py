@@ -1,6 +1,6 @@
 """ONNX Runtime's GPU providers on a fake GPU: the host's tokens and depths, or one line that says why not.
 
-The graphs run on the CPU's kernels; see ``fake_onnxruntime`` for what is as strict as ONNX Runtime.
+The graphs run on the CPU's kernels; see ``fakes.onnxruntime`` for what is as strict as ONNX Runtime.
 """
 
 import gc
@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_driver import FakeDriver
-from fake_onnxruntime import FakeOnnxruntime, Part
+from fakes.driver import FakeDriver
+from fakes.onnxruntime import FakeOnnxruntime, Part
 from ort_gpu import CUDA, PROMPT, TENSORRT, kept_engines, random_prompt
 
 from mythos_edge.exporter.ort_cuda_target import build_ort_cuda_target, target_name

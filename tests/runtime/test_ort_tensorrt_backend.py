@@ -4,8 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fake_driver import FakeDriver
-from fake_onnxruntime import FakeOnnxruntime
+from fakes.driver import FakeDriver
+from fakes.onnxruntime import FakeOnnxruntime
 from ort_gpu import TENSORRT, kept_engines, random_prompt
 
 from mythos_edge.exporter.ort_cuda_target import build_ort_cuda_target

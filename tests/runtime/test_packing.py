@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_driver import FakeDriver
+from fakes.driver import FakeDriver
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fake_driver import FakeDriver
-from fake_tensorrt import VERSION, FakeTensorRT
+from fakes.driver import FakeDriver
+from fakes.tensorrt import VERSION, FakeTensorRT
 
 from mythos_edge.model.bundle import STAGES, open_bundle
 from mythos_edge.model.checkpoint import open_checkpoint

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import pytest
 from command_line import Ran
 
-from mythos_edge.scripts import cli, gpu_bench
+from mythos_edge.scripts import cli
+from mythos_edge.scripts.lab import gpu_bench
 
 
 @pytest.fixture

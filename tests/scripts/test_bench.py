@@ -95,7 +95,7 @@ def test_measuring_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_kernels_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
-    from mythos_edge.scripts import bench_kernels
+    from mythos_edge.scripts.lab import bench_kernels
 
     sizes = ["--dim", "128", "--hidden", "128", "--experts", "4", "--top-k", "2", "--rows", "1,3", "-r", "2"]
     assert bench_kernels.main(sizes) == 0

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from fake_driver import FakeDriver
+from fakes.driver import FakeDriver
 
 from mythos_edge.model.errors import BackendUnavailable
 from mythos_edge.model.machine import Memory, Processors

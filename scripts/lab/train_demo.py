@@ -1,6 +1,6 @@
 """Trains the demo model: column addition on the unmodified reference network, in minutes on two cores.
 
-    python -m mythos_edge.scripts.train_demo -o carry_adder.pt
+    python -m mythos_edge.scripts.lab.train_demo -o carry_adder.pt
 
 Every loop step is taught the digit as far as the carry is known after that many columns, and the halting head is
 taught whether that settles it; so halting depth comes to be the length of the carry chain. Needs the dev extra.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mythos_edge.model.output_files import check_output, writing
 from mythos_edge.scripts import addition
-from mythos_edge.scripts.reference import open_mythos
+from mythos_edge.scripts.lab.reference import open_mythos
 
 LOOPS = 8
 _BATCH, _LENGTH = 48, 24

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from mythos_edge.model.checkpoint import open_checkpoint
-from mythos_edge.scripts import train_text
-from mythos_edge.scripts.reference import open_mythos
+from mythos_edge.scripts.lab import train_text
+from mythos_edge.scripts.lab.reference import open_mythos
 
 SAMPLES = [
     "",

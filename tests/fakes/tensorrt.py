@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
-from fake_driver import FakeDriver
+from fakes.driver import FakeDriver
 
 from mythos_edge.plugins import trt_bindings
 

@@ -1,6 +1,6 @@
 """Memory and time of an export, against copying the checkpoint's file, and of building targets.
 
-    python -m mythos_edge.scripts.bench_export --shape 1b --folder /some/disk
+    python -m mythos_edge.scripts.lab.bench_export --shape 1b --folder /some/disk
 
 Writes a checkpoint of random weights in the shape of a named variant, copies it, exports it, and watches the export
 with all its child processes. Prints a table, then one line of JSON. Linux only: it reads /proc.

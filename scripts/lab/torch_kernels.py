@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mythos_edge.scripts.kernel_cases import Array, Case
+from mythos_edge.scripts.lab.kernel_cases import Array, Case
 
 _REPEATS = 20
 _REASON_LETTERS = 160

@@ -17,7 +17,7 @@ from mythos_edge.plugins import kernel_store
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.plugins.kernel_launch import LoadedKernels, PreparedProgram
 from mythos_edge.plugins.launches import program
-from mythos_edge.scripts.kernel_cases import NUMPY, TOLERANCES, Array, Case, as_stored, relative_error, turned
+from mythos_edge.scripts.lab.kernel_cases import NUMPY, TOLERANCES, Array, Case, as_stored, relative_error, turned
 
 # Of the bandwidth of a copy, for kernels that decode one row.
 BANDWIDTH_TARGET = 0.7

@@ -11,7 +11,7 @@ import pytest
 from mythos_edge.model.config import VARIANTS
 from mythos_edge.model.errors import BackendUnavailable, UsageError
 from mythos_edge.model.shapes import expected_shapes
-from mythos_edge.scripts import peer_llama
+from mythos_edge.scripts.lab import peer_llama
 
 ONE_B = VARIANTS["1b"]
 TINY = replace(

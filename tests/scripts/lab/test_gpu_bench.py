@@ -7,16 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import SMALL
-from fake_driver import BrokenDriver, FakeDriver
-from fake_kernels import fake_kernel
+from fakes.driver import BrokenDriver, FakeDriver
+from fakes.kernels import fake_kernel
 
 from mythos_edge.model.config import VARIANTS
 from mythos_edge.model.errors import MythosEdgeError
 from mythos_edge.plugins import kernel_store
 from mythos_edge.plugins.launches import program
-from mythos_edge.scripts import gpu_bench, gpu_check, gpu_kernels, kernel_cases, torch_kernels
-from mythos_edge.scripts.gpu_bench import MeasuredGpu
-from mythos_edge.scripts.kernel_cases import NUMPY, Case
+from mythos_edge.scripts.lab import gpu_bench, gpu_check, gpu_kernels, kernel_cases, torch_kernels
+from mythos_edge.scripts.lab.gpu_bench import MeasuredGpu
+from mythos_edge.scripts.lab.kernel_cases import NUMPY, Case
 
 
 @pytest.fixture

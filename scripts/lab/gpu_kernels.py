@@ -1,6 +1,6 @@
 """One group of ``kernel_cases`` on the GPU, in a process of its own: ``gpu_check`` starts it and reads its rows.
 
-    python -m mythos_edge.scripts.gpu_kernels 1b "experts int4" rows.jsonl
+    python -m mythos_edge.scripts.lab.gpu_kernels 1b "experts int4" rows.jsonl
 
 An illegal address makes a GPU useless to the process that caused it, for good. So the rows are written one by one,
 the rest of the group is listed as skipped, and the other groups, in processes of their own, know nothing of it.
@@ -16,9 +16,9 @@ from typing import Any
 from mythos_edge.model.config import VARIANTS
 from mythos_edge.model.errors import MythosEdgeError
 from mythos_edge.plugins.cuda_driver import Driver
-from mythos_edge.scripts import gpu_bench
-from mythos_edge.scripts.gpu_bench import MeasuredGpu
-from mythos_edge.scripts.kernel_cases import GROUPS, Case, cases_of
+from mythos_edge.scripts.lab import gpu_bench
+from mythos_edge.scripts.lab.gpu_bench import MeasuredGpu
+from mythos_edge.scripts.lab.kernel_cases import GROUPS, Case, cases_of
 
 TORCH = ("none", "eager", "best")
 Compared = Callable[[Case], dict[str, Any]]
@@ -79,7 +79,7 @@ def torch_comparison(ways: str) -> Compared:
         return lambda case: {"torch": "torch is not installed"}
     if not torch.cuda.is_available():
         return lambda case: {"torch": "torch has no GPU here"}
-    from mythos_edge.scripts import torch_kernels
+    from mythos_edge.scripts.lab import torch_kernels
 
     return lambda case: torch_kernels.best_time(case, compiled=ways == "best")
 

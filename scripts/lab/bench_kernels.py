@@ -1,6 +1,6 @@
 """The ways ONNX Runtime has to multiply with a model's weights on the CPU, by rows: what the lowering chose among.
 
-    python -m mythos_edge.scripts.bench_kernels --dim 2048 --hidden 2048 --experts 32
+    python -m mythos_edge.scripts.lab.bench_kernels --dim 2048 --hidden 2048 --experts 32
 
 Routed experts: its MoE and QMoE kernels against one If an expert. Dense: Gemm, MatMulNBits, and QGemm over rows rounded
 to 8 bits. Random weights, medians of milliseconds. Prints a table, then one line of JSON.

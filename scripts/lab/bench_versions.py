@@ -1,7 +1,8 @@
 """Speed of two installed versions beside each other, taking turns, so that a change is seen not to cost any.
 
-    python -m mythos_edge.scripts.bench_versions --before ../before/.venv/bin/mythos-edge scripts/assets/carry_adder.pt
-    python -m mythos_edge.scripts.bench_versions --before ../before/.venv/bin/mythos-edge --shape d1024 -p 128 -n 32
+    before=../before/.venv/bin/mythos-edge
+    python -m mythos_edge.scripts.lab.bench_versions --before $before scripts/assets/carry_adder.pt
+    python -m mythos_edge.scripts.lab.bench_versions --before $before --shape d1024 -p 128 -n 32
 
 Each version exports the checkpoint (or random weights of a shape of ``bench_peers``) itself, then both run
 ``mythos-edge bench`` on their own bundle in turn, the first in each round changing. Prints a table of medians over the
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 def _random_checkpoint(shape: str, folder: Path) -> Path:
     import torch
 
-    from mythos_edge.scripts.bench_peers import SHAPES, reference_model
+    from mythos_edge.scripts.lab.bench_peers import SHAPES, reference_model
 
     model = reference_model(replace(SHAPES[shape], max_seq_len=_CONTEXT), seed=0)
     torch.save({"model": model.state_dict(), "cfg": model.cfg}, folder / "model.pt")

@@ -23,13 +23,14 @@ from mythos_edge.model.errors import MythosEdgeError
 from mythos_edge.model.output_files import check_output_folder, writing
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.plugins.trt_bindings import rtx_compute_capabilities
-from mythos_edge.scripts import doctor, gpu_bench
+from mythos_edge.scripts import doctor
 from mythos_edge.scripts.console import Console
-from mythos_edge.scripts.gpu_bench import BANDWIDTH_TARGET
-from mythos_edge.scripts.gpu_kernels import TORCH
-from mythos_edge.scripts.kernel_cases import GROUPS
+from mythos_edge.scripts.lab import gpu_bench
+from mythos_edge.scripts.lab.gpu_bench import BANDWIDTH_TARGET
+from mythos_edge.scripts.lab.gpu_kernels import TORCH
+from mythos_edge.scripts.lab.kernel_cases import GROUPS
 
-_ROOT = Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parent.parent.parent
 _CHECKPOINT = _ROOT / "scripts" / "assets" / "carry_adder.pt"
 _SHAPES = ("1b", "3b")
 _LAST_LINES = 3
@@ -240,7 +241,7 @@ def planned_kernels(shape: str, group: str, torch: str, folder: Path, run: Runne
 def _kernels(title: str, shape: str, group: str, torch: str, folder: Path, run: Runner) -> Section:
     file = folder / "kernels.jsonl"
     file.unlink(missing_ok=True)
-    module = "mythos_edge.scripts.gpu_kernels"
+    module = "mythos_edge.scripts.lab.gpu_kernels"
     code, said = run([sys.executable, "-m", module, shape, group, str(file), "--torch", torch])
     # Of a process that was killed the last line may be a part of one.
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []

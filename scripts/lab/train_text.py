@@ -1,6 +1,6 @@
 """Trains a tiny byte-level language model on the docstrings of the Python that runs it, in a minute on one core.
 
-    python -m mythos_edge.scripts.train_text -o FOLDER
+    python -m mythos_edge.scripts.lab.train_text -o FOLDER
 
 Writes ``text.pt``, a trainer checkpoint of the unmodified reference network, and ``tokenizer.json``. It gives text
 to tests and examples without a download; it knows the look of English, not its meaning, and every token takes
@@ -25,8 +25,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 
 from mythos_edge.model.output_files import check_output_folder, writing
-from mythos_edge.scripts.reference import open_mythos
-from mythos_edge.scripts.train_demo import demo_config
+from mythos_edge.scripts.lab.reference import open_mythos
+from mythos_edge.scripts.lab.train_demo import demo_config
 
 LOOPS = 4
 END = "<|endoftext|>"

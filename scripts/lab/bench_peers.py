@@ -1,7 +1,7 @@
 """Speed beside what people use today: the reference in PyTorch with its cache, interleaved, and llama.cpp after it.
 
-    python -m mythos_edge.scripts.bench_peers --shape 1b -p 512 -n 24
-    python -m mythos_edge.scripts.bench_peers --shape d1024 --compile --llama
+    python -m mythos_edge.scripts.lab.bench_peers --shape 1b -p 512 -n 24
+    python -m mythos_edge.scripts.lab.bench_peers --shape d1024 --compile --llama
 
 All decode greedily after the same prompt, with the same random weights. The halting threshold is set, for each target,
 so that generated tokens take a quarter of the loop steps on average; the reference runs every step whatever its head
@@ -30,10 +30,11 @@ from mythos_edge.exporter.ort_target import build_target, target_name
 from mythos_edge.model.checkpoint import open_checkpoint
 from mythos_edge.model.config import VARIANTS, MythosConfig
 from mythos_edge.runtime.session import Session
-from mythos_edge.scripts import measuring, peer_llama
+from mythos_edge.scripts import measuring
 from mythos_edge.scripts.bench import threshold_of_mean_depth
 from mythos_edge.scripts.doctor import processor
-from mythos_edge.scripts.reference import open_mythos
+from mythos_edge.scripts.lab import peer_llama
+from mythos_edge.scripts.lab.reference import open_mythos
 
 SHAPES = {
     "1b": VARIANTS["1b"],

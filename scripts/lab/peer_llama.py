@@ -1,6 +1,6 @@
 """What llama.cpp reaches on this machine: decode speed of a DeepSeek-2 network of random weights, batch 1, CPU only.
 
-    python -m mythos_edge.scripts.peer_llama --shape 1b --experts 16 --weights int4 --depth 4 -p 64 -n 16
+    python -m mythos_edge.scripts.lab.peer_llama --shape 1b --experts 16 --weights int4 --depth 4 -p 64 -n 16
 
 llama.cpp knows no loops, so the peer of a looped model is one without: as many distinct expert layers as loop steps
 are taken on average, after as many leading dense layers as the prelude and the coda have together. Attention, experts

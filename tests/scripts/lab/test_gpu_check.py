@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, SMALL
-from fake_driver import BrokenDriver, FakeDriver
-from fake_kernels import fake_kernel
+from fakes.driver import BrokenDriver, FakeDriver
+from fakes.kernels import fake_kernel
 
 from mythos_edge.model.errors import BackendUnavailable, MythosEdgeError
-from mythos_edge.scripts import gpu_check, gpu_kernels, kernel_cases
-from mythos_edge.scripts.gpu_bench import MeasuredGpu
+from mythos_edge.scripts.lab import gpu_check, gpu_kernels, kernel_cases
+from mythos_edge.scripts.lab.gpu_bench import MeasuredGpu
 
 
 def _no_gpu() -> Any:
@@ -51,7 +51,7 @@ def _in_this_process(driver: Any, code: int | None = None) -> gpu_check.Runner:
     """Runs the module that a command names, on ``driver``; then pretends another exit code."""
 
     def run(command: Any) -> tuple[int, str]:
-        assert command[1:3] == ["-m", "mythos_edge.scripts.gpu_kernels"]
+        assert command[1:3] == ["-m", "mythos_edge.scripts.lab.gpu_kernels"]
         found = gpu_kernels.main(command[3:], lambda: driver)
         return (found, "said last") if code is None else (code, "said last")
 

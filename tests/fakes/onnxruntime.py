@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from fake_driver import FakeDriver
+from fakes.driver import FakeDriver
 
 from mythos_edge.model.bundle import CPU_PROVIDER, CUDA_PROVIDER, TENSORRT_PROVIDER
 from mythos_edge.runtime.backend import import_onnxruntime

@@ -112,7 +112,15 @@ def _built_apart(gpu: int) -> Built:
         environment |= {"TRITON_CACHE_DIR": str(Path(folder) / "cache"), "TRITON_DISABLE_LINE_INFO": "1"}
         if gpu not in _NEWER_ASSEMBLER_FOR:
             environment["TRITON_PTXAS_BLACKWELL_PATH"] = str(_older_assembler())
-        command = [sys.executable, "-m", "mythos_edge.scripts.build_kernels", "--worker", str(gpu), "--output", folder]
+        command = [
+            sys.executable,
+            "-m",
+            "mythos_edge.scripts.lab.build_kernels",
+            "--worker",
+            str(gpu),
+            "--output",
+            folder,
+        ]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             at = done.stdout.split()[-1] if done.stdout.split() else "the start"

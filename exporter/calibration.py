@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 
 from mythos_edge.exporter.ort_target import Progress
 from mythos_edge.exporter.probes import ROUTER, Probe, router_of, stored_weights
-from mythos_edge.model.bundle import TARGET, Bundle
+from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import CapacityError
 from mythos_edge.model.layout import recipes
 from mythos_edge.model.linked_weights import weights_apart
 from mythos_edge.model.loop import LoopState
+from mythos_edge.model.manifest import TARGET
 
 Array = NDArray[Any]
 Float32 = NDArray[np.float32]

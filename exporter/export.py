@@ -23,13 +23,16 @@ from mythos_edge.exporter.weights import (
     plan_weights,
     write_weights,
 )
-from mythos_edge.model.bundle import (
+from mythos_edge.model.bundle import Bundle, open_bundle
+from mythos_edge.model.bundle_writer import BundleWriter, require_free_space
+from mythos_edge.model.checkpoint import Checkpoint
+from mythos_edge.model.config import MythosConfig
+from mythos_edge.model.errors import ConfigError, ExportError
+from mythos_edge.model.manifest import (
     CPU_PROVIDER,
     MOST_CONTEXT,
-    STAGES,
     TARGET,
     WEIGHTS_FILE,
-    Bundle,
     FileRecord,
     GraphSpec,
     Manifest,
@@ -37,12 +40,8 @@ from mythos_edge.model.bundle import (
     TargetSpec,
     TensorSpec,
     bundle_identity,
-    open_bundle,
 )
-from mythos_edge.model.bundle_writer import BundleWriter, require_free_space
-from mythos_edge.model.checkpoint import Checkpoint
-from mythos_edge.model.config import MythosConfig
-from mythos_edge.model.errors import ConfigError, ExportError
+from mythos_edge.model.stages import STAGES
 from mythos_edge.plugins.torch_ops import add_functions
 
 _GRAPHS_BYTES = 16 << 20

@@ -11,10 +11,11 @@ import onnx_ir as ir
 import torch
 
 from mythos_edge.exporter.weights import ALIGNMENT, laid_out
-from mythos_edge.model.bundle import WEIGHTS_FILE, Bundle
+from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.checkpoint import Checkpoint
 from mythos_edge.model.errors import BuildError
 from mythos_edge.model.layout import PIECE_BYTES, Recipe, recipes
+from mythos_edge.model.manifest import WEIGHTS_FILE
 from mythos_edge.model.tensor_files import read_tensor_file
 
 _BYTES = 2

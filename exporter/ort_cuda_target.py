@@ -19,18 +19,12 @@ from mythos_edge.exporter.narrowing import plan_narrow, write_narrow
 from mythos_edge.exporter.ort_target import BITS, Progress, matrices_of, round_weights, write_graphs
 from mythos_edge.exporter.rounding import RoundedFile, Rounding, plan_rounded
 from mythos_edge.exporter.target_files import files_beside, install, settled, weights_file
-from mythos_edge.model.bundle import (
-    CUDA_PROVIDER,
-    CUDA_TARGET,
-    STAGES,
-    TENSORRT_PROVIDER,
-    Bundle,
-    TargetSpec,
-    open_bundle,
-)
+from mythos_edge.model.bundle import Bundle, open_bundle
 from mythos_edge.model.bundle_writer import require_free_space
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import BuildError
+from mythos_edge.model.manifest import CUDA_PROVIDER, CUDA_TARGET, TENSORRT_PROVIDER, TargetSpec
+from mythos_edge.model.stages import STAGES
 from mythos_edge.plugins.ort_cuda_lowering import Narrowed, lower_for_ort_cuda
 
 DTYPES = ("fp16", "fp32")

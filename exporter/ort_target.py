@@ -24,21 +24,14 @@ from mythos_edge.exporter.rounding import (
 )
 from mythos_edge.exporter.target_files import files_beside, install, settled, weights_file
 from mythos_edge.exporter.weights import bytes_read
-from mythos_edge.model.bundle import (
-    CPU_PROVIDER,
-    MAX_TOGETHER,
-    STAGES,
-    TARGET,
-    WEIGHTS_FILE,
-    Bundle,
-    TargetSpec,
-    open_bundle,
-)
+from mythos_edge.model.bundle import Bundle, open_bundle
 from mythos_edge.model.bundle_writer import require_free_space
 from mythos_edge.model.checkpoint import Checkpoint
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import BuildError
 from mythos_edge.model.layout import recipes
+from mythos_edge.model.manifest import CPU_PROVIDER, TARGET, WEIGHTS_FILE, TargetSpec
+from mythos_edge.model.stages import MAX_TOGETHER, STAGES
 from mythos_edge.model.tensor_files import read_tensor_file
 from mythos_edge.plugins.ort_lowering import lower_for_ort
 from mythos_edge.plugins.processor import has_integer_dot_products

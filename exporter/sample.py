@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mythos_edge.exporter.weights import WeightsPlan
-from mythos_edge.model.bundle import EXACT_TIE_MARGIN, NEAR_TIE_MARGIN, WEIGHTS_FILE, GoldenSample
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import ExportError
+from mythos_edge.model.manifest import EXACT_TIE_MARGIN, NEAR_TIE_MARGIN, WEIGHTS_FILE, GoldenSample
 from mythos_edge.model.network import Network
 
 # How many tokens each attempt at a sample without ties has: the fewer, the fewer ties.

@@ -9,17 +9,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from mythos_edge.model.bundle import (
-    TARGET,
-    Bundle,
-    FileRecord,
-    Manifest,
-    TargetSpec,
-    read_manifest,
-    verify_hashes,
-)
+from mythos_edge.model.bundle import Bundle, read_manifest, verify_hashes
 from mythos_edge.model.bundle_writer import changing, free_name, install_files, record_of, recover
 from mythos_edge.model.errors import BuildError
+from mythos_edge.model.manifest import TARGET, FileRecord, Manifest, TargetSpec
 from mythos_edge.model.partial_folders import PartialFolder
 
 

@@ -7,7 +7,7 @@ What comes out are onnx_ir models whose initializers have names and shapes (thos
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,12 +22,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mythos_edge.exporter import child_process
 from mythos_edge.exporter.weights import STORAGE_TYPES, attach_weights, name_weights, plan_weights
-from mythos_edge.model.bundle import STAGES
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import ExportError
 from mythos_edge.model.layers import Window
 from mythos_edge.model.loop import Halting, LoopState
 from mythos_edge.model.network import Network, in_dtype
+from mythos_edge.model.stages import STAGES
 from mythos_edge.plugins import ops
 from mythos_edge.plugins.torch_ops import TracedOps
 
@@ -98,7 +98,7 @@ class _Inputs:
 def trace_stages(
     config: MythosConfig,
     max_context: int,
-    stages: Sequence[str] = STAGES,
+    stages: Iterable[str] = STAGES,
     dtype: torch.dtype = torch.float32,
     *,
     one_sequence: bool = False,

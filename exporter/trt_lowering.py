@@ -15,10 +15,11 @@ from mythos_edge.exporter.loop_graph import loop_model
 from mythos_edge.exporter.tracing import tracing
 from mythos_edge.exporter.trt_weights import attach, write_engine_weights
 from mythos_edge.exporter.weights import STORAGE_TYPES, bytes_read, is_unwritten
-from mythos_edge.model.bundle import STAGES, Bundle
+from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import BuildError, ExportError
 from mythos_edge.model.layout import recipes
+from mythos_edge.model.stages import STAGES
 from mythos_edge.plugins import ops
 from mythos_edge.plugins.torch_ops import add_functions
 

@@ -26,10 +26,11 @@ from mythos_edge.exporter.engine import EngineJob, EngineReport, Range
 from mythos_edge.exporter.engine_process import build_engine, plan_bytes, require_memory, weight_bytes
 from mythos_edge.exporter.target_files import files_beside, install, log_file
 from mythos_edge.exporter.trt_lowering import EngineOptions, LoweredForTensorRT, lower_for_tensorrt
-from mythos_edge.model.bundle import CUDA_TARGET, TARGET, Bundle, EngineSpec, Profile, TargetSpec, open_bundle
+from mythos_edge.model.bundle import Bundle, open_bundle
 from mythos_edge.model.bundle_writer import require_free_space
 from mythos_edge.model.config import MOST_DEPTH, MythosConfig
 from mythos_edge.model.errors import BuildError
+from mythos_edge.model.manifest import CUDA_TARGET, TARGET, EngineSpec, Profile, TargetSpec
 from mythos_edge.plugins import kernel_store, trt_bindings
 from mythos_edge.plugins.cuda_driver import Driver
 

@@ -17,11 +17,12 @@ import torch
 from numpy.typing import NDArray
 
 from mythos_edge.exporter.weights import ALIGNMENT, is_unwritten
-from mythos_edge.model.bundle import WEIGHTS_FILE, Bundle
+from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.checkpoint import Checkpoint
 from mythos_edge.model.errors import BuildError
 from mythos_edge.model.layout import PIECE_BYTES, TensorReader
 from mythos_edge.model.machine import cores
+from mythos_edge.model.manifest import WEIGHTS_FILE
 from mythos_edge.model.tensor_files import TensorFile, read_tensor_file
 
 ENGINE_WEIGHTS_FILE = "engine.weights"

@@ -17,10 +17,10 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from mythos_edge.model.bundle import WEIGHTS_FILE
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import CheckpointError, ExportError
 from mythos_edge.model.layout import Recipe, TensorReader, recipes, stored_table_of
+from mythos_edge.model.manifest import WEIGHTS_FILE
 from mythos_edge.model.rope_tables import StoredTable
 
 # Vector loads of the CPU kernels want no more; the safetensors format allows no holes between tensors.

@@ -11,7 +11,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from mythos_edge.model.bundle import WEIGHTS_FILE, Bundle
+from mythos_edge.model.bundle import Bundle
+from mythos_edge.model.manifest import WEIGHTS_FILE
 
 Apart = Mapping[str, Path]
 NONE_APART: Apart = MappingProxyType({})

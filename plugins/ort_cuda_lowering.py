@@ -19,7 +19,7 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from mythos_edge.model.bundle import ON_SHAPES
+from mythos_edge.model.manifest import ON_SHAPES
 from mythos_edge.plugins import ops
 from mythos_edge.plugins.ort_cuda_attention import grouped_query_attention, latent_attention
 from mythos_edge.plugins.ort_lowering import Lowering, Packs, Rule, bias_matters, lowered_by, stored_name

@@ -12,10 +12,12 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
-from mythos_edge.model.bundle import MAX_TOGETHER, STAGES, TARGET, Bundle
+from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.errors import BackendUnavailable, BundleError, MythosEdgeError, UsageError, unavailable
 from mythos_edge.model.linked_weights import NONE_APART, Apart, lent_weights, weights_apart
 from mythos_edge.model.machine import cores
+from mythos_edge.model.manifest import TARGET
+from mythos_edge.model.stages import MAX_TOGETHER, STAGES
 from mythos_edge.plugins.processor import has_integer_dot_products
 from mythos_edge.runtime.memory import HostMemory, Memory, Rows
 from mythos_edge.runtime.packing import ROWS, Array, Arrays, Call, packed, unpack

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from mythos_edge.model.bundle import CUDA_PROVIDER, Bundle
+from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.errors import BackendUnavailable, MythosEdgeError
 from mythos_edge.model.linked_weights import weights_apart
+from mythos_edge.model.manifest import CUDA_PROVIDER
 from mythos_edge.plugins import kernel_store
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.runtime.backend import BoundGraph, OrtBackend

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mythos_edge.model.bundle import CUDA_PROVIDER, ON_SHAPES, TENSORRT_PROVIDER
 from mythos_edge.model.errors import BackendUnavailable, BundleError, UsageError
 from mythos_edge.model.linked_weights import NONE_APART, Apart, lent_weights
+from mythos_edge.model.manifest import CUDA_PROVIDER, ON_SHAPES, TENSORRT_PROVIDER
 from mythos_edge.plugins import trt_bindings
 from mythos_edge.runtime.backend import import_onnxruntime, one_line, session_options
 

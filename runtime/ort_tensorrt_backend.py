@@ -13,9 +13,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mythos_edge.model.bundle import CUDA_PROVIDER, STAGES, TARGET, TENSORRT_PROVIDER, Bundle, TensorSpec, verify_hashes
+from mythos_edge.model.bundle import Bundle, verify_hashes
 from mythos_edge.model.errors import BackendUnavailable, CapacityError, MythosEdgeError, UsageError
+from mythos_edge.model.manifest import CUDA_PROVIDER, TARGET, TENSORRT_PROVIDER, TensorSpec
 from mythos_edge.model.partial_folders import PartialFolder
+from mythos_edge.model.stages import STAGES
 from mythos_edge.plugins import trt_bindings
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.runtime.device import DeviceMemory

@@ -17,8 +17,9 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, Self, Unpack, overload
 
-from mythos_edge.model.bundle import CPU_PROVIDER, CUDA_PROVIDER, TARGET, TENSORRT_PROVIDER, Bundle, open_bundle
+from mythos_edge.model.bundle import Bundle, open_bundle
 from mythos_edge.model.errors import BundleError, CapacityError, UsageError
+from mythos_edge.model.manifest import CPU_PROVIDER, CUDA_PROVIDER, TARGET, TENSORRT_PROVIDER
 from mythos_edge.runtime import saved_state
 from mythos_edge.runtime.backend import Backend, OrtBackend, thread_count
 from mythos_edge.runtime.caches import CachePlan, plan_cache, require_memory

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias, TypeVar
 
-from mythos_edge.model.bundle import MAX_TOGETHER
+from mythos_edge.model.stages import MAX_TOGETHER
 from mythos_edge.runtime.backend import Backend
 from mythos_edge.runtime.packing import ROWS, Arrays, Call
 

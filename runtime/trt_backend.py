@@ -12,8 +12,9 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from mythos_edge.model.bundle import STAGES, Bundle
+from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.errors import BundleError, MythosEdgeError
+from mythos_edge.model.stages import STAGES
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.runtime.device import DeviceArray, DeviceMemory, Room
 from mythos_edge.runtime.gpu import give_back

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from mythos_edge.model.bundle import CPU_PROVIDER, TARGET, open_bundle
+from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.errors import UsageError
 from mythos_edge.model.machine import free_memory_bytes
+from mythos_edge.model.manifest import CPU_PROVIDER, TARGET
 from mythos_edge.runtime.backend import OrtBackend, graph_runner, thread_count
 from mythos_edge.runtime.caches import plan_cache, require_memory
 from mythos_edge.runtime.options import Options

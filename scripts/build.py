@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from mythos_edge.model.bundle import CUDA_TARGET, TARGET, Bundle, TargetSpec, open_bundle
+from mythos_edge.model.bundle import Bundle, open_bundle
 from mythos_edge.model.errors import UsageError, unavailable
+from mythos_edge.model.manifest import CUDA_TARGET, TARGET, TargetSpec
 from mythos_edge.runtime.prompts import checked_ids
 from mythos_edge.scripts import arguments, options
 from mythos_edge.scripts.console import Console

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from mythos_edge.model.bundle import SCHEMA_VERSION, TARGET, open_bundle, sha256_of
+from mythos_edge.model.bundle import open_bundle, sha256_of
 from mythos_edge.model.errors import ExportError, MythosEdgeError, UsageError, unavailable
 from mythos_edge.model.file_locks import locked
+from mythos_edge.model.manifest import SCHEMA_VERSION, TARGET
 from mythos_edge.plugins.trt_bindings import cache_folder
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import addition, arguments

@@ -5,9 +5,10 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from mythos_edge.model.bundle import TARGET, open_bundle
+from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.bundle_writer import BundleWriter
 from mythos_edge.model.errors import BundleError, unavailable
+from mythos_edge.model.manifest import TARGET
 from mythos_edge.scripts import arguments
 from mythos_edge.scripts.console import Console
 

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mythos_edge.model.bounded_files import open_regular, require_file
-from mythos_edge.model.bundle import Bundle, has_manifest, manifest_to_dict, open_bundle
+from mythos_edge.model.bundle import Bundle, has_manifest, open_bundle
 from mythos_edge.model.errors import BackendUnavailable, BundleError, CheckpointError, UsageError, unavailable
 from mythos_edge.model.foreign_files import foreign_kind
+from mythos_edge.model.manifest import manifest_to_dict
 from mythos_edge.runtime.caches import CachePlan, plan_cache
 from mythos_edge.runtime.text import Tokenizer
 from mythos_edge.scripts import arguments

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mythos_edge.model.bundle import TARGET, Bundle
+from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.errors import UsageError, unavailable
 from mythos_edge.model.linked_weights import weights_apart
+from mythos_edge.model.manifest import TARGET
 from mythos_edge.runtime.backend import Backend, OrtBackend
 from mythos_edge.runtime.packing import Arrays, Call
 from mythos_edge.runtime.quality import Gate, QualityReport, Trace, difference, quality_report

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mythos_edge.model.bundle import MANIFEST_FILE, TARGET, Bundle, Preset, open_bundle
+from mythos_edge.model.bundle import Bundle, open_bundle
 from mythos_edge.model.bundle_writer import update_manifest
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import UsageError, unavailable
+from mythos_edge.model.manifest import MANIFEST_FILE, TARGET, Preset
 from mythos_edge.model.output_files import check_output, check_output_folder
 from mythos_edge.runtime.halting import Depth
 from mythos_edge.runtime.prompts import checked_ids

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mythos_edge.model.bundle import TARGET, Bundle, GoldenSample, open_bundle, verify_hashes
+from mythos_edge.model.bundle import Bundle, open_bundle, verify_hashes
 from mythos_edge.model.errors import CapacityError, UsageError, unavailable
 from mythos_edge.model.machine import free_memory_bytes
+from mythos_edge.model.manifest import TARGET, GoldenSample
 from mythos_edge.runtime import parity
 from mythos_edge.runtime.backend import graph_runner
 from mythos_edge.runtime.prompts import checked_ids

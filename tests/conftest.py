@@ -14,9 +14,9 @@ from mythos_edge.exporter import trt_lowering
 from mythos_edge.exporter.export import export_bundle
 from mythos_edge.exporter.ort_target import build_target
 from mythos_edge.exporter.portable import inline_bundle
-from mythos_edge.model.bundle import STAGES
 from mythos_edge.model.checkpoint import open_checkpoint
 from mythos_edge.model.config import VARIANTS, MythosConfig
+from mythos_edge.model.stages import STAGES
 from mythos_edge.scripts.lab import train_text
 
 ROOT = Path(__file__).parent.parent

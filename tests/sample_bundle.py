@@ -5,7 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mythos_edge.model.bundle import (
+from mythos_edge.model.bundle_writer import BundleWriter
+from mythos_edge.model.config import VARIANTS
+from mythos_edge.model.manifest import (
     EndToken,
     EngineSpec,
     FileRecord,
@@ -18,8 +20,6 @@ from mythos_edge.model.bundle import (
     TargetSpec,
     TensorSpec,
 )
-from mythos_edge.model.bundle_writer import BundleWriter
-from mythos_edge.model.config import VARIANTS
 
 CONTENTS = {
     "step.onnx": b"graph",

@@ -4,8 +4,9 @@ import dataclasses
 from pathlib import Path
 
 from mythos_edge.exporter.target_files import files_beside, install, log_file, log_of, settled, weights_file
-from mythos_edge.model.bundle import TARGET, Bundle, open_bundle
+from mythos_edge.model.bundle import Bundle, open_bundle
 from mythos_edge.model.bundle_writer import update_manifest
+from mythos_edge.model.manifest import TARGET
 
 NAME = "rtx-sm89-fp16"
 

@@ -12,8 +12,10 @@ from conftest import ROOT
 
 from mythos_edge.exporter import narrowing
 from mythos_edge.exporter.ort_cuda_target import build_ort_cuda_target
-from mythos_edge.model.bundle import ON_SHAPES, STAGES, open_bundle, verify_hashes
+from mythos_edge.model.bundle import open_bundle, verify_hashes
 from mythos_edge.model.errors import BuildError
+from mythos_edge.model.manifest import ON_SHAPES
+from mythos_edge.model.stages import STAGES
 from mythos_edge.plugins import ops
 from mythos_edge.plugins.ort_cuda_lowering import CUDA_KERNELS
 from mythos_edge.plugins.ort_writer import MICROSOFT

@@ -15,9 +15,10 @@ from conftest import ROOT
 
 from mythos_edge.exporter import ort_target, rounding
 from mythos_edge.exporter.ort_target import build_target
-from mythos_edge.model.bundle import Preset, open_bundle, verify_hashes
+from mythos_edge.model.bundle import open_bundle, verify_hashes
 from mythos_edge.model.bundle_writer import update_manifest
 from mythos_edge.model.errors import BackendUnavailable, BuildError, BundleError
+from mythos_edge.model.manifest import Preset
 from mythos_edge.model.shapes import expected_shapes
 from mythos_edge.plugins import processor
 from mythos_edge.runtime.session import Session

@@ -13,8 +13,9 @@ from conftest import FIXTURES
 from mythos_edge.exporter import portable
 from mythos_edge.exporter.ort_target import build_target
 from mythos_edge.exporter.portable import inline_bundle
-from mythos_edge.model.bundle import TARGET, open_bundle, verify_hashes
+from mythos_edge.model.bundle import open_bundle, verify_hashes
 from mythos_edge.model.errors import BundleError
+from mythos_edge.model.manifest import TARGET
 from mythos_edge.runtime.backend import ort_session
 from mythos_edge.runtime.session import Session
 

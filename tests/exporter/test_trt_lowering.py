@@ -16,11 +16,12 @@ from mythos_edge.exporter import trt_lowering, trt_passes
 from mythos_edge.exporter.passes import check_graph
 from mythos_edge.exporter.trt_lowering import EngineOptions, LoweredForTensorRT, lower_for_tensorrt
 from mythos_edge.exporter.trt_weights import ENGINE_WEIGHTS_FILE
-from mythos_edge.model.bundle import WEIGHTS_FILE, Bundle, open_bundle
+from mythos_edge.model.bundle import Bundle, open_bundle
 from mythos_edge.model.checkpoint import open_checkpoint
 from mythos_edge.model.errors import BuildError
 from mythos_edge.model.layout import load_network
 from mythos_edge.model.loop import Halting, LoopState
+from mythos_edge.model.manifest import WEIGHTS_FILE
 from mythos_edge.model.network import Network
 from mythos_edge.plugins import launches
 from mythos_edge.plugins.kernels.variants import VARIANTS

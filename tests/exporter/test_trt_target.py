@@ -16,8 +16,9 @@ from mythos_edge.exporter import engine_process, trt_target
 from mythos_edge.exporter.trt_lowering import EngineOptions, LoweredForTensorRT
 from mythos_edge.exporter.trt_target import Gpus, build_trt_target, gpus_from_name, options_from, target_name
 from mythos_edge.model import bundle_writer
-from mythos_edge.model.bundle import Bundle, Profile, open_bundle, verify_hashes
+from mythos_edge.model.bundle import Bundle, open_bundle, verify_hashes
 from mythos_edge.model.errors import BackendUnavailable, BuildError, BundleError, ExportError
+from mythos_edge.model.manifest import Profile
 from mythos_edge.plugins.cuda_driver import Driver
 
 pytest.importorskip("tensorrt_rtx")

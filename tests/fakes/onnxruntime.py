@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from fakes.driver import FakeDriver
 
-from mythos_edge.model.bundle import CPU_PROVIDER, CUDA_PROVIDER, TENSORRT_PROVIDER
+from mythos_edge.model.manifest import CPU_PROVIDER, CUDA_PROVIDER, TENSORRT_PROVIDER
 from mythos_edge.runtime.backend import import_onnxruntime
 from mythos_edge.runtime.packing import ROWS
 

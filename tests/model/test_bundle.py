@@ -14,9 +14,10 @@ from sample_bundle import CONTENTS, sample_manifest, tree, write_bundle
 
 from mythos_edge.model import bundle as bundle_module
 from mythos_edge.model import bundle_writer
-from mythos_edge.model.bundle import MANIFEST_FILE, FileRecord, Preset, open_bundle, sha256_of, verify_hashes
+from mythos_edge.model.bundle import open_bundle, sha256_of, verify_hashes
 from mythos_edge.model.bundle_writer import update_manifest
 from mythos_edge.model.errors import BundleError
+from mythos_edge.model.manifest import MANIFEST_FILE, FileRecord, Preset
 
 
 def test_an_opened_bundle_knows_its_files(made: Path) -> None:

@@ -15,9 +15,10 @@ from sample_target import NAME, build, content_of, make_buildable
 
 from mythos_edge.exporter.target_files import log_of
 from mythos_edge.model import bundle_writer
-from mythos_edge.model.bundle import MANIFEST_FILE, TARGET, Bundle, open_bundle
+from mythos_edge.model.bundle import Bundle, open_bundle
 from mythos_edge.model.bundle_writer import BundleWriter, recover, update_manifest
 from mythos_edge.model.errors import BuildError, BundleError, ExportError
+from mythos_edge.model.manifest import MANIFEST_FILE, TARGET
 from mythos_edge.model.partial_folders import remove_partials
 
 TESTS = Path(__file__).parents[1]
@@ -36,7 +37,8 @@ def _whole(path: Path) -> Bundle:
 _ADDS = """
 import sys, time
 from pathlib import Path
-from mythos_edge.model.bundle import Preset, open_bundle
+from mythos_edge.model.bundle import (open_bundle)
+from mythos_edge.model.manifest import (Preset)
 from mythos_edge.model.bundle_writer import update_manifest
 bundle = open_bundle(Path(sys.argv[1]))
 print(flush=True)

@@ -17,9 +17,10 @@ from fakes.tensorrt import VERSION, FakeTensorRT, plan_of
 from mythos_edge.exporter.ort_cuda_target import build_ort_cuda_target
 from mythos_edge.exporter.trt_lowering import EngineOptions, lower_for_tensorrt
 from mythos_edge.exporter.trt_target import Gpus, target_name
-from mythos_edge.model.bundle import EngineSpec, Profile, TargetSpec, open_bundle
+from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.bundle_writer import record_of, update_manifest
 from mythos_edge.model.errors import BackendUnavailable
+from mythos_edge.model.manifest import EngineSpec, Profile, TargetSpec
 from mythos_edge.plugins import kernel_store, trt_bindings, trt_plugins
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.runtime import ort_gpu_session, ort_tensorrt_backend

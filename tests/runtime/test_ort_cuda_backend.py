@@ -20,9 +20,10 @@ from fakes.onnxruntime import FakeOnnxruntime, Part
 from ort_gpu import CUDA, PROMPT, TENSORRT, kept_engines, random_prompt
 
 from mythos_edge.exporter.ort_cuda_target import build_ort_cuda_target, target_name
-from mythos_edge.model.bundle import CPU_PROVIDER, CUDA_PROVIDER, TENSORRT_PROVIDER, open_bundle
+from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.bundle_writer import update_manifest
 from mythos_edge.model.errors import BackendUnavailable, BundleError, CapacityError, MythosEdgeError, UsageError
+from mythos_edge.model.manifest import CPU_PROVIDER, CUDA_PROVIDER, TENSORRT_PROVIDER
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.runtime import ort_gpu_session, ort_tensorrt_backend, parity
 from mythos_edge.runtime.backend import BoundGraph, OrtBackend, import_onnxruntime

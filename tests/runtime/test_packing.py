@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mythos_edge.exporter.ort_target import build_target
-from mythos_edge.model.bundle import MAX_TOGETHER, open_bundle
+from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.config import MythosConfig
+from mythos_edge.model.stages import MAX_TOGETHER
 from mythos_edge.runtime.backend import OrtBackend
 from mythos_edge.runtime.device import DeviceMemory
 from mythos_edge.runtime.gpu import Gpu

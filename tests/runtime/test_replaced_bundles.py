@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from mythos_edge.exporter.ort_target import build_target
-from mythos_edge.model.bundle import TARGET, WEIGHTS_FILE, Preset, open_bundle
+from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.bundle_writer import record_of, update_manifest
 from mythos_edge.model.errors import BundleError
+from mythos_edge.model.manifest import TARGET, WEIGHTS_FILE, Preset
 from mythos_edge.runtime import backend, session
 from mythos_edge.runtime.backend import graph_runner
 from mythos_edge.runtime.session import Session

@@ -12,9 +12,10 @@ import pytest
 from conftest import ROOT
 
 from mythos_edge.exporter.ort_target import build_target
-from mythos_edge.model.bundle import Preset, open_bundle
+from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.bundle_writer import update_manifest
 from mythos_edge.model.errors import CapacityError, UsageError
+from mythos_edge.model.manifest import Preset
 from mythos_edge.runtime import memory
 from mythos_edge.runtime.session import Session
 

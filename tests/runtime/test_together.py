@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted import DEPTHS, LOOPS, VOCAB, staircase
 
-from mythos_edge.model.bundle import MAX_TOGETHER
+from mythos_edge.model.stages import MAX_TOGETHER
 from mythos_edge.runtime import together
 from mythos_edge.runtime.backend import ScriptedBackend
 from mythos_edge.runtime.staircase import Fed, Staircase

@@ -13,10 +13,11 @@ import torch
 from fakes.driver import FakeDriver
 from fakes.tensorrt import VERSION, FakeTensorRT
 
-from mythos_edge.model.bundle import STAGES, open_bundle
+from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.checkpoint import open_checkpoint
 from mythos_edge.model.errors import BackendUnavailable, BundleError, CapacityError, MythosEdgeError, UsageError
 from mythos_edge.model.layout import load_network
+from mythos_edge.model.stages import STAGES
 from mythos_edge.plugins import kernel_store, trt_plugins
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.runtime import parity

@@ -15,8 +15,9 @@ import pytest
 from command_line import Ran, refused
 
 from mythos_edge.exporter.ort_target import build_target
-from mythos_edge.model.bundle import CUDA_PROVIDER, open_bundle
+from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.bundle_writer import update_manifest
+from mythos_edge.model.manifest import CUDA_PROVIDER
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import cli, measuring
 from mythos_edge.scripts.bench import threshold_of_mean_depth

@@ -13,7 +13,8 @@ from conftest import ROOT
 from sample_bundle import tree
 
 from mythos_edge.exporter.ort_target import build_target
-from mythos_edge.model.bundle import MANIFEST_FILE, open_bundle
+from mythos_edge.model.bundle import open_bundle
+from mythos_edge.model.manifest import MANIFEST_FILE
 
 COMMAND = str(Path(sys.executable).with_name("mythos-edge"))
 DEMO = str(ROOT / "scripts" / "assets" / "carry_adder.pt")

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from command_line import Ran, refused
 
-from mythos_edge.model.bundle import TARGET, Bundle, open_bundle
+from mythos_edge.model.bundle import Bundle, open_bundle
+from mythos_edge.model.manifest import TARGET
 from mythos_edge.scripts import demo, score
 
 

@@ -15,7 +15,7 @@ from command_line import CHECKPOINT, Ran, refused
 from conftest import FIXTURES
 from tiny_checkpoint import Evil
 
-from mythos_edge.model.bundle import SCHEMA_VERSION, EngineSpec
+from mythos_edge.model.manifest import SCHEMA_VERSION, EngineSpec
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import score, validate
 

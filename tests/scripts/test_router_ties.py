@@ -12,7 +12,8 @@ from command_line import CHECKPOINT, Ran
 from safetensors.torch import load_file, save_file
 
 from mythos_edge.exporter.ort_target import build_target
-from mythos_edge.model.bundle import MANIFEST_FILE, open_bundle
+from mythos_edge.model.bundle import open_bundle
+from mythos_edge.model.manifest import MANIFEST_FILE
 
 POSITIONS = 12
 

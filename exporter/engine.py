@@ -39,8 +39,8 @@ class EngineJob:
     ``profiles`` gives each optimization profile as ranges of the named axes of the graph's inputs, ``values`` the
     ranges of scalar inputs that decide shapes or trip counts. ``compute_capabilities`` are the GPUs (89 for SM 8.9)
     of TensorRT for RTX, and those whose kernels travel in the plan. ``plugin_layers`` is how many plugins the engine
-    must have, ``plugins`` their kind, python or aot. With ``layout`` step the engine takes its memory from who runs
-    it, so that its runs can be captured in CUDA graphs.
+    must have. With ``layout`` step the engine takes its memory from who runs it, so that its runs can be captured in
+    CUDA graphs.
     """
 
     graph: str
@@ -49,7 +49,6 @@ class EngineJob:
     compute_capabilities: tuple[int, ...]
     profiles: tuple[dict[str, Range], ...]
     values: dict[str, Range]
-    plugins: str
     plugin_layers: int
     max_rows: int
     layout: str
@@ -244,18 +243,12 @@ def _first_error(parser: Any) -> str:
 @contextmanager
 def _plugins(job: EngineJob, trt: Any) -> Iterator[None]:
     """Around the build: our plugins take part, and what fails in one of them is the error."""
-    from mythos_edge.plugins import trt_aot, trt_plugins
+    from mythos_edge.plugins import trt_plugins
 
     try:
-        if job.plugins == "aot":
-            (gpu,) = job.compute_capabilities
-            trt_aot.register(trt, gpu)
+        trt_plugins.register(trt)
+        with trt_plugins.carrying(job.compute_capabilities, job.max_rows):
             yield
-            trt_plugins.raise_failures(BuildError)
-        else:
-            trt_plugins.register(trt)
-            with trt_plugins.carrying(job.compute_capabilities, job.max_rows):
-                yield
     except BuildError as error:
         # TensorRT tells only that a callback failed.
         failures = trt_plugins.take_failures()

@@ -4,9 +4,8 @@
     ort-cuda-fp16         the large matrices in float16, all else in float32
     ort-cuda-fp16-int8    the large matrices rounded to 8 or 4 bits, products in float16
     ort-cuda-fp16-int4
-    ort-cuda-fp32-tensorrt    as ort-cuda-fp32, for ONNX Runtime's TensorRT provider before the CUDA provider
 
-Building needs neither a GPU nor onnxruntime-gpu; running them does (``runtime.ort_gpu_session``).
+Building needs neither a GPU nor onnxruntime-gpu; running them does (``runtime.ort_cuda_backend``).
 """
 
 from collections.abc import Mapping
@@ -23,7 +22,7 @@ from mythos_edge.model.bundle import Bundle, open_bundle
 from mythos_edge.model.bundle_writer import require_free_space
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import BuildError
-from mythos_edge.model.manifest import CUDA_PROVIDER, CUDA_TARGET, TENSORRT_PROVIDER, TargetSpec
+from mythos_edge.model.manifest import CUDA_PROVIDER, CUDA_TARGET, TargetSpec
 from mythos_edge.model.stages import STAGES
 from mythos_edge.plugins.ort_cuda_lowering import Narrowed, lower_for_ort_cuda
 
@@ -35,14 +34,9 @@ _METHODS = {"int8": "rtn", "int4": "search"}
 _NOTE = "activations of the large products are float16: beyond 65504 they overflow"
 
 
-# By the name that is asked for: what ONNX Runtime offers each node to, in this order.
-PROVIDERS = {"cuda": (CUDA_PROVIDER,), "tensorrt": (TENSORRT_PROVIDER, CUDA_PROVIDER)}
-
-
-def target_name(dtype: str, weights: str = "none", provider: str = "cuda") -> str:
+def target_name(dtype: str, weights: str = "none") -> str:
     """``ort-cuda-fp16``, ``ort-cuda-fp16-int4`` and so on."""
-    parts = [CUDA_TARGET, dtype, "" if weights == "none" else weights, "" if provider == "cuda" else provider]
-    return "-".join(filter(None, parts))
+    return f"{CUDA_TARGET}-{dtype}" + ("" if weights == "none" else f"-{weights}")
 
 
 def build_ort_cuda_target(
@@ -51,19 +45,17 @@ def build_ort_cuda_target(
     dtype: str = "fp16",
     weights: str = "none",
     block: int | None = None,
-    provider: str = "cuda",
     progress: Progress = lambda phase, fraction: None,
 ) -> Bundle:
-    """The bundle at ``path`` with the target ``ort-cuda-<dtype>[-<weights>][-tensorrt]`` added, or made again.
+    """The bundle at ``path`` with the target ``ort-cuda-<dtype>[-<weights>]`` added, or made again.
 
     ``block`` values share a scale: by default 64 for int4 and 128 for int8, or 64 where the model's rows want it.
     Nothing of the bundle changes before the target is whole. Raises BuildError, BundleError, and ExportError without
     room on the disk.
     """
     bundle = open_bundle(path)
-    _check_provider(provider, dtype, weights)
     _check(dtype, weights, block, bundle.manifest.config)
-    manifest, name = bundle.manifest, target_name(dtype, weights, provider)
+    manifest, name = bundle.manifest, target_name(dtype, weights)
     with files_beside(bundle, name, progress) as folder:
         stages = {stage: ir.load(bundle.file(f"{stage}.onnx")) for stage in STAGES}
         rounded = _rounded(bundle, name, folder, weights, block, progress)
@@ -71,8 +63,7 @@ def build_ort_cuda_target(
         narrowed = None if dtype == "fp32" else _narrowed(bundle, name, folder, stages, tuple(packs), progress)
         progress("graphs", 0.0)
         lower = partial(lower_for_ort_cuda, narrowed=narrowed, packs=packs)
-        # The engines of TensorRT's provider are for one sequence.
-        lowered = write_graphs(stages, folder, name, manifest.config, lower, together=provider != "tensorrt")
+        lowered = write_graphs(stages, folder, name, manifest.config, lower)
         target = TargetSpec(
             graphs=lowered.graphs,
             compute_dtype=dtype,
@@ -86,7 +77,7 @@ def build_ort_cuda_target(
             bundle=manifest.identity,
             note=_NOTE if dtype == "fp16" else "",
             engine=None,
-            providers=PROVIDERS[provider],
+            providers=(CUDA_PROVIDER,),
         )
         return install(bundle, folder, name, target)
 
@@ -108,16 +99,6 @@ def _check(dtype: str, weights: str, block: int | None, config: MythosConfig) ->
         raise BuildError(
             f"the experts' rows of {config.dim} values do not divide into blocks of {block or min(BLOCKS)}, which the "
             "CUDA kernel wants: build with --weights none"
-        )
-
-
-def _check_provider(provider: str, dtype: str, weights: str) -> None:
-    if provider not in PROVIDERS:
-        raise BuildError(f"provider is {provider!r}, expected one of {', '.join(PROVIDERS)} for {CUDA_TARGET}")
-    if provider == "tensorrt" and (dtype, weights) != ("fp32", "none"):
-        raise BuildError(
-            "with float16 in a graph the provider tensorrt leaves the type of every layer to TensorRT, router and "
-            "halting included: build it with --dtype fp32 --weights none, or leave --provider out"
         )
 
 

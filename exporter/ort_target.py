@@ -73,17 +73,15 @@ def write_graphs(
     name: str,
     config: MythosConfig,
     lower: Callable[[ir.Model], ir.Model] = lower_for_ort,
-    *,
-    together: bool = True,
 ) -> Lowered:
     """Lowers the traced stages and writes them to ``folder`` as ``<stage>.<name>.onnx``.
 
-    ``together``: also as ``.many.onnx``, for several sequences.
+    For several sequences they are also written as ``<stage>.<name>.many.onnx``.
     """
     graphs, sizes = {}, {}
     for stage in STAGES:
         one = for_one_sequence(stages[stage])
-        models = {stage: one} | ({f"{stage}.many": for_many_sequences(one, MAX_TOGETHER)} if together else {})
+        models = {stage: one, f"{stage}.many": for_many_sequences(one, MAX_TOGETHER)}
         for key, model in models.items():
             lowered = lower(model)
             add_functions(lowered)

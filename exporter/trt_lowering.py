@@ -26,7 +26,6 @@ from mythos_edge.plugins.torch_ops import add_functions
 LAYOUTS = ("step", "loop")
 DTYPES = tuple(STORAGE_TYPES)
 WEIGHTS = ("none", *trt_passes.CODES)
-PLUGINS = ("python", "aot")
 # TensorRT's own attention fuses up to this head size, in multiples of 8; there is none in float32.
 _LARGEST_HEAD, _HEAD_STEP = 256, 8
 Progress = Callable[[str, float], None]
@@ -36,7 +35,6 @@ Progress = Callable[[str, float], None]
 class EngineOptions:
     """What an engine computes and how: ``dtype`` fp16, bf16 or fp32; ``layout`` step or loop; ``weights`` none (those
     of ``dtype``), int8, int4 or fp8. A chunk has ``max_rows`` rows at most, a sequence ``max_context`` positions.
-    ``plugins`` are python, one for each op, or aot, ahead-of-time plugins of one kernel each, which need no Python.
     """
 
     dtype: str
@@ -44,10 +42,9 @@ class EngineOptions:
     weights: str
     max_context: int
     max_rows: int
-    plugins: str = PLUGINS[0]
 
     def __post_init__(self) -> None:
-        for name, known in (("dtype", DTYPES), ("layout", LAYOUTS), ("weights", WEIGHTS), ("plugins", PLUGINS)):
+        for name, known in (("dtype", DTYPES), ("layout", LAYOUTS), ("weights", WEIGHTS)):
             if getattr(self, name) not in known:
                 raise BuildError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
         for name in ("max_context", "max_rows"):
@@ -143,8 +140,6 @@ def _lower(model: ir.Model, config: MythosConfig, options: EngineOptions, positi
         trt_passes.attend_natively(model, options.max_context + options.max_rows)
     elif not config.is_mla:
         trt_passes.use_body(model, ops.GROUPED_QUERY_ATTENTION.name)
-    if options.plugins == "aot":
-        trt_passes.into_pieces(model, options.max_context + options.max_rows, options.max_rows)
 
 
 def _written(model: ir.Model, path: Path, tensors: dict[str, ir.ExternalTensor]) -> Path:

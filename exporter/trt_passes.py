@@ -8,7 +8,6 @@
 ``attend_natively``      requires ``for_engine``; ensures TensorScatter into a cache of fixed capacity and Attention
 ``rotate_by_hand``       ensures products and sums in place of RotaryEmbedding
 ``use_body``             ensures that TensorRT computes an op by its function body
-``into_pieces``          requires ``part_shared_experts``; ensures ops of one kernel each in place of ops of several
 
 All change the model they are given. A rounded weight ``x`` becomes the initializers ``x.codes`` and ``x.scale``.
 """
@@ -22,24 +21,14 @@ import onnx_ir.passes.common as passes
 
 from mythos_edge.exporter.weights import is_unwritten, unwritten
 from mythos_edge.model.errors import BuildError
-from mythos_edge.plugins import launches, ops
+from mythos_edge.plugins import ops
 from mythos_edge.plugins.kernels.variants import GROUP
-from mythos_edge.plugins.op_pieces import CHAINS, MERGE_SPLITS
 
 CODES = {"int8": ir.DataType.INT8, "int4": ir.DataType.INT4, "fp8": ir.DataType.FLOAT8E4M3FN}
 # TensorRT takes these for int4; the first that divides a row is used.
 _INT4_BLOCKS = (64, 32)
 # TensorScatter, with which TensorRT updates a cache in place, is of this opset.
 _NATIVE_OPSET = 24
-_PIECE_TYPES = {"fp32": ir.TensorType(ir.DataType.FLOAT), "int32": ir.TensorType(ir.DataType.INT32)}
-# What launches call the types.
-_DTYPES = {
-    ir.DataType.FLOAT: "fp32",
-    ir.DataType.FLOAT16: "fp16",
-    ir.DataType.BFLOAT16: "bf16",
-    ir.DataType.INT64: "int64",
-    **{dtype: name for name, dtype in CODES.items()},
-}
 _ATTENTIONS = (ops.LATENT_ATTENTION.name, ops.GROUPED_QUERY_ATTENTION.name)
 
 
@@ -149,35 +138,6 @@ def use_body(model: ir.Model, op: str) -> None:
     for node in model.graph.all_nodes():
         if node.domain == ops.DOMAIN and node.op_type == op:
             node.attributes.pop("plugin_namespace", None)
-
-
-def into_pieces(model: ir.Model, columns: int, rows: int) -> None:
-    """See above, for caches of up to ``columns`` columns and chunks of up to ``rows`` rows.
-
-    The attribute ``kernel`` of a piece names the kernel that computes it. Raises BuildError where there is none.
-    """
-    for node in [node for node in model.graph if node.op_type in CHAINS]:
-        spec, writer = ops.OPS[node.op_type], _Writer(model.graph, node, str(node.outputs[0].name))
-        tensors: dict[str, ir.Value | None] = dict(zip(spec.inputs, node.inputs, strict=True))
-        attributes: dict[str, Any] = {name: node.attributes[name].value for name in spec.attributes}
-        shapes = {name: _shape_or_free(value) for name, value in tensors.items()}
-        dtypes = {name: _DTYPES[value.dtype] for name, value in tensors.items() if value and value.dtype}
-        kernels = launches.chain(spec.name, shapes, dtypes, attributes)
-        if spec is ops.LATENT_ATTENTION:
-            heads, values = shapes["q"][-2], attributes["value_dim"]
-            attributes["splits"] = launches.fixed_splits(heads, values, columns, rows)
-        for piece, kernel in zip(CHAINS[spec.name], kernels, strict=True):
-            if piece is MERGE_SPLITS and attributes["splits"] == 1:
-                continue
-            own = {name: attributes[name] for name in piece.attributes}
-            own |= {"kernel": kernel, "plugin_namespace": ops.DOMAIN}
-            given = [tensors[name] for name in piece.inputs]
-            made = writer.many(piece.name, given, len(piece.outputs), ops.DOMAIN, **own)
-            for name, value in zip(piece.outputs, made, strict=True):
-                value.type = _PIECE_TYPES.get(piece.types.get(name, ""), node.outputs[0].type)
-                tensors[name] = value
-        _replace(model.graph, node, tensors[spec.output])
-    tidy(model)
 
 
 def plugin_nodes(model: ir.Model) -> int:
@@ -308,13 +268,6 @@ def _codes_and_scale(
             graph.register_initializer(value)
         made.append(graph.initializers[name])
     return made
-
-
-def _shape_or_free(value: ir.Value | None) -> tuple[int, ...]:
-    """The shape, -1 for a free axis."""
-    assert value is not None
-    assert value.shape is not None
-    return tuple(size if isinstance(size, int) else -1 for size in value.shape)
 
 
 def _shape(value: ir.Value) -> tuple[int, ...]:

@@ -9,7 +9,6 @@ A wish names the GPUs, and the bundle records it with what the engines compute::
     rtx-sm89-fp16           recorded: float16, an engine a stage
     rtx-sm89-fp16-int4      with the large matrices rounded to int4
     rtx-sm89-fp16-loop      one engine with the loop inside
-    trt-sm87-fp16-aot       engines that need no Python (``plugins.trt_aot``)
 
 Not here: the graphs (``trt_lowering``), the build of one engine (``engine_process``).
 """
@@ -85,8 +84,7 @@ def target_name(gpus: Gpus, options: EngineOptions) -> str:
     """The name a bundle records: see above."""
     rounded = "" if options.weights == "none" else f"-{options.weights}"
     layout = "-loop" if options.layout == "loop" else ""
-    plugins = "-aot" if options.plugins == "aot" else ""
-    return f"{gpus.name}-{options.dtype}{rounded}{layout}{plugins}"
+    return f"{gpus.name}-{options.dtype}{rounded}{layout}"
 
 
 def gpus_from_name(wish: str) -> Gpus:
@@ -112,7 +110,6 @@ def options_from(
     weights: str = "none",
     max_context: int | None = None,
     max_rows: int | None = None,
-    plugins: str = "python",
 ) -> EngineOptions:
     """The options with defaults filled in: the bundle's whole context, and chunks of 64 rows. Raises BuildError.
 
@@ -128,7 +125,7 @@ def options_from(
     rows = context if layout == "loop" else min(DEFAULT_MAX_ROWS, context) if max_rows is None else max_rows
     if rows < 1 or rows > context:
         raise BuildError(f"max_rows is {rows}, expected 1 to max_context, which is {context}")
-    return EngineOptions(dtype, layout, weights, context, rows, plugins)
+    return EngineOptions(dtype, layout, weights, context, rows)
 
 
 def build_trt_target(
@@ -162,8 +159,6 @@ def build_trt_target(
 
 def check_gpus(gpus: Gpus, options: EngineOptions) -> None:
     """Raises BuildError for a GPU that TensorRT or our kernels do not know, or without the types asked for."""
-    if options.plugins == "aot" and gpus.flavour == "rtx":
-        raise BuildError(f"TensorRT for RTX has no ahead-of-time plugins, only TensorRT has: build for {THIS_GPU}")
     known = trt_bindings.known_compute_capabilities(trt_bindings.load(gpus.flavour))
     for number in gpus.compute_capabilities:
         if known and number not in known:
@@ -196,7 +191,6 @@ def engine_jobs(
             compute_capabilities=gpus.compute_capabilities,
             profiles=tuple(_ranges(profile, options) for profile in profiles_of(options)),
             values={"max_depth": depth},
-            plugins=options.plugins,
             plugin_layers=lowered.plugins[stage],
             max_rows=options.max_rows,
             layout=options.layout,
@@ -269,7 +263,6 @@ def _target_spec(
             max_context=options.max_context,
             max_rows=options.max_rows,
             profiles=profiles_of(options),
-            plugins=options.plugins,
             plugin_layers={stage: report.plugin_layers for stage, report in reports.items()},
             kernels=kernel_store.manifest_sha256(),
         ),

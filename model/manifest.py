@@ -32,7 +32,6 @@ CUDA_TARGET = "ort-cuda"
 # ONNX Runtime's names of what runs a graph's nodes.
 CPU_PROVIDER = "CPUExecutionProvider"
 CUDA_PROVIDER = "CUDAExecutionProvider"
-TENSORRT_PROVIDER = "TensorrtExecutionProvider"
 # What the names of nodes begin with that compute with shapes alone: of a graph for a GPU, what the CPU may run.
 ON_SHAPES = "on_shapes/"
 # Positions are float32 numbers in the tables of angles, as in the reference: from here on not every one is exact.
@@ -81,8 +80,8 @@ class EngineSpec:
     the GPUs they were built for (89 for SM 8.9), ``device`` the one GPU model that the plans of ``trt`` are for ("" for
     ``rtx``). ``layout`` is ``step`` (an engine a stage) or ``loop`` (one with the
     loop inside). Caches have room for ``max_context`` columns and ``max_rows`` beyond, which the padding of a chunk
-    may touch. ``plugins`` are python or aot (which need no Python), ``plugin_layers`` counts those of each engine, and
-    ``kernels`` is the sha256 of the manifest of the kernels they carry.
+    may touch. ``plugin_layers`` counts the plugins of each engine, and ``kernels`` is the sha256 of the manifest of the
+    kernels they carry.
     """
 
     flavour: str
@@ -93,7 +92,6 @@ class EngineSpec:
     max_context: int
     max_rows: int
     profiles: tuple[Profile, ...]
-    plugins: str
     plugin_layers: dict[str, int]
     kernels: str
 

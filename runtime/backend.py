@@ -1,7 +1,7 @@
 """What runs the three stages: the protocol, ONNX Runtime behind it, and a scripted network for tests.
 
 A backend knows graphs and memory, not sequences: the staircase decides which rows run against which cached rows.
-Exceptions of ONNX Runtime are translated here, those of opening a graph on a GPU in ``ort_gpu_session``.
+Exceptions of ONNX Runtime are translated here, those of opening a graph on a GPU in ``ort_cuda_backend``.
 """
 
 import os

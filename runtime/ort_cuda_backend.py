@@ -2,27 +2,39 @@
 
 A run is queued and not waited for. What is bound are addresses: outputs are written where the caller wants them, and
 what the host decides is put beside them first. Several sequences run together as on the CPU.
+
+ONNX Runtime itself goes on with the CPU when the provider cannot be loaded, and gives single nodes to the CPU when the
+provider has no kernel for them. Both are errors here. ``session.disable_cpu_ep_fallback`` would refuse every graph:
+arithmetic on shapes belongs on the CPU, so what was placed where is read and checked instead.
 """
 
 import contextlib
+import ctypes
+import io
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mythos_edge.model.bundle import Bundle
-from mythos_edge.model.errors import BackendUnavailable, MythosEdgeError
-from mythos_edge.model.linked_weights import weights_apart
-from mythos_edge.model.manifest import CUDA_PROVIDER
+from mythos_edge.model.errors import BackendUnavailable, BundleError, MythosEdgeError
+from mythos_edge.model.linked_weights import NONE_APART, Apart, lent_weights, weights_apart
+from mythos_edge.model.manifest import CUDA_PROVIDER, ON_SHAPES
 from mythos_edge.plugins import kernel_store
 from mythos_edge.plugins.cuda_driver import Driver
-from mythos_edge.runtime.backend import BoundGraph, OrtBackend
+from mythos_edge.runtime.backend import BoundGraph, OrtBackend, import_onnxruntime, one_line, session_options
 from mythos_edge.runtime.device import DeviceArray, DeviceMemory
 from mythos_edge.runtime.gpu import Gpu, give_back
 from mythos_edge.runtime.memory import Rows
-from mythos_edge.runtime.ort_gpu_session import Providers, gpu_session, import_gpu_onnxruntime
 from mythos_edge.runtime.packing import Array, Arrays
 
+# pip does not know that the two are one module: side by side, the one installed last wins.
+INSTALL = "pip install --upgrade 'onnxruntime-gpu[cuda,cudnn]'"
+REPLACE = "pip uninstall --yes onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'"
+# Its kernels were looked at. Before 1.28 MoE computed another SwiGLU than it was asked for.
+OLDEST = (1, 31)
+_LIBRARY = "libonnxruntime_providers_cuda.so"
 # What ONNX Runtime allocates itself is aligned to this, and so its kernels may expect it.
 _ALIGNMENT = 256
 
@@ -40,7 +52,7 @@ class OrtCudaBackend(OrtBackend):
         self, bundle: Bundle, target: str, threads: int = 0, *, device: int = 0, driver: Driver | None = None
     ) -> None:
         spec = bundle.target(target)
-        ort = import_gpu_onnxruntime(*spec.providers)
+        ort = import_gpu_onnxruntime()
         self._gpu = Gpu(driver, device)
         try:
             _check_kernels(self._gpu)
@@ -56,7 +68,7 @@ class OrtCudaBackend(OrtBackend):
         def open_graph(path: Path) -> BoundGraph:
             memory.trim()
             apart = weights_apart(bundle, path, target)
-            session = gpu_session(path, self._providers(bundle, target, memory), threads, spec.prepacked, apart)
+            session = gpu_session(path, _provider_options(memory), threads, spec.prepacked, apart)
             return _DeviceGraph(path, session, run_options, memory)
 
         try:
@@ -75,25 +87,16 @@ class OrtCudaBackend(OrtBackend):
         self.memory.close()
         self._gpu.close()
 
-    def _providers(self, bundle: Bundle, target: str, memory: DeviceMemory) -> Providers:
-        """What runs the nodes of the target's graphs, each with its options."""
-        del bundle, target
-        return {CUDA_PROVIDER: cuda_options(memory)}
 
-
-def stream_options(memory: DeviceMemory) -> dict[str, str]:
-    """The provider's options that have it work in the stream of ``memory``."""
+def _provider_options(memory: DeviceMemory) -> dict[str, str]:
+    """The options that have the provider work in the stream of ``memory``."""
     return {
         "device_id": str(memory.device),
         "has_user_compute_stream": "1",
         "user_compute_stream": str(memory.stream),
+        # On by default, it would leave products of float32 10 bits.
+        "use_tf32": "0",
     }
-
-
-def cuda_options(memory: DeviceMemory) -> dict[str, str]:
-    """The options of the CUDA provider."""
-    # On by default, it would leave products of float32 10 bits.
-    return stream_options(memory) | {"use_tf32": "0"}
 
 
 def _check_kernels(gpu: Gpu) -> None:
@@ -176,3 +179,97 @@ class _DeviceGraph(BoundGraph):
 
 def _is_aligned(array: DeviceArray) -> bool:
     return not array.nbytes or array.pointer % _ALIGNMENT == 0
+
+
+def gpu_session(
+    path: Path, provider_options: Mapping[str, str], threads: int = 0, prepack: bool = True, apart: Apart = NONE_APART
+) -> Any:
+    """An onnxruntime.InferenceSession on the CUDA provider, with only shapes' arithmetic on the CPU.
+
+    ``apart`` are weights that are not in the graph's folder, see ``linked_weights``.
+    Raises BackendUnavailable, BundleError when the graph cannot be loaded.
+    """
+    ort = import_gpu_onnxruntime()
+    options = session_options(ort, threads, prepack)
+    # 4: only what is fatal. That a provider was not loaded is told below, in one line.
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    wanted = [(CUDA_PROVIDER, dict(provider_options))]
+    try:
+        # Its own fallback prints, and begins again on other providers.
+        with lent_weights(options, apart):
+            session = ort.InferenceSession(str(path), options, providers=wanted, enable_fallback=0)
+    except Exception as error:  # onnxruntime's exceptions have no common base but this
+        if reason := _not_loadable(ort):
+            raise _not_loaded(reason) from error
+        raise BundleError(f"{path.name}: ONNX Runtime cannot load it on the GPU: {one_line(error)}") from error
+    loaded, assignment = session.get_providers(), session.get_provider_graph_assignment_info()
+    try:
+        if CUDA_PROVIDER not in loaded:
+            raise _not_loaded(_not_loadable(ort) or "it found no usable GPU or driver")
+        _check_assignment(ort, path, assignment)
+    except BackendUnavailable:
+        # Held by the exception it would outlive its stream.
+        del session
+        raise
+    return session
+
+
+def import_gpu_onnxruntime() -> Any:
+    """The onnxruntime module with the CUDA provider, of a version that is known to compute right.
+
+    For the whole process it mutes ONNX Runtime's log. Raises BackendUnavailable.
+    """
+    try:
+        ort = import_onnxruntime()
+    except BackendUnavailable as error:
+        raise BackendUnavailable("onnxruntime-gpu is not installed", REPLACE) from error
+    if CUDA_PROVIDER not in ort.get_available_providers():
+        raise BackendUnavailable(
+            f"onnxruntime {ort.__version__} is the build for CPUs (it has no {CUDA_PROVIDER}); onnxruntime-gpu "
+            "replaces it",
+            REPLACE,
+        )
+    major, minor = ort.__version__.split(".")[:2]
+    if (int(major), int(minor)) < OLDEST:
+        wanted = ".".join(map(str, OLDEST))
+        raise BackendUnavailable(
+            f"onnxruntime-gpu is {ort.__version__}, expected {wanted} or newer: older ones compute experts otherwise",
+            INSTALL,
+        )
+    # What it logs by itself, about CUDA that is missing, is an error below.
+    ort.set_default_logger_severity(4)
+    # Finds CUDA's libraries where pip put them; what it cannot find it prints, and the session says why it fails.
+    with contextlib.redirect_stdout(io.StringIO()):
+        ort.preload_dlls()
+    return ort
+
+
+def _check_assignment(ort: Any, path: Path, assignment: Iterable[Any]) -> None:
+    """Refuses ops that ONNX Runtime placed on the CPU, but for arithmetic on shapes, as the lowering has named it."""
+    nodes = [node for part in assignment if part.ep_name != CUDA_PROVIDER for node in part.get_nodes()]
+    on_cpu = sorted({node.op_type for node in nodes if not node.name.startswith(ON_SHAPES)})
+    if on_cpu:
+        raise BackendUnavailable(
+            f"{path.name}: onnxruntime-gpu {ort.__version__} has no CUDA kernel for {', '.join(on_cpu)}, and computing "
+            "them on the CPU was not asked for",
+            INSTALL,
+        )
+    if not any(part.ep_name == CUDA_PROVIDER and part.get_nodes() for part in assignment):
+        raise BackendUnavailable(
+            f"{path.name}: {CUDA_PROVIDER} takes no node of it: look for another version of onnxruntime-gpu", INSTALL
+        )
+
+
+def _not_loaded(reason: str) -> BackendUnavailable:
+    return BackendUnavailable(f"ONNX Runtime could not load its {CUDA_PROVIDER}: {reason}", INSTALL)
+
+
+def _not_loadable(ort: Any) -> str | None:
+    """Why the provider's library cannot be loaded: ONNX Runtime only logs it, the loader tells it again."""
+    library = Path(ort.__file__).parent / "capi" / _LIBRARY
+    try:
+        ctypes.CDLL(str(library))
+    except OSError as error:
+        return f"{one_line(error)} (what it needs is not installed, or not found)"
+    return None

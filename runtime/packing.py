@@ -19,8 +19,6 @@ ROWS = {"prelude": "input_ids", "step": "h", "coda": "out"}
 _BY_ROW = ("h", "e", "out")
 # Row by row as well, and always the host's.
 _OF_HOST = ("input_ids", "step_index")
-# All inputs that the host decides.
-ON_HOST = (*_OF_HOST, "logit_rows", "length", "first", "threshold", "min_depth")
 # Given only for the last rows of a chunk, the ones still running; earlier rows are marked as halted.
 _ACTIVE = {"out": 0.0, "halt_mass": np.inf, "depth": 0}
 

@@ -19,7 +19,7 @@ from typing import Any, Self, Unpack, overload
 
 from mythos_edge.model.bundle import Bundle, open_bundle
 from mythos_edge.model.errors import BundleError, CapacityError, UsageError
-from mythos_edge.model.manifest import CPU_PROVIDER, CUDA_PROVIDER, TARGET, TENSORRT_PROVIDER
+from mythos_edge.model.manifest import CPU_PROVIDER, CUDA_PROVIDER, TARGET
 from mythos_edge.runtime import saved_state
 from mythos_edge.runtime.backend import Backend, OrtBackend, thread_count
 from mythos_edge.runtime.caches import CachePlan, plan_cache, require_memory
@@ -28,7 +28,6 @@ from mythos_edge.runtime.draft_tuner import DraftTuner
 from mythos_edge.runtime.halting import LOOP_STEPS, ResolvedDepth, depth_of_preset
 from mythos_edge.runtime.options import Options, RequestOptions, ScoreOptions
 from mythos_edge.runtime.ort_cuda_backend import OrtCudaBackend
-from mythos_edge.runtime.ort_tensorrt_backend import OrtTensorrtBackend
 from mythos_edge.runtime.prompts import Prompt, Prompts, check_range, checked_ids, ids_of, separate
 from mythos_edge.runtime.request_values import Within, check_names, flag, name_or_none, shown, token_ids, whole
 from mythos_edge.runtime.sampling import Sampler
@@ -45,7 +44,6 @@ from mythos_edge.runtime.turns import Turns, in_turn, last_turn
 _ORT_BACKENDS: dict[tuple[str, ...], Callable[[Bundle, str, int], OrtBackend]] = {
     (CPU_PROVIDER,): OrtBackend,
     (CUDA_PROVIDER,): OrtCudaBackend,
-    (TENSORRT_PROVIDER, CUDA_PROVIDER): OrtTensorrtBackend,
 }
 _COUNT = Within(least=1)
 

@@ -46,8 +46,7 @@ class Runtime:
         self._bundle, self._target, self.spec = bundle, target, spec
         try:
             self._check()
-            if spec.plugins == "python":
-                trt_plugins.register(self.trt)
+            trt_plugins.register(self.trt)
         except BaseException:
             self.gpu.close()
             raise

@@ -19,16 +19,14 @@ EXAMPLE = "mythos-edge build model.bundle --target rtx-sm89 --weights int4"
 # What each kind of target understands besides --weights.
 _UNDERSTANDS = {
     TARGET: ("block", "keep", "method", "calibrate"),
-    CUDA_TARGET: ("dtype", "block", "provider"),
-    "TensorRT": ("dtype", "layout", "max_context", "max_rows", "plugins"),
+    CUDA_TARGET: ("dtype", "block"),
+    "TensorRT": ("dtype", "layout", "max_context", "max_rows"),
 }
 # What the parts of a built target's name were asked for with.
 _ASKED_WITH = {
     **dict.fromkeys(("fp16", "bf16", "fp32"), "--dtype"),
     **dict.fromkeys(("int8", "int4", "fp8"), "--weights"),
     "loop": "--layout",
-    "aot": "--plugins",
-    "tensorrt": "--provider",
 }
 
 
@@ -39,14 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     weights = "ort-cpu: fp32, int8, int4; ort-cuda: none, int8, int4; TensorRT: none, int8, int4, fp8"
     parser.add_argument("--weights", choices=("none", "fp32", "int8", "int4", "fp8"), help=weights)
     parser.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), help="what is computed in, on GPUs (fp16)")
-    providers = "what runs ort-cuda: its CUDA provider, or TensorRT (10, fp32 alone) before it"
-    parser.add_argument("--provider", choices=("cuda", "tensorrt"), help=providers)
     tensorrt = parser.add_argument_group("TensorRT")
     tensorrt.add_argument("--layout", choices=("step", "loop"), help="an engine a stage (step), or one with the loop")
     tensorrt.add_argument("--max-context", type=int, metavar="N", help="longest sequence (default: the bundle's)")
     tensorrt.add_argument("--max-rows", type=int, metavar="N", help="longest chunk of a sequence at once (default: 64)")
-    plugins = "one for each op, in Python, or ahead of time: TensorRT alone loads the engine (trt-this-gpu)"
-    tensorrt.add_argument("--plugins", choices=("python", "aot"), help=plugins)
     rounding = parser.add_argument_group("rounding for ONNX Runtime")
     rounding.add_argument("--block", type=int, metavar="N", help="values that share a scale: 32, 64, 128, or 0: a row")
     parts = "head, attention, experts, shared, prelude, coda, or names of tensors"
@@ -128,7 +122,7 @@ def _build_for_cpu(args: argparse.Namespace, before: Bundle, console: Console) -
 def _build_for_cuda(args: argparse.Namespace, before: Bundle, console: Console) -> None:
     from mythos_edge.exporter import ort_cuda_target
 
-    given = _given(args, "dtype", "weights", "block", "provider")
+    given = _given(args, "dtype", "weights", "block")
     bundle = ort_cuda_target.build_ort_cuda_target(args.bundle, **given, progress=console.progress)
     given.pop("block", None)
     _tell(console, before, bundle, ort_cuda_target.target_name(**{"dtype": "fp16", **given}))
@@ -137,7 +131,7 @@ def _build_for_cuda(args: argparse.Namespace, before: Bundle, console: Console) 
 def _build_for_tensorrt(args: argparse.Namespace, before: Bundle, console: Console) -> None:
     from mythos_edge.exporter import trt_target
 
-    given = _given(args, "dtype", "layout", "weights", "max_context", "max_rows", "plugins")
+    given = _given(args, "dtype", "layout", "weights", "max_context", "max_rows")
     built = trt_target.build_trt_target(args.bundle, args.target, **given, progress=console.progress)
     for stage, report in built.reports.items():
         console.say(

@@ -13,7 +13,7 @@ from mythos_edge.model.machine import memory, processors
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.plugins.processor import has_integer_dot_products
 from mythos_edge.plugins.trt_bindings import rtx_compute_capabilities
-from mythos_edge.runtime import ort_gpu_session
+from mythos_edge.runtime import ort_cuda_backend
 from mythos_edge.scripts.console import Console
 
 HELP = "show what this machine can export and run"
@@ -30,15 +30,13 @@ _NEEDS = {
         "jaxtyping": "jaxtyping",
     },
     "ort-cuda": {"onnxruntime-gpu": "onnxruntime"},
-    "ort-tensorrt": {"onnxruntime-gpu": "onnxruntime", "tensorrt": "tensorrt"},
     "tensorrt-rtx": {"tensorrt-rtx-cu13": "tensorrt_rtx"},
     "tensorrt": {"tensorrt": "tensorrt"},
 }
 _INSTALL = {
     "run": "pip install mythos-edge",
     "export": "pip install 'mythos-edge[export]'",
-    "ort-cuda": ort_gpu_session.REPLACE,
-    "ort-tensorrt": ort_gpu_session.INSTALL_TENSORRT,
+    "ort-cuda": ort_cuda_backend.REPLACE,
     "tensorrt-rtx": "pip install 'mythos-edge[tensorrt-rtx]'",
     "tensorrt": "pip install 'mythos-edge[tensorrt]'",
 }
@@ -90,9 +88,6 @@ def examine(load_driver: Callable[[], Driver]) -> dict[str, Any]:
         # The same module under another package's name.
         can["run"]["packages"]["onnxruntime"] = can["ort-cuda"]["packages"]["onnxruntime-gpu"]
         can["run"]["ok"] = None not in can["run"]["packages"].values()
-    # Libraries of TensorRT that pip did not bring are not seen here; opening a target tells.
-    tensorrt = can["ort-tensorrt"]["packages"]["tensorrt"]
-    can["ort-tensorrt"]["ok"] &= tensorrt is not None and tensorrt.split(".")[0] == ort_gpu_session.TENSORRT_MAJOR
     gpus, no_gpu = _gpus(load_driver)
     return {
         "mythos_edge": metadata.version("mythos-edge"),
@@ -169,7 +164,6 @@ def _targets(can: dict[str, dict[str, Any]], capabilities: list[int]) -> dict[st
     needs = {
         "ort-cpu": (export, {"run": can["run"]["ok"]}),
         "ort-cuda": (export, {"ort-cuda": can["ort-cuda"]["ok"]} | gpu),
-        "ort-cuda-fp32-tensorrt": (export, {"ort-tensorrt": can["ort-tensorrt"]["ok"]} | gpu),
         # Engines for RTX are built for any GPU on any machine, those of TensorRT on the GPU they are for.
         "rtx-smXX": (export | rtx, rtx | rtx_gpu),
         "trt-this-gpu": (export | trt | gpu, trt | gpu),

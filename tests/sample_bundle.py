@@ -32,9 +32,7 @@ RECORDS = {name: FileRecord(len(data), hashlib.sha256(data).hexdigest()) for nam
 
 def sample_manifest(files: dict[str, FileRecord] = RECORDS, **changes: Any) -> Manifest:
     """One of everything, with ``changes`` to its fields."""
-    engine = EngineSpec(
-        "rtx", "1.7.1", (86, 89), "", "step", 64, 16, (Profile(1, 1),), "python", {"step": 2}, "ef" * 32
-    )
+    engine = EngineSpec("rtx", "1.7.1", (86, 89), "", "step", 64, 16, (Profile(1, 1),), {"step": 2}, "ef" * 32)
     values: dict[str, Any] = {
         "config": VARIANTS["1b"],
         "dtype": "fp16",

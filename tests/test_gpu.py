@@ -241,19 +241,19 @@ def host(demo_bundle: Path) -> Host:
         return Host(session.score(STREAMS), session.generate(PROMPT, max_new_tokens=NEW_TOKENS))
 
 
-@pytest.fixture(params=["rtx-python", "trt-python", "trt-aot"])
-def wish(request: pytest.FixtureRequest, gpu: MeasuredGpu) -> tuple[str, str]:
-    """The target to ask for with either TensorRT, and the kind of plugins."""
-    flavour, plugins = request.param.split("-")
+@pytest.fixture(params=["rtx", "trt"])
+def wish(request: pytest.FixtureRequest, gpu: MeasuredGpu) -> str:
+    """The target to ask for with either TensorRT."""
+    flavour = str(request.param)
     try:
         trt = trt_bindings.load(flavour)
     except BackendUnavailable as error:
         pytest.skip(str(error))
     if flavour == "trt":
-        return THIS_GPU, plugins
+        return THIS_GPU
     if gpu.capability not in trt_bindings.known_compute_capabilities(trt):
         pytest.skip(f"TensorRT for RTX does not serve sm{gpu.capability}")
-    return f"rtx-sm{gpu.capability}", plugins
+    return f"rtx-sm{gpu.capability}"
 
 
 def limits_of(dtype: str, weights: str) -> Limits:
@@ -297,7 +297,7 @@ def test_engines_on_the_gpu(
     layout: str,
     dtype: str,
     weights: str,
-    wish: tuple[str, str],
+    wish: str,
     gpu: MeasuredGpu,
     demo_bundle: Path,
     host: Host,
@@ -305,9 +305,8 @@ def test_engines_on_the_gpu(
 ) -> None:
     require(gpu.capability, dtype, weights)
     path = Path(shutil.copytree(demo_bundle, tmp_path / "demo.bundle"))
-    target, plugins = wish
-    options = {"dtype": dtype, "weights": weights, "layout": layout, "plugins": plugins}
-    built = build_trt_target(path, target, max_context=MAX_CONTEXT, **options)
+    options = {"dtype": dtype, "weights": weights, "layout": layout}
+    built = build_trt_target(path, wish, max_context=MAX_CONTEXT, **options)
     limits = limits_of(dtype, weights)
     if layout == "step":
         with Session.open(path, target=built.name) as session:

@@ -321,8 +321,6 @@ def _targets(capability: int) -> Iterator[tuple[str, str | None, str, list[str]]
         yield "tensorrt-rtx", rtx if served else None, f"{rtx}-fp16{suffix}", chosen
         trt = f"trt-sm{capability}-fp16{suffix}"
         yield "tensorrt", "trt-this-gpu", trt, chosen
-        yield "tensorrt", "trt-this-gpu", f"{trt}-aot", [*chosen, "--plugins", "aot"]
-    yield "ort-tensorrt", "ort-cuda", "ort-cuda-fp32-tensorrt", ["--dtype", "fp32", "--provider", "tensorrt"]
 
 
 def _steps(title: str, commands: Sequence[Sequence[str]], run: Runner) -> Section:

@@ -81,12 +81,6 @@ def test_both_attentions_from_an_empty_cache_on(
             assert (lowered.score(ids).depth == exact.score(ids).depth).all()
 
 
-def test_the_tensorrt_provider_gets_no_graphs_for_several(bundle: Path) -> None:
-    """Its engines are for one sequence."""
-    made = build_ort_cuda_target(bundle, dtype="fp32", provider="tensorrt")
-    assert tuple(made.manifest.targets["ort-cuda-fp32-tensorrt"].graphs) == STAGES
-
-
 @pytest.mark.parametrize(("dtype", "weights"), FORMS)
 def test_only_ops_that_have_a_cuda_kernel(bundle: Path, dtype: str, weights: str) -> None:
     made = build_ort_cuda_target(bundle, dtype=dtype, weights=weights)
@@ -177,13 +171,11 @@ def test_a_bundle_of_float16_shares_its_weights(exported: Callable[..., Path], t
     assert 0 < np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 0.1
 
 
-def test_the_provider_is_in_the_name_and_in_the_manifest(bundle: Path) -> None:
-    build_ort_cuda_target(bundle, dtype="fp32")
-    targets = build_ort_cuda_target(bundle, dtype="fp32", provider="tensorrt").manifest.targets
+def test_the_provider_is_in_the_manifest(bundle: Path) -> None:
+    targets = build_ort_cuda_target(bundle, dtype="fp32").manifest.targets
     assert {name: target.providers for name, target in targets.items()} == {
         "ort-cpu": ("CPUExecutionProvider",),
         "ort-cuda-fp32": ("CUDAExecutionProvider",),
-        "ort-cuda-fp32-tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider"),
     }
 
 
@@ -203,9 +195,6 @@ def test_built_again_it_replaces_its_files(bundle: Path) -> None:
         ({"weights": "fp8"}, "weights is 'fp8', expected one of none, int8, int4"),
         ({"dtype": "fp32", "weights": "int4"}, "no fp32 form: build int4 with --dtype fp16"),
         ({"block": 64}, "weights none rounds nothing: leave it out"),
-        ({"provider": "tensorrt"}, "halting included: build it with --dtype fp32 --weights none, or leave --provider"),
-        ({"provider": "tensorrt", "dtype": "fp32", "weights": "int4"}, "build it with --dtype fp32 --weights none"),
-        ({"provider": "rocm", "dtype": "fp32"}, "provider is 'rocm', expected one of cuda, tensorrt"),
         ({"weights": "int8", "block": 32}, "block is 32, expected one of 64, 128"),
         ({"weights": "int8", "block": 128}, "rows of 64 values do not divide into blocks of 128"),
     ],

@@ -23,9 +23,6 @@ from mythos_edge.model.layout import load_network
 from mythos_edge.model.loop import Halting, LoopState
 from mythos_edge.model.manifest import WEIGHTS_FILE
 from mythos_edge.model.network import Network
-from mythos_edge.plugins import launches
-from mythos_edge.plugins.kernels.variants import VARIANTS
-from mythos_edge.plugins.op_pieces import PIECES
 from mythos_edge.runtime.backend import ort_session
 
 Arrays = dict[str, np.ndarray]
@@ -41,7 +38,7 @@ FLOATS = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.Dat
 
 @pytest.fixture(scope="module")
 def lower(exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lower]:
-    """``lower(name, dtype, layout, weights, plugins)``: each lowering made once, and each dtype traced once."""
+    """``lower(name, dtype, layout, weights)``: each lowering made once, and each dtype traced once."""
     made: dict[Any, LoweredForTensorRT] = {}
     traced: dict[Any, dict[str, ir.Model]] = {}
     trace = trt_lowering._traced
@@ -52,13 +49,11 @@ def lower(exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactor
             traced[key] = trace(bundle, folder, options)
         return {stage: model.clone() for stage, model in traced[key].items()}
 
-    def lowered(
-        name: str, dtype: str, layout: str = "step", weights: str = "none", plugins: str = "python"
-    ) -> LoweredForTensorRT:
-        key = (name, dtype, layout, weights, plugins)
+    def lowered(name: str, dtype: str, layout: str = "step", weights: str = "none") -> LoweredForTensorRT:
+        key = (name, dtype, layout, weights)
         if key not in made:
             folder = tmp_path_factory.mktemp("-".join(key))
-            options = EngineOptions(dtype, layout, weights, CONTEXT, ROWS, plugins)
+            options = EngineOptions(dtype, layout, weights, CONTEXT, ROWS)
             made[key] = lower_for_tensorrt(open_bundle(exported(CHECKPOINTS[name])), folder, options)
             copy_links(folder)
         return made[key]
@@ -257,23 +252,6 @@ def test_experts_are_padded(weights: str, lower: Lower, networks: Any) -> None:
     assert_near(Driver(lowered, network, 3).run([7, 1, 5]), eager(network, head), "fp32")
 
 
-@pytest.mark.parametrize(("dtype", "weights"), [("fp32", "none"), ("fp16", "none"), ("fp32", "int4"), ("fp16", "int8")])
-@pytest.mark.parametrize("layout", ["step", "loop"])
-def test_pieces_are_the_ops_they_make_up(
-    lower: Lower, networks: Any, golden_name: str, layout: str, dtype: str, weights: str, monkeypatch: Any
-) -> None:
-    """Ahead-of-time plugins, with the context in parts: four of 18 columns."""
-    monkeypatch.setattr(launches, "_SPLIT_COLUMNS", 18)
-    network = networks(golden_name)
-    kinds = (golden_name, dtype, layout, weights)
-
-    def scored(lowered: LoweredForTensorRT) -> tuple[np.ndarray, np.ndarray]:
-        return run_loop(lowered, network) if layout == "loop" else Driver(lowered, network, 9).run([5, 1, 1, 6])
-
-    whole, pieces = scored(lower(*kinds)), scored(lower(*kinds, "aot"))
-    assert_near(pieces, whole, dtype)
-
-
 def _is_rounded(name: str) -> bool:
     kept = ("rope.", "lora", "key_up", "value_up", "router", "halt", "table")
     return not any(part in name for part in kept)
@@ -411,36 +389,6 @@ def test_what_becomes_a_plugin(
                 assert ("plugin_namespace" in node.attributes) == is_plugin
                 assert node.op_type != "SparseMoE" or len(node.inputs) == 5
     assert found == ops
-
-
-def test_what_becomes_an_ahead_of_time_plugin(lower: Lower, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every op in pieces of one kernel; a single part of attention needs no merging."""
-    experts = {"RouterLogits": 1, "RouterTopK": 1, "ExpertsGateUp": 1, "ExpertsDown": 1}
-    rounded = {f"{name}{'Codes' if name.startswith('Experts') else ''}": count for name, count in experts.items()}
-    attention = {"LatentAttentionPart": 4, "MergeSplits": 4}
-    for splits, kind, wanted in (
-        (1, ("mla-small", "bf16", "loop", "none"), experts | {"LatentAttentionPart": 4}),
-        (1, ("mla-small", "bf16", "step", "int4"), rounded),
-        (1, ("gqa-small", "bf16", "loop", "none"), experts),
-        (4, ("mla-small", "fp32", "step", "fp8"), rounded | attention),
-    ):
-        monkeypatch.setattr(launches, "_SPLIT_COLUMNS", (CONTEXT + ROWS) // splits)
-        lowered = lower(*kind, "aot")
-        nodes = [node for path in lowered.graphs.values() for node in ir.load(path).graph.all_nodes()]
-        pieces = [node for node in nodes if node.op_type in PIECES]
-        assert Counter(node.op_type for node in pieces) == wanted
-        assert sum(lowered.plugins.values()) == len(pieces)
-        assert {node.attributes["plugin_namespace"].as_string() for node in pieces} == {"mythos"}
-        assert {node.attributes["kernel"].as_string() for node in pieces} <= set(VARIANTS)
-        parts = [node for node in pieces if node.op_type == "LatentAttentionPart"]
-        assert {node.attributes["splits"].as_int() for node in parts} <= {splits}
-
-
-def test_a_piece_without_a_kernel_is_refused(lower: Lower, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it is for plugins in Python."""
-    monkeypatch.setattr(launches.table, "MAX_EXPERTS", 2)
-    with pytest.raises(BuildError, match="the best 2 of 8 experts have no kernel, expected at most 2 experts"):
-        lower("mla-small", "fp16", "step", "fp8", "aot")
 
 
 def test_rules_of_the_loop(lower: Lower) -> None:

@@ -192,8 +192,6 @@ def test_a_build_over_another_that_is_interrupted_leaves_a_sound_bundle(
         ("rtx-sm89", {"max_rows": 0}, "max_rows is 0, expected 1 to max_context, which is 256"),
         ("rtx-sm89", {"max_rows": 9, "max_context": 8}, "max_rows is 9, expected 1 to max_context, which is 8"),
         ("rtx-sm89", {"max_rows": 8, "layout": "loop"}, "max_rows is for the step layout"),
-        ("rtx-sm89", {"plugins": "c++"}, "plugins is 'c++', expected one of python, aot"),
-        ("rtx-sm89", {"plugins": "aot"}, "TensorRT for RTX has no ahead-of-time plugins, only TensorRT has: build for"),
     ],
 )
 def test_bad_wishes_are_refused_in_one_line(demo_bundle: Path, wish: str, options: Any, message: str) -> None:
@@ -229,8 +227,7 @@ def test_names_say_what_is_computed(demo_bundle: Path) -> None:
     loop = options_from(bundle, layout="loop", max_context=40)
     assert target_name(gpus, loop) == "rtx-sm86+sm120-fp16-loop"
     assert (loop.max_context, loop.max_rows) == (40, 40)
-    ahead = options_from(bundle, weights="int8", plugins="aot")
-    assert target_name(Gpus("trt", (90,)), ahead) == "trt-sm90-fp16-int8-aot"
+    assert target_name(Gpus("trt", (90,)), options_from(bundle, weights="int8")) == "trt-sm90-fp16-int8"
     assert options_from(bundle).max_rows == 64
     assert options_from(bundle, max_context=20).max_rows == 20
 

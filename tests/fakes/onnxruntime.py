@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 from fakes.driver import FakeDriver
 
-from mythos_edge.model.manifest import CPU_PROVIDER, CUDA_PROVIDER, TENSORRT_PROVIDER
+from mythos_edge.model.manifest import CPU_PROVIDER, CUDA_PROVIDER
 from mythos_edge.runtime.backend import import_onnxruntime
-from mythos_edge.runtime.packing import ROWS
 
 _ALIGNMENT = 256
 
@@ -38,24 +37,21 @@ class Part:
 class FakeOnnxruntime:
     """The module. ``asked`` are the providers of each session with their options, and its own config entry.
 
-    ``without`` providers cannot be loaded. ``on_host`` are inputs that graphs read on the host. ``builds`` counts the
-    engines that the TensorRT provider makes for a wider range of shapes, each a file. ``ran`` are the files of the
-    graphs that ran. Runs of the stage ``fails_at`` fail, and all where less than ``scratch_bytes`` are free.
+    ``without`` providers cannot be loaded. ``on_host`` are inputs that graphs read on the host. ``ran`` are the files
+    of the graphs that ran. Runs of the stage ``fails_at`` fail, and all where less than ``scratch_bytes`` are free.
     """
 
     driver: FakeDriver
     __version__: str = "1.31.1"
-    available: tuple[str, ...] = (TENSORRT_PROVIDER, CUDA_PROVIDER, CPU_PROVIDER)
+    available: tuple[str, ...] = (CUDA_PROVIDER, CPU_PROVIDER)
     without: tuple[str, ...] = ()
     parts: tuple[Part, ...] = (
-        Part(TENSORRT_PROVIDER, ["MatMul"]),
         Part(CUDA_PROVIDER, ["Gemm", "MoE"]),
         Part(CPU_PROVIDER, ["on_shapes/Squeeze", "on_shapes/x/Concat"]),
     )
     on_host: frozenset[str] = frozenset(["row_counts"])
     asked: list[tuple[dict[str, dict[str, str]], str]] = field(default_factory=list)
     sessions: list["weakref.ref[FakeSession]"] = field(default_factory=list)
-    builds: int = 0
     ran: list[str] = field(default_factory=list)
     fails_at: str | None = None
     scratch_bytes: int = 0
@@ -102,7 +98,6 @@ class FakeSession:
         shared = all("user_compute_stream" in options for options in providers.values()) and len(streams) == 1
         self.stream = streams.pop() if shared else None
         assert self.stream is None or self.stream in self.driver._streams
-        self._ranges: dict[str, dict[str, tuple[int, int]]] = {}
 
     def __del__(self) -> None:
         assert self.stream is None or self.stream in self.driver._streams, "a session outlives its stream"
@@ -139,7 +134,6 @@ class FakeSession:
             assert output == other or not _overlap(outputs[output], (inputs | outputs)[other]), (output, other)
         # What the host reads it reads now.
         now = {name: place.values() for name, place in inputs.items() if place.device == "cpu"}
-        self._widen(inputs)
 
         def run() -> None:
             feeds = now | {name: place.values(self.driver) for name, place in inputs.items() if name not in now}
@@ -154,37 +148,6 @@ class FakeSession:
             self.driver._queue(self.stream, "run", run)
             if waits:
                 self.driver.synchronize(self.stream)
-
-    def _widen(self, inputs: dict[str, "Place"]) -> None:
-        """The TensorRT provider's engines, each for the range of sizes that it has met: one for what always runs.
-
-        And one for each branch of the attention, as far as that would go: with cached columns or without, and among
-        several rows or for one. What is a size in one graph is a value in another, as the rows that ran before.
-        """
-        if TENSORRT_PROVIDER not in self._providers:
-            return
-        shapes = {name: place.shape for name, place in inputs.items()}
-        always = {f"{name}.{axis}": size for name, shape in shapes.items() for axis, size in enumerate(shape)}
-        chunk = shapes[ROWS[self._stage]][1]
-        context = next(shape[1] for name, shape in shapes.items() if name.startswith("past"))
-        if self._stage == "step":
-            always["rows before"] = chunk - shapes["depth"][1]
-        cached = {"chunk": chunk, "context": context, "both": chunk + context}
-        met = {
-            "always": always,
-            "cached" if context else "alone": cached,
-            "several rows" if chunk > 1 else "one row": {"chunk": chunk},
-        }
-        for branch, sizes in met.items():
-            before = self._ranges.get(branch, {})
-            self._ranges[branch] = {
-                name: (min(size, before.get(name, (size, size))[0]), max(size, before.get(name, (size, size))[1]))
-                for name, size in sizes.items()
-            }
-            if self._ranges[branch] != before:
-                self.ort.builds += 1
-                folder = Path(self._providers[TENSORRT_PROVIDER]["trt_engine_cache_path"])
-                (folder / f"{self._stage} {branch}.engine").write_bytes(b"")
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,10 @@ from mythos_edge.exporter.trt_lowering import EngineOptions, lower_for_tensorrt
 from mythos_edge.exporter.trt_target import Gpus, target_name
 from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.bundle_writer import record_of, update_manifest
-from mythos_edge.model.errors import BackendUnavailable
 from mythos_edge.model.manifest import EngineSpec, Profile, TargetSpec
 from mythos_edge.plugins import kernel_store, trt_bindings, trt_plugins
 from mythos_edge.plugins.cuda_driver import Driver
-from mythos_edge.runtime import ort_gpu_session, ort_tensorrt_backend
+from mythos_edge.runtime import ort_cuda_backend
 
 MAX_ROWS = 6
 MAX_CONTEXT = 48
@@ -34,16 +33,16 @@ KERNELS = "ef" * 32
 def engine_bundle(exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """``engine_bundle(checkpoint, dtype)``: a bundle with the target ``rtx-sm89-<dtype>`` whose engines are fakes.
 
-    With ``layout="loop"`` it is ``rtx-sm89-<dtype>-loop``, with ``plugins="aot"`` it is ``rtx-sm89-<dtype>-aot``.
+    With ``layout="loop"`` it is ``rtx-sm89-<dtype>-loop``.
     """
-    made: dict[tuple[Path, str, str, str], Path] = {}
+    made: dict[tuple[Path, str, str], Path] = {}
 
-    def build(checkpoint: Path, dtype: str, layout: str = "step", plugins: str = "python") -> Path:
-        key = (checkpoint, dtype, layout, plugins)
+    def build(checkpoint: Path, dtype: str, layout: str = "step") -> Path:
+        key = (checkpoint, dtype, layout)
         if key not in made:
             path = tmp_path_factory.mktemp("engines") / "with.bundle"
             shutil.copytree(exported(checkpoint), path)
-            _add_target(path, EngineOptions(dtype, layout, "none", MAX_CONTEXT, MAX_ROWS, plugins))
+            _add_target(path, EngineOptions(dtype, layout, "none", MAX_CONTEXT, MAX_ROWS))
             made[key] = path
         return made[key]
 
@@ -82,7 +81,6 @@ def _add_target(path: Path, options: EngineOptions) -> None:
             max_context=MAX_CONTEXT,
             max_rows=MAX_ROWS,
             profiles=(Profile(1, 1), Profile(MAX_ROWS, MAX_ROWS)),
-            plugins=options.plugins,
             plugin_layers=lowered.plugins,
             kernels=KERNELS,
         ),
@@ -180,8 +178,7 @@ def targets(mla_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _with_targets(bundle: Path, folder: Path) -> Path:
     path = Path(shutil.copytree(bundle, folder / "with.bundle"))
-    for provider in ("cuda", "tensorrt"):
-        build_ort_cuda_target(path, dtype="fp32", provider=provider)
+    build_ort_cuda_target(path, dtype="fp32")
     return path
 
 
@@ -193,24 +190,14 @@ def bundle(demo_bundle: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def installed(
-    fake_gpu: FakeDriver, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Iterator[Callable[..., FakeOnnxruntime]]:
+def installed(fake_gpu: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., FakeOnnxruntime]]:
     """``installed(**options)``: onnxruntime-gpu as ``FakeOnnxruntime`` is; all that it opened is given back."""
 
     def install(**options: Any) -> FakeOnnxruntime:
         fake = FakeOnnxruntime(fake_gpu, **options)
-        monkeypatch.setattr(ort_gpu_session, "import_onnxruntime", lambda: fake)
+        monkeypatch.setattr(ort_cuda_backend, "import_onnxruntime", lambda: fake)
         return fake
 
-    def none(flavour: str) -> None:
-        raise BackendUnavailable("tensorrt cannot be imported", "pip install tensorrt")
-
-    monkeypatch.setattr(trt_bindings, "load", none)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
-    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "")
-    # Chunks of a few rows, so that small prompts have parts.
-    monkeypatch.setattr(ort_tensorrt_backend, "MAX_ROWS", 5)
     yield install
     gc.collect()
     assert fake_gpu.live_bytes == 0

@@ -4,7 +4,6 @@ The graphs run on the CPU's kernels; see ``fakes.onnxruntime`` for what is as st
 """
 
 import gc
-import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,34 +16,31 @@ import numpy as np
 import pytest
 from fakes.driver import FakeDriver
 from fakes.onnxruntime import FakeOnnxruntime, Part
-from ort_gpu import CUDA, PROMPT, TENSORRT, kept_engines, random_prompt
 
 from mythos_edge.exporter.ort_cuda_target import build_ort_cuda_target, target_name
 from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.bundle_writer import update_manifest
 from mythos_edge.model.errors import BackendUnavailable, BundleError, CapacityError, MythosEdgeError, UsageError
-from mythos_edge.model.manifest import CPU_PROVIDER, CUDA_PROVIDER, TENSORRT_PROVIDER
+from mythos_edge.model.manifest import CPU_PROVIDER, CUDA_PROVIDER
 from mythos_edge.plugins.cuda_driver import Driver
-from mythos_edge.runtime import ort_gpu_session, ort_tensorrt_backend, parity
+from mythos_edge.runtime import parity
 from mythos_edge.runtime.backend import BoundGraph, OrtBackend, import_onnxruntime
-from mythos_edge.runtime.ort_cuda_backend import OrtCudaBackend
-from mythos_edge.runtime.ort_gpu_session import gpu_session
-from mythos_edge.runtime.ort_tensorrt_backend import OrtTensorrtBackend
+from mythos_edge.runtime.ort_cuda_backend import OrtCudaBackend, gpu_session
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import cli
 
+CUDA = "ort-cuda-fp32"
+PROMPT = [90, 90, 91, 15]
 
-@pytest.fixture(params=[CUDA, TENSORRT])
-def target(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+
+def random_prompt(session: Session, count: int) -> list[int]:
+    return np.random.default_rng(3).integers(0, session.config.vocab_size, count).tolist()
 
 
 @pytest.mark.parametrize("policy", ["exact", "full", "last"])
-def test_tokens_are_those_of_the_host(
-    policy: str, target: str, targets: Path, installed: Callable[..., FakeOnnxruntime]
-) -> None:
+def test_tokens_are_those_of_the_host(policy: str, targets: Path, installed: Callable[..., FakeOnnxruntime]) -> None:
     installed()
-    with Session.open(targets) as host, Session.open(targets, target=target) as session:
+    with Session.open(targets) as host, Session.open(targets, target=CUDA) as session:
         # The caches grow beyond their first columns.
         options: dict[str, Any] = {"max_new_tokens": 9, "policy": policy}
         for count in (11, 70):
@@ -67,23 +63,21 @@ def test_validate_compares_with_fp32(
 
 
 def test_scores_are_those_of_the_reference(
-    target: str, golden_targets: Path, golden: dict[str, np.ndarray], installed: Callable[..., FakeOnnxruntime]
+    golden_targets: Path, golden: dict[str, np.ndarray], installed: Callable[..., FakeOnnxruntime]
 ) -> None:
     """Both attentions, in one chunk and one position at a time."""
     installed()
     allowed = parity.NOISE_FACTOR * golden["upstream_fp32_error"].max()
-    with Session.open(golden_targets, target=target) as session:
+    with Session.open(golden_targets, target=CUDA) as session:
         for prefill in (None, int(golden["prefill"])):
             score = session.score(golden["ids"], prefill=prefill, max_depth=int(golden["n_loops"]))
             assert np.abs(score.logits - golden["logits"]).max() <= allowed
             assert (score.depth == golden["depth"]).all()
 
 
-def test_several_sequences_share_runs_as_on_the_host(
-    target: str, targets: Path, installed: Callable[..., FakeOnnxruntime]
-) -> None:
+def test_several_sequences_share_runs_as_on_the_host(targets: Path, installed: Callable[..., FakeOnnxruntime]) -> None:
     fake = installed()
-    with Session.open(targets) as host, Session.open(targets, target=target) as session:
+    with Session.open(targets) as host, Session.open(targets, target=CUDA) as session:
         prompts = [random_prompt(host, count) for count in (3, 8, 1, 12)]
         wanted, made = (one.generate(prompts, max_new_tokens=6, policy="full") for one in (host, session))
         assert [one.ids for one in made] == [one.ids for one in wanted]
@@ -92,32 +86,29 @@ def test_several_sequences_share_runs_as_on_the_host(
         assert [(one.ids, one.depths) for one in made] == [(one.ids, one.depths) for one in wanted]
         steps = [name for name in fake.ran if name.startswith("step.")]
         shared = [name for name in steps if name.endswith(".many.onnx")]
-        if target == CUDA:
-            # Whoever runs alone takes one for each call.
-            assert shared
-            assert len(steps) < sum(one.block_calls for one in made)
-        else:
-            assert not shared
+        # Whoever runs alone takes one for each call.
+        assert shared
+        assert len(steps) < sum(one.block_calls for one in made)
 
 
-def test_drafts_are_those_of_the_host(target: str, targets: Path, installed: Callable[..., FakeOnnxruntime]) -> None:
+def test_drafts_are_those_of_the_host(targets: Path, installed: Callable[..., FakeOnnxruntime]) -> None:
     installed()
     options: dict[str, Any] = {"max_new_tokens": 12, "draft_depth": 1, "draft_tokens": 3}
-    with Session.open(targets) as host, Session.open(targets, target=target) as session:
+    with Session.open(targets) as host, Session.open(targets, target=CUDA) as session:
         wanted, made = (one.generate(random_prompt(host, 9), **options) for one in (host, session))
         assert (made.ids, made.depths) == (wanted.ids, wanted.depths)
         assert made.drafted > 0
 
 
 def test_a_saved_sequence_goes_on_here_and_on_the_host(
-    target: str, targets: Path, installed: Callable[..., FakeOnnxruntime], tmp_path: Path
+    targets: Path, installed: Callable[..., FakeOnnxruntime], tmp_path: Path
 ) -> None:
     installed()
-    with Session.open(targets, target=target) as session:
+    with Session.open(targets, target=CUDA) as session:
         whole = session.generate(random_prompt(session, 5), max_new_tokens=8).ids
         first = session.generate(random_prompt(session, 5), max_new_tokens=4).ids
         session.save(tmp_path / "saved.npz")
-    for one in (target, None):
+    for one in (CUDA, None):
         with Session.open(targets, target=one) as session:
             session.restore(tmp_path / "saved.npz")
             assert first + session.generate([], resume=True, max_new_tokens=4).ids == whole
@@ -162,36 +153,17 @@ def test_another_thread_may_go_on(bundle: Path, installed: Callable[..., FakeOnn
         assert thread.submit(session.generate, PROMPT, max_new_tokens=4).result().ids == here.ids
 
 
-def test_what_sessions_are_told(
-    targets: Path, target: str, installed: Callable[..., FakeOnnxruntime], driver: FakeDriver, tmp_path: Path
-) -> None:
+def test_what_sessions_are_told(targets: Path, installed: Callable[..., FakeOnnxruntime], driver: FakeDriver) -> None:
     fake = installed()
-    with Session.open(targets, target=target) as session:
-        assert type(session.backend) is (OrtCudaBackend if target == CUDA else OrtTensorrtBackend)
+    with Session.open(targets, target=CUDA) as session:
+        assert type(session.backend) is OrtCudaBackend
         shared = {
             "device_id": "0",
             "has_user_compute_stream": "1",
             "user_compute_stream": str(session.backend.memory.stream),
         }
     cuda = {CUDA_PROVIDER: shared | {"use_tf32": "0"}}
-    if target == CUDA:
-        assert fake.asked == [(cuda, "1")] * 3
-        return
-    (folder,) = kept_engines(tmp_path)
-    private = str(folder.with_name(f".{folder.name}.partial-{os.getpid()}"))
-    own = {
-        "trt_engine_cache_enable": "1",
-        "trt_engine_cache_path": private,
-        "trt_timing_cache_enable": "1",
-        "trt_timing_cache_path": private,
-    }
-    assert fake.asked == [({TENSORRT_PROVIDER: shared | own} | cuda, "1")] * 3
-    assert list(fake.asked[0][0]) == [TENSORRT_PROVIDER, CUDA_PROVIDER]
-    assert ort_gpu_session.os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
-    # Whoever comes later finds them.
-    Session.open(targets, target=target).close()
-    assert fake.asked[3][0][TENSORRT_PROVIDER]["trt_engine_cache_path"] == str(folder)
-    assert kept_engines(tmp_path) == [folder]
+    assert fake.asked == [(cuda, "1")] * 3
 
 
 def test_the_providers_decide_the_backend(
@@ -212,17 +184,15 @@ def test_the_providers_decide_the_backend(
 
 
 @pytest.mark.parametrize(
-    ("target", "options", "message"),
+    ("options", "message"),
     [
         (
-            CUDA,
             {"available": (CPU_PROVIDER,)},
             r"is the build for CPUs .*: run `pip uninstall --yes onnxruntime && pip",
         ),
-        (CUDA, {"__version__": "1.27.2"}, r"onnxruntime-gpu is 1.27.2, expected 1.31 or newer.*run `pip install --upg"),
-        (CUDA, {"without": (CUDA_PROVIDER,)}, r"could not load its CUDAExec.*: .*No such file.*run `pip install"),
+        ({"__version__": "1.27.2"}, r"onnxruntime-gpu is 1.27.2, expected 1.31 or newer.*run `pip install --upg"),
+        ({"without": (CUDA_PROVIDER,)}, r"could not load its CUDAExec.*: .*No such file.*run `pip install"),
         (
-            CUDA,
             {
                 "parts": (
                     Part(CUDA_PROVIDER, ["Gemm"]),
@@ -231,30 +201,15 @@ def test_the_providers_decide_the_backend(
             },
             r"(step|prelude).*onnxruntime-gpu 1.31.1 has no CUDA kernel for Concat, Gather, QMoE, and",
         ),
-        (CUDA, {"parts": (Part(CPU_PROVIDER, ["on_shapes/Squeeze"]),)}, "CUDAExecutionProvider takes no node of it"),
-        (
-            TENSORRT,
-            {"without": (TENSORRT_PROVIDER,)},
-            r"could not load its Tensorrt.*: run `pip install 'tensorrt<11'`",
-        ),
-        (
-            TENSORRT,
-            {"parts": (Part(CUDA_PROVIDER, ["Gemm"]),)},
-            r"prelude.*TensorrtExecutionProvider takes no node of it: build",
-        ),
-        (
-            TENSORRT,
-            {"parts": (Part(CUDA_PROVIDER, ["Gemm"]), Part(TENSORRT_PROVIDER, ["Add"]))},
-            r"prelude.*TensorrtExecutionProvider takes no product of it: build",
-        ),
+        ({"parts": (Part(CPU_PROVIDER, ["on_shapes/Squeeze"]),)}, "CUDAExecutionProvider takes no node of it"),
     ],
 )
 def test_what_is_missing_is_said_in_one_line(
-    target: str, targets: Path, installed: Callable[..., FakeOnnxruntime], options: dict[str, Any], message: str
+    targets: Path, installed: Callable[..., FakeOnnxruntime], options: dict[str, Any], message: str
 ) -> None:
     installed(**options)
     with pytest.raises(BackendUnavailable, match=message) as caught:
-        Session.open(targets, target=target)
+        Session.open(targets, target=CUDA)
     assert "\n" not in str(caught.value)
 
 
@@ -411,19 +366,14 @@ def test_the_build_for_cpus_is_refused(bundle: Path) -> None:
     if CUDA_PROVIDER in import_onnxruntime().get_available_providers():
         pytest.skip("onnxruntime-gpu is installed")
     with pytest.raises(BackendUnavailable, match="onnxruntime-gpu"):
-        gpu_session(bundle / "step.ort-cuda-fp32.onnx", {CUDA_PROVIDER: {}})
+        gpu_session(bundle / "step.ort-cuda-fp32.onnx", {})
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
-def test_parity_on_the_gpu(provider: str, bundle: Path) -> None:
+def test_parity_on_the_gpu(bundle: Path) -> None:
     if CUDA_PROVIDER not in import_onnxruntime().get_available_providers():
         pytest.skip("onnxruntime-gpu is not installed")
-    if provider == "tensorrt" and not ort_tensorrt_backend.tensorrt_version():
-        pytest.skip("TensorRT 10 is not installed")
-    build_ort_cuda_target(bundle, dtype="fp32", provider=provider)
-    name = CUDA if provider == "cuda" else TENSORRT
-    with Session.open(bundle, target=name) as gpu, Session.open(bundle) as cpu:
+    with Session.open(bundle, target=CUDA) as gpu, Session.open(bundle) as cpu:
         wanted, found = (one.score([[90, 90, 91, 15, 3]], policy="full").logits for one in (cpu, gpu))
         assert abs(found - wanted).max() < 1e-3 * abs(wanted).max()
         options: dict[str, Any] = {"max_new_tokens": 9, "stop_ids": ()}

@@ -18,7 +18,7 @@ from mythos_edge.model.checkpoint import open_checkpoint
 from mythos_edge.model.errors import BackendUnavailable, BundleError, CapacityError, MythosEdgeError, UsageError
 from mythos_edge.model.layout import load_network
 from mythos_edge.model.stages import STAGES
-from mythos_edge.plugins import kernel_store, trt_plugins
+from mythos_edge.plugins import kernel_store
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.runtime import parity
 from mythos_edge.runtime.backend import OrtBackend
@@ -92,18 +92,6 @@ def test_scores_are_those_of_the_reference(
                 error = np.linalg.norm(score.logits - wanted, axis=-1) / np.linalg.norm(golden["logits"], axis=-1)
                 assert np.median(error) < FP16_ERROR
     assert driver.live_bytes == 0
-
-
-def test_engines_with_plugins_ahead_of_time_need_none_of_ours(
-    engine_bundle: Callable[..., Path], trt: FakeTensorRT, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    registered = list[Any]()
-    monkeypatch.setattr(trt_plugins, "register", registered.append)
-    path = engine_bundle(FIXTURES / "mla-small", "fp32", plugins="aot")
-    with Session.open(path) as host, _session(path, "fp32-aot", driver) as session:
-        wanted, made = (one.generate(_prompt(host, 11), max_new_tokens=9) for one in (host, session))
-    assert (made.ids, made.depths) == (wanted.ids, wanted.depths)
-    assert not registered
 
 
 @pytest.mark.parametrize("policy", ["exact", "full", "last"])

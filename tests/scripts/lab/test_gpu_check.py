@@ -92,7 +92,7 @@ def test_slow_kernels_are_below_the_aim_and_do_not_fail(reached: list[bool], sta
 
 
 def _facts(*there: str) -> dict[str, Any]:
-    kinds = ("ort-cuda", "ort-tensorrt", "tensorrt-rtx", "tensorrt")
+    kinds = ("ort-cuda", "tensorrt-rtx", "tensorrt")
     return {"can": {kind: {"ok": kind in there, "install": f"pip install {kind}"} for kind in kinds}}
 
 
@@ -108,7 +108,7 @@ def test_targets_are_built_and_validated_or_skipped_with_a_reason(tmp_path: Path
         plan = list(gpu_check.planned_targets(facts, capability, tmp_path, run))
         return {section.title: section for section in gpu_check.done(plan)}
 
-    sections = found(_facts("ort-cuda", "ort-tensorrt", "tensorrt"), 90)
+    sections = found(_facts("ort-cuda", "tensorrt"), 90)
     assert sections["target rtx-sm90-fp16"].reason == "TensorRT for RTX does not serve sm90"
     assert sections["target ort-cuda-fp16"].status == sections["target trt-sm90-fp16"].status == "ok"
     assert (sections["target ort-cuda-fp16-int4"].status, sections["target ort-cuda-fp16-int4"].reason) == (
@@ -118,10 +118,7 @@ def test_targets_are_built_and_validated_or_skipped_with_a_reason(tmp_path: Path
     bundle = tmp_path / "demo.bundle"
     assert f"build {bundle} --target trt-this-gpu --dtype fp16 --weights int4" in commands
     assert f"validate {bundle} --against fp32 --target trt-sm90-fp16" in commands
-    assert f"build {bundle} --target trt-this-gpu --dtype fp16 --weights none --plugins aot" in commands
-    assert f"validate {bundle} --against fp32 --target trt-sm90-fp16-int4-aot" in commands
-    assert f"build {bundle} --target ort-cuda --dtype fp32 --provider tensorrt" in commands
-    assert sections["target ort-cuda-fp32-tensorrt"].status == "ok"
+    assert f"validate {bundle} --against fp32 --target trt-sm90-fp16-int4" in commands
     assert sections["tests marked gpu"].status == "ok"
     assert commands[-1].startswith("-q -rs -m gpu")
     none = found(_facts(), 89)

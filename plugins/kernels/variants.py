@@ -4,17 +4,12 @@ The grid is text, evaluated with the sizes of a call from left to right, where `
 ``"rows*top_k/32+experts"``. ``scripts/build_kernels`` writes the table into the manifest; ``launches`` reads it here.
 """
 
-import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 _TOKEN = r"\w+|[*/+]"
-_OPERATIONS: dict[str, Callable[[int, int], int]] = {
-    "*": operator.mul,
-    "+": operator.add,
-    "/": lambda total, size: -(-total // size),
-}
 FLOATS = ("fp16", "bf16", "fp32")
 CODES = ("int8", "int4", "fp8")
 TILE_ROWS = 32
@@ -69,17 +64,27 @@ class Variant:
         return replace(self, constants={**self.constants, **depth}, warps=8, stages=1)
 
 
-def grid_size(rule: str, sizes: Mapping[str, int]) -> int:
-    """The number of programs ``rule`` asks for along one axis; a division rounds up."""
-    first, *rest = re.findall(_TOKEN, rule)
-    total = _number(first, sizes)
-    for operation, token in zip(rest[::2], rest[1::2], strict=True):
-        total = _OPERATIONS[operation](total, _number(token, sizes))
+def ceiling(total: int, divisor: int) -> int:
+    """The quotient rounded up."""
+    return -(-total // divisor)
+
+
+def grid_size(rule: str, sizes: Mapping[str, Any], divide: Callable[[Any, Any], Any] = ceiling) -> Any:
+    """The number of programs ``rule`` asks for along one axis.
+
+    Sizes may be expressions of a compiler's where ``divide`` is its division rounded up, of which one is an expression.
+    """
+    first, *rest = [int(token) if token.isdigit() else sizes.get(token, token) for token in re.findall(_TOKEN, rule)]
+    total = first
+    for operation, size in zip(rest[::2], rest[1::2], strict=True):
+        # Expressions want to stand left of an operator.
+        left, right = (size, total) if isinstance(total, int) else (total, size)
+        if operation == "/":
+            numbers = isinstance(total, int) and isinstance(size, int)
+            total = ceiling(total, size) if numbers else divide(total, size)
+        else:
+            total = left * right if operation == "*" else left + right
     return total
-
-
-def _number(token: str, sizes: Mapping[str, int]) -> int:
-    return int(token) if token.isdigit() else sizes[token]
 
 
 def _arguments(text: str, dtype: str) -> tuple[tuple[str, str], ...]:

@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 from mythos_edge.model.bundle import Bundle, open_bundle
 from mythos_edge.model.errors import CapacityError, UsageError
 from mythos_edge.plugins.cuda_driver import Driver
-from mythos_edge.runtime.device import DeviceMemory
+from mythos_edge.runtime.backends.device import DeviceMemory
+from mythos_edge.runtime.backends.trt_engine import Runtime
 from mythos_edge.runtime.halting import Depth, Policy
 from mythos_edge.runtime.options import DepthOptions
 from mythos_edge.runtime.prompts import checked_ids
 from mythos_edge.runtime.request_values import check_names
 from mythos_edge.runtime.scoring import Score
-from mythos_edge.runtime.trt_engine import Runtime
 from mythos_edge.runtime.turns import Turns, in_turn, last_turn
 
 LAYOUT = "loop"

@@ -14,7 +14,8 @@ from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.errors import UsageError
 from mythos_edge.model.machine import free_memory_bytes
 from mythos_edge.model.manifest import CPU_PROVIDER, TARGET
-from mythos_edge.runtime.backend import OrtBackend, graph_runner, thread_count
+from mythos_edge.runtime.backends.ort_cpu import OrtCpuBackend
+from mythos_edge.runtime.backends.ort_session import graph_runner, thread_count
 from mythos_edge.runtime.caches import plan_cache, require_memory
 from mythos_edge.runtime.options import Options
 from mythos_edge.runtime.session import Session
@@ -223,7 +224,7 @@ def threshold_of_mean_depth(session: Session, prompt: list[int], count: int, wan
 
 def _one(session: Session, target: str, prompt: list[int], count: int, request: dict[str, Any]) -> dict[str, float]:
     """One generation: the prompt until the first token, then decoding alone."""
-    assert isinstance(session.backend, OrtBackend)
+    assert isinstance(session.backend, OrtCpuBackend)
     stream = session.stream(prompt, max_new_tokens=count + 1, stop_ids=(), **request)
     next(stream)
     backend, first = session.backend, session.last_generation.block_calls

@@ -13,7 +13,7 @@ from mythos_edge.model.machine import memory, processors
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.plugins.processor import has_integer_dot_products
 from mythos_edge.plugins.trt_bindings import rtx_compute_capabilities
-from mythos_edge.runtime import ort_cuda_backend
+from mythos_edge.runtime.backends import ort_cuda as ort_cuda_backend
 from mythos_edge.scripts.console import Console
 
 HELP = "show what this machine can export and run"

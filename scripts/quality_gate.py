@@ -17,8 +17,10 @@ from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.errors import UsageError, unavailable
 from mythos_edge.model.linked_weights import weights_apart
 from mythos_edge.model.manifest import TARGET
-from mythos_edge.runtime.backend import Backend, OrtBackend
-from mythos_edge.runtime.packing import Arrays, Call
+from mythos_edge.runtime.backends.memory import host_array
+from mythos_edge.runtime.backends.ort_cpu import OrtCpuBackend
+from mythos_edge.runtime.backends.packing import Arrays, Call
+from mythos_edge.runtime.backends.protocol import Backend
 from mythos_edge.runtime.quality import Gate, QualityReport, Trace, difference, quality_report
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import addition, options
@@ -40,7 +42,6 @@ _DIGITS = 12
 _DEMO_DEPTH = 16
 _OPTIONS = ("target", "demo_streams", "max_kl", "min_top1")
 # What a step is fed that lies in the backend's memory.
-_STATES, _COUNTS = ("h", "e", "out", "past"), ("halt_mass", "depth")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,7 +102,7 @@ def compare(
     """The report of ``args.target``, opened as ``rounded``, against fp32 on ``ids (B, S)``, told on ``console`` too."""
     spec = bundle.target(args.target)
     gate = _gate(args, spec.weights)
-    with OrtBackend(bundle) as fp32:
+    with OrtCpuBackend(bundle) as fp32:
         traced = (_Traced(bundle, TARGET, fp32), _Traced(bundle, args.target, rounded))
         differences = []
         for row in range(len(ids)):
@@ -226,16 +227,22 @@ class _Recorder:
             self._backend.run(stage, feeds, outputs)
             return
         # Before the run, which may write over them.
-        seen_by_host = {name: self.memory.to_floats(feeds[name]) for name in _STATES}
-        seen_by_host |= {name: self.memory.to_host(feeds[name]) for name in _COUNTS}
+        seen_by_host = {name: self._on_host(name, rows) for name, rows in feeds.items()}
         self._backend.run(stage, feeds, outputs)
-        index = feeds["step_index"][0]
-        positions = int(feeds["length"]) + np.arange(len(index))
+        index = host_array(feeds["step_index"])[0]
+        positions = int(host_array(feeds["length"])) + np.arange(len(index))
         self.h[index, positions] = self.memory.to_floats(outputs["h_next"])[0]
         # Portable graphs know positions by length and first, lowered ones by themselves.
-        seen = self._probe.run({**feeds, **seen_by_host, "positions": positions[None]})
+        seen = self._probe.run({**seen_by_host, "positions": positions[None]})
         self.chosen[index, positions] = self._router.chosen(seen[self._matrix])
         self.tied[index, positions] = self._router.tied(seen[self._matrix])
+
+    def _on_host(self, name: str, rows: Rows) -> Array:
+        """The values of an input of the loop step, states as float32."""
+        tensor = declared("step", name)
+        if tensor.on_host:
+            return host_array(rows)
+        return self.memory.to_floats(rows) if tensor.dtype == OWN else self.memory.to_host(rows)
 
     def run_together(self, stage: str, calls: Sequence[Call]) -> None:
         for call in calls:

@@ -22,10 +22,11 @@ from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import UsageError, unavailable
 from mythos_edge.model.manifest import MANIFEST_FILE, TARGET, Preset
 from mythos_edge.model.output_files import check_output, check_output_folder
+from mythos_edge.runtime.backends.opening import open_backend
 from mythos_edge.runtime.halting import Depth
 from mythos_edge.runtime.prompts import checked_ids
 from mythos_edge.runtime.quality import kl_divergence
-from mythos_edge.runtime.session import Session, open_backend
+from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import arguments, measuring, options
 from mythos_edge.scripts.console import Console
 

@@ -14,9 +14,10 @@ from mythos_edge.model.errors import CapacityError, UsageError, unavailable
 from mythos_edge.model.machine import free_memory_bytes
 from mythos_edge.model.manifest import TARGET, GoldenSample
 from mythos_edge.runtime import parity
-from mythos_edge.runtime.backend import graph_runner
+from mythos_edge.runtime.backends.opening import open_backend
+from mythos_edge.runtime.backends.ort_session import graph_runner
 from mythos_edge.runtime.prompts import checked_ids
-from mythos_edge.runtime.session import Session, open_backend
+from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import arguments, options, quality_gate
 from mythos_edge.scripts.console import Console
 

@@ -22,11 +22,11 @@ from mythos_edge.plugins import trt_bindings
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.plugins.kernels import variants
 from mythos_edge.plugins.launches import program
+from mythos_edge.runtime.backends.tensorrt import TrtBackend
 from mythos_edge.runtime.decoding import Generation
 from mythos_edge.runtime.loop_engine import LoopEngine
 from mythos_edge.runtime.scoring import Score
 from mythos_edge.runtime.session import Session
-from mythos_edge.runtime.trt_backend import TrtBackend
 from mythos_edge.scripts import addition
 from mythos_edge.scripts.lab import gpu_bench
 from mythos_edge.scripts.lab.gpu_bench import MeasuredGpu

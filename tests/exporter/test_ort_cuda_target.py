@@ -19,7 +19,8 @@ from mythos_edge.model.stages import STAGES
 from mythos_edge.plugins import ops
 from mythos_edge.plugins.ort_cuda_lowering import CUDA_KERNELS
 from mythos_edge.plugins.ort_writer import MICROSOFT
-from mythos_edge.runtime.backend import OrtBackend, ort_session
+from mythos_edge.runtime.backends.ort_cpu import OrtCpuBackend
+from mythos_edge.runtime.backends.ort_session import ort_session
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import addition
 
@@ -36,7 +37,7 @@ def bundle(demo_bundle: Path, tmp_path: Path) -> Path:
 def _on_cpu(path: Path, target: str) -> Session:
     """The target's graphs on the CPU provider, whose kernels of the same ops stand in for those of a GPU."""
     opened = open_bundle(path)
-    return Session(opened, OrtBackend(opened, target))
+    return Session(opened, OrtCpuBackend(opened, target))
 
 
 def _name(dtype: str, weights: str) -> str:

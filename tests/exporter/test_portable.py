@@ -16,7 +16,7 @@ from mythos_edge.exporter.portable import inline_bundle
 from mythos_edge.model.bundle import open_bundle, verify_hashes
 from mythos_edge.model.errors import BundleError
 from mythos_edge.model.manifest import TARGET
-from mythos_edge.runtime.backend import ort_session
+from mythos_edge.runtime.backends.ort_session import ort_session
 from mythos_edge.runtime.session import Session
 
 GRAPHS = ("prelude", "step", "coda", "model", "model_with_past")

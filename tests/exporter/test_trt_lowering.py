@@ -23,7 +23,7 @@ from mythos_edge.model.layout import load_network
 from mythos_edge.model.loop import Halting, LoopState
 from mythos_edge.model.manifest import WEIGHTS_FILE
 from mythos_edge.model.network import Network
-from mythos_edge.runtime.backend import ort_session
+from mythos_edge.runtime.backends.ort_session import ort_session
 
 Arrays = dict[str, np.ndarray]
 Lower = Callable[..., LoweredForTensorRT]

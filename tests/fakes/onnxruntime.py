@@ -17,7 +17,7 @@ import numpy as np
 from fakes.driver import FakeDriver
 
 from mythos_edge.model.manifest import CPU_PROVIDER, CUDA_PROVIDER
-from mythos_edge.runtime.backend import import_onnxruntime
+from mythos_edge.runtime.backends.ort_session import import_onnxruntime
 
 _ALIGNMENT = 256
 

@@ -22,7 +22,7 @@ from mythos_edge.model.bundle_writer import record_of, update_manifest
 from mythos_edge.model.manifest import EngineSpec, Profile, TargetSpec
 from mythos_edge.plugins import kernel_store, trt_bindings, trt_plugins
 from mythos_edge.plugins.cuda_driver import Driver
-from mythos_edge.runtime import ort_cuda_backend
+from mythos_edge.runtime.backends import ort_cuda as ort_cuda_backend
 
 MAX_ROWS = 6
 MAX_CONTEXT = 48

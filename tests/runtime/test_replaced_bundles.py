@@ -18,7 +18,7 @@ from mythos_edge.model.bundle_writer import record_of, update_manifest
 from mythos_edge.model.errors import BundleError
 from mythos_edge.model.manifest import TARGET, WEIGHTS_FILE, Preset
 from mythos_edge.runtime import backend, session
-from mythos_edge.runtime.backend import graph_runner
+from mythos_edge.runtime.backends.ort_session import graph_runner
 from mythos_edge.runtime.session import Session
 
 PROMPTS = [[90, 90, 91, 15], [90, 91]]

@@ -16,7 +16,7 @@ from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.bundle_writer import update_manifest
 from mythos_edge.model.errors import CapacityError, UsageError
 from mythos_edge.model.manifest import Preset
-from mythos_edge.runtime import memory
+from mythos_edge.runtime.backends import memory
 from mythos_edge.runtime.session import Session
 
 PROMPT = [5, 17, 300, 2, 9]

@@ -16,7 +16,7 @@ from mythos_edge.model.errors import BundleError, MythosEdgeError
 from mythos_edge.plugins import kernel_store, trt_bindings, trt_plugins
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.plugins.kernel_launch import Scratch
-from mythos_edge.runtime.gpu import Gpu
+from mythos_edge.runtime.backends.gpu import Gpu
 
 CACHE_FOLDER = "cache"
 Shapes = Mapping[str, tuple[int, ...]]

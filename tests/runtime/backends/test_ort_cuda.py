@@ -24,8 +24,9 @@ from mythos_edge.model.errors import BackendUnavailable, BundleError, CapacityEr
 from mythos_edge.model.manifest import CPU_PROVIDER, CUDA_PROVIDER
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.runtime import parity
-from mythos_edge.runtime.backend import BoundGraph, OrtBackend, import_onnxruntime
-from mythos_edge.runtime.ort_cuda_backend import OrtCudaBackend, gpu_session
+from mythos_edge.runtime.backends.ort_cpu import OrtCpuBackend
+from mythos_edge.runtime.backends.ort_cuda import OrtCudaBackend, gpu_session
+from mythos_edge.runtime.backends.ort_session import BoundGraph, import_onnxruntime
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import cli
 
@@ -171,7 +172,7 @@ def test_the_providers_decide_the_backend(
 ) -> None:
     installed()
     with Session.open(bundle) as cpu:
-        assert type(cpu.backend) is OrtBackend
+        assert type(cpu.backend) is OrtCpuBackend
     opened = open_bundle(bundle)
     targets = opened.manifest.targets
     update_manifest(opened, targets={**targets, "ort-cpu": replace(targets[CUDA])})

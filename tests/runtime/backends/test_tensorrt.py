@@ -21,11 +21,11 @@ from mythos_edge.model.stages import STAGES
 from mythos_edge.plugins import kernel_store
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.runtime import parity
-from mythos_edge.runtime.backend import OrtBackend
+from mythos_edge.runtime.backends.ort_cpu import OrtCpuBackend
+from mythos_edge.runtime.backends.tensorrt import TrtBackend
 from mythos_edge.runtime.halting import Depth
 from mythos_edge.runtime.session import Session
 from mythos_edge.runtime.staircase import Staircase
-from mythos_edge.runtime.trt_backend import TrtBackend
 from mythos_edge.scripts import cli
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
@@ -316,7 +316,7 @@ def test_a_gpu_that_runs_out_of_room_in_between_leaves_the_sequence_as_it_was(
 
 def test_a_target_for_tensorrt_is_not_taken_for_one_of_onnxruntime(engines: Path) -> None:
     with pytest.raises(UsageError, match="target 'rtx-sm89-fp32' is TensorRT's"):
-        OrtBackend(open_bundle(engines), "rtx-sm89-fp32")
+        OrtCpuBackend(open_bundle(engines), "rtx-sm89-fp32")
 
 
 def test_without_a_driver_it_says_so(engines: Path, trt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Graphs lowered for the CUDA provider, run on the CPU provider's kernels against the float64 oracle; and what it is made of."""
+"""Graphs lowered for the CUDA provider, run on the CPU provider's kernels and held against the float64 oracle."""
 
 from collections import Counter
 from pathlib import Path

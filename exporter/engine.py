@@ -2,7 +2,7 @@
 
 This module is what runs there (``python -m mythos_edge.exporter.engine '<json job>'``); ``engine_process`` starts it
 and turns what goes wrong into errors. It reports in lines of JSON on what was its stdout; whatever TensorRT prints
-goes to stderr. Not here: what the graph should look like (``trt_lowering``).
+goes to stderr. Not here: what the graph should look like (``lowering.tensorrt``).
 """
 
 import json

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from mythos_edge.exporter.lowering.ort_cuda import Narrowed, lower_for_ort_cuda
 from mythos_edge.exporter.narrowing import plan_narrow, write_narrow
 from mythos_edge.exporter.ort_target import BITS, Progress, matrices_of, round_weights, write_graphs
 from mythos_edge.exporter.rounding import RoundedFile, Rounding, plan_rounded
@@ -24,7 +25,6 @@ from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import BuildError
 from mythos_edge.model.manifest import CUDA_PROVIDER, CUDA_TARGET, TargetSpec
 from mythos_edge.model.stages import STAGES
-from mythos_edge.plugins.ort_cuda_lowering import Narrowed, lower_for_ort_cuda
 
 DTYPES = ("fp16", "fp32")
 WEIGHTS = ("none", "int8", "int4")

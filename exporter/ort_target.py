@@ -12,7 +12,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from mythos_edge.exporter.passes import check_graph, for_many_sequences, for_one_sequence
+from mythos_edge.exporter.lowering.ort_cpu import lower_for_ort
+from mythos_edge.exporter.lowering.sequences import check_graph, for_many_sequences, for_one_sequence
 from mythos_edge.exporter.rounding import (
     ROW,
     Importance,
@@ -33,7 +34,6 @@ from mythos_edge.model.layout import recipes
 from mythos_edge.model.manifest import CPU_PROVIDER, TARGET, WEIGHTS_FILE, TargetSpec
 from mythos_edge.model.stages import MAX_TOGETHER, STAGES
 from mythos_edge.model.tensor_files import read_tensor_file
-from mythos_edge.plugins.ort_lowering import lower_for_ort
 from mythos_edge.plugins.processor import has_integer_dot_products
 from mythos_edge.plugins.torch_ops import add_functions
 

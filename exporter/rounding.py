@@ -2,7 +2,7 @@
 
 Three ways: ``rtn`` rounds to nearest with the library's own quantiser; ``search`` tries several scales for each block
 and keeps the one with the least squared error; ``calibrated`` weighs the error by how large each input channel is on
-real tokens. Not here: which node reads what (``plugins.ort_lowering``), how channels are measured (``calibration``).
+real tokens. Not here: which node reads what (``lowering``), how channels are measured (``calibration``).
 """
 
 import os
@@ -18,11 +18,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from mythos_edge.exporter.lowering.ort_kernels import Pack
 from mythos_edge.exporter.weights import ALIGNMENT, laid_out
 from mythos_edge.model.errors import BuildError
 from mythos_edge.model.layout import PIECE_BYTES, TensorReader
 from mythos_edge.model.machine import cores
-from mythos_edge.plugins.ort_writer import Pack
 
 Float32 = NDArray[np.float32]
 UInt8 = NDArray[np.uint8]

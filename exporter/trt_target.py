@@ -10,7 +10,7 @@ A wish names the GPUs, and the bundle records it with what the engines compute::
     rtx-sm89-fp16-int4      with the large matrices rounded to int4
     rtx-sm89-fp16-loop      one engine with the loop inside
 
-Not here: the graphs (``trt_lowering``), the build of one engine (``engine_process``).
+Not here: the graphs (``lowering.tensorrt``), the build of one engine (``engine_process``).
 """
 
 import re
@@ -23,8 +23,8 @@ from typing import Any, Protocol
 
 from mythos_edge.exporter.engine import EngineJob, EngineReport, Range
 from mythos_edge.exporter.engine_process import build_engine, plan_bytes, require_memory, weight_bytes
+from mythos_edge.exporter.lowering.tensorrt import EngineOptions, LoweredForTensorRT, lower_for_tensorrt
 from mythos_edge.exporter.target_files import files_beside, install, log_file
-from mythos_edge.exporter.trt_lowering import EngineOptions, LoweredForTensorRT, lower_for_tensorrt
 from mythos_edge.model.bundle import Bundle, open_bundle
 from mythos_edge.model.bundle_writer import require_free_space
 from mythos_edge.model.config import MOST_DEPTH, MythosConfig
@@ -42,13 +42,13 @@ _ELSEWHERE = {87: "Jetson Orin", 90: "Hopper", 100: "data centre Blackwell", 110
 # The least compute capability on which TensorRT has a type; TensorRT for RTX has no float32 products on Turing.
 _LEAST = {"bf16": 80, "int4": 86, "fp8": 89}
 _LEAST_OF = {"rtx": {**_LEAST, "fp32": 80}, "trt": _LEAST}
-# How trt_weights rounds.
+# How lowering.tensorrt_weights rounds.
 _METHODS = {"none": "none", "int8": "rtn", "fp8": "rtn", "int4": "search"}
 Progress = Callable[[str, float], None]
 
 
 class Lower(Protocol):
-    """``trt_lowering.lower_for_tensorrt``, or what a test puts in its place."""
+    """``lowering.tensorrt.lower_for_tensorrt``, or what a test puts in its place."""
 
     def __call__(
         self, bundle: Bundle, folder: Path, options: EngineOptions, progress: Progress
@@ -246,7 +246,7 @@ def _target_spec(
         graphs={stage: f"{stage}.{name}.engine" for stage in lowered.graphs},
         compute_dtype=options.dtype,
         weights=options.weights,
-        block=0,  # differs between matrices: see trt_passes.round_weights
+        block=0,  # differs between matrices: see tensorrt_passes.round_weights
         method=_METHODS[options.weights],
         kept=(),
         prepacked=True,

@@ -2,7 +2,7 @@
 
 The body is written in ONNX's own text syntax and becomes a model-local function, so every ONNX runtime can run a
 graph that holds these nodes; a runtime that knows a faster way (a TensorRT plugin, an ONNX Runtime kernel) replaces
-the node. Other faces: ``reference`` (numpy oracle), ``torch_ops`` (tracing), ``ort_lowering``.
+the node. Other faces: ``reference`` (numpy oracle), ``torch_ops`` (tracing), ``exporter.lowering``.
 """
 
 from collections.abc import Mapping

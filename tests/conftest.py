@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mythos_edge.exporter import trt_lowering
 from mythos_edge.exporter.export import export_bundle
+from mythos_edge.exporter.lowering import tensorrt
 from mythos_edge.exporter.ort_target import build_target
 from mythos_edge.exporter.portable import inline_bundle
 from mythos_edge.model.checkpoint import open_checkpoint
@@ -39,7 +39,7 @@ SMALL = dataclasses.replace(
 def traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Engines of one model and dtype share the tracing, ten seconds each time."""
     kept: dict[object, Path] = {}
-    trace = trt_lowering.tracing
+    trace = tensorrt.tracing
 
     @contextmanager
     def once(
@@ -57,7 +57,7 @@ def traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield lambda: None
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trt_lowering, "tracing", once)
+        patch.setattr(tensorrt, "tracing", once)
         yield
 
 

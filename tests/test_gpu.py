@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import SMALL
 
-from mythos_edge.exporter.trt_lowering import DTYPES, LAYOUTS, WEIGHTS
+from mythos_edge.exporter.lowering.tensorrt import DTYPES, LAYOUTS, WEIGHTS
 from mythos_edge.exporter.trt_target import THIS_GPU, build_trt_target
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import BackendUnavailable

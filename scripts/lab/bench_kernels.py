@@ -20,11 +20,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from mythos_edge.exporter.lowering.ort_cpu import lower_for_ort
+from mythos_edge.exporter.lowering.ort_kernels import MICROSOFT, Pack
 from mythos_edge.exporter.rounding import ROW, Rounding, round_blocks
 from mythos_edge.model.machine import cores
 from mythos_edge.plugins import ops
-from mythos_edge.plugins.ort_lowering import lower_for_ort
-from mythos_edge.plugins.ort_writer import MICROSOFT, Pack
 from mythos_edge.runtime.backends.ort_session import ort_session
 from mythos_edge.scripts import measuring
 from mythos_edge.scripts.doctor import processor

@@ -11,14 +11,14 @@ import pytest
 from conftest import ROOT
 
 from mythos_edge.exporter import narrowing
+from mythos_edge.exporter.lowering.ort_cuda import CUDA_KERNELS
+from mythos_edge.exporter.lowering.ort_kernels import MICROSOFT
 from mythos_edge.exporter.ort_cuda_target import build_ort_cuda_target
 from mythos_edge.model.bundle import open_bundle, verify_hashes
 from mythos_edge.model.errors import BuildError
 from mythos_edge.model.manifest import ON_SHAPES
 from mythos_edge.model.stages import STAGES
 from mythos_edge.plugins import ops
-from mythos_edge.plugins.ort_cuda_lowering import CUDA_KERNELS
-from mythos_edge.plugins.ort_writer import MICROSOFT
 from mythos_edge.runtime.backends.ort_cpu import OrtCpuBackend
 from mythos_edge.runtime.backends.ort_session import ort_session
 from mythos_edge.runtime.session import Session

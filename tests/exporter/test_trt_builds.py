@@ -17,7 +17,7 @@ from conftest import FIXTURES
 
 from mythos_edge.exporter.engine import declared_ports
 from mythos_edge.exporter.export import export_bundle
-from mythos_edge.exporter.trt_lowering import EngineOptions, LoweredForTensorRT, lower_for_tensorrt
+from mythos_edge.exporter.lowering.tensorrt import EngineOptions, LoweredForTensorRT, lower_for_tensorrt
 from mythos_edge.exporter.trt_target import BuiltEngines, build_trt_target
 from mythos_edge.model.bundle import Bundle, open_bundle, verify_hashes
 from mythos_edge.model.checkpoint import open_checkpoint

@@ -13,7 +13,7 @@ from fakes.driver import FakeDriver
 from onnx import TensorProto, helper
 
 from mythos_edge.exporter import engine_process, trt_target
-from mythos_edge.exporter.trt_lowering import EngineOptions, LoweredForTensorRT
+from mythos_edge.exporter.lowering.tensorrt import EngineOptions, LoweredForTensorRT
 from mythos_edge.exporter.trt_target import Gpus, build_trt_target, gpus_from_name, options_from, target_name
 from mythos_edge.model import bundle_writer
 from mythos_edge.model.bundle import Bundle, open_bundle, verify_hashes

@@ -14,8 +14,8 @@ from fakes.driver import FakeDriver
 from fakes.onnxruntime import FakeOnnxruntime
 from fakes.tensorrt import VERSION, FakeTensorRT, plan_of
 
+from mythos_edge.exporter.lowering.tensorrt import EngineOptions, lower_for_tensorrt
 from mythos_edge.exporter.ort_cuda_target import build_ort_cuda_target
-from mythos_edge.exporter.trt_lowering import EngineOptions, lower_for_tensorrt
 from mythos_edge.exporter.trt_target import Gpus, target_name
 from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.bundle_writer import record_of, update_manifest

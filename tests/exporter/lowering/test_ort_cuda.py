@@ -1,4 +1,4 @@
-"""The CUDA face of the ops, run on the CPU provider's kernels against the float64 oracle; and what it is made of."""
+"""Graphs lowered for the CUDA provider, run on the CPU provider's kernels and held against the float64 oracle."""
 
 from collections import Counter
 from pathlib import Path
@@ -9,10 +9,10 @@ import onnx_ir as ir
 import pytest
 from single_ops import TOLERANCE, Feeds, expert_feeds, experts_model, packed, run_saved
 
+from mythos_edge.exporter.lowering.ort_cuda import CUDA_KERNELS, lower_for_ort_cuda
+from mythos_edge.exporter.lowering.ort_kernels import MICROSOFT, Pack
 from mythos_edge.exporter.rounding import Rounding
 from mythos_edge.plugins import ops, reference
-from mythos_edge.plugins.ort_cuda_lowering import CUDA_KERNELS, lower_for_ort_cuda
-from mythos_edge.plugins.ort_writer import MICROSOFT, Pack
 
 # float16 has 11 bits; an expert is two products and the weights a third rounding.
 NARROW_TOLERANCE = 4 * 2.0**-11

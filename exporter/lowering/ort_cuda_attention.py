@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
-from mythos_edge.plugins.ort_writer import MICROSOFT, GraphWriter, sizes_of
+from mythos_edge.exporter.lowering.ort_kernels import MICROSOFT, GraphWriter, sizes_of
 
 _HIDDEN_SCORE = -3.4028234e38
 

@@ -1,7 +1,7 @@
 """The weights of an engine's graphs on disk: a bundle's own, converted to the compute dtype or rounded.
 
 Streamed piece by piece, so that memory does not grow with the model. What the bundle stores as it is wanted is not
-copied: its weights file is linked beside the graphs. Not here: which matrices are rounded (``trt_passes``).
+copied: its weights file is linked beside the graphs. Not here: which matrices are rounded (``tensorrt_passes``).
 """
 
 import math

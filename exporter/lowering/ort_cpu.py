@@ -1,6 +1,6 @@
-"""ONNX Runtime CPU face of the custom ops: the same graph with the runtime's own fastest kernels.
+"""Lowering for ONNX Runtime's CPU provider: the same graph with the runtime's own fastest kernels.
 
-Works on a stage for one sequence (``exporter.passes.for_one_sequence``) or for many. In float32 the weights are not
+Works on a stage for one sequence (``sequences.for_one_sequence``) or for many. In float32 the weights are not
 touched, so every lowered graph shares the bundle's weights file; rounded matrices come from ``packs``.
 
     mythos::LatentAttention            products over the cached rows as they lie, scores joined instead of caches
@@ -17,8 +17,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from mythos_edge.exporter.lowering.ort_kernels import MICROSOFT, GraphWriter, Pack, Rounded, piece_of, sizes_of
 from mythos_edge.plugins import ops
-from mythos_edge.plugins.ort_writer import MICROSOFT, GraphWriter, Pack, Rounded, piece_of, sizes_of
 
 _HIDDEN_SCORE = -3.4028234e38
 

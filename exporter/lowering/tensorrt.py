@@ -10,10 +10,10 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from mythos_edge.exporter import trt_passes
 from mythos_edge.exporter.loop_graph import loop_model
+from mythos_edge.exporter.lowering import tensorrt_passes
+from mythos_edge.exporter.lowering.tensorrt_weights import attach, write_engine_weights
 from mythos_edge.exporter.tracing import tracing
-from mythos_edge.exporter.trt_weights import attach, write_engine_weights
 from mythos_edge.exporter.weights import STORAGE_TYPES, bytes_read, is_unwritten
 from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.config import MythosConfig
@@ -25,7 +25,7 @@ from mythos_edge.plugins.torch_ops import add_functions
 
 LAYOUTS = ("step", "loop")
 DTYPES = tuple(STORAGE_TYPES)
-WEIGHTS = ("none", *trt_passes.CODES)
+WEIGHTS = ("none", *tensorrt_passes.CODES)
 # TensorRT's own attention fuses up to this head size, in multiples of 8; there is none in float32.
 _LARGEST_HEAD, _HEAD_STEP = 256, 8
 Progress = Callable[[str, float], None]
@@ -98,7 +98,7 @@ def lower_for_tensorrt(
     sizes = {stage: bytes_read(model.graph, config) for stage, model in stages.items()}
     return LoweredForTensorRT(
         graphs=graphs,
-        plugins={name: trt_passes.plugin_nodes(model) for name, model in models.items()},
+        plugins={name: tensorrt_passes.plugin_nodes(model) for name, model in models.items()},
         fixed_bytes=sizes["prelude"] + sizes["coda"],
         step_bytes=sizes["step"],
     )
@@ -129,21 +129,21 @@ def _traced(bundle: Bundle, folder: Path, options: EngineOptions) -> dict[str, i
 
 
 def _lower(model: ir.Model, config: MythosConfig, options: EngineOptions, positions: int) -> None:
-    trt_passes.for_engine(model, positions)
-    trt_passes.part_shared_experts(model)
+    tensorrt_passes.for_engine(model, positions)
+    tensorrt_passes.part_shared_experts(model)
     if options.weights != "none":
         names = {recipe.name for recipe in recipes(config, 1) if recipe.narrow}
-        trt_passes.round_weights(model, options.weights, names)
+        tensorrt_passes.round_weights(model, options.weights, names)
     if options.layout == "loop":
-        trt_passes.rotate_by_hand(model)
+        tensorrt_passes.rotate_by_hand(model)
     if attention_is_native(config, options):
-        trt_passes.attend_natively(model, options.max_context + options.max_rows)
+        tensorrt_passes.attend_natively(model, options.max_context + options.max_rows)
     elif not config.is_mla:
-        trt_passes.use_body(model, ops.GROUPED_QUERY_ATTENTION.name)
+        tensorrt_passes.use_body(model, ops.GROUPED_QUERY_ATTENTION.name)
 
 
 def _written(model: ir.Model, path: Path, tensors: dict[str, ir.ExternalTensor]) -> Path:
-    trt_passes.tidy(model)
+    tensorrt_passes.tidy(model)
     attach(model.graph, tensors)
     add_functions(model)
     ir.save(model, path)

@@ -12,10 +12,10 @@ import pytest
 import torch
 from conftest import FIXTURES, GOLDENS, ROOT, copy_links
 
-from mythos_edge.exporter import trt_lowering, trt_passes
-from mythos_edge.exporter.passes import check_graph
-from mythos_edge.exporter.trt_lowering import EngineOptions, LoweredForTensorRT, lower_for_tensorrt
-from mythos_edge.exporter.trt_weights import ENGINE_WEIGHTS_FILE
+from mythos_edge.exporter.lowering import tensorrt, tensorrt_passes
+from mythos_edge.exporter.lowering.sequences import check_graph
+from mythos_edge.exporter.lowering.tensorrt import EngineOptions, LoweredForTensorRT, lower_for_tensorrt
+from mythos_edge.exporter.lowering.tensorrt_weights import ENGINE_WEIGHTS_FILE
 from mythos_edge.model.bundle import Bundle, open_bundle
 from mythos_edge.model.checkpoint import open_checkpoint
 from mythos_edge.model.errors import BuildError
@@ -41,7 +41,7 @@ def lower(exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactor
     """``lower(name, dtype, layout, weights)``: each lowering made once, and each dtype traced once."""
     made: dict[Any, LoweredForTensorRT] = {}
     traced: dict[Any, dict[str, ir.Model]] = {}
-    trace = trt_lowering._traced
+    trace = tensorrt._traced
 
     def traced_once(bundle: Bundle, folder: Path, options: EngineOptions) -> dict[str, ir.Model]:
         key = (bundle.path, options.dtype)
@@ -59,7 +59,7 @@ def lower(exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactor
         return made[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trt_lowering, "_traced", traced_once)
+        patch.setattr(tensorrt, "_traced", traced_once)
         yield lowered
 
 
@@ -451,7 +451,7 @@ def test_experts_whose_input_does_not_divide(weights: str, lower: Lower) -> None
     for name, shape in (("fc1", [8, 64, 100]), ("fc2", [8, 100, 32])):
         model.graph.initializers[f"step.block.ffn.{name}"].shape = ir.Shape(shape)
     with pytest.raises(BuildError, match=r"fc1: rows of 100 values are no multiple of 32: build with --weights none"):
-        trt_passes.round_weights(model, weights, set())
+        tensorrt_passes.round_weights(model, weights, set())
 
 
 @pytest.mark.parametrize(

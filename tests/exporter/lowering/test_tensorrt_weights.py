@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from mythos_edge.exporter.trt_weights import packed, round_symmetrically
+from mythos_edge.exporter.lowering.tensorrt_weights import packed, round_symmetrically
 
 
 def test_symmetric_rounding(random: np.random.Generator) -> None:

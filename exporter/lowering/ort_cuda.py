@@ -1,4 +1,4 @@
-"""ONNX Runtime CUDA face of the custom ops: the products of the large matrices in float16 or of rounded weights.
+"""Lowering for ONNX Runtime's CUDA provider: products of the large matrices in float16 or of rounded weights.
 
 All else stays float32: norms, rotation, attention, the residual stream, the router and halting decide what is
 computed and are small, and the caches are float32. Every op here has a kernel of the CUDA provider and one of the CPU
@@ -19,11 +19,11 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
+from mythos_edge.exporter.lowering.ort_cpu import Lowering, Packs, Rule, bias_matters, lowered_by, stored_name
+from mythos_edge.exporter.lowering.ort_cuda_attention import grouped_query_attention, latent_attention
+from mythos_edge.exporter.lowering.ort_kernels import MICROSOFT, GraphWriter
 from mythos_edge.model.manifest import ON_SHAPES
 from mythos_edge.plugins import ops
-from mythos_edge.plugins.ort_cuda_attention import grouped_query_attention, latent_attention
-from mythos_edge.plugins.ort_lowering import Lowering, Packs, Rule, bias_matters, lowered_by, stored_name
-from mythos_edge.plugins.ort_writer import MICROSOFT, GraphWriter
 
 # Ops of com.microsoft in a lowered graph -> element types of the CUDA provider's kernels. Looked at in onnxruntime-gpu
 # 1.31.1; MoE ignored activation_alpha before 1.28, and QMoE knew no weights_prepacked.

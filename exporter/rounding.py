@@ -50,6 +50,7 @@ class Matrix:
     shape: tuple[int, ...]
     rows: int
     columns: int
+    rounding: "Rounding"
     halves: bool = False
 
     @property
@@ -98,7 +99,6 @@ class _Placed:
 class RoundedFile:
     """A file of rounded matrices before a byte of it is written."""
 
-    rounding: Rounding
     header: bytes
     placed: tuple[_Placed, ...]
 
@@ -109,9 +109,9 @@ class RoundedFile:
     def packs(self, name: str, folder: Path) -> dict[str, Pack]:
         """The matrices as ONNX Runtime's kernels want them, in the file ``name`` of ``folder``."""
         made = {}
-        stored = ir.DataType.UINT8 if self.rounding.block else ir.DataType.INT8
         for item in self.placed:
-            matrix = item.matrix
+            matrix, rounding = item.matrix, item.matrix.rounding
+            stored = ir.DataType.UINT8 if rounding.block else ir.DataType.INT8
             values, scales = (
                 ir.ExternalTensor(name, offset, length, kind, shape=ir.Shape(shape), name="", base_dir=str(folder))
                 for offset, length, kind, shape in (
@@ -119,14 +119,15 @@ class RoundedFile:
                     (item.scale_offset, 4 * _bytes(item.scale_shape), ir.DataType.FLOAT, item.scale_shape),
                 )
             )
-            made[matrix.name] = Pack(self.rounding.bits, self.rounding.block, matrix.columns, values, scales)
+            made[matrix.name] = Pack(rounding.bits, rounding.block, matrix.columns, values, scales)
         return made
 
 
-def plan_rounded(matrices: list[Matrix], rounding: Rounding) -> RoundedFile:
+def plan_rounded(matrices: list[Matrix]) -> RoundedFile:
     """The layout of the file, with aligned tensors first so that all of them stay aligned."""
     placed = []
     for matrix in matrices:
+        rounding = matrix.rounding
         blocks, row_bytes = rounding.blocks(matrix.columns), rounding.row_bytes(matrix.columns)
         stack = matrix.shape[:-2]
         # Without blocks a matrix is just one of bytes; MatMulNBits wants its blocks as an axis, QMoE does not.
@@ -135,9 +136,10 @@ def plan_rounded(matrices: list[Matrix], rounding: Rounding) -> RoundedFile:
         scale_shape = (*stack, matrix.rows, *((blocks,) if rounding.block else ()))
         placed.append(_Placed(matrix, value_shape, scale_shape))
     sized = [(f"{item.matrix.name}.scale", "F32", item.scale_shape, 4 * _bytes(item.scale_shape)) for item in placed]
-    kind = "U8" if rounding.block else "I8"
-    sized += [(f"{item.matrix.name}.q", kind, item.value_shape, _bytes(item.value_shape)) for item in placed]
-    sized.sort(key=lambda entry: (entry[3] % ALIGNMENT != 0, entry[1] == kind))
+    for item in placed:
+        kind = "U8" if item.matrix.rounding.block else "I8"
+        sized.append((f"{item.matrix.name}.q", kind, item.value_shape, _bytes(item.value_shape)))
+    sized.sort(key=lambda entry: (entry[3] % ALIGNMENT != 0, entry[1] != "F32"))
     header, offsets = laid_out(sized)
     final = [
         _Placed(
@@ -149,7 +151,7 @@ def plan_rounded(matrices: list[Matrix], rounding: Rounding) -> RoundedFile:
         )
         for item in placed
     ]
-    return RoundedFile(rounding, header, tuple(final))
+    return RoundedFile(header, tuple(final))
 
 
 def write_rounded(
@@ -169,7 +171,7 @@ def write_rounded(
             os.pwrite(descriptor, plan.header, 0)
             for item in plan.placed:
                 weights = None if importance is None else importance.get(item.matrix.name)
-                for values, scales, row in _rounded(pool, plan.rounding, _pieces(item, reader, weights)):
+                for values, scales, row in _rounded(pool, item.matrix.rounding, _pieces(item, reader, weights)):
                     per_row = values.nbytes // len(scales)
                     _write(descriptor, values, item.value_offset + row * per_row)
                     _write(descriptor, scales, item.scale_offset + row * scales.nbytes // len(scales))

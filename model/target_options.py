@@ -12,6 +12,8 @@ from mythos_edge.model.typed_json import dataclass_from_json
 Options = TypeVar("Options")
 # The names of nodes that compute with shapes alone begin with it: of a graph for a GPU, the part that the CPU may run.
 ON_SHAPES = "on_shapes/"
+# pip does not know that the two packages are one module: side by side, the one installed last wins.
+ONNXRUNTIME_GPU = "pip uninstall --yes onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'"
 
 
 @dataclass(frozen=True)

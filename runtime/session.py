@@ -19,7 +19,6 @@ from typing import Any, Self, Unpack, overload
 
 from mythos_edge.model.bundle import Bundle, open_bundle
 from mythos_edge.model.errors import CapacityError, UsageError
-from mythos_edge.model.manifest import TARGET
 from mythos_edge.runtime import saved_state
 from mythos_edge.runtime.backends.opening import open_backend
 from mythos_edge.runtime.backends.protocol import Backend
@@ -65,7 +64,7 @@ class Session:
         self._tuners: dict[tuple[object, ...], DraftTuner] = {}
         self.last_generation = Generation()
         self._defaults: dict[str, Any] = {}
-        self._target = TARGET
+        self._target = bundle.manifest.default_target
 
     @classmethod
     def open(
@@ -80,8 +79,8 @@ class Session:
     ) -> Self:
         """The bundle at ``path`` on one of its targets; ``hashes`` also checks the sha256 of every file.
 
-        ``target`` names what ``mythos-edge build`` made; by default the fp32 target that every bundle has. ``preset``
-        names what ``mythos-edge tune`` found: its target, and its depth for every request that sets none of its own.
+        ``target`` names what ``mythos-edge build`` made; by default it is the first of the bundle, which is fp32 where
+        the bundle was exported. ``preset`` names what ``mythos-edge tune`` found: its target, and its depth for every request that sets none of its own.
         ``threads`` are by default one per core. ``trust`` takes TensorRT engines that are not the files the manifest
         lists, which are native code. Raises BundleError, BackendUnavailable, UsageError.
         """
@@ -112,9 +111,10 @@ class Session:
             if target not in (None, found_for):
                 raise UsageError(f"preset {preset!r} was found for target {found_for!r}, not {target!r}: leave one out")
             target = found_for
-        session = cls(bundle, open_backend(bundle, target or TARGET, threads, trust))
+        target = target or bundle.manifest.default_target
+        session = cls(bundle, open_backend(bundle, target, threads, trust))
         session._defaults = defaults
-        session._target = target or TARGET
+        session._target = target
         return session
 
     @last_turn

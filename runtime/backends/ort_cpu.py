@@ -7,7 +7,7 @@ from typing import Self
 from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.errors import BackendUnavailable
 from mythos_edge.model.linked_weights import weights_apart
-from mythos_edge.model.manifest import TARGET
+from mythos_edge.model.target_options import OrtOptions, options_of
 from mythos_edge.plugins.processor import has_integer_dot_products
 from mythos_edge.runtime.backends.memory import HostMemory
 from mythos_edge.runtime.backends.ort_session import BoundGraph, ort_session
@@ -23,18 +23,18 @@ class OrtCpuBackend:
 
     max_context: int | None = None
 
-    def __init__(self, bundle: Bundle, target: str = TARGET, threads: int = 0) -> None:
-        spec = bundle.target(target)
-        if spec.weights == "int8" and not spec.block and not has_integer_dot_products():
+    def __init__(self, bundle: Bundle, target: str, threads: int = 0) -> None:
+        options = options_of(bundle.target(target), OrtOptions)
+        if options.integer_rows and not has_integer_dot_products():
             raise BackendUnavailable(
                 f"target {target!r} multiplies 8-bit integers, which this processor is not known to do "
                 "exactly (no VNNI, no Arm dot products)",
-                f"mythos-edge build {bundle.path} --weights int8 --block 128",
+                f"mythos-edge build {bundle.path} --weights {options.asked}",
             )
 
         def open_graph(path: Path) -> BoundGraph:
             apart = weights_apart(bundle, path, target)
-            return BoundGraph(path, ort_session(path, threads, spec.prepacked, apart))
+            return BoundGraph(path, ort_session(path, threads, options.prepacked, apart))
 
         self.memory = HostMemory()
         self._stages = OrtStages(bundle, target, self.memory, open_graph)

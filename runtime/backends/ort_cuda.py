@@ -20,7 +20,7 @@ import numpy as np
 from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.errors import BackendUnavailable, BundleError, MythosEdgeError
 from mythos_edge.model.linked_weights import NONE_APART, Apart, lent_weights, weights_apart
-from mythos_edge.model.manifest import CUDA_PROVIDER, ON_SHAPES
+from mythos_edge.model.target_options import ON_SHAPES, ONNXRUNTIME_GPU, OrtOptions, options_of
 from mythos_edge.plugins import kernel_store
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.runtime.backends.device import DeviceArray, DeviceMemory, device_array
@@ -37,9 +37,8 @@ from mythos_edge.runtime.backends.ort_session import (
 from mythos_edge.runtime.backends.ort_stages import OrtStages
 from mythos_edge.runtime.backends.packing import Array, Arrays, Call
 
-# pip does not know that the two are one module: side by side, the one installed last wins.
 INSTALL = "pip install --upgrade 'onnxruntime-gpu[cuda,cudnn]'"
-REPLACE = "pip uninstall --yes onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'"
+CUDA_PROVIDER = "CUDAExecutionProvider"
 # Its kernels were looked at. Before 1.28 MoE computed another SwiGLU than it was asked for.
 OLDEST = (1, 31)
 _LIBRARY = "libonnxruntime_providers_cuda.so"
@@ -59,7 +58,7 @@ class OrtCudaBackend:
     def __init__(
         self, bundle: Bundle, target: str, threads: int = 0, *, device: int = 0, driver: Driver | None = None
     ) -> None:
-        spec = bundle.target(target)
+        options = options_of(bundle.target(target), OrtOptions)
         ort = import_gpu_onnxruntime()
         self._gpu = Gpu(driver, device)
         self._stages: OrtStages | None = None
@@ -77,7 +76,7 @@ class OrtCudaBackend:
         def open_graph(path: Path) -> _DeviceGraph:
             memory.trim()
             apart = weights_apart(bundle, path, target)
-            session = gpu_session(path, _provider_options(memory), threads, spec.prepacked, apart)
+            session = gpu_session(path, _provider_options(memory), threads, options.prepacked, apart)
             return _DeviceGraph(path, session, run_options, memory)
 
         try:
@@ -260,12 +259,12 @@ def import_gpu_onnxruntime() -> Any:
     try:
         ort = import_onnxruntime()
     except BackendUnavailable as error:
-        raise BackendUnavailable("onnxruntime-gpu is not installed", REPLACE) from error
+        raise BackendUnavailable("onnxruntime-gpu is not installed", ONNXRUNTIME_GPU) from error
     if CUDA_PROVIDER not in ort.get_available_providers():
         raise BackendUnavailable(
             f"onnxruntime {ort.__version__} is the build for CPUs (it has no {CUDA_PROVIDER}); onnxruntime-gpu "
             "replaces it",
-            REPLACE,
+            ONNXRUNTIME_GPU,
         )
     major, minor = ort.__version__.split(".")[:2]
     if (int(major), int(minor)) < OLDEST:

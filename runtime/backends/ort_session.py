@@ -10,7 +10,6 @@ from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.errors import BundleError, MythosEdgeError, unavailable
 from mythos_edge.model.linked_weights import NONE_APART, Apart, lent_weights, weights_apart
 from mythos_edge.model.machine import cores
-from mythos_edge.model.manifest import TARGET
 from mythos_edge.runtime.backends.memory import Rows, host_array
 from mythos_edge.runtime.backends.packing import Array, Arrays
 from mythos_edge.runtime.request_values import Within, whole
@@ -109,7 +108,7 @@ def graph_runner(bundle: Bundle, graph: str, threads: int = 0) -> Callable[[Arra
     """Runs a portable graph of a bundle, such as ``model``: inputs by name -> all outputs in order."""
     path = bundle.file(bundle.manifest.graphs[graph].file)
     with bundle.unchanged():
-        session = ort_session(path, threads, apart=weights_apart(bundle, path, TARGET))
+        session = ort_session(path, threads, apart=weights_apart(bundle, path, None))
 
     def run(feeds: Arrays) -> list[Array]:
         try:

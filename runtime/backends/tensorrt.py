@@ -47,15 +47,15 @@ class TrtBackend:
         self, bundle: Bundle, target: str, *, device: int = 0, trust: bool = False, driver: Driver | None = None
     ) -> None:
         spec = bundle.target(target)
-        assert spec.engine is not None
-        if not set(STAGES) <= set(spec.graphs):
+        if spec.has_loop_inside:
             raise BundleError(
                 f"{bundle.path}: target {target!r} is one engine with the loop inside, which keeps no cache: "
                 "score with it, or build --layout step"
             )
         self._runtime = Runtime(bundle, target, driver, device)
-        self.max_context: int | None = spec.engine.max_context
-        rows, room = spec.engine.max_rows, spec.engine.max_context + spec.engine.max_rows
+        engine = self._runtime.spec
+        self.max_context: int | None = engine.max_context
+        rows, room = engine.max_rows, engine.max_context + engine.max_rows
         self._stages: dict[str, _Stage] = {}
         self._graphs: OrderedDict[_Key, int | None] = OrderedDict()
         self._capturing = True

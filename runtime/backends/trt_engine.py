@@ -13,6 +13,7 @@ from typing import Any
 
 from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.errors import BundleError, MythosEdgeError
+from mythos_edge.model.target_options import EngineSpec, options_of
 from mythos_edge.plugins import kernel_store, trt_bindings, trt_plugins
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.plugins.kernel_launch import Scratch
@@ -39,8 +40,7 @@ class Runtime:
     """
 
     def __init__(self, bundle: Bundle, target: str, driver: Driver | None = None, device: int = 0) -> None:
-        spec = bundle.target(target).engine
-        assert spec is not None
+        spec = options_of(bundle.target(target), EngineSpec)
         self.trt: Any = trt_bindings.load(spec.flavour)
         self.gpu = Gpu(driver, device)
         self._bundle, self._target, self.spec = bundle, target, spec

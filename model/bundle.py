@@ -87,7 +87,10 @@ class Bundle:
         spec = self.manifest.targets[target]
         # By content: the names of files are others where a target was built again.
         own = sorted(record.sha256 for record in self.own_weights(target).values())
-        parts = [self.manifest.identity, spec.compute_dtype, sorted(spec.weights.items()), own]
+        parts: list[object] = [self.manifest.identity, own]
+        if spec.is_native:
+            # Its weights are inside of it.
+            parts += [spec.compute_dtype, sorted(spec.weights.items())]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def own_weights(self, target: str) -> dict[str, FileRecord]:

@@ -80,7 +80,8 @@ class Session:
         """The bundle at ``path`` on one of its targets; ``hashes`` also checks the sha256 of every file.
 
         ``target`` names what ``mythos-edge build`` made; by default it is the first of the bundle, which is fp32 where
-        the bundle was exported. ``preset`` names what ``mythos-edge tune`` found: its target, and its depth for every request that sets none of its own.
+        the bundle was exported. ``preset`` names what ``mythos-edge tune`` found: its target, and its depth for
+        every request that sets none of its own.
         ``threads`` are by default one per core. ``trust`` takes TensorRT engines that are not the files the manifest
         lists, which are native code. Raises BundleError, BackendUnavailable, UsageError.
         """

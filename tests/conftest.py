@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from built import build_cpu
 
 from mythos_edge.exporter.export import export_bundle
 from mythos_edge.exporter.lowering import tensorrt
-from mythos_edge.exporter.ort_target import build_target
 from mythos_edge.exporter.portable import inline_bundle
 from mythos_edge.model.checkpoint import open_checkpoint
 from mythos_edge.model.config import VARIANTS, MythosConfig
@@ -121,7 +121,7 @@ def rounded_bundle(demo_bundle: Path, tmp_path: Path) -> Path:
     """A copy of the demo bundle, to be changed at will, with the target ``ort-cpu-int4``."""
     path = tmp_path / "rounded.bundle"
     shutil.copytree(demo_bundle, path)
-    build_target(path, "int4")
+    build_cpu(path, "int4")
     return path
 
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from built import build_engines
 from conftest import SMALL
 
 from mythos_edge.exporter.lowering.tensorrt import DTYPES, LAYOUTS, WEIGHTS
-from mythos_edge.exporter.trt_target import THIS_GPU, build_trt_target
+from mythos_edge.exporter.targets.tensorrt import THIS_GPU
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import BackendUnavailable
 from mythos_edge.plugins import trt_bindings
@@ -306,7 +307,7 @@ def test_engines_on_the_gpu(
     require(gpu.capability, dtype, weights)
     path = Path(shutil.copytree(demo_bundle, tmp_path / "demo.bundle"))
     options = {"dtype": dtype, "weights": weights, "layout": layout}
-    built = build_trt_target(path, wish, max_context=MAX_CONTEXT, **options)
+    built = build_engines(path, wish, max_context=MAX_CONTEXT, **options)
     limits = limits_of(dtype, weights)
     if layout == "step":
         with Session.open(path, target=built.name) as session:

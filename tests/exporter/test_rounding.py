@@ -97,13 +97,13 @@ def test_the_file_is_a_safetensors_file_of_the_rounded_matrices(
         "a.fc2": random.standard_normal((3, 64, 10)).astype(np.float32),
     }
     padding = -10 % block if block else 0
-    matrices = [
-        Matrix("linear", (50, 70), 50, 70),
-        Matrix("a.fc1", (3, 20, 64), 20 + 2 * padding, 64, halves=not block),
-        Matrix("a.fc2", (3, 64, 10), 64, 10 + padding),
-    ]
     rounding = Rounding(bits, block, "rtn")
-    plan = plan_rounded(matrices, rounding)
+    matrices = [
+        Matrix("linear", (50, 70), 50, 70, rounding),
+        Matrix("a.fc1", (3, 20, 64), 20 + 2 * padding, 64, rounding, halves=not block),
+        Matrix("a.fc2", (3, 64, 10), 64, 10 + padding, rounding),
+    ]
+    plan = plan_rounded(matrices)
     told: list[float] = []
     write_rounded(plan, _Reader(tensors), tmp_path / "file", progress=told.append)
     assert (tmp_path / "file").stat().st_size == plan.total_bytes
@@ -122,6 +122,6 @@ def test_the_file_is_a_safetensors_file_of_the_rounded_matrices(
 
 def test_large_matrices_are_read_in_pieces(tmp_path: Path) -> None:
     reader = _Reader({"linear": np.zeros((9000, 2048), np.float32)})
-    plan = plan_rounded([Matrix("linear", (9000, 2048), 9000, 2048)], Rounding(8, ROW, "rtn"))
+    plan = plan_rounded([Matrix("linear", (9000, 2048), 9000, 2048, Rounding(8, ROW, "rtn"))])
     write_rounded(plan, reader, tmp_path / "file")
     assert reader.most_bytes <= 16 << 20

@@ -13,12 +13,12 @@ from killed import at_each_step
 from sample_bundle import CONTENTS, tree, write_bundle
 from sample_target import NAME, build, content_of, make_buildable
 
-from mythos_edge.exporter.target_files import log_of
+from mythos_edge.exporter.targets.spec import log_of
 from mythos_edge.model import bundle_writer
 from mythos_edge.model.bundle import Bundle, open_bundle
 from mythos_edge.model.bundle_writer import BundleWriter, recover, update_manifest
 from mythos_edge.model.errors import BuildError, BundleError, ExportError
-from mythos_edge.model.manifest import MANIFEST_FILE, TARGET
+from mythos_edge.model.manifest import MANIFEST_FILE
 from mythos_edge.model.partial_folders import remove_partials
 
 TESTS = Path(__file__).parents[1]
@@ -164,7 +164,7 @@ def test_a_build_over_another_loses_nothing_whenever_it_ends(built: Path, how: s
 def test_a_target_without_a_log_has_none(built: Path) -> None:
     bundle = open_bundle(built)
     assert log_of(bundle, NAME) == built / f"build.{NAME}.log"
-    assert log_of(bundle, TARGET) is None
+    assert log_of(bundle, "ort-cpu") is None
 
 
 def test_a_build_of_the_same_is_the_same_and_mends_what_is_damaged(built: Path) -> None:

@@ -15,7 +15,8 @@ from command_line import CHECKPOINT, Ran, refused
 from conftest import FIXTURES
 from tiny_checkpoint import Evil
 
-from mythos_edge.model.manifest import SCHEMA_VERSION, EngineSpec
+from mythos_edge.model.manifest import SCHEMA_VERSION
+from mythos_edge.model.target_options import EngineSpec
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import score, validate
 
@@ -139,7 +140,7 @@ def test_what_can_not_be_compared_is_refused_before_the_hashing(
 ) -> None:
     def with_loop(manifest: dict[str, Any]) -> None:
         engine = EngineSpec("rtx", "1.7", (89,), "", "loop", 256, 256, (), {}, "")
-        loop = {"graphs": {"model": "model.onnx"}, "engine": dataclasses.asdict(engine), "providers": []}
+        loop = {"graphs": {"model": "model.onnx"}, "kind": "tensorrt", "options": dataclasses.asdict(engine)}
         manifest["targets"]["rtx-sm89-fp16-loop"] = {**manifest["targets"]["ort-cpu"], **loop}
 
     _edit(damaged, with_loop)

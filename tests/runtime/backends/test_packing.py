@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from built import build_cpu
 from fakes.driver import FakeDriver
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mythos_edge.exporter.ort_target import build_target
 from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.stages import MAX_TOGETHER
@@ -32,9 +32,9 @@ def backend(
     made = exported(Path(__file__).parents[1] / "fixtures" / "mla-small")
     path = Path(shutil.copytree(made, tmp_path_factory.mktemp("packing") / "mla.bundle"))
     if request.param in ("ort-cpu-int8", "ort-cpu-fp32"):
-        build_target(path, request.param.removeprefix("ort-cpu-"))
+        build_cpu(path, request.param.removeprefix("ort-cpu-"))
     elif request.param == "ort-cpu-int4":
-        build_target(path, "int4", block=32)
+        build_cpu(path, "int4", block=32)
     bundle = open_bundle(path)
     with OrtCpuBackend(bundle, request.param) as opened:
         opened.name, opened.config = request.param, bundle.manifest.config

@@ -167,7 +167,7 @@ def test_what_sessions_are_told(targets: Path, installed: Callable[..., FakeOnnx
     assert fake.asked == [(cuda, "1")] * 3
 
 
-def test_the_providers_decide_the_backend(
+def test_the_kind_decides_the_backend(
     bundle: Path, installed: Callable[..., FakeOnnxruntime], capsys: pytest.CaptureFixture[str]
 ) -> None:
     installed()
@@ -178,8 +178,8 @@ def test_the_providers_decide_the_backend(
     update_manifest(opened, targets={**targets, "ort-cpu": replace(targets[CUDA])})
     with Session.open(bundle) as gpu:
         assert type(gpu.backend) is OrtCudaBackend
-    update_manifest(opened, targets={**targets, CUDA: replace(targets[CUDA], providers=("TpuExecutionProvider",))})
-    with pytest.raises(BundleError, match=f"'{CUDA}' is for TpuExecutionProvider of ONNX Runtime, which this mythos"):
+    update_manifest(opened, targets={**targets, CUDA: replace(targets[CUDA], kind="tpu")})
+    with pytest.raises(BundleError, match=f"'{CUDA}' is of kind 'tpu', expected one of ort-cpu, ort-cuda, tensorrt"):
         Session.open(bundle, target=CUDA)
     assert capsys.readouterr().out == ""
 

@@ -29,7 +29,7 @@ TOLERANCES = {"ort-cpu": 3e-5, "ort-cpu-fp32": 3e-5, "ort-cpu-int8": 2e-2, "ort-
 def backend(
     request: pytest.FixtureRequest, exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[OrtCpuBackend]:
-    made = exported(Path(__file__).parents[1] / "fixtures" / "mla-small")
+    made = exported(Path(__file__).parents[2] / "fixtures" / "mla-small")
     path = Path(shutil.copytree(made, tmp_path_factory.mktemp("packing") / "mla.bundle"))
     if request.param in ("ort-cpu-int8", "ort-cpu-fp32"):
         build_cpu(path, request.param.removeprefix("ort-cpu-"))

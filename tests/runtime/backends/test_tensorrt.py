@@ -28,7 +28,7 @@ from mythos_edge.runtime.session import Session
 from mythos_edge.runtime.staircase import Staircase
 from mythos_edge.scripts import cli
 
-FIXTURES = Path(__file__).parent.parent / "fixtures"
+FIXTURES = Path(__file__).parents[2] / "fixtures"
 MAX_CONTEXT = 48
 # float16 keeps 11 bits, and a few dozen operations lie between a token and its logits.
 FP16_ERROR = 0.01

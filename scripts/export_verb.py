@@ -80,7 +80,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     seconds = time.perf_counter() - started
     manifest = bundle.manifest
     size = sum(record.bytes for record in manifest.files.values())
-    note = manifest.targets["ort-cpu"].note
+    note = manifest.targets[manifest.default_target].note
     if note:
         console.note(f"note: {note}")
     if args.tokenizer is None and (beside := tokenizer_beside(args.checkpoint)):

@@ -147,3 +147,21 @@ def golden(golden_name: str) -> dict[str, np.ndarray]:
 @pytest.fixture
 def random() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """Runs a command line in this process, as a ``command_line.Ran``."""
+    from command_line import Ran
+
+    from mythos_edge.scripts import cli
+
+    def call(*argv: object) -> Any:
+        try:
+            code = cli.main([str(word) for word in argv])
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        captured = capsys.readouterr()
+        return Ran(code, captured.out, captured.err)
+
+    return call

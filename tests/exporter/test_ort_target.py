@@ -13,7 +13,7 @@ import onnx_ir as ir
 import pytest
 from conftest import ROOT
 
-from mythos_edge.exporter import ort_target, rounding
+from mythos_edge.exporter import ort_target
 from mythos_edge.exporter.ort_target import build_target
 from mythos_edge.model.bundle import open_bundle, verify_hashes
 from mythos_edge.model.bundle_writer import update_manifest
@@ -56,7 +56,7 @@ def test_a_target_that_fails_leaves_the_bundle_as_it_was(bundle: Path, monkeypat
     def full(*_: Any) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(rounding.os, "pwrite", full)
+    monkeypatch.setattr("os.pwrite", full)
     with pytest.raises(BuildError, match="No space left"):
         build_target(bundle, "int8")
     assert _files(bundle) == before

@@ -10,11 +10,11 @@ import onnx_ir as ir
 import pytest
 from conftest import ROOT
 
-from mythos_edge.exporter import narrowing
 from mythos_edge.exporter.lowering.ort_cuda import CUDA_KERNELS
 from mythos_edge.exporter.lowering.ort_kernels import MICROSOFT
 from mythos_edge.exporter.ort_cuda_target import build_ort_cuda_target
 from mythos_edge.model.bundle import open_bundle, verify_hashes
+from mythos_edge.model.checkpoint import Checkpoint
 from mythos_edge.model.errors import BuildError
 from mythos_edge.model.manifest import ON_SHAPES
 from mythos_edge.model.stages import STAGES
@@ -209,13 +209,13 @@ def test_bad_wishes_are_refused_in_one_line(bundle: Path, options: dict[str, Any
 
 
 def test_a_weight_beyond_float16_is_named(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = narrowing.Checkpoint.read
+    read = Checkpoint.read
 
     def huge(self: Any, name: str, start: int = 0, stop: int | None = None) -> Any:
         piece = read(self, name, start, stop)
         return piece * 0 - 1e5 if name == "step.block.ffn.fc1" else piece
 
-    monkeypatch.setattr(narrowing.Checkpoint, "read", huge)
+    monkeypatch.setattr(Checkpoint, "read", huge)
     with pytest.raises(BuildError, match=r"step.block.ffn.fc1: a weight of 100000 does not fit fp16.*--dtype fp32"):
         build_ort_cuda_target(bundle)
     assert list(open_bundle(bundle).manifest.targets) == ["ort-cpu"]

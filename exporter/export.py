@@ -85,7 +85,7 @@ def export_bundle(
     text = tokenizer_for(tokenizer, end_tokens, config.vocab_size)
     plan = plan_weights(config, context, dtype)
     writer = BundleWriter(output, force=force)
-    require_free_space(writer.folder, plan.total_bytes + _GRAPHS_BYTES)
+    require_free_space(writer.folder, plan.file.total_bytes + _GRAPHS_BYTES)
     with writer, _disk_errors(output):
         folder = writer.folder
         with tracing(config, context, dtype, folder) as finish_tracing:
@@ -93,7 +93,7 @@ def export_bundle(
                 plan,
                 checkpoint,
                 folder / WEIGHTS_FILE,
-                lambda done: progress("weights", done / plan.total_bytes),
+                lambda done: progress("weights", done),
             )
             progress("graphs", 0.0)
             finish_tracing()

@@ -17,11 +17,21 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from mythos_edge.exporter.lowering.ort_kernels import MICROSOFT, GraphWriter, Pack, Rounded, piece_of, sizes_of
+from mythos_edge.exporter.graph_writer import GraphWriter, shape_of
+from mythos_edge.exporter.lowering.ort_kernels import (
+    HIDDEN_SCORE,
+    MICROSOFT,
+    Pack,
+    Rounded,
+    blocked_product,
+    integer_product,
+    interleaved_swiglu,
+    matrix_of,
+    piece_of,
+    rounded,
+    swiglu,
+)
 from mythos_edge.plugins import ops
-
-_HIDDEN_SCORE = -3.4028234e38
-
 
 Packs = Mapping[str, Pack]
 
@@ -71,15 +81,10 @@ class Lowering:
         rule = self.rules().get((node.domain, node.op_type))
         if rule is None:
             return
-        old, graph = node.outputs[0], node.graph
-        assert isinstance(graph, ir.Graph)
-        name = old.name
-        made = rule(GraphWriter(graph, self._graph, str(name), node), node)
-        if made is None:
-            return
-        ir.convenience.replace_all_uses_with(old, made, replace_graph_outputs=True)
-        made.name, made.type, made.shape = name, old.type, old.shape
-        graph.remove(node, safe=True)
+        writer = GraphWriter.before(node, self._graph)
+        made = rule(writer, node)
+        if made is not None:
+            writer.replace(made)
 
     def _pack(self, matrix: ir.Value) -> Pack | None:
         return self._packs.get(stored_name(matrix))
@@ -97,14 +102,14 @@ class Lowering:
         if pack is None:
             return writer.add("Gemm", [x, matrix], transB=1)
         if pack.block:
-            return writer.blocked_product(x, name, pack)
+            return blocked_product(writer, x, name, pack)
         values, scales = writer.tensor(pack.values, f"{name}.q"), writer.tensor(pack.scales, f"{name}.scale")
-        return writer.integer_product(self._rounded_rows(writer, x), values, scales)
+        return integer_product(writer, self._rounded_rows(writer, x), values, scales)
 
     def _rounded_rows(self, writer: GraphWriter, x: ir.Value) -> Rounded:
         name = str(x.name)
         if name not in self._rounded:
-            self._rounded[name] = writer.rounded(x)
+            self._rounded[name] = rounded(writer, x)
         return self._rounded[name]
 
     def _embedding(self, writer: GraphWriter, node: ir.Node) -> ir.Value | None:
@@ -138,7 +143,7 @@ class Lowering:
     def _latent_attention(self, writer: GraphWriter, node: ir.Node) -> ir.Value:
         q, rows, past = node.inputs[:3]
         assert q is not None
-        heads, width = sizes_of(q)[2:]
+        heads, width = shape_of(q)[2:]
         scale = node.attributes["scale"].as_float()
         flat = writer.add("Reshape", [q, writer.integers([1, -1, width])])
         # The cache stands left, which is the faster order for few rows: scores (1, columns, rows * heads).
@@ -146,7 +151,7 @@ class Lowering:
         new_scores = writer.add("FusedMatMul", [rows, flat], MICROSOFT, transB=1, alpha=scale)
         joined = writer.add("Concat", [past_scores, self._causal(writer, new_scores, rows, heads)], axis=1)
         weights = writer.add("Softmax", [writer.add("Transpose", [joined], perm=[0, 2, 1])], axis=-1)
-        sizes = [writer.add("Shape", [value], start=1, end=2) for value in (past, rows)]
+        sizes = [writer.sizes(value, 1) for value in (past, rows)]
         counts = writer.add("Concat", sizes, axis=0)
         past_weights, new_weights = writer.add_many("Split", [weights, counts], 2, axis=2)
         past_mixed = writer.add("MatMul", [past_weights, past])
@@ -164,23 +169,23 @@ class Lowering:
 
     def _causal(self, writer: GraphWriter, scores: ir.Value, rows: ir.Value | None, heads: int) -> ir.Value:
         """``scores (1, S, S * heads)`` of new rows among each other, without those of later rows for earlier ones."""
-        one, several = writer.branch("one_row"), writer.branch("rows")
-        # A key's row against each query's row; decoding has one row and needs none of this.
-        _, key_count, query_count = several.add_many(
-            "Split", [several.add("Shape", [scores])], 3, axis=0, num_outputs=3
-        )
-        keys, queries = (
-            several.add("Range", [several.integer(0), several.add("Squeeze", [count]), several.integer(1)])
-            for count in (key_count, query_count)
-        )
-        key = several.add("Unsqueeze", [keys, several.integers([1])])
-        seen = several.add("LessOrEqual", [key, several.add("Div", [queries, several.integer(heads)])])
-        masked = several.add("Where", [seen, scores, several.number(_HIDDEN_SCORE)])
-        whole = one.add("Identity", [scores])
-        for output in (masked, whole):
-            output.type, output.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([1, None, None])
-        are_several = writer.add("Greater", [writer.add("Shape", [rows], start=1, end=2), writer.integers([1])])
-        return writer.add("If", [are_several], then_branch=several.closed(masked), else_branch=one.closed(whole))
+
+        def masked(several: GraphWriter) -> ir.Value:
+            # A key's row against each query's row; decoding has one row and needs none of this.
+            _, key_count, query_count = several.add_many(
+                "Split", [several.add("Shape", [scores])], 3, axis=0, num_outputs=3
+            )
+            keys, queries = (
+                several.add("Range", [several.integer(0), several.add("Squeeze", [count]), several.integer(1)])
+                for count in (key_count, query_count)
+            )
+            key = several.add("Unsqueeze", [keys, several.integers([1])])
+            seen = several.add("LessOrEqual", [key, several.add("Div", [queries, several.integer(heads)])])
+            return several.add("Where", [seen, scores, several.number(HIDDEN_SCORE)])
+
+        are_several = writer.add("Greater", [writer.sizes(rows, 1), writer.integers([1])])
+        whole = ("one_row", lambda one: one.add("Identity", [scores]))
+        return writer.either(are_several, ("rows", masked), whole, [1, None, None])
 
     def _sparse_moe(self, writer: GraphWriter, node: ir.Node) -> ir.Value:
         inputs = dict(zip(ops.SPARSE_MOE.inputs + ops.SPARSE_MOE.optional, node.inputs, strict=False))
@@ -216,7 +221,7 @@ class Lowering:
         return self._dispatched_experts(writer, x, (logits, chosen_by), stacks, top_k)
 
     def _shared_expert(self, writer: GraphWriter, x: ir.Value, gate_up: ir.Value, down: ir.Value) -> ir.Value:
-        return self._multiplied(writer, writer.swiglu(self._multiplied(writer, x, gate_up)), down)
+        return self._multiplied(writer, swiglu(writer, self._multiplied(writer, x, gate_up)), down)
 
     def _blocked_experts(
         self,
@@ -261,7 +266,7 @@ class Lowering:
         Each product runs on all cores and reads its weights once, whatever the number of rows.
         """
         logits, chosen_by = routing
-        experts, _, dim = sizes_of(stacks[0])
+        experts, _, dim = shape_of(stacks[0])
         scores, chosen = writer.add_many("TopK", [chosen_by, writer.integers([top_k])], 2)
         if chosen_by is not logits:
             scores = writer.add("GatherElements", [logits, chosen], axis=1)
@@ -271,7 +276,7 @@ class Lowering:
         _, order = writer.add_many("TopK", [flat, count], 2, largest=0)
         _, place = writer.add_many("TopK", [order, count], 2, largest=0)
         row = writer.add("Div", [order, writer.integer(top_k)])
-        each = writer.constant(f"experts_{experts}", np.arange(experts)[:, None])
+        each = writer.constant(np.arange(experts)[:, None])
         hits = writer.add("Cast", [writer.add("Equal", [each, flat])], to=ir.DataType.INT64)
         counts = writer.add("ReduceSum", [hits, writer.integers([1])], keepdims=0)
         rows = writer.add_many("Split", [row, counts], experts, axis=0)
@@ -293,18 +298,19 @@ class Lowering:
         expert: int,
     ) -> ir.Value:
         """The rows of ``x`` that chose this expert through it; no rows when there are none."""
-        dim = sizes_of(x)[-1]
-        some, none = writer.branch(f"expert_{expert}"), writer.branch(f"no_expert_{expert}")
-        if self._pack(stacks[0]) is not None:
-            made = self._expert_in_integers(writer, some, x, rows, stacks, expert)
-        else:
-            gate_up, down = (writer.matrix_of(stack, expert) for stack in stacks)
-            both = some.add("Gemm", [some.add("Gather", [x, rows]), gate_up], transB=1)
-            made = some.add("Gemm", [some.interleaved_swiglu(both), down], transB=1)
-        nothing = none.add("Identity", [none.constant(f"no_rows_{dim}", np.zeros((0, dim), np.float32))])
-        for output in (made, nothing):
-            output.type, output.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([None, dim])
-        return writer.add("If", [wanted], then_branch=some.closed(made), else_branch=none.closed(nothing))
+        dim = shape_of(x)[-1]
+
+        def some(inside: GraphWriter) -> ir.Value:
+            if self._pack(stacks[0]) is not None:
+                return self._expert_in_integers(writer, inside, x, rows, stacks, expert)
+            gate_up, down = (matrix_of(writer, stack, expert) for stack in stacks)
+            both = inside.add("Gemm", [inside.add("Gather", [x, rows]), gate_up], transB=1)
+            return inside.add("Gemm", [interleaved_swiglu(inside, both), down], transB=1)
+
+        def none(inside: GraphWriter) -> ir.Value:
+            return inside.add("Identity", [inside.constant(np.zeros((0, dim), np.float32))])
+
+        return writer.either(wanted, (f"expert_{expert}", some), (f"no_expert_{expert}", none), [None, dim])
 
     def _expert_in_integers(
         self,
@@ -324,8 +330,8 @@ class Lowering:
             )
         whole = self._rounded_rows(writer, x)
         taken = Rounded(inside.add("Gather", [whole.codes, rows]), inside.add("Gather", [whole.scales, rows]))
-        hidden = inside.swiglu(inside.integer_product(taken, *matrices[0]))
-        return inside.integer_product(inside.rounded(hidden), *matrices[1])
+        hidden = swiglu(inside, integer_product(inside, taken, *matrices[0]))
+        return integer_product(inside, rounded(inside, hidden), *matrices[1])
 
 
 def stored_name(matrix: ir.Value) -> str:

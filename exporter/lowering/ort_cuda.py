@@ -19,9 +19,10 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
+from mythos_edge.exporter.graph_writer import GraphWriter
 from mythos_edge.exporter.lowering.ort_cpu import Lowering, Packs, Rule, bias_matters, lowered_by, stored_name
 from mythos_edge.exporter.lowering.ort_cuda_attention import grouped_query_attention, latent_attention
-from mythos_edge.exporter.lowering.ort_kernels import MICROSOFT, GraphWriter
+from mythos_edge.exporter.lowering.ort_kernels import MICROSOFT
 from mythos_edge.model.target_options import ON_SHAPES
 from mythos_edge.plugins import ops
 

@@ -142,7 +142,7 @@ def _lower(model: ir.Model, config: MythosConfig, options: EngineOptions, positi
         tensorrt_passes.use_body(model, ops.GROUPED_QUERY_ATTENTION.name)
 
 
-def _written(model: ir.Model, path: Path, tensors: dict[str, ir.ExternalTensor]) -> Path:
+def _written(model: ir.Model, path: Path, tensors: dict[str, ir.TensorProtocol]) -> Path:
     tensorrt_passes.tidy(model)
     attach(model.graph, tensors)
     add_functions(model)

@@ -14,7 +14,6 @@ import pytest
 from built import build_cpu
 from conftest import ROOT
 
-from mythos_edge.exporter import rounding
 from mythos_edge.exporter.targets import ort_cpu, ort_files
 from mythos_edge.exporter.targets.build import build
 from mythos_edge.exporter.targets.ort_cpu import OrtCpuTarget
@@ -59,7 +58,7 @@ def test_a_target_that_fails_leaves_the_bundle_as_it_was(bundle: Path, monkeypat
     def full(*_: Any) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(rounding.os, "pwrite", full)
+    monkeypatch.setattr("os.pwrite", full)
     with pytest.raises(BuildError, match="No space left"):
         build_cpu(bundle, "int8")
     assert _files(bundle) == before

@@ -11,13 +11,13 @@ import pytest
 from built import build_cuda
 from conftest import ROOT
 
-from mythos_edge.exporter import narrowing
 from mythos_edge.exporter.lowering.ort_cuda import CUDA_KERNELS
 from mythos_edge.exporter.lowering.ort_kernels import MICROSOFT
 from mythos_edge.model.bundle import open_bundle, verify_hashes
+from mythos_edge.model.checkpoint import Checkpoint
 from mythos_edge.model.errors import BuildError
-from mythos_edge.model.manifest import ON_SHAPES
 from mythos_edge.model.stages import STAGES
+from mythos_edge.model.target_options import ON_SHAPES
 from mythos_edge.plugins import ops
 from mythos_edge.runtime.backends.ort_cpu import OrtCpuBackend
 from mythos_edge.runtime.backends.ort_session import ort_session
@@ -210,13 +210,13 @@ def test_bad_wishes_are_refused_in_one_line(bundle: Path, options: dict[str, Any
 
 
 def test_a_weight_beyond_float16_is_named(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = narrowing.Checkpoint.read
+    read = Checkpoint.read
 
     def huge(self: Any, name: str, start: int = 0, stop: int | None = None) -> Any:
         piece = read(self, name, start, stop)
         return piece * 0 - 1e5 if name == "step.block.ffn.fc1" else piece
 
-    monkeypatch.setattr(narrowing.Checkpoint, "read", huge)
+    monkeypatch.setattr(Checkpoint, "read", huge)
     with pytest.raises(BuildError, match=r"step.block.ffn.fc1: a weight of 100000 does not fit fp16.*--dtype fp32"):
         build_cuda(bundle)
     assert list(open_bundle(bundle).manifest.targets) == ["ort-cpu"]

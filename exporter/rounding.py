@@ -97,16 +97,11 @@ class RoundedFile:
     def packs(self, name: str, folder: Path) -> dict[str, Pack]:
         """The matrices as ONNX Runtime's kernels want them, in the file ``name`` of ``folder``."""
         tensors = self.file.tensors(name, folder)
-        return {
-            one.name: Pack(
-                one.rounding.bits,
-                one.rounding.block,
-                one.columns,
-                tensors[f"{one.name}.q"],
-                tensors[f"{one.name}.scale"],
-            )
-            for one in self.matrices
-        }
+        packs = {}
+        for one in self.matrices:
+            values, scales = tensors[f"{one.name}.q"], tensors[f"{one.name}.scale"]
+            packs[one.name] = Pack(one.rounding.bits, one.rounding.block, one.columns, values, scales)
+        return packs
 
 
 def plan_rounded(matrices: list[Matrix]) -> RoundedFile:

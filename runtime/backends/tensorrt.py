@@ -273,7 +273,7 @@ def parts(stage: str, call: Call, most: int) -> Iterator[Call]:
 def _part_of_feed(stage: str, call: Call, name: str, start: int, stop: int) -> Rows:
     given, count, tensor = call.feeds[name], call.feeds[ROWS[stage]].shape[1], declared(stage, name)
     if name == "length":
-        return host_array(given) + start
+        return np.asarray(host_array(given) + start)
     if tensor.slot:
         return device_array(given).followed_by(device_array(call.outputs[name.replace("past", "rows")][:, :start]))
     if LOGITS in tensor.axes:

@@ -183,7 +183,7 @@ def test_a_build_over_another_that_is_interrupted_leaves_a_sound_bundle(
         (
             "rtx",
             {},
-            "target is 'rtx', expected ort-cpu, ort-cuda, rtx-sm89 (or several GPUs, as in rtx-sm86+sm89) or",
+            "target is 'rtx', expected ort-cpu, ort-cuda, rtx-sm89 (or several GPUs, as in rtx-sm86+sm89), ",
         ),
         ("rtx-sm89+", {}, "target is 'rtx-sm89+'"),
         ("trt-sm87", {}, "target is 'trt-sm87'"),

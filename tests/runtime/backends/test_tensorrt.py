@@ -21,7 +21,6 @@ from mythos_edge.model.stages import STAGES
 from mythos_edge.plugins import kernel_store
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.runtime import parity
-from mythos_edge.runtime.backends.ort_cpu import OrtCpuBackend
 from mythos_edge.runtime.backends.tensorrt import TrtBackend
 from mythos_edge.runtime.halting import Depth
 from mythos_edge.runtime.session import Session
@@ -312,11 +311,6 @@ def test_a_gpu_that_runs_out_of_room_in_between_leaves_the_sequence_as_it_was(
         fed = stairs.feed(np.array([_prompt(session, 4)]), np.array([3]))
         whole = session.generate(_prompt(session, 4), max_new_tokens=1, policy="full")
         assert int(fed.logits[0, 0].argmax()) == whole.ids[0]
-
-
-def test_a_target_for_tensorrt_is_not_taken_for_one_of_onnxruntime(engines: Path) -> None:
-    with pytest.raises(UsageError, match="target 'rtx-sm89-fp32' is TensorRT's"):
-        OrtCpuBackend(open_bundle(engines), "rtx-sm89-fp32")
 
 
 def test_without_a_driver_it_says_so(engines: Path, trt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch) -> None:

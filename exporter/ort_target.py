@@ -12,8 +12,9 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from mythos_edge.exporter.graph_checks import check_graph
 from mythos_edge.exporter.lowering.ort_cpu import lower_for_ort
-from mythos_edge.exporter.lowering.sequences import check_graph, for_many_sequences, for_one_sequence
+from mythos_edge.exporter.lowering.sequences import for_many_sequences, for_one_sequence
 from mythos_edge.exporter.rounding import (
     ROW,
     Importance,

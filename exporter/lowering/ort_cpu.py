@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from mythos_edge.exporter.graph_checks import graph_pass, has_no, one_sequence
 from mythos_edge.exporter.graph_writer import GraphWriter, shape_of
 from mythos_edge.exporter.lowering.ort_kernels import (
     HIDDEN_SCORE,
@@ -36,6 +37,7 @@ from mythos_edge.plugins import ops
 Packs = Mapping[str, Pack]
 
 
+@graph_pass(requires=[one_sequence], ensures=[has_no(ops.LATENT_ATTENTION.name, ops.SPARSE_MOE.name)])
 def lower_for_ort(model: ir.Model, packs: Packs | None = None) -> ir.Model:
     """A copy of ``model`` on ONNX Runtime's kernels; matrices named in ``packs`` are replaced by those.
 

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
+from mythos_edge.exporter.graph_checks import graph_pass, has_no, one_sequence
 from mythos_edge.exporter.graph_writer import GraphWriter
 from mythos_edge.exporter.lowering.ort_cpu import Lowering, Packs, Rule, bias_matters, lowered_by, stored_name
 from mythos_edge.exporter.lowering.ort_cuda_attention import grouped_query_attention, latent_attention
@@ -44,6 +45,10 @@ _NEVER_CHOSEN = -65504.0
 Narrowed = Mapping[str, ir.TensorProtocol]
 
 
+@graph_pass(
+    requires=[one_sequence],
+    ensures=[has_no(ops.LATENT_ATTENTION.name, ops.GROUPED_QUERY_ATTENTION.name, ops.SPARSE_MOE.name)],
+)
 def lower_for_ort_cuda(model: ir.Model, narrowed: Narrowed | None = None, packs: Packs | None = None) -> ir.Model:
     """A copy of ``model`` on kernels of the CUDA provider.
 

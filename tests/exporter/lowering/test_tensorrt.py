@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import FIXTURES, GOLDENS, ROOT, copy_links
 
+from mythos_edge.exporter.graph_checks import check_graph
 from mythos_edge.exporter.lowering import tensorrt, tensorrt_passes
-from mythos_edge.exporter.lowering.sequences import check_graph
 from mythos_edge.exporter.lowering.tensorrt import EngineOptions, LoweredForTensorRT, lower_for_tensorrt
 from mythos_edge.exporter.lowering.tensorrt_weights import ENGINE_WEIGHTS_FILE
 from mythos_edge.model.bundle import Bundle, open_bundle

@@ -1,8 +1,8 @@
 """A bundle for deployment: the targets that a device needs, and of the shared weights only what those targets read.
 
-Graphs of ONNX Runtime name tensors of the shared weights by their place in the file. Packing writes the tensors that are
-named to a smaller file, and puts the new places into the graphs. Everything else is copied as it is. The identity of the
-bundle stays, so saved sessions go on.
+Graphs of ONNX Runtime name tensors of the shared weights by their place in the file. Packing writes those tensors to a
+smaller file, and puts the new places into the graphs. Everything else is copied as it is. The identity of the bundle
+stays, so saved sessions go on.
 """
 
 import shutil
@@ -50,9 +50,7 @@ def pack_bundle(
     records = {name: bundle.target(name) for name in dict.fromkeys(targets)}
     copied = set().union(*map(manifest.files_of, records)) | ({manifest.tokenizer} if manifest.tokenizer else set())
     verify_hashes(bundle, lambda file: progress("hashing the files", 0.0), copied | {WEIGHTS_FILE})
-    graphs = {
-        file: onnx.load(bundle.file(file), load_external_data=False) for file in copied if file.endswith(_GRAPH)
-    }
+    graphs = {file: onnx.load(bundle.file(file), load_external_data=False) for file in copied if file.endswith(_GRAPH)}
     entries = read_tensor_file(bundle.file(WEIGHTS_FILE)).entries
     plan = _plan(graphs.values(), entries)
     size = sum(manifest.files[file].bytes for file in copied) + plan.total_bytes
@@ -104,9 +102,7 @@ def _plan(graphs: Iterable[onnx.ModelProto], entries: Mapping[str, TensorEntry])
     """The file of all tensors that ``graphs`` read."""
     read = {_entry_at(place.offset or 0, entries).name for model in graphs for _, place in _tensors(model)}
     return plan_file(
-        StoredTensor(name, _TYPES[entry.dtype], entry.shape)
-        for name, entry in entries.items()
-        if name in read
+        StoredTensor(name, _TYPES[entry.dtype], entry.shape) for name, entry in entries.items() if name in read
     )
 
 

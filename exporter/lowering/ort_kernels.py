@@ -15,6 +15,14 @@ _ACCURACY_LEVEL = 4
 _ZERO = 128
 # Of a row that must not be looked at: its weight is 0.
 HIDDEN_SCORE = -3.4028234e38
+# Of both kernels of fused experts.
+FUSED_EXPERTS = {
+    "activation_type": "swiglu",
+    "swiglu_fusion": 1,
+    "activation_alpha": 1.0,
+    "activation_beta": 0.0,
+    "normalize_routing_weights": 1,
+}
 
 
 @dataclass(frozen=True)

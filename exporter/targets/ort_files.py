@@ -9,9 +9,10 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from mythos_edge.exporter.graph_checks import check_graph
 from mythos_edge.exporter.lowering.ort_cpu import lower_for_ort
 from mythos_edge.exporter.lowering.ort_kernels import Pack
-from mythos_edge.exporter.lowering.sequences import check_graph, for_many_sequences, for_one_sequence
+from mythos_edge.exporter.lowering.sequences import for_many_sequences, for_one_sequence
 from mythos_edge.exporter.rounding import ROW, Importance, Matrix, RoundedFile, Rounding, plan_rounded, write_rounded
 from mythos_edge.exporter.targets.ort_cpu import OrtCpuTarget
 from mythos_edge.exporter.targets.spec import Work, Written, form_of_parts, record_of

@@ -5,14 +5,15 @@ this TensorRT for this GPU. Code for the host inside an engine is never allowed.
 """
 
 import hashlib
-import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mythos_edge.model.bundle import Bundle
-from mythos_edge.model.errors import BundleError, MythosEdgeError
+from mythos_edge.model.errors import BundleError, MythosEdgeError, UsageError
+from mythos_edge.model.output_files import writing
 from mythos_edge.model.target_options import EngineSpec, options_of
 from mythos_edge.plugins import kernel_store, trt_bindings, trt_plugins
 from mythos_edge.plugins.cuda_driver import Driver
@@ -246,16 +247,13 @@ class _CompiledCache:
         self._compiled = None
         if serialized is None or not (made := bytes(serialized)) or made == self._before:
             return
-        partial = self._path.with_name(f"{self._path.name}.partial-{os.getpid()}")
-        try:
+        with suppress(OSError, UsageError):
             self._path.parent.mkdir(exist_ok=True)
             mark = _own_mark(made)
             mark.parent.mkdir(parents=True, exist_ok=True)
             mark.touch()
-            partial.write_bytes(made)
-            partial.replace(self._path)
-        except OSError:
-            partial.unlink(missing_ok=True)
+            with writing(self._path, "what TensorRT compiled") as file:
+                file.write(made)
 
 
 def _own_mark(content: bytes) -> Path:

@@ -33,7 +33,7 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What an engine computes and how: ``dtype`` fp16, bf16 or fp32; ``layout`` step or loop; ``weights`` none (those
+    """The choices of an engine: ``dtype`` fp16, bf16 or fp32; ``layout`` step or loop; ``weights`` none (those
     of ``dtype``), int8, int4 or fp8. A chunk has ``max_rows`` rows at most, a sequence ``max_context`` positions.
     """
 

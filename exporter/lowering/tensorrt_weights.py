@@ -82,7 +82,7 @@ def _stored(value: ir.Value, offset: int = 0) -> StoredTensor:
 
 
 def _jobs(plan: WeightFile, reader: Checkpoint) -> Iterator[Callable[[], list[Piece]]]:
-    """What is to be computed of each piece of the bundle's weights."""
+    """Jobs that make what the file holds of each piece of the bundle's weights."""
     for name, entry in plan.entries.items():
         source = name.removesuffix(".codes")
         if name.endswith(".scale") and name not in reader.tensors:

@@ -83,7 +83,7 @@ class OrtCpuTarget:
             raise BuildError("calibration is a method of its own for int8 and int4: leave method out")
         if "" in self.keep:
             raise BuildError(
-                f"keep is {','.join(self.keep)!r}, expected parts or names of tensors, with commas between"
+                f"--keep is {','.join(self.keep)!r}, expected parts or names of tensors, with commas between"
             )
 
     @classmethod

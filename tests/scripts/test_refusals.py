@@ -175,7 +175,7 @@ def test_build_refuses_in_one_line(mla_bundle: Path, tmp_path: Path, run: Callab
         (("--weights", "int8", "--calibrate", tmp_path / "foreign.npy"), "token id 5000 is out of range"),
         (("--weights", "int8", "--calibrate", tmp_path / "long.npy"), "the ids have 300 positions"),
         (("--weights", "int8", "--calibrate", tmp_path / "absent.npy"), "cannot read the ids"),
-        (("--weights", "fp32", "--calibrate", tmp_path / "long.npy"), "--calibrate is a method of its own"),
+        (("--weights", "fp32", "--calibrate", tmp_path / "long.npy"), "fp32 rounds nothing: leave them out"),
     ]:
         refused(run("build", mla_bundle, *words), message)
     refused(run("build", tmp_path / "absent", "--weights", "int8"), "does not exist")

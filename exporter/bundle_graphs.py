@@ -9,24 +9,30 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from mythos_edge.exporter import loop_graph, ort_target
+from mythos_edge.exporter import loop_graph
 from mythos_edge.exporter.portable import write_portable
+from mythos_edge.exporter.targets.ort_files import exported_record
 from mythos_edge.exporter.tracing import traced_stages
 from mythos_edge.exporter.weights import WeightsPlan, attach_weights
-from mythos_edge.model.bundle import STAGES, TARGET, GraphSpec, TensorSpec
 from mythos_edge.model.config import MythosConfig
+from mythos_edge.model.manifest import GraphSpec, TargetRecord, TensorSpec
+from mythos_edge.model.stages import STAGES
 from mythos_edge.plugins.torch_ops import add_functions
 
 
 def write_bundle_graphs(
     config: MythosConfig,
     max_context: int,
+    dtype: str,
     plan: WeightsPlan,
     folder: Path,
     portable: bool,
     progress: Callable[[str, float], None],
-) -> tuple[dict[str, GraphSpec], ort_target.Lowered]:
-    """Writes the graphs to ``folder``, where the weights of ``plan`` are, and checks them."""
+) -> tuple[dict[str, GraphSpec], str, TargetRecord]:
+    """Writes the graphs to ``folder``, where the weights of ``plan`` are, and checks them.
+
+    The record of the target names no bundle yet.
+    """
     stages = traced_stages(config, max_context)
     for model in stages.values():
         attach_weights(model.graph, plan, folder)
@@ -46,7 +52,7 @@ def write_bundle_graphs(
     if portable:
         graphs = write_portable(graphs, folder, folder)
     stages = {stage: ir.load(folder / f"{stage}.onnx") for stage in STAGES}
-    return graphs, ort_target.write_graphs(stages, folder, TARGET, config)
+    return graphs, *exported_record(stages, folder, config, dtype, "")
 
 
 def _tensor_specs(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:

@@ -2,14 +2,14 @@
 
 This module is what runs there (``python -m mythos_edge.exporter.engine '<json job>'``); ``engine_process`` starts it
 and turns what goes wrong into errors. It reports in lines of JSON on what was its stdout; whatever TensorRT prints
-goes to stderr. Not here: what the graph should look like (``trt_lowering``).
+goes to stderr. Not here: what the graph should look like (``lowering.tensorrt``).
 """
 
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -17,6 +17,7 @@ from typing import IO, Any
 import onnx
 
 from mythos_edge.model.errors import BuildError, MythosEdgeError
+from mythos_edge.model.output_files import writing
 from mythos_edge.plugins import trt_bindings
 
 # Least, best and most of an axis or of an input's value.
@@ -39,8 +40,8 @@ class EngineJob:
     ``profiles`` gives each optimization profile as ranges of the named axes of the graph's inputs, ``values`` the
     ranges of scalar inputs that decide shapes or trip counts. ``compute_capabilities`` are the GPUs (89 for SM 8.9)
     of TensorRT for RTX, and those whose kernels travel in the plan. ``plugin_layers`` is how many plugins the engine
-    must have, ``plugins`` their kind, python or aot. With ``layout`` step the engine takes its memory from who runs
-    it, so that its runs can be captured in CUDA graphs.
+    must have. With ``layout`` step the engine takes its memory from who runs it, so that its runs can be captured in
+    CUDA graphs.
     """
 
     graph: str
@@ -49,15 +50,9 @@ class EngineJob:
     compute_capabilities: tuple[int, ...]
     profiles: tuple[dict[str, Range], ...]
     values: dict[str, Range]
-    plugins: str
     plugin_layers: int
     max_rows: int
     layout: str
-
-    @property
-    def partial_plan(self) -> Path:
-        """Where the plan grows before it is whole."""
-        return Path(self.plan).with_name(f".{Path(self.plan).name}.partial")
 
     def run(self, report: Report) -> None:
         """Builds, and reports phases and at the end an ``EngineReport``. Raises BuildError, BackendUnavailable."""
@@ -189,26 +184,21 @@ class _Build:
         return profile
 
     def _write_plan(self, config: Any) -> int:
-        """Writes the plan beside its place, then moves it there; its size in bytes."""
-        plan, partial = Path(self._job.plan), self._job.partial_plan
-        try:
-            with partial.open("wb") as file:
-                # Where there are streams the plan is never whole in memory.
-                if hasattr(self._builder, "build_serialized_network_to_stream"):
-                    writer = _writer(self.trt, self._logger, file, self._tell)
-                    built = self._builder.build_serialized_network_to_stream(self._network, config, writer)
-                else:
-                    serialized = self._builder.build_serialized_network(self._network, config)
-                    built = serialized is not None
-                    if built:
-                        self._tell("serializing")
-                        file.write(serialized)
-            if not built or not partial.stat().st_size:
+        """Writes the plan, whole or not at all; its size in bytes."""
+        plan = Path(self._job.plan)
+        with writing(plan, "the engine") as file:
+            # Where there are streams the plan is never whole in memory.
+            if hasattr(self._builder, "build_serialized_network_to_stream"):
+                writer = _writer(self.trt, self._logger, file, self._tell)
+                built = self._builder.build_serialized_network_to_stream(self._network, config, writer)
+            else:
+                serialized = self._builder.build_serialized_network(self._network, config)
+                built = serialized is not None
+                if built:
+                    self._tell("serializing")
+                    file.write(serialized)
+            if not built or not file.tell():
                 raise BuildError(f"TensorRT built nothing: {self._logger.first_error or 'it said no reason'}")
-            partial.replace(plan)
-        finally:
-            with suppress(OSError):
-                partial.unlink()
         return plan.stat().st_size
 
 
@@ -244,18 +234,12 @@ def _first_error(parser: Any) -> str:
 @contextmanager
 def _plugins(job: EngineJob, trt: Any) -> Iterator[None]:
     """Around the build: our plugins take part, and what fails in one of them is the error."""
-    from mythos_edge.plugins import trt_aot, trt_plugins
+    from mythos_edge.plugins import trt_plugins
 
     try:
-        if job.plugins == "aot":
-            (gpu,) = job.compute_capabilities
-            trt_aot.register(trt, gpu)
+        trt_plugins.register(trt)
+        with trt_plugins.carrying(job.compute_capabilities, job.max_rows):
             yield
-            trt_plugins.raise_failures(BuildError)
-        else:
-            trt_plugins.register(trt)
-            with trt_plugins.carrying(job.compute_capabilities, job.max_rows):
-                yield
     except BuildError as error:
         # TensorRT tells only that a callback failed.
         failures = trt_plugins.take_failures()

@@ -6,35 +6,30 @@ The bundle appears whole or not at all. Memory does not grow with the model: no 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-
-import torch
 
 from mythos_edge.exporter.kept_graphs import LIBRARIES, Graphs, kept
 from mythos_edge.exporter.sample import golden_sample
 from mythos_edge.exporter.tokenizer_files import TOKENIZER_FILE, tokenizer_for
 from mythos_edge.exporter.weights import STORAGE_TYPES, WeightsHashes, WeightsPlan, plan_weights, write_weights
-from mythos_edge.model.bundle import (
-    CPU_PROVIDER,
-    MOST_CONTEXT,
-    TARGET,
-    WEIGHTS_FILE,
-    Bundle,
-    FileRecord,
-    GraphSpec,
-    Manifest,
-    Source,
-    TargetSpec,
-    bundle_identity,
-    open_bundle,
-)
+from mythos_edge.model.bundle import Bundle, open_bundle
 from mythos_edge.model.bundle_writer import BundleWriter, require_free_space
 from mythos_edge.model.checkpoint import Checkpoint
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import ConfigError, ExportError
+from mythos_edge.model.manifest import (
+    MOST_CONTEXT,
+    WEIGHTS_FILE,
+    FileRecord,
+    GraphSpec,
+    Manifest,
+    Source,
+    TargetRecord,
+    bundle_identity,
+)
 from mythos_edge.model.typed_json import dataclass_from_json
 
 _GRAPHS_BYTES = 16 << 20
@@ -79,15 +74,10 @@ def export_bundle(
     text = tokenizer_for(tokenizer, end_tokens, config.vocab_size)
     plan = plan_weights(config, context, dtype)
     writer = BundleWriter(output, force=force)
-    require_free_space(writer.folder, plan.total_bytes + _GRAPHS_BYTES)
+    require_free_space(writer.folder, plan.file.total_bytes + _GRAPHS_BYTES)
     with writer, _disk_errors(output):
         folder = writer.folder
-        hashes = write_weights(
-            plan,
-            checkpoint,
-            folder / WEIGHTS_FILE,
-            lambda done: progress("weights", done / plan.total_bytes),
-        )
+        hashes = write_weights(plan, checkpoint, folder / WEIGHTS_FILE, lambda done: progress("weights", done))
         progress("graphs", 0.0)
         made = _graphs(config, context, dtype, plan, folder, portable, progress, note)
         if text.data is not None:
@@ -104,7 +94,7 @@ def export_bundle(
                 dtype=dtype,
                 max_context=context,
                 graphs=made.graphs,
-                targets={TARGET: _mapped_target(made, dtype, identity)},
+                targets={made.target: replace(made.record, bundle=identity)},
                 files=dict(files),
                 versions={name: metadata.version(name) for name in LIBRARIES},
                 source=source,
@@ -132,12 +122,11 @@ def _disk_errors(output: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _MadeGraphs:
-    """The portable graphs of a bundle and, by stage, those of the target it starts with, whose weights it counts."""
+    """The portable graphs of a bundle, and the target that it starts with, whose record names no bundle yet."""
 
     graphs: dict[str, GraphSpec]
-    lowered: dict[str, str]
-    fixed_bytes: int
-    step_bytes: int
+    target: str
+    record: TargetRecord
 
 
 def _graphs(
@@ -155,9 +144,8 @@ def _graphs(
     def make() -> Graphs:
         from mythos_edge.exporter.bundle_graphs import write_bundle_graphs
 
-        graphs, lowered = write_bundle_graphs(config, context, plan, folder, portable, progress)
-        made = _MadeGraphs(graphs, lowered.graphs, lowered.fixed_bytes, lowered.step_bytes)
-        files = [*(spec.file for spec in graphs.values()), *lowered.graphs.values()]
+        made = _MadeGraphs(*write_bundle_graphs(config, context, dtype, plan, folder, portable, progress))
+        files = [*(spec.file for spec in made.graphs.values()), *made.record.graphs.values()]
         return Graphs({file: (folder / file).read_bytes() for file in files}, json.loads(json.dumps(asdict(made))))
 
     depends_on = {
@@ -177,19 +165,11 @@ def _biased(plan: WeightsPlan, weights: Path) -> dict[str, bool]:
     """Whether each selection bias is other than zeros, which lowering leaves out: all that a graph has of values."""
     found = {}
     with weights.open("rb") as file:
-        for tensor in plan.tensors:
-            if tensor.recipe.name.endswith("router_bias"):
-                file.seek(tensor.offset)
-                values = torch.frombuffer(bytearray(file.read(tensor.length)), dtype=tensor.type.torch)
-                found[tensor.recipe.name] = bool(values.any())
+        for name, entry in plan.file.entries.items():
+            if name.endswith("router_bias"):
+                file.seek(entry.offset)
+                found[name] = any(file.read(entry.n_bytes))
     return found
-
-
-def _mapped_target(made: _MadeGraphs, dtype: str, identity: str) -> TargetSpec:
-    """The target every export has: float32 weights that stay mapped in the bundle's file."""
-    note = "" if dtype == "fp32" else f"weights are stored in {dtype}; the CPU has no fast {dtype} and computes in fp32"
-    sizes = (made.fixed_bytes, made.step_bytes)
-    return TargetSpec(made.lowered, "fp32", "fp32", 0, "none", (), False, *sizes, identity, note, None, (CPU_PROVIDER,))
 
 
 def _source(checkpoint: Checkpoint, hashes: WeightsHashes) -> Source:

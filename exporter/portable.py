@@ -11,9 +11,10 @@ import onnx
 import onnx_ir as ir
 from onnx.inliner import inline_local_functions
 
-from mythos_edge.exporter.passes import check_graph
-from mythos_edge.exporter.target_files import files_beside, install_into
-from mythos_edge.model.bundle import STANDARD_OPS, Bundle, FileRecord, GraphSpec, Manifest, open_bundle
+from mythos_edge.exporter.graph_checks import check_graph
+from mythos_edge.exporter.targets.build import files_beside, install_into
+from mythos_edge.model.bundle import Bundle, open_bundle
+from mythos_edge.model.manifest import STANDARD_OPS, FileRecord, GraphSpec, Manifest
 
 # ONNX's own ops, under the two names of their domain.
 _STANDARD = ("", "ai.onnx")

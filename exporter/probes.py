@@ -15,10 +15,11 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 from numpy.typing import NDArray
 
-from mythos_edge.model.bundle import EXACT_TIE_MARGIN, Bundle
+from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.errors import BundleError, MythosEdgeError, unavailable
 from mythos_edge.model.linked_weights import NONE_APART, Apart, lent_weights
 from mythos_edge.model.machine import cores
+from mythos_edge.model.manifest import EXACT_TIE_MARGIN
 
 Array = NDArray[Any]
 # Every target multiplies it in float32 with what the experts see, too.

@@ -26,12 +26,12 @@ from torch.export import ExportedProgram
 
 from mythos_edge.exporter.kept_graphs import Graphs, kept
 from mythos_edge.exporter.weights import STORAGE_TYPES, name_weights
-from mythos_edge.model.bundle import STAGES
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import ExportError, raise_interrupt
 from mythos_edge.model.layers import Rope, Window
 from mythos_edge.model.loop import Halting, LoopState
 from mythos_edge.model.network import Network, in_dtype
+from mythos_edge.model.stages import STAGES
 from mythos_edge.plugins import ops
 from mythos_edge.plugins.torch_ops import TracedOps
 

@@ -28,20 +28,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
 from mythos_edge.model.bounded_files import read_json
-from mythos_edge.model.bundle import (
-    MANIFEST_FILE,
-    MOST_MANIFEST_BYTES,
-    Bundle,
-    FileRecord,
-    Manifest,
-    check_files,
-    has_manifest,
-    manifest_to_dict,
-    read_manifest,
-    sha256_of,
-)
+from mythos_edge.model.bundle import Bundle, check_files, has_manifest, read_manifest, sha256_of
 from mythos_edge.model.errors import BundleError, ExportError
 from mythos_edge.model.file_locks import locked
+from mythos_edge.model.manifest import MANIFEST_FILE, MOST_MANIFEST_BYTES, FileRecord, Manifest, manifest_to_dict
 from mythos_edge.model.partial_folders import PartialFolder, is_partial, partial_name, remove_partials
 
 # In a partial folder: the names that are moved into the bundle, or out of use there.

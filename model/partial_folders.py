@@ -34,7 +34,6 @@ class PartialFolder:
         name: str,
         *,
         of_any: bool = False,
-        mode: int = 0o777,
         recover: Callable[[Path], None] = lambda folder: None,
     ) -> None:
         self._recover = recover
@@ -46,7 +45,7 @@ class PartialFolder:
             self._lock = try_lock(_lock_of(self.path), create=True)
             if self._lock is not None:
                 try:
-                    self.path.mkdir(mode)
+                    self.path.mkdir()
                     return
                 except FileExistsError:
                     self._let_go()

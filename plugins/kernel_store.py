@@ -74,7 +74,7 @@ def kernel(name: str, compute_capability: int) -> Kernel:
 
 
 def ptx(name: str, compute_capability: int) -> str:
-    """The PTX the machine code was made from, which ahead-of-time plugins take. Raises as ``kernel`` does."""
+    """The PTX the machine code was made from, in which tests look at what was compiled. Raises as ``kernel`` does."""
     record = _record(name, compute_capability)
     return _member(name, "ptx", compute_capability, record["ptx_sha256"]).decode("ascii")
 

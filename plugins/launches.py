@@ -17,7 +17,6 @@ DECODE_ROWS = 8
 # Programs that keep a large GPU busy, and the least context worth a program of its own.
 _PROGRAMS, _SPLIT_COLUMNS = 256, 64
 _LONG = 1 << 20
-_MOST_PARTIAL_BYTES = 64 << 20
 _WORKSPACE_ALIGNMENT = 256
 _BYTES = {"fp16": 2, "bf16": 2, "fp32": 4, "i32": 4}
 
@@ -82,11 +81,6 @@ def program(op: str, shapes: Shapes, dtypes: Dtypes, attributes: Attributes) -> 
     if op not in _PROGRAMS_OF:
         raise BuildError(f"no kernels for {op}, only for {', '.join(_PROGRAMS_OF)}: leave it to TensorRT")
     return _PROGRAMS_OF[op](shapes, dtypes, attributes)
-
-
-def chain(op: str, shapes: Shapes, dtypes: Dtypes, attributes: Attributes) -> tuple[str, ...]:
-    """The kernels, in order, of ``program`` for one row over a long context; sizes that a call changes may be -1."""
-    return tuple(launch.kernel for launch in program(op, _resized(shapes, 1, _LONG), dtypes, attributes).launches)
 
 
 def variants(op: str, shapes: Shapes, dtypes: Dtypes, attributes: Attributes, max_rows: int) -> tuple[str, ...]:
@@ -178,14 +172,6 @@ def _latent_attention(shapes: Shapes, dtypes: Dtypes, attributes: Attributes) ->
     if splits > 1:
         writer.launch(f"merge_splits_{dtype}")
     return writer.program()
-
-
-def fixed_splits(heads: int, values: int, columns: int, max_rows: int) -> int:
-    """The parts to split attention into where their number cannot depend on the rows: those of one row, unless
-    partials of ``max_rows`` rows would then fill too much memory.
-    """
-    row_bytes = heads * values * _BYTES["fp32"]
-    return max(1, min(_splits(1, 1, heads, columns), _MOST_PARTIAL_BYTES // (max_rows * row_bytes)))
 
 
 def _splits(batch: int, chunk: int, heads: int, columns: int) -> int:

@@ -2,7 +2,7 @@
 
 The body is written in ONNX's own text syntax and becomes a model-local function, so every ONNX runtime can run a
 graph that holds these nodes; a runtime that knows a faster way (a TensorRT plugin, an ONNX Runtime kernel) replaces
-the node. Other faces: ``reference`` (numpy oracle), ``torch_ops`` (tracing), ``ort_lowering``.
+the node. Other faces: ``reference`` (numpy oracle), ``torch_ops`` (tracing), ``exporter.lowering``.
 """
 
 from collections.abc import Mapping
@@ -20,8 +20,8 @@ class OpSpec:
     """One op: its formal inputs in order, attribute names, outputs and body.
 
     ``optional`` inputs come last and are given all together or not at all; ``body`` maps whether they are given to
-    the text of the function. Tensors are of one element type but for those ``types`` names: ``int64``, ``int32``,
-    ``fp32`` whatever the element type is, and ``codes``, rounded weights of any type that can be cast to a float.
+    the text of the function. Tensors are of one element type but for those ``types`` names: ``int64``, and ``codes``,
+    rounded weights of any type that can be cast to a float.
     """
 
     name: str
@@ -91,8 +91,7 @@ _VISIBLE = """
     counts = Concat <axis = 0> (past_count, new_count)
 """
 
-# Leaves the ``masked`` scores (B, S, H, C) and what ``LATENT_MIXTURE_BODY`` needs.
-LATENT_SCORES_BODY = f"""
+_LATENT_ATTENTION = f"""
     minus_one = Constant <value_ints = [-1]> ()
     keep_rest = Constant <value_ints = [0, -1]> ()
     batch_rows = Shape <start = 0, end = 2> (q)
@@ -117,22 +116,13 @@ LATENT_SCORES_BODY = f"""
     head_axis = Constant <value_ints = [2]> ()
     visible_per_head = Unsqueeze (visible, head_axis)
     masked = Where (visible_per_head, scores, hidden_score)
-"""
-
-# From ``softmax (..., C)`` the mixtures of values, ``mixed_rows (B, all else, W)``.
-LATENT_MIXTURE_BODY = """
+    softmax = Softmax <axis = -1> (masked)
     weight_rows = Concat <axis = 0> (keep_rest, all_count)
     weights = Reshape (softmax, weight_rows)
     past_weights, new_weights = Split <axis = 2> (weights, counts)
     past_mixed = MatMul (past_weights, past)
     new_mixed = MatMul (new_weights, rows)
     mixed_rows = Add (past_mixed, new_mixed)
-"""
-
-_LATENT_ATTENTION = f"""
-    {LATENT_SCORES_BODY}
-    softmax = Softmax <axis = -1> (masked)
-    {LATENT_MIXTURE_BODY}
     q_shape = Shape (q)
     mixed_whole = Reshape (mixed_rows, q_shape)
     value_dim_value = Constant <value_int: int = @value_dim> ()
@@ -208,48 +198,24 @@ _NO_SHARED_EXPERTS = """
     start = Mul (x, nothing)
 """
 
-ROUTER_LOGITS_BODY = """
+# Loops over the experts that were chosen at all and computes each for the rows that chose it: the weights of an
+# expert are read once whether one row or a whole prompt asks for it, and the others are not read.
+_ROUTED_EXPERTS = """
     logits = Gemm <transB = 1> (x, router)
-"""
-
-
-def choice_body(chosen: str) -> str:
-    """From ``logits`` the experts, named ``chosen`` (int64), and their ``weights``; the bias is for the choice only."""
-    return f"""
+    # The bias is for the choice only.
     biased = Add (logits, router_bias)
     top_k_axis = Constant <value_ints = [-1]> ()
     top_k_value = Constant <value_int: int = @top_k> ()
     k = Reshape (top_k_value, top_k_axis)
-    chosen_biased, {chosen} = TopK <axis = -1> (biased, k)
-    chosen_logits = GatherElements <axis = -1> (logits, {chosen})
+    chosen_biased, chosen = TopK <axis = -1> (biased, k)
+    chosen_logits = GatherElements <axis = -1> (logits, chosen)
     weights = Softmax <axis = -1> (chosen_logits)
-"""
-
-
-# ``both (N, 2F)``, gate and up interleaved -> ``hidden (N, F)``.
-SWIGLU_BODY = """
-        last = Constant <value_ints = [-1]> ()
-        pair = Constant <value_ints = [0, -1, 2]> ()
-        pairs = Reshape (both, pair)
-        gate_pair, up_pair = Split <axis = -1, num_outputs = 2> (pairs)
-        gate = Squeeze (gate_pair, last)
-        up = Squeeze (up_pair, last)
-        gate_sigmoid = Sigmoid (gate)
-        silu = Mul (gate, gate_sigmoid)
-        hidden = Mul (silu, up)
-"""
-
-# Loops over the experts that were chosen at all and computes each for the rows that chose it: the weights of an
-# expert are read once whether one row or a whole prompt asks for it, and the others are not read.
-_ROUTED_EXPERTS = f"""
-    {ROUTER_LOGITS_BODY}
-    {choice_body("chosen")}
     experts = Unique <sorted = 1> (chosen)
     count = Size (experts)
-    forward = Constant <value = bool {{1}}> ()
+    forward = Constant <value = bool {1}> ()
     y = Loop (count, forward, start) <body = one_expert (int64 i, bool go, float[N, D] sum)
-        => (bool go_on, float[N, D] new_sum) {{
-        go_on = Constant <value = bool {{1}}> ()
+        => (bool go_on, float[N, D] new_sum) {
+        go_on = Constant <value = bool {1}> ()
         zero = Constant <value_float = 0.0> ()
         front = Constant <value_ints = [0]> ()
         expert = Gather (experts, i)
@@ -264,7 +230,16 @@ _ROUTED_EXPERTS = f"""
         taken = Gather (x, row_index)
         gate_up = Gather (fc1, expert)
         both = Gemm <transB = 1> (taken, gate_up)
-        {SWIGLU_BODY}
+        # Gate and up are interleaved.
+        last = Constant <value_ints = [-1]> ()
+        pair = Constant <value_ints = [0, -1, 2]> ()
+        pairs = Reshape (both, pair)
+        gate_pair, up_pair = Split <axis = -1, num_outputs = 2> (pairs)
+        gate = Squeeze (gate_pair, last)
+        up = Squeeze (up_pair, last)
+        gate_sigmoid = Sigmoid (gate)
+        silu = Mul (gate, gate_sigmoid)
+        hidden = Mul (silu, up)
         down = Gather (fc2, expert)
         made = Gemm <transB = 1> (hidden, down)
         taken_weight = Gather (row_weight, row_index)
@@ -272,11 +247,11 @@ _ROUTED_EXPERTS = f"""
         row_axis = Constant <value_ints = [1]> ()
         scatter_index = Unsqueeze (row_index, row_axis)
         new_sum = ScatterND <reduction = "add"> (sum, scatter_index, weighed)
-    }}>
+    }>
 """
 
 
-def dequantized_body(stack: str) -> str:
+def _dequantized_body(stack: str) -> str:
     """The weights ``stack`` from its codes and scales."""
     return f"""
     {stack}_numbers = Cast <to = 1> ({stack}_codes)
@@ -335,7 +310,7 @@ QUANTIZED_SPARSE_MOE = OpSpec(
     optional=(),
     attributes=("top_k",),
     outputs=("y",),
-    body={False: dequantized_body("fc1") + dequantized_body("fc2") + _NO_SHARED_EXPERTS + _ROUTED_EXPERTS},
+    body={False: _dequantized_body("fc1") + _dequantized_body("fc2") + _NO_SHARED_EXPERTS + _ROUTED_EXPERTS},
     types={"fc1_codes": "codes", "fc2_codes": "codes"},
 )
 

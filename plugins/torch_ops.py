@@ -12,7 +12,6 @@ from torch import Tensor
 
 from mythos_edge.model.layers import Window
 from mythos_edge.plugins import ops
-from mythos_edge.plugins.op_pieces import PIECES
 
 
 class TracedOps:
@@ -67,7 +66,7 @@ def add_functions(model: ir.Model) -> None:
     for node in model.graph.all_nodes():
         if node.domain != ops.DOMAIN:
             continue
-        spec = (ops.OPS | PIECES)[node.op_type]
+        spec = ops.OPS[node.op_type]
         typed = node.inputs[spec.inputs.index(spec.typed_by)]
         assert typed is not None
         text = spec.function_text(

@@ -73,7 +73,9 @@ def carrying(compute_capabilities: Sequence[int], max_rows: int) -> Iterator[Non
         yield
     finally:
         _build = None
-    raise_failures(BuildError)
+    failures = take_failures()
+    if failures:
+        raise BuildError(failures[0])
 
 
 def take_failures() -> tuple[str, ...]:
@@ -81,21 +83,6 @@ def take_failures() -> tuple[str, ...]:
     taken = tuple(_failures)
     _failures.clear()
     return taken
-
-
-def remember(trt: ModuleType, where: str, error: Exception) -> None:
-    """Logs what a callback raised and keeps it for ``take_failures``."""
-    reason = str(error) if isinstance(error, MythosEdgeError) else f"{type(error).__name__}: {error}"
-    line = f"{where}: {' '.join(reason.split())}"
-    _failures.append(line)
-    trt_bindings.logger(trt).log(trt.ILogger.Severity.ERROR, line)
-
-
-def raise_failures(error: type[MythosEdgeError]) -> None:
-    """Raises ``error`` with the first of ``take_failures``, if there is one."""
-    failures = take_failures()
-    if failures:
-        raise error(failures[0])
 
 
 def register(trt: ModuleType, driver_factory: Callable[[], Driver] = Driver.load) -> None:
@@ -142,7 +129,10 @@ def _remembered(method: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return method(self, *arguments)
         except Exception as error:  # whatever it is, TensorRT may drop it; it goes on below
-            remember(self.trt, f"{self.title} ({method.__name__})", error)
+            reason = str(error) if isinstance(error, MythosEdgeError) else f"{type(error).__name__}: {error}"
+            line = f"{self.title} ({method.__name__}): {' '.join(reason.split())}"
+            _failures.append(line)
+            trt_bindings.logger(self.trt).log(self.trt.ILogger.Severity.ERROR, line)
             raise
 
     return guarded

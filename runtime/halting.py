@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any
 
-from mythos_edge.model.bundle import Manifest
 from mythos_edge.model.config import MOST_DEPTH, MythosConfig
 from mythos_edge.model.errors import UsageError
+from mythos_edge.model.manifest import Manifest
 from mythos_edge.runtime.request_values import Within, check_fields
 
 LOOP_STEPS = Within(least=1, most=MOST_DEPTH, unit="loop step")

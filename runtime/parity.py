@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mythos_edge.model.bundle import EXACT_TIE_MARGIN, NEAR_TIE_MARGIN
+from mythos_edge.model.manifest import EXACT_TIE_MARGIN, NEAR_TIE_MARGIN
 
 Float = NDArray[np.floating[Any]]
 Integer = NDArray[np.integer[Any]]

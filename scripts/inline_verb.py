@@ -2,8 +2,8 @@
 
 import argparse
 
-from mythos_edge.model.bundle import WEIGHTS_FILE
 from mythos_edge.model.errors import unavailable
+from mythos_edge.model.manifest import WEIGHTS_FILE
 from mythos_edge.scripts import arguments
 from mythos_edge.scripts.console import Console
 

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mythos_edge.model.bounded_files import open_regular, require_file
-from mythos_edge.model.bundle import Bundle, has_manifest, manifest_to_dict, open_bundle
+from mythos_edge.model.bundle import Bundle, has_manifest, open_bundle
 from mythos_edge.model.errors import BackendUnavailable, BundleError, CheckpointError, UsageError, unavailable
 from mythos_edge.model.foreign_files import foreign_kind
+from mythos_edge.model.manifest import manifest_to_dict
 from mythos_edge.runtime.caches import CachePlan, plan_cache
 from mythos_edge.runtime.text import Tokenizer
 from mythos_edge.scripts import arguments
-from mythos_edge.scripts.build import weights_of
 from mythos_edge.scripts.console import Console
 
 if TYPE_CHECKING:
@@ -115,24 +115,19 @@ def _show_bundle(console: Console, bundle: Bundle) -> None:
     }.items():
         console.say(f"{name:9}  {text}")
     console.say()
-    heads = ("target", "computed by", "weights", "MB a token", "MB a loop step", "MB of files")
+    heads = ("target", "weights", "MB a token", "MB a loop step", "MB of files")
     rows = [heads, *(_row(bundle, name) for name in manifest.targets)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        texts = [cell.ljust(width) for cell, width in zip(row[:3], widths[:3], strict=True)]
-        console.say("  ".join([*texts, *(cell.rjust(width) for cell, width in zip(row[3:], widths[3:], strict=True))]))
+        texts = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
+        console.say("  ".join([*texts, *(cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True))]))
 
 
 def _row(bundle: Bundle, name: str) -> tuple[str, ...]:
     """A target's line: the bytes are those of weights read, and of files that the target does not share."""
     spec, files = bundle.manifest.targets[name], bundle.manifest.files
-    if spec.engine is None:
-        by = "ONNX Runtime: " + ", ".join(provider.removesuffix("ExecutionProvider") for provider in spec.providers)
-    else:
-        flavour = {"rtx": "TensorRT for RTX", "trt": "TensorRT"}.get(spec.engine.flavour, spec.engine.flavour)
-        by = f"{flavour} {spec.engine.version}, {spec.engine.layout}, context {spec.engine.max_context}"
     own = sum(files[file].bytes for file in {*spec.graphs.values(), *bundle.own_weights(name)})
-    return name, by, weights_of(spec), *(f"{size / 1e6:.1f}" for size in (spec.fixed_bytes, spec.step_bytes, own))
+    return name, spec.summary, *(f"{size / 1e6:.1f}" for size in (spec.fixed_bytes, spec.step_bytes, own))
 
 
 def _checkpoint(args: argparse.Namespace, console: Console) -> dict[str, Any]:

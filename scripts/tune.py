@@ -16,15 +16,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mythos_edge.model.bundle import MANIFEST_FILE, TARGET, Bundle, Preset, open_bundle
+from mythos_edge.model.bundle import Bundle, open_bundle
 from mythos_edge.model.bundle_writer import update_manifest
-from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import UsageError, unavailable
+from mythos_edge.model.manifest import MANIFEST_FILE, Manifest, Preset
 from mythos_edge.model.output_files import check_output, check_output_folder
+from mythos_edge.runtime.backends.opening import open_backend
 from mythos_edge.runtime.halting import Depth
 from mythos_edge.runtime.prompts import checked_ids
 from mythos_edge.runtime.quality import kl_divergence
-from mythos_edge.runtime.session import Session, open_backend
+from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import arguments, measuring, options
 from mythos_edge.scripts.console import Console
 
@@ -91,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="for curve.png and curve.html (default: BUNDLE-tune)",
     )
-    parser.add_argument("--targets", default=TARGET, metavar="T,T", help=f"default: {TARGET}")
+    parser.add_argument("--targets", metavar="T,T", help="names of targets (default: the first of the bundle)")
     parser.add_argument("--thresholds", metavar="X,X", help="default: some from 0.3 of the model's own on")
     parser.add_argument(
         "--max-depths", metavar="N,N", help="default: half, three quarters and all of the trained depth"
@@ -119,7 +120,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     points, full_ms = _measure(bundle, settings, ids, args, console)
     knee = knee_of(points, args.max_kl)
     files = report.write(folder, points, knee, full_ms, args.max_kl, f"{args.bundle}, {args.data}")
-    _tell(points, knee, full_ms, args, bundle.manifest.config, console)
+    _tell(points, knee, full_ms, args, bundle.manifest, console)
     if knee is not None:
         # Measuring takes minutes, in which others may have changed the bundle, or built this target again.
         preset = {args.save: knee.preset()}
@@ -151,9 +152,10 @@ def settings_of(args: argparse.Namespace, bundle: Bundle) -> list[Setting]:
     own, trained = config.act_threshold, config.max_loop_iters
     thresholds = _numbers(args.thresholds, "--thresholds", float) or [own * share for share in _THRESHOLD_SHARES]
     depths = _numbers(args.max_depths, "--max-depths", int) or [max(1, round(trained * s)) for s in _DEPTH_SHARES]
-    targets = [name for name in args.targets.split(",") if name]
+    default = bundle.manifest.default_target
+    targets = [default] if args.targets is None else [name for name in args.targets.split(",") if name]
     if not targets:
-        raise UsageError(f"--targets is {args.targets!r}, expected names like {TARGET}")
+        raise UsageError(f"--targets is {args.targets!r}, expected names of targets, with commas between")
     for name in targets:
         bundle.target(name)
     wanted = [Setting(*one) for one in itertools.product(targets, {*thresholds, own}, {*depths, trained})]
@@ -176,7 +178,7 @@ def _measure(
 ) -> tuple[list[Point], float]:
     """The points of all settings, and the milliseconds per token of the fp32 target at full depth."""
     with ExitStack() as stack:
-        names = dict.fromkeys([TARGET, *(setting.target for setting in settings)])
+        names = dict.fromkeys([bundle.manifest.default_target, *(setting.target for setting in settings)])
         sessions = {
             name: stack.enter_context(Session(bundle, open_backend(bundle, name, args.threads))) for name in names
         }
@@ -186,13 +188,18 @@ def _measure(
     return [Point(one, *quality[one], ms_per_token=ms[one], speedup=full_ms / ms[one]) for one in settings], full_ms
 
 
+def _reference(sessions: dict[str, Session]) -> Session:
+    """The session of the target that others are compared with, which is the first."""
+    return next(iter(sessions.values()))
+
+
 def _quality(
     sessions: dict[str, Session], settings: list[Setting], ids: NDArray[np.int64], console: Console
 ) -> dict[Setting, tuple[float, float, float]]:
     """Mean KL divergence, top-1 agreement and mean depth of each setting, one row of ``ids`` at a time."""
     figures: dict[Setting, list[NDArray[np.float64]]] = {setting: [] for setting in settings}
     for number, row in enumerate(ids):
-        reference = sessions[TARGET].score(row[None], policy="full").logits[0]
+        reference = _reference(sessions).score(row[None], policy="full").logits[0]
         for index, setting in enumerate(settings):
             console.progress("quality", (number + index / len(settings)) / len(ids))
             score = sessions[setting.target].score(row[None], **setting.depth)
@@ -220,7 +227,7 @@ def _times(
             console.progress("timing", (number + index / len(runs)) / (repetitions + 1))
             one = runs[place]
             if one is None:
-                ms = _decode_ms(sessions[TARGET], row, prefill, policy="full")
+                ms = _decode_ms(_reference(sessions), row, prefill, policy="full")
             else:
                 ms = _decode_ms(sessions[one.target], row, prefill, **one.depth)
             times[one].append(ms)
@@ -245,10 +252,10 @@ def _tell(
     knee: Point | None,
     full_ms: float,
     args: argparse.Namespace,
-    config: MythosConfig,
+    manifest: Manifest,
     console: Console,
 ) -> None:
-    console.say(f"full depth of {TARGET}: {full_ms:.3g} ms per token\n")
+    console.say(f"full depth of {manifest.default_target}: {full_ms:.3g} ms per token\n")
     columns = ("target", "threshold", "max depth", "KL", "top-1", "mean depth", "ms/token", "speedup")
     console.say("| " + " | ".join(f"{name:>12}" for name in columns) + " |")
     console.say("|" + "|".join("-" * 13 + ":" for _ in columns) + "|")
@@ -263,7 +270,7 @@ def _tell(
     if knee is None:
         console.note(f"no point has KL <= {args.max_kl:g}: allow a larger --max-kl or try more --thresholds")
         return
-    own = Setting(knee.setting.target, config.act_threshold, config.max_loop_iters)
+    own = Setting(knee.setting.target, manifest.config.act_threshold, manifest.config.max_loop_iters)
     gain = next(point.ms_per_token for point in points if point.setting == own) / knee.ms_per_token - 1
     console.say(
         f"\n{gain:.0%} faster than the model's own depth at KL <= {args.max_kl:g}: --threshold "

@@ -9,14 +9,14 @@ from typing import Any
 import jaxtyping
 import numpy as np
 import pytest
+from built import build_cpu
 
 from mythos_edge.exporter import kept_graphs, tracing
 from mythos_edge.exporter.export import export_bundle
-from mythos_edge.exporter.ort_target import build_target
 from mythos_edge.exporter.portable import inline_bundle
 from mythos_edge.model.checkpoint import open_checkpoint
 from mythos_edge.model.config import VARIANTS
-from mythos_edge.scripts import train_text
+from mythos_edge.scripts.lab import train_text
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -119,7 +119,7 @@ def rounded_bundle(demo_bundle: Path, tmp_path: Path) -> Path:
     """A copy of the demo bundle, to be changed at will, with the target ``ort-cpu-int4``."""
     path = tmp_path / "rounded.bundle"
     shutil.copytree(demo_bundle, path)
-    build_target(path, "int4")
+    build_cpu(path, "int4")
     return path
 
 
@@ -145,3 +145,21 @@ def golden(golden_name: str) -> dict[str, np.ndarray]:
 @pytest.fixture
 def random() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """Runs a command line in this process, as a ``command_line.Ran``."""
+    from command_line import Ran
+
+    from mythos_edge.scripts import cli
+
+    def call(*argv: object) -> Any:
+        try:
+            code = cli.main([str(word) for word in argv])
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        captured = capsys.readouterr()
+        return Ran(code, captured.out, captured.err)
+
+    return call

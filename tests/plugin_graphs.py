@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fake_kernels import fake_kernel
+from fakes.kernels import fake_kernel
 
 from mythos_edge.plugins import carried_kernels, trt_bindings, trt_plugins
 from mythos_edge.plugins.ops import DOMAIN, OPS, OPSET, VERSION

@@ -1,6 +1,7 @@
 """The rules of the house: who imports whom, what imports light, and that every module is packaged."""
 
 import ast
+import re
 import subprocess
 import sys
 from importlib import metadata, resources
@@ -9,7 +10,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("model", "plugins", "plugins/kernels", "exporter", "runtime", "runtime/integrations", "scripts")
+FOLDERS = (
+    "model",
+    "plugins",
+    "plugins/kernels",
+    "exporter",
+    "exporter/lowering",
+    "exporter/targets",
+    "runtime",
+    "runtime/backends",
+    "runtime/integrations",
+    "scripts",
+    "scripts/lab",
+)
 # What is installed into the namespace of another package.
 FOREIGN = {"scripts/optimum_command": "optimum.commands.register"}
 MAY_IMPORT = {
@@ -17,9 +30,13 @@ MAY_IMPORT = {
     "plugins": {"model"},
     "plugins/kernels": {"plugins"},
     "exporter": {"plugins", "model"},
+    "exporter/lowering": {"plugins", "model"},
+    "exporter/targets": {"plugins", "model"},
     "runtime": {"plugins", "model"},
+    "runtime/backends": {"plugins", "model"},
     "runtime/integrations": {"plugins", "model"},
     "scripts": {"exporter", "runtime", "plugins", "model"},
+    "scripts/lab": {"exporter", "runtime", "plugins", "model"},
     "scripts/optimum_command": set(),
 }
 # What the base install can run: neither torch nor onnx.
@@ -34,6 +51,7 @@ IMPORT_LIGHT = [
     "plugins.kernels.variants",
     "plugins.launches",
     *(f"runtime.{path.stem}" for path in sorted((ROOT / "runtime").glob("*.py"))),
+    *(f"runtime.backends.{path.stem}" for path in sorted((ROOT / "runtime" / "backends").glob("*.py"))),
     "runtime.integrations.transformers",
     "scripts.cli",
     "scripts.addition",
@@ -65,6 +83,19 @@ def _imported_folders(path: Path) -> set[str]:
 def test_imports_point_one_way(folder: str, module: str) -> None:
     foreign = _imported_folders(ROOT / folder / f"{module}.py") - {folder.partition("/")[0]}
     assert foreign <= MAY_IMPORT[folder]
+
+
+KIND_OF_TARGET = re.compile(r"(ort-cpu|ort-cuda|rtx-sm|trt-sm|trt-this-gpu)[\w+.-]*")
+
+
+@pytest.mark.parametrize(("folder", "module"), MODULES)
+def test_targets_are_named_where_they_are_declared(folder: str, module: str) -> None:
+    """Prose, as in an example of a command, has spaces and may name one."""
+    if folder in ("exporter/targets", "runtime/backends", "scripts/lab"):
+        return
+    for node in ast.walk(ast.parse((ROOT / folder / f"{module}.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            assert not KIND_OF_TARGET.fullmatch(node.value), node.value
 
 
 def test_nothing_imports_the_integrations() -> None:

@@ -12,24 +12,26 @@ from typing import Any
 
 import numpy as np
 import pytest
+from built import build_engines
 from conftest import SMALL
 
-from mythos_edge.exporter.trt_lowering import DTYPES, LAYOUTS, WEIGHTS
-from mythos_edge.exporter.trt_target import THIS_GPU, build_trt_target
+from mythos_edge.exporter.lowering.tensorrt import DTYPES, LAYOUTS, WEIGHTS
+from mythos_edge.exporter.targets.tensorrt import THIS_GPU
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import BackendUnavailable
 from mythos_edge.plugins import trt_bindings
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.plugins.kernels import variants
 from mythos_edge.plugins.launches import program
+from mythos_edge.runtime.backends.tensorrt import TrtBackend
 from mythos_edge.runtime.decoding import Generation
 from mythos_edge.runtime.loop_engine import LoopEngine
 from mythos_edge.runtime.scoring import Score
 from mythos_edge.runtime.session import Session
-from mythos_edge.runtime.trt_backend import TrtBackend
-from mythos_edge.scripts import addition, gpu_bench
-from mythos_edge.scripts.gpu_bench import MeasuredGpu
-from mythos_edge.scripts.kernel_cases import NUMPY, TOLERANCES, Case, attention, experts, relative_error
+from mythos_edge.scripts import addition
+from mythos_edge.scripts.lab import gpu_bench
+from mythos_edge.scripts.lab.gpu_bench import MeasuredGpu
+from mythos_edge.scripts.lab.kernel_cases import NUMPY, TOLERANCES, Case, attention, experts, relative_error
 
 FLOATS, CODES = ("fp16", "bf16", "fp32"), ("int8", "int4", "fp8")
 # One row is decoding, three a short chunk, 64 fill tiles of experts.
@@ -240,19 +242,19 @@ def host(demo_bundle: Path) -> Host:
         return Host(session.score(STREAMS), session.generate(PROMPT, max_new_tokens=NEW_TOKENS))
 
 
-@pytest.fixture(params=["rtx-python", "trt-python", "trt-aot"])
-def wish(request: pytest.FixtureRequest, gpu: MeasuredGpu) -> tuple[str, str]:
-    """The target to ask for with either TensorRT, and the kind of plugins."""
-    flavour, plugins = request.param.split("-")
+@pytest.fixture(params=["rtx", "trt"])
+def wish(request: pytest.FixtureRequest, gpu: MeasuredGpu) -> str:
+    """The target to ask for with either TensorRT."""
+    flavour = str(request.param)
     try:
         trt = trt_bindings.load(flavour)
     except BackendUnavailable as error:
         pytest.skip(str(error))
     if flavour == "trt":
-        return THIS_GPU, plugins
+        return THIS_GPU
     if gpu.capability not in trt_bindings.known_compute_capabilities(trt):
         pytest.skip(f"TensorRT for RTX does not serve sm{gpu.capability}")
-    return f"rtx-sm{gpu.capability}", plugins
+    return f"rtx-sm{gpu.capability}"
 
 
 def limits_of(dtype: str, weights: str) -> Limits:
@@ -296,7 +298,7 @@ def test_engines_on_the_gpu(
     layout: str,
     dtype: str,
     weights: str,
-    wish: tuple[str, str],
+    wish: str,
     gpu: MeasuredGpu,
     demo_bundle: Path,
     host: Host,
@@ -304,9 +306,8 @@ def test_engines_on_the_gpu(
 ) -> None:
     require(gpu.capability, dtype, weights)
     path = Path(shutil.copytree(demo_bundle, tmp_path / "demo.bundle"))
-    target, plugins = wish
-    options = {"dtype": dtype, "weights": weights, "layout": layout, "plugins": plugins}
-    built = build_trt_target(path, target, max_context=MAX_CONTEXT, **options)
+    options = {"dtype": dtype, "weights": weights, "layout": layout}
+    built = build_engines(path, wish, max_context=MAX_CONTEXT, **options)
     limits = limits_of(dtype, weights)
     if layout == "step":
         with Session.open(path, target=built.name) as session:

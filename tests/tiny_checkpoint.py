@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mythos_edge.model.checkpoint import Checkpoint, open_checkpoint
-from mythos_edge.scripts.reference import open_mythos
+from mythos_edge.scripts.lab.reference import open_mythos
 
 TINY: dict[str, Any] = {
     "vocab_size": 19,

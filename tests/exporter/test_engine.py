@@ -54,7 +54,7 @@ def _scores() -> list[Any]:
 
 def _job(graph: Path, capabilities: tuple[int, ...] = (89,), plugins: int = 0, **changes: Any) -> EngineJob:
     values: dict[str, Any] = {"profiles": PROFILES, "values": {}, "max_rows": 8, "layout": "step"}
-    values |= {"plugins": "python", "plugin_layers": plugins, **changes}
+    values |= {"plugin_layers": plugins, **changes}
     plan = str(graph.parent / "small.engine")
     return EngineJob(str(graph), plan, "rtx", capabilities, **values)
 
@@ -229,12 +229,6 @@ def test_too_little_memory_is_refused_before_a_process_starts(
     assert not started
     monkeypatch.setattr(engine_process, "free_memory_bytes", lambda: None)
     assert build_engine(_job(graph), log).plan_bytes
-
-
-def test_rtx_has_no_ahead_of_time_plugins(work: Path, log: Path) -> None:
-    job = _job(_graph(work, _scores()), plugins=1)
-    with pytest.raises(BuildError, match=r"tensorrt_rtx .* has no ahead-of-time plugins, TensorRT 10\.9 and newer"):
-        build_engine(EngineJob(**{**vars(job), "plugins": "aot"}), log)
 
 
 def test_a_place_that_can_not_be_written_is_one_line(work: Path, log: Path) -> None:

@@ -13,8 +13,8 @@ from text_oracle import byte_level
 from tokenizers import Tokenizer, models
 
 from mythos_edge.exporter.tokenizer_files import TokenizerFiles, tokenizer_beside, tokenizer_for
-from mythos_edge.model.bundle import EndToken
 from mythos_edge.model.errors import ConfigError, ExportError
+from mythos_edge.model.manifest import EndToken
 
 TOKENIZERS = FIXTURES / "tokenizers"
 BOM = b"\xef\xbb\xbf"

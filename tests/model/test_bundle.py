@@ -14,9 +14,10 @@ from sample_bundle import CONTENTS, sample_manifest, tree, write_bundle
 
 from mythos_edge.model import bundle as bundle_module
 from mythos_edge.model import bundle_writer
-from mythos_edge.model.bundle import MANIFEST_FILE, FileRecord, Preset, open_bundle, sha256_of, verify_hashes
+from mythos_edge.model.bundle import open_bundle, sha256_of, verify_hashes
 from mythos_edge.model.bundle_writer import update_manifest
 from mythos_edge.model.errors import BundleError
+from mythos_edge.model.manifest import MANIFEST_FILE, FileRecord, Preset
 
 
 def test_an_opened_bundle_knows_its_files(made: Path) -> None:
@@ -229,7 +230,7 @@ def test_what_is_opened_of_another_bundle_is_one_line(made: Path, force: str) ->
         write_bundle(made, CONTENTS | {"weights.safetensors": bytes(256)}, force=True)
     elif force == "another target":
         targets = opened.manifest.targets
-        changed = dataclasses.replace(targets["rtx-sm89-fp16"], block=3)
+        changed = dataclasses.replace(targets["rtx-sm89-fp16"], step_bytes=3)
         update_manifest(opened, targets={**targets, "rtx-sm89-fp16": changed})
     else:
         shutil.rmtree(made)

@@ -10,9 +10,10 @@ import pytest
 from sample_bundle import CONTENTS, RECORDS, sample_manifest, tree, write_bundle
 
 from mythos_edge.model import bundle_writer
-from mythos_edge.model.bundle import MANIFEST_FILE, FileRecord, Manifest, open_bundle
+from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.bundle_writer import BundleWriter, require_free_space
 from mythos_edge.model.errors import BundleError, ExportError
+from mythos_edge.model.manifest import MANIFEST_FILE, FileRecord, Manifest
 
 
 def test_a_written_bundle_is_whole_and_alone(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from tiny_checkpoint import (
 from mythos_edge.model.checkpoint import expected_shapes, open_checkpoint
 from mythos_edge.model.config import FIELD_NAMES
 from mythos_edge.model.errors import CheckpointError, ConfigError
-from mythos_edge.scripts.reference import open_mythos
+from mythos_edge.scripts.lab.reference import open_mythos
 
 # --- every kind of file -------------------------------------------------------------------------------------------
 

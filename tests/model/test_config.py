@@ -10,7 +10,7 @@ import pytest
 
 from mythos_edge.model.config import FIELD_NAMES, VARIANTS, MythosConfig, config_from_dict, read_config_dict
 from mythos_edge.model.errors import ConfigError
-from mythos_edge.scripts.reference import open_mythos
+from mythos_edge.scripts.lab.reference import open_mythos
 
 MLA = VARIANTS["1b"].to_dict()
 GQA = MLA | {"attn_type": "gqa"}

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from sample_bundle import RECORDS, sample_manifest
 
-from mythos_edge.model.bundle import (
+from mythos_edge.model.errors import BundleError
+from mythos_edge.model.manifest import (
     MANIFEST_FILE,
     SCHEMA_VERSION,
     GoldenSample,
@@ -15,7 +16,6 @@ from mythos_edge.model.bundle import (
     manifest_from_dict,
     manifest_to_dict,
 )
-from mythos_edge.model.errors import BundleError
 
 
 def _as_json(manifest: Manifest) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def _read(values: dict[str, Any]) -> Manifest:
         {},
         {"tokenizer": None},
         {"source": Source("m", "safetensors", "0" * 64, 1200)},
-        {"graphs": {}, "targets": {}},
+        {"graphs": {}},
         {"versions": {}},
         {"sample": GoldenSample((5,), 1, 0.99, (1,), (0,), (-1.0,), "router")},
     ],

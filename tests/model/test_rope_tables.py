@@ -17,7 +17,7 @@ from mythos_edge.model.checkpoint import open_checkpoint
 from mythos_edge.model.entry_reader import EntryReader
 from mythos_edge.model.errors import CheckpointError, ConfigError
 from mythos_edge.model.layout import load_network
-from mythos_edge.scripts.reference import open_mythos
+from mythos_edge.scripts.lab.reference import open_mythos
 
 NAMES = {"mla": "freqs_cis_mla", "gqa": "freqs_cis"}
 WAYS = "--rope-table config|--rope-table stored"

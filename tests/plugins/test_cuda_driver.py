@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_driver import GARBAGE, FakeDriver, LaunchRecord
+from fakes.driver import GARBAGE, FakeDriver, LaunchRecord
 
 from mythos_edge.model.errors import BackendUnavailable, MythosEdgeError
 from mythos_edge.plugins import cuda_driver

@@ -3,7 +3,7 @@
 import ctypes
 
 import pytest
-from fake_driver import FakeDriver
+from fakes.driver import FakeDriver
 
 from mythos_edge.model.errors import MythosEdgeError
 from mythos_edge.plugins.kernel_launch import LoadedKernels

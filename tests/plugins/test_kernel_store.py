@@ -13,8 +13,8 @@ import pytest
 from mythos_edge.model.errors import BuildError
 from mythos_edge.plugins import kernel_store
 from mythos_edge.plugins.kernels.variants import VARIANTS
-from mythos_edge.scripts import build_kernels
-from mythos_edge.scripts.build_kernels import BUILT, SHARED_KIB, SOURCES, differences, source_sha256
+from mythos_edge.scripts.lab import build_kernels
+from mythos_edge.scripts.lab.build_kernels import BUILT, SHARED_KIB, SOURCES, differences, source_sha256
 
 GPUS = (75, 80, 86, 87, 89, 90, 100, 110, 120, 121)
 MANIFEST = json.loads((BUILT / "manifest.json").read_text())
@@ -179,7 +179,7 @@ def test_a_rebuild_is_equal_to_the_byte(copy: Path) -> None:
     command = [
         sys.executable,
         "-m",
-        "mythos_edge.scripts.build_kernels",
+        "mythos_edge.scripts.lab.build_kernels",
         "--check",
         "--sm",
         "89",

@@ -11,10 +11,10 @@ import pytest
 import torch
 from single_ops import TOLERANCE, Feeds, expert_feeds, experts_model, model_of, packed, run_saved
 
+from mythos_edge.exporter.lowering.ort_cpu import lower_for_ort
 from mythos_edge.exporter.rounding import Rounding
 from mythos_edge.model.layers import EagerOps, Window
 from mythos_edge.plugins import ops, reference
-from mythos_edge.plugins.ort_lowering import lower_for_ort
 from mythos_edge.plugins.torch_ops import add_functions
 
 ATTENTION_SHAPES = [

@@ -9,20 +9,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+from built import build_cuda
 from conftest import copy_links
-from fake_driver import FakeDriver
-from fake_onnxruntime import FakeOnnxruntime
-from fake_tensorrt import VERSION, FakeTensorRT, plan_of
+from fakes.driver import FakeDriver
+from fakes.onnxruntime import FakeOnnxruntime
+from fakes.tensorrt import VERSION, FakeTensorRT, plan_of
 
-from mythos_edge.exporter.ort_cuda_target import build_ort_cuda_target
-from mythos_edge.exporter.trt_lowering import EngineOptions, lower_for_tensorrt
-from mythos_edge.exporter.trt_target import Gpus, target_name
-from mythos_edge.model.bundle import EngineSpec, Profile, TargetSpec, open_bundle
+from mythos_edge.exporter.lowering.tensorrt import EngineOptions, lower_for_tensorrt
+from mythos_edge.exporter.targets import spec as spec_module
+from mythos_edge.exporter.targets.spec import Written
+from mythos_edge.exporter.targets.tensorrt import Gpus, TensorRTTarget
+from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.bundle_writer import record_of, update_manifest
-from mythos_edge.model.errors import BackendUnavailable
+from mythos_edge.model.target_options import EngineSpec, Profile
 from mythos_edge.plugins import kernel_store, trt_bindings, trt_plugins
 from mythos_edge.plugins.cuda_driver import Driver
-from mythos_edge.runtime import ort_gpu_session, ort_tensorrt_backend
+from mythos_edge.runtime.backends import ort_cuda as ort_cuda_backend
 
 MAX_ROWS = 6
 MAX_CONTEXT = 48
@@ -33,16 +35,16 @@ KERNELS = "ef" * 32
 def engine_bundle(exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """``engine_bundle(checkpoint, dtype)``: a bundle with the target ``rtx-sm89-<dtype>`` whose engines are fakes.
 
-    With ``layout="loop"`` it is ``rtx-sm89-<dtype>-loop``, with ``plugins="aot"`` it is ``rtx-sm89-<dtype>-aot``.
+    With ``layout="loop"`` it is ``rtx-sm89-<dtype>-loop``.
     """
-    made: dict[tuple[Path, str, str, str], Path] = {}
+    made: dict[tuple[Path, str, str], Path] = {}
 
-    def build(checkpoint: Path, dtype: str, layout: str = "step", plugins: str = "python") -> Path:
-        key = (checkpoint, dtype, layout, plugins)
+    def build(checkpoint: Path, dtype: str, layout: str = "step") -> Path:
+        key = (checkpoint, dtype, layout)
         if key not in made:
             path = tmp_path_factory.mktemp("engines") / "with.bundle"
             shutil.copytree(exported(checkpoint), path)
-            _add_target(path, EngineOptions(dtype, layout, "none", MAX_CONTEXT, MAX_ROWS, plugins))
+            _add_target(path, EngineOptions(dtype, layout, "none", MAX_CONTEXT, MAX_ROWS))
             made[key] = path
         return made[key]
 
@@ -50,7 +52,7 @@ def engine_bundle(exported: Callable[..., Path], tmp_path_factory: pytest.TempPa
 
 
 def _add_target(path: Path, options: EngineOptions) -> None:
-    bundle, name = open_bundle(path), target_name(Gpus("rtx", (89,)), options)
+    bundle, name = open_bundle(path), TensorRTTarget(Gpus("rtx", (89,)), options.dtype, layout=options.layout).name
     graphs = path.with_suffix(".graphs")
     graphs.mkdir()
     lowered = lower_for_tensorrt(bundle, graphs, options)
@@ -60,19 +62,14 @@ def _add_target(path: Path, options: EngineOptions) -> None:
         plan = path / f"{stage}.{name}.engine"
         plan.write_bytes(plan_of(graph, MAX_ROWS, MAX_CONTEXT))
         records[plan.name] = record_of(plan)
-    spec = TargetSpec(
+    written = Written(
         graphs={stage: f"{stage}.{name}.engine" for stage in lowered.graphs},
         compute_dtype=options.dtype,
-        weights="none",
-        block=0,
-        method="none",
-        kept=(),
-        prepacked=False,
+        weights={"experts": options.dtype},
         fixed_bytes=lowered.fixed_bytes,
         step_bytes=lowered.step_bytes,
-        bundle=bundle.manifest.identity,
-        note="",
-        engine=EngineSpec(
+        summary=options.dtype,
+        options=EngineSpec(
             flavour="rtx",
             version=VERSION,
             compute_capabilities=(89,),
@@ -81,11 +78,11 @@ def _add_target(path: Path, options: EngineOptions) -> None:
             max_context=MAX_CONTEXT,
             max_rows=MAX_ROWS,
             profiles=(Profile(1, 1), Profile(MAX_ROWS, MAX_ROWS)),
-            plugins=options.plugins,
             plugin_layers=lowered.plugins,
             kernels=KERNELS,
         ),
     )
+    spec = spec_module.record_of("tensorrt", written, bundle.manifest.identity)
     files = {**bundle.manifest.files, **records}
     update_manifest(bundle, targets={**bundle.manifest.targets, name: spec}, files=files)
 
@@ -179,37 +176,26 @@ def targets(mla_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _with_targets(bundle: Path, folder: Path) -> Path:
     path = Path(shutil.copytree(bundle, folder / "with.bundle"))
-    for provider in ("cuda", "tensorrt"):
-        build_ort_cuda_target(path, dtype="fp32", provider=provider)
+    build_cuda(path, dtype="fp32")
     return path
 
 
 @pytest.fixture
 def bundle(demo_bundle: Path, tmp_path: Path) -> Path:
     path = Path(shutil.copytree(demo_bundle, tmp_path / "demo.bundle"))
-    build_ort_cuda_target(path, dtype="fp32")
+    build_cuda(path, dtype="fp32")
     return path
 
 
 @pytest.fixture
-def installed(
-    fake_gpu: FakeDriver, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Iterator[Callable[..., FakeOnnxruntime]]:
+def installed(fake_gpu: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., FakeOnnxruntime]]:
     """``installed(**options)``: onnxruntime-gpu as ``FakeOnnxruntime`` is; all that it opened is given back."""
 
     def install(**options: Any) -> FakeOnnxruntime:
         fake = FakeOnnxruntime(fake_gpu, **options)
-        monkeypatch.setattr(ort_gpu_session, "import_onnxruntime", lambda: fake)
+        monkeypatch.setattr(ort_cuda_backend, "import_onnxruntime", lambda: fake)
         return fake
 
-    def none(flavour: str) -> None:
-        raise BackendUnavailable("tensorrt cannot be imported", "pip install tensorrt")
-
-    monkeypatch.setattr(trt_bindings, "load", none)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
-    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "")
-    # Chunks of a few rows, so that small prompts have parts.
-    monkeypatch.setattr(ort_tensorrt_backend, "MAX_ROWS", 5)
     yield install
     gc.collect()
     assert fake_gpu.live_bytes == 0

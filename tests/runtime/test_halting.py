@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from mythos_edge.model.bundle import Preset, open_bundle
+from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.config import VARIANTS
 from mythos_edge.model.errors import ConfigError, UsageError
+from mythos_edge.model.manifest import Preset
 from mythos_edge.runtime.halting import Depth, Policy, ResolvedDepth, depth_of_preset
 
 CONFIG = dataclasses.replace(VARIANTS["1b"], max_loop_iters=6, act_threshold=0.9)

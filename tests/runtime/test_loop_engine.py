@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_driver import FakeDriver
-from fake_tensorrt import FakeTensorRT
+from fakes.driver import FakeDriver
+from fakes.tensorrt import FakeTensorRT
 
 from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.errors import BundleError, CapacityError, UsageError

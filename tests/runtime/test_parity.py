@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mythos_edge.model.bundle import EXACT_TIE_MARGIN
+from mythos_edge.model.manifest import EXACT_TIE_MARGIN
 from mythos_edge.runtime.parity import (
     NEAR_TIE_MARGIN,
     NearTie,

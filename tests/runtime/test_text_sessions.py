@@ -11,9 +11,10 @@ from text_oracle import byte_level, following
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from mythos_edge.model.bundle import EndToken, open_bundle
+from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.bundle_writer import record_of, update_manifest
 from mythos_edge.model.errors import UsageError
+from mythos_edge.model.manifest import EndToken
 from mythos_edge.runtime.session import Session
 
 VOCAB = 331  # the golden model's

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mythos_edge.model.checkpoint import open_checkpoint
 from mythos_edge.model.errors import UsageError
 from mythos_edge.scripts import addition
-from mythos_edge.scripts.reference import open_mythos
+from mythos_edge.scripts.lab.reference import open_mythos
 
 ASSET = resources.files("mythos_edge.scripts") / "assets" / "carry_adder.pt"
 NUMBERS = st.integers(0, 10**18)

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from built import build_cpu
 from command_line import Ran, refused
 
-from mythos_edge.exporter.ort_target import build_target
-from mythos_edge.model.bundle import CUDA_PROVIDER, open_bundle
+from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.bundle_writer import update_manifest
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import cli, measuring
@@ -26,7 +26,7 @@ from mythos_edge.scripts.measuring import noise, spread_of
 @pytest.fixture(scope="module")
 def bundle(demo_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = Path(shutil.copytree(demo_bundle, tmp_path_factory.mktemp("bench") / "demo.bundle"))
-    build_target(path, "int4", block=32)
+    build_cpu(path, "int4", block=32)
     return path
 
 
@@ -95,7 +95,7 @@ def test_measuring_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_kernels_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
-    from mythos_edge.scripts import bench_kernels
+    from mythos_edge.scripts.lab import bench_kernels
 
     sizes = ["--dim", "128", "--hidden", "128", "--experts", "4", "--top-k", "2", "--rows", "1,3", "-r", "2"]
     assert bench_kernels.main(sizes) == 0
@@ -111,7 +111,7 @@ def test_a_gpu_is_not_compared_with_the_memory_of_a_cpu(
     path = Path(shutil.copytree(demo_bundle, tmp_path / "demo.bundle"))
     opened = open_bundle(path)
     targets = opened.manifest.targets
-    on_gpu = {"ort-cpu-x": replace(targets["ort-cpu"], providers=(CUDA_PROVIDER,))}
+    on_gpu = {"ort-cpu-x": replace(targets["ort-cpu"], kind="another")}
     update_manifest(opened, targets=targets | on_gpu)
     monkeypatch.setattr(measuring, "stream_bandwidth", lambda _: pytest.fail("measured before the targets were known"))
     for name, message in (("ort-cpu-x", "is for a GPU: run scripts/gpu_check"), ("typo", "has no target 'typo'")):

@@ -15,7 +15,8 @@ from command_line import CHECKPOINT, Ran, refused
 from conftest import FIXTURES
 from tiny_checkpoint import Evil
 
-from mythos_edge.model.bundle import SCHEMA_VERSION, EngineSpec
+from mythos_edge.model.manifest import SCHEMA_VERSION
+from mythos_edge.model.target_options import EngineSpec
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import score, validate
 
@@ -138,8 +139,8 @@ def test_what_can_not_be_compared_is_refused_before_the_hashing(
     damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., Ran]
 ) -> None:
     def with_loop(manifest: dict[str, Any]) -> None:
-        engine = EngineSpec("rtx", "1.7", (89,), "", "loop", 256, 256, (), "python", {}, "")
-        loop = {"graphs": {"model": "model.onnx"}, "engine": dataclasses.asdict(engine), "providers": []}
+        engine = EngineSpec("rtx", "1.7", (89,), "", "loop", 256, 256, (), {}, "")
+        loop = {"graphs": {"model": "model.onnx"}, "kind": "tensorrt", "options": dataclasses.asdict(engine)}
         manifest["targets"]["rtx-sm89-fp16-loop"] = {**manifest["targets"]["ort-cpu"], **loop}
 
     _edit(damaged, with_loop)
@@ -174,7 +175,7 @@ def test_build_refuses_in_one_line(mla_bundle: Path, tmp_path: Path, run: Callab
         (("--weights", "int8", "--calibrate", tmp_path / "foreign.npy"), "token id 5000 is out of range"),
         (("--weights", "int8", "--calibrate", tmp_path / "long.npy"), "the ids have 300 positions"),
         (("--weights", "int8", "--calibrate", tmp_path / "absent.npy"), "cannot read the ids"),
-        (("--weights", "fp32", "--calibrate", tmp_path / "long.npy"), "--calibrate is a method of its own"),
+        (("--weights", "fp32", "--calibrate", tmp_path / "long.npy"), "fp32 rounds nothing: leave them out"),
     ]:
         refused(run("build", mla_bundle, *words), message)
     refused(run("build", tmp_path / "absent", "--weights", "int8"), "does not exist")
@@ -192,7 +193,8 @@ def test_build_for_tensorrt_refuses_in_one_line(mla_bundle: Path, run: Callable[
         (("--target", "ort-cpu-fp32"), "ask for it with --target ort-cpu --weights fp32"),
         (("--target", "rtx-sm86+sm89-fp16-loop"), "with --target rtx-sm86+sm89 --dtype fp16 --layout loop"),
         (("--target", "ort-cuda-fp16-int4"), "with --target ort-cuda --dtype fp16 --weights int4"),
-        (("--target", "trt-sm87-bf16-aot"), "with --target trt-this-gpu --dtype bf16 --plugins aot"),
+        (("--target", "trt-sm87-bf16-loop"), "with --target trt-this-gpu --dtype bf16 --layout loop"),
+        (("--target", "trt-sm87-fp16-aot"), "target is 'trt-sm87-fp16-aot', expected ort-cpu"),
         (("--target", "rtx-sm89-quick"), "target is 'rtx-sm89-quick', expected ort-cpu"),
         (("--target", "rtx-sm87"), "for Jetson Orin use trt-this-gpu there"),
         (("--target", "rtx-sm75", "--dtype", "bf16"), "sm75 has no bf16, which begins with sm80"),
@@ -205,8 +207,6 @@ def test_build_for_tensorrt_refuses_in_one_line(mla_bundle: Path, run: Callable[
         (("--target", "rtx-sm89", "--block", 64), "--block means nothing to the target rtx-sm89"),
         (("--target", "rtx-sm89", "--keep", "head"), "--keep means nothing to the target rtx-sm89"),
         (("--target", "ort-cuda", "--layout", "loop"), "--layout means nothing to the target ort-cuda"),
-        (("--target", "ort-cuda", "--provider", "tensorrt"), "leaves the type of every layer to TensorRT, router and"),
-        (("--target", "rtx-sm89", "--provider", "cuda"), "--provider means nothing to the target rtx-sm89"),
         (("--weights", "int8", "--dtype", "fp16"), "--dtype means nothing to the target ort-cpu"),
         (("--weights", "int8", "--max-rows", 4), "--max-rows means nothing to the target ort-cpu"),
     ]:

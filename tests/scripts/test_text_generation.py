@@ -12,7 +12,7 @@ import pytest
 from mythos_edge.model.checkpoint import open_checkpoint
 from mythos_edge.model.layout import load_network
 from mythos_edge.runtime.session import Session
-from mythos_edge.scripts import train_text
+from mythos_edge.scripts.lab import train_text
 
 PROMPT = "Return the "
 

@@ -10,7 +10,7 @@ import torch
 from command_line import CHECKPOINT, Ran
 from conftest import FIXTURES
 
-from mythos_edge.model.bundle import SCHEMA_VERSION
+from mythos_edge.model.manifest import SCHEMA_VERSION
 from mythos_edge.runtime.session import Session
 
 

@@ -1,0 +1,110 @@
+"""Both attentions of one sequence as products on ONNX Runtime's CUDA kernels, in float32.
+
+A sequence begins with an empty cache. A product over none of its rows is an error of the CUDA library under some
+versions, so that case has a branch of its own, in which nothing is empty; the host takes it without waiting.
+"""
+
+from typing import NamedTuple
+
+import onnx_ir as ir
+
+from mythos_edge.exporter.graph_writer import GraphWriter, shape_of
+from mythos_edge.exporter.lowering.ort_kernels import HIDDEN_SCORE, MICROSOFT
+
+# The results of branches: (1, groups, rows, columns).
+_BRANCHES = [1, None, None, None]
+
+
+class _Rows(NamedTuple):
+    """``keys`` and ``values``, each (1, groups, columns, width)."""
+
+    keys: ir.Value
+    values: ir.Value
+
+
+def latent_attention(writer: GraphWriter, node: ir.Node) -> ir.Value:
+    """The output (1, S, H, value_dim) of a LatentAttention node: all heads are rows of one group."""
+    q, rows, past = node.inputs[:3]
+    assert q is not None
+    heads, width = shape_of(q)[2:]
+    value_dim, scale = node.attributes["value_dim"].as_int(), node.attributes["scale"].as_float()
+    q_rows = writer.add("Reshape", [q, writer.integers([1, 1, -1, width])])
+    group = writer.integers([1])
+    new, old = (_Rows(whole, whole) for whole in (writer.add("Unsqueeze", [value, group]) for value in (rows, past)))
+    mixed = _attended(writer, q_rows, new, old, heads, scale)
+    # The values are the leading channels of the rows; a product over all of them copies no cache.
+    bounds = [writer.integers([number]) for number in (0, value_dim, 3)]
+    return writer.add("Reshape", [writer.add("Slice", [mixed, *bounds]), writer.integers([1, -1, heads, value_dim])])
+
+
+def grouped_query_attention(writer: GraphWriter, node: ir.Node) -> ir.Value:
+    """The output (1, S, H, head_dim) of a GroupedQueryAttention node: the heads of a group are rows of one product."""
+    q, rows, past = node.inputs[:3]
+    assert q is not None
+    heads, width = shape_of(q)[2:]
+    groups, scale = node.attributes["kv_heads"].as_int(), node.attributes["scale"].as_float()
+    share = heads // groups
+    by_group = writer.add("Reshape", [q, writer.integers([1, -1, groups, share, width])])
+    turned = writer.add("Transpose", [by_group], perm=[0, 2, 1, 3, 4])
+    q_rows = writer.add("Reshape", [turned, writer.integers([1, groups, -1, width])])
+    new, old = (_keys_and_values(writer, value, groups, width) for value in (rows, past))
+    mixed = _attended(writer, q_rows, new, old, share, scale)
+    by_row = writer.add("Reshape", [mixed, writer.integers([1, groups, -1, share, width])])
+    back = writer.add("Transpose", [by_row], perm=[0, 2, 1, 3, 4])
+    return writer.add("Reshape", [back, writer.integers([1, -1, heads, width])])
+
+
+def _keys_and_values(writer: GraphWriter, rows: ir.Value | None, groups: int, width: int) -> _Rows:
+    # 0 keeps the number of columns, which may be 0 itself.
+    shape = writer.integers([1, 0, groups, width])
+    halves = writer.add_many("Split", [rows], 2, axis=2, num_outputs=2)
+    keys, values = (
+        writer.add("Transpose", [writer.add("Reshape", [half, shape])], perm=[0, 2, 1, 3]) for half in halves
+    )
+    return _Rows(keys, values)
+
+
+def _attended(writer: GraphWriter, q_rows: ir.Value, new: _Rows, old: _Rows, share: int, scale: float) -> ir.Value:
+    """Values (1, groups, S * share, width) mixed for ``q_rows`` of the same shape; ``share`` of them are a position."""
+    new_scores = _causal(writer, _scores(writer, q_rows, new, scale), new, share)
+
+    def with_cache(inside: GraphWriter) -> ir.Value:
+        old_scores = _scores(inside, q_rows, old, scale)
+        weights = inside.add("Softmax", [inside.add("Concat", [old_scores, new_scores], axis=3)], axis=-1)
+        counts = inside.add("Concat", [_columns(inside, old), _columns(inside, new)], axis=0)
+        old_weights, new_weights = inside.add_many("Split", [weights, counts], 2, axis=3)
+        of_old = inside.add("MatMul", [old_weights, old.values])
+        return inside.add("Add", [of_old, inside.add("MatMul", [new_weights, new.values])])
+
+    def without(inside: GraphWriter) -> ir.Value:
+        return inside.add("MatMul", [inside.add("Softmax", [new_scores], axis=-1), new.values])
+
+    has_cache = writer.add("Greater", [_columns(writer, old), writer.integers([0])])
+    return writer.either(has_cache, ("cached", with_cache), ("alone", without), _BRANCHES)
+
+
+def _scores(writer: GraphWriter, q_rows: ir.Value, rows: _Rows, scale: float) -> ir.Value:
+    return writer.add("FusedMatMul", [q_rows, rows.keys], MICROSOFT, transB=1, alpha=scale)
+
+
+def _columns(writer: GraphWriter, rows: _Rows) -> ir.Value:
+    return writer.sizes(rows.keys, 2)
+
+
+def _causal(writer: GraphWriter, scores: ir.Value, new: _Rows, share: int) -> ir.Value:
+    """``scores (1, groups, S * share, S)`` of new rows among each other, without those of later columns."""
+
+    def masked(inside: GraphWriter) -> ir.Value:
+        counts = (inside.sizes(scores, axis) for axis in (2, 3))
+        queries, keys = (
+            inside.add("Range", [inside.integer(0), inside.add("Squeeze", [count]), inside.integer(1)])
+            for count in counts
+        )
+        query = inside.add("Unsqueeze", [inside.add("Div", [queries, inside.integer(share)]), inside.integers([1])])
+        return inside.add("Where", [inside.add("LessOrEqual", [keys, query]), scores, inside.number(HIDDEN_SCORE)])
+
+    def whole(inside: GraphWriter) -> ir.Value:
+        return inside.add("Identity", [scores])
+
+    are_several = writer.add("Greater", [_columns(writer, new), writer.integers([1])])
+    return writer.either(are_several, ("rows", masked), ("one_row", whole), _BRANCHES)

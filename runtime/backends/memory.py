@@ -1,0 +1,145 @@
+"""Where the arrays of a sequence live, and what is done with them besides running stages.
+
+The staircase works on arrays that it gets here and slices like numpy's: on the host they are numpy's, on a GPU they
+are ``device.DeviceArray``. Nothing but what a caller asks for with ``to_host`` leaves the memory.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from mythos_edge.model.machine import free_memory_bytes
+
+
+class Rows(Protocol):
+    """The part of an array that the staircase needs; numpy arrays and ``device.DeviceArray`` have it.
+
+    Slices of the leading axes are views, and ``base`` is the array that a view belongs to.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    @property
+    def base(self) -> Any: ...
+
+    def __getitem__(self, key: tuple[slice, slice], /) -> "Rows": ...
+
+    def __setitem__(self, key: Any, value: Any, /) -> None: ...
+
+    def copy(self) -> "Rows": ...
+
+
+def host_array(rows: Rows) -> NDArray[Any]:
+    """The numpy array that ``rows`` is known to be."""
+    assert isinstance(rows, np.ndarray)
+    return rows
+
+
+class Watch(Protocol):
+    """Sees which columns of a chunk still run."""
+
+    def __call__(self, halt_mass: Rows, *, begins: bool) -> int:
+        """1 + the last column of ``halt_mass (1, S)`` still running, or 0; ``begins`` for a chunk's first loop step.
+
+        One that may lag tells what was so one call before, so as not to wait, and at first that all run: columns
+        never start to run again, so that is the same or more.
+        """
+        ...
+
+
+class Memory(Protocol):
+    """One place for arrays; ``dtype`` is what states and cached rows are kept in there (bfloat16 as uint16).
+
+    ``updates_in_place``: backends of this memory have read all feeds before they write, so that a state may be fed
+    and be overwritten by what comes after it.
+    """
+
+    dtype: np.dtype[Any]
+    updates_in_place: bool
+
+    def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Rows: ...
+
+    def columns(self, count: int, width: int) -> Rows:
+        """Room for ``count`` columns of states or cached rows, or more: (1, count, width)."""
+        ...
+
+    def room_of(self, count: int) -> int:
+        """The columns that are allocated when so many are asked for."""
+        ...
+
+    def from_host(self, array: NDArray[Any]) -> Rows: ...
+
+    def to_host(self, rows: Rows) -> NDArray[Any]:
+        """The values as they are when all that was asked for before has run; may share memory with ``rows``."""
+        ...
+
+    def to_floats(self, rows: Rows) -> NDArray[np.float32]:
+        """States or cached rows as float32 on the host."""
+        ...
+
+    def join(self, parts: Sequence[Rows]) -> Rows:
+        """The parts one after the other along their second axis."""
+        ...
+
+    def watch(self, threshold: float, *, may_lag: bool) -> Watch: ...
+
+    def output_so_far(self, out: Rows, halt_mass: Rows, threshold: float, made: Rows) -> None:
+        """Writes to ``made`` the output with the halting mass of running rows taken as whole."""
+        ...
+
+    def free_bytes(self) -> int | None:
+        """What can be allocated now; None where that is not known."""
+        ...
+
+
+class HostMemory:
+    """Numpy arrays."""
+
+    dtype: np.dtype[Any] = np.dtype(np.float32)
+    updates_in_place = False
+
+    def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Rows:
+        return np.empty(shape, dtype)
+
+    def columns(self, count: int, width: int) -> Rows:
+        return np.empty((1, count, width), self.dtype)
+
+    def room_of(self, count: int) -> int:
+        return count
+
+    def from_host(self, array: NDArray[Any]) -> Rows:
+        return array
+
+    def to_host(self, rows: Rows) -> NDArray[Any]:
+        return host_array(rows)
+
+    def to_floats(self, rows: Rows) -> NDArray[np.float32]:
+        return self.to_host(rows)
+
+    def join(self, parts: Sequence[Rows]) -> Rows:
+        return np.concatenate([host_array(part) for part in parts], axis=1)
+
+    def watch(self, threshold: float, *, may_lag: bool) -> Watch:
+        def running(halt_mass: Rows, *, begins: bool) -> int:
+            del begins
+            row = host_array(halt_mass)[0] < np.float32(threshold)
+            return len(row) - int(row[::-1].argmax()) if row.any() else 0
+
+        return running
+
+    def output_so_far(self, out: Rows, halt_mass: Rows, threshold: float, made: Rows) -> None:
+        mass = host_array(halt_mass)
+        weight = np.where((mass > 0) & (mass < np.float32(threshold)), mass, np.float32(1))
+        np.divide(host_array(out), weight[..., None], out=host_array(made))
+
+    def free_bytes(self) -> int | None:
+        return free_memory_bytes()

@@ -14,7 +14,7 @@ find_python() {
 
 # A stamp over everything the install depends on: strict editable installs must be renewed when a module is added.
 environment_stamp() {
-    { cat pyproject.toml constraints.txt; ls model plugins plugins/kernels exporter runtime runtime/integrations scripts scripts/optimum_command; echo "$1"; } | cksum
+    { cat pyproject.toml constraints.txt; find model plugins exporter runtime scripts -name '*.py' | LC_ALL=C sort; echo "$1"; } | cksum
 }
 
 make_environment() {

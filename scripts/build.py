@@ -31,7 +31,7 @@ _ASKED_WITH = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=arguments.path)
+    arguments.add_bundle(parser)
     names = "ort-cpu (default), ort-cuda, rtx-sm89, rtx-sm86+sm89+sm120 (several GPUs), trt-this-gpu"
     parser.add_argument("--target", default=TARGET, metavar="NAME", help=f"what to build for: {names}")
     weights = "ort-cpu: fp32, int8, int4; ort-cuda: none, int8, int4; TensorRT: none, int8, int4, fp8"

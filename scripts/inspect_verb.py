@@ -28,7 +28,7 @@ _ROPE_TABLES = {"config": "angles computed from the config", "stored": "the chec
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=arguments.path)
+    parser.add_argument("path", type=arguments.path, help="a checkpoint, an .onnx file or a bundle's folder")
     arguments.add_checkpoint(parser, None)
 
 

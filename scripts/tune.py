@@ -30,7 +30,7 @@ from mythos_edge.scripts import arguments, measuring, options
 from mythos_edge.scripts.console import Console
 
 HELP = "measure quality against speed over thresholds, depths and targets, and save the best point as a preset"
-EXAMPLE = "mythos-edge tune model.bundle --data ids.npy --targets ort-cpu,ort-cpu-int4 --max-kl 0.01 -o tuned"
+EXAMPLE = "mythos-edge tune model.bundle --data ids.npy --targets ort-cpu,ort-cpu-int4"
 
 # Shares of the model's own threshold: halting mass adds up to about 1, so lower ones end loops earlier.
 _THRESHOLD_SHARES = (0.3, 0.5, 0.7, 0.9, 0.95, 1.0)
@@ -77,7 +77,7 @@ class Point:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=arguments.path)
+    arguments.add_bundle(parser)
     parser.add_argument(
         "--data",
         type=arguments.file_name,

@@ -42,7 +42,7 @@ _SEQUENCES = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=arguments.path)
+    arguments.add_bundle(parser)
     parser.add_argument(
         "--against",
         type=arguments.file_name,

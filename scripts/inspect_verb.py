@@ -114,18 +114,15 @@ def _show_bundle(console: Console, bundle: Bundle) -> None:
         "presets": ", ".join(f"{name} ({one.target})" for name, one in manifest.presets.items()) or "none",
         "graphs": ", ".join(manifest.graphs),
     }.items():
-        console.say(f"{name:9}  {text}")
-    console.say()
-    heads = ("target", "computed by", "weights", "MB a token", "MB a loop step", "MB of files")
-    rows = [heads, *(_row(bundle, name) for name in manifest.targets)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        texts = [cell.ljust(width) for cell, width in zip(row[:3], widths[:3], strict=True)]
-        console.say("  ".join([*texts, *(cell.rjust(width) for cell, width in zip(row[3:], widths[3:], strict=True))]))
+        console.field(name, text, 11)
+    width = max(len("target"), *map(len, manifest.targets))
+    console.say(f"\n{'target':{width}}  MB a token  MB a loop step  MB of files")
+    for name in manifest.targets:
+        _show_target(console, bundle, name, width)
 
 
-def _row(bundle: Bundle, name: str) -> tuple[str, ...]:
-    """A target's line: the bytes are those of weights read, and of files that the target does not share."""
+def _show_target(console: Console, bundle: Bundle, name: str, width: int) -> None:
+    """A target's two lines: the bytes are those of weights read, and of files that the target does not share."""
     spec, files = bundle.manifest.targets[name], bundle.manifest.files
     if spec.engine is None:
         by = "ONNX Runtime: " + ", ".join(provider.removesuffix("ExecutionProvider") for provider in spec.providers)
@@ -133,7 +130,8 @@ def _row(bundle: Bundle, name: str) -> tuple[str, ...]:
         flavour = {"rtx": "TensorRT for RTX", "trt": "TensorRT"}.get(spec.engine.flavour, spec.engine.flavour)
         by = f"{flavour} {spec.engine.version}, {spec.engine.layout}, context {spec.engine.max_context}"
     own = sum(files[file].bytes for file in {*spec.graphs.values(), *bundle.own_weights(name)})
-    return name, by, weights_of(spec), *(f"{size / 1e6:.1f}" for size in (spec.fixed_bytes, spec.step_bytes, own))
+    console.say(f"{name:{width}}  {spec.fixed_bytes / 1e6:10.1f}  {spec.step_bytes / 1e6:14.1f}  {own / 1e6:11.1f}")
+    console.field("", f"{by}; {weights_of(spec)}", 4)
 
 
 def _checkpoint(args: argparse.Namespace, console: Console) -> dict[str, Any]:

@@ -331,7 +331,9 @@ def _rows_of(targets: dict[str, dict[str, Any]]) -> dict[str, str]:
 
 
 def _label(figure: str, unit: str) -> str:
-    label = figure.replace("_mb_", "_").removesuffix("_ms").removesuffix("_mb").removesuffix("_percent").replace("_", " ")
+    label = (
+        figure.replace("_mb_", "_").removesuffix("_ms").removesuffix("_mb").removesuffix("_percent").replace("_", " ")
+    )
     return f"{label}, {unit}" if unit and not label.startswith("ms") else label
 
 

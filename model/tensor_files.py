@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -86,6 +87,10 @@ class TensorFile:
     notes: tuple[str, ...] = ()
 
 
+# numpy's codes of the types of a single number.
+_NUMBER_CODES = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
+
+
 class _Inert:
     """Stands for a pickled object of ``_INERT_NAMES``, which need not be installed: keeps its fields, does nothing."""
 
@@ -94,6 +99,25 @@ class _Inert:
     def __setstate__(self, state: object) -> None:
         if isinstance(state, dict):
             self.__dict__.update(state)
+
+
+class _OfNumpy(_Inert):
+    """Stands for a pickled object of numpy: keeps what it would be made of, of which a scalar is a number."""
+
+    def __init__(self, *parts: object) -> None:
+        self.parts, self.state = parts, None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def plain(self) -> int | float | bool | str:
+        """The number that a scalar is, as Python's; for any other object words that say what it is."""
+        match self.parts:
+            case (_OfNumpy(parts=(str(code), *_), state=(_, "<" | "|", *_)), bytes(data)) if code in _NUMBER_CODES:
+                if len(data) == np.dtype(code).itemsize:
+                    number: int | float | bool = np.frombuffer(data, f"<{code}")[0].item()
+                    return number
+        return "an object of numpy"
 
 
 # The reference's config, and what trainers store beside a model: their options, a best loss, a path, the state
@@ -106,6 +130,8 @@ _INERT_NAMES = (
     "pathlib.WindowsPath",
     "pathlib._local.PosixPath",
     "pathlib._local.WindowsPath",
+)
+_NUMPY_NAMES = (
     "numpy.ndarray",
     "numpy.core.multiarray._reconstruct",
     "numpy._core.multiarray._reconstruct",
@@ -257,6 +283,8 @@ def _read_torch(path: Path, key: str | None) -> TensorFile:
 
 def _plain(stored: Any) -> Any:
     """A stored config with the fields of objects, in it and of it, as mappings."""
+    if isinstance(stored, _OfNumpy):
+        return stored.plain()
     fields = vars(stored) if isinstance(stored, _Inert) else stored
     return {name: _plain(value) for name, value in fields.items()} if isinstance(fields, Mapping) else fields
 
@@ -276,6 +304,7 @@ def _load_without_weights(path: Path) -> Any:
     """The pickled object with fake tensors: shapes, strides and file offsets, but no tensor bytes."""
     # map_location="meta" would be quicker, but before torch 2.11 it reads every byte of the file first.
     allowed: list[Any] = [(_Inert, name) for name in _INERT_NAMES]
+    allowed += [(_OfNumpy, name) for name in _NUMPY_NAMES]
     try:
         with torch.serialization.safe_globals(allowed), FakeTensorMode(), _quiet_torch():
             return torch.load(path, weights_only=True)

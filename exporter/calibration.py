@@ -14,15 +14,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mythos_edge.exporter.ort_target import Progress
 from mythos_edge.exporter.probes import ROUTER, Probe, router_of, stored_weights
+from mythos_edge.exporter.targets.spec import Progress
 from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import CapacityError
 from mythos_edge.model.layout import recipes
 from mythos_edge.model.linked_weights import weights_apart
 from mythos_edge.model.loop import LoopState
-from mythos_edge.model.manifest import TARGET
 
 Array = NDArray[Any]
 Float32 = NDArray[np.float32]
@@ -85,10 +84,11 @@ class _Network:
 
     def __init__(self, bundle: Bundle) -> None:
         self._config = bundle.manifest.config
-        graphs = bundle.target(TARGET).graphs
+        target = bundle.manifest.default_target
+        graphs = bundle.target(target).graphs
         kept = {"prelude": ["e"], "step": [f"{name}_next" for name in LoopState._fields], "coda": []}
         matrices = [*_matrices(self._config), ROUTER]
-        apart = weights_apart(bundle, None, TARGET)
+        apart = weights_apart(bundle, None, target)
         self._probes = {}
         for stage, prefixes in _PREFIXES.items():
             probed = [name for name in matrices if name.startswith(prefixes)]

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -17,6 +17,7 @@ from typing import IO, Any
 import onnx
 
 from mythos_edge.model.errors import BuildError, MythosEdgeError
+from mythos_edge.model.output_files import writing
 from mythos_edge.plugins import trt_bindings
 
 # Least, best and most of an axis or of an input's value.
@@ -52,11 +53,6 @@ class EngineJob:
     plugin_layers: int
     max_rows: int
     layout: str
-
-    @property
-    def partial_plan(self) -> Path:
-        """Where the plan grows before it is whole."""
-        return Path(self.plan).with_name(f".{Path(self.plan).name}.partial")
 
     def run(self, report: Report) -> None:
         """Builds, and reports phases and at the end an ``EngineReport``. Raises BuildError, BackendUnavailable."""
@@ -188,26 +184,21 @@ class _Build:
         return profile
 
     def _write_plan(self, config: Any) -> int:
-        """Writes the plan beside its place, then moves it there; its size in bytes."""
-        plan, partial = Path(self._job.plan), self._job.partial_plan
-        try:
-            with partial.open("wb") as file:
-                # Where there are streams the plan is never whole in memory.
-                if hasattr(self._builder, "build_serialized_network_to_stream"):
-                    writer = _writer(self.trt, self._logger, file, self._tell)
-                    built = self._builder.build_serialized_network_to_stream(self._network, config, writer)
-                else:
-                    serialized = self._builder.build_serialized_network(self._network, config)
-                    built = serialized is not None
-                    if built:
-                        self._tell("serializing")
-                        file.write(serialized)
-            if not built or not partial.stat().st_size:
+        """Writes the plan, whole or not at all; its size in bytes."""
+        plan = Path(self._job.plan)
+        with writing(plan, "the engine") as file:
+            # Where there are streams the plan is never whole in memory.
+            if hasattr(self._builder, "build_serialized_network_to_stream"):
+                writer = _writer(self.trt, self._logger, file, self._tell)
+                built = self._builder.build_serialized_network_to_stream(self._network, config, writer)
+            else:
+                serialized = self._builder.build_serialized_network(self._network, config)
+                built = serialized is not None
+                if built:
+                    self._tell("serializing")
+                    file.write(serialized)
+            if not built or not file.tell():
                 raise BuildError(f"TensorRT built nothing: {self._logger.first_error or 'it said no reason'}")
-            partial.replace(plan)
-        finally:
-            with suppress(OSError):
-                partial.unlink()
         return plan.stat().st_size
 
 

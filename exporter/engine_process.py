@@ -19,6 +19,7 @@ from mythos_edge.exporter import child_process
 from mythos_edge.exporter.engine import EngineJob, EngineReport
 from mythos_edge.model.errors import BuildError
 from mythos_edge.model.machine import free_memory_bytes
+from mythos_edge.model.output_files import remove_partials
 from mythos_edge.plugins import trt_bindings
 
 Progress = Callable[[str, float], None]
@@ -53,7 +54,7 @@ def build_engine(job: EngineJob, log: Path, progress: Progress = lambda phase, f
             code = process.wait()
         finally:
             child_process.end(process)
-            job.partial_plan.unlink(missing_ok=True)  # a killed process could not
+            remove_partials(Path(job.plan))  # a killed process could not
     if code == 0 and "done" in last:
         return EngineReport(**last["done"])
     raise BuildError(f"{Path(job.graph).name}: {_what_happened(code, last, log)}", log)

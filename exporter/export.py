@@ -12,9 +12,10 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from mythos_edge.exporter import loop_graph, ort_target
+from mythos_edge.exporter import loop_graph
 from mythos_edge.exporter.portable import write_portable
 from mythos_edge.exporter.sample import golden_sample
+from mythos_edge.exporter.targets.ort_files import exported_record
 from mythos_edge.exporter.tokenizer_files import TOKENIZER_FILE, tokenizer_for
 from mythos_edge.exporter.tracing import tracing
 from mythos_edge.exporter.weights import (
@@ -29,15 +30,12 @@ from mythos_edge.model.checkpoint import Checkpoint
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import ConfigError, ExportError
 from mythos_edge.model.manifest import (
-    CPU_PROVIDER,
     MOST_CONTEXT,
-    TARGET,
     WEIGHTS_FILE,
     FileRecord,
     GraphSpec,
     Manifest,
     Source,
-    TargetSpec,
     TensorSpec,
     bundle_identity,
 )
@@ -87,7 +85,7 @@ def export_bundle(
     text = tokenizer_for(tokenizer, end_tokens, config.vocab_size)
     plan = plan_weights(config, context, dtype)
     writer = BundleWriter(output, force=force)
-    require_free_space(writer.folder, plan.total_bytes + _GRAPHS_BYTES)
+    require_free_space(writer.folder, plan.file.total_bytes + _GRAPHS_BYTES)
     with writer, _disk_errors(output):
         folder = writer.folder
         with tracing(config, context, dtype, folder) as finish_tracing:
@@ -95,7 +93,7 @@ def export_bundle(
                 plan,
                 checkpoint,
                 folder / WEIGHTS_FILE,
-                lambda done: progress("weights", done / plan.total_bytes),
+                lambda done: progress("weights", done),
             )
             progress("graphs", 0.0)
             finish_tracing()
@@ -103,7 +101,6 @@ def export_bundle(
         if portable:
             graphs = write_portable(graphs, folder, folder)
         stages = {stage: ir.load(folder / f"{stage}.onnx") for stage in STAGES}
-        lowered = ort_target.write_graphs(stages, folder, TARGET, config)
         if text.data is not None:
             (folder / TOKENIZER_FILE).write_bytes(text.data)
         progress("self-test sample", 0.0)
@@ -111,6 +108,7 @@ def export_bundle(
 
         source = _source(checkpoint, hashes)
         identity = bundle_identity(source, dtype, context, config)
+        target, record = exported_record(stages, folder, config, dtype, identity)
 
         def manifest(files: Mapping[str, FileRecord]) -> Manifest:
             return Manifest(
@@ -118,7 +116,7 @@ def export_bundle(
                 dtype=dtype,
                 max_context=context,
                 graphs=graphs,
-                targets={TARGET: _mapped_target(lowered, dtype, identity)},
+                targets={target: record},
                 files=dict(files),
                 versions={name: metadata.version(name) for name in _LIBRARIES},
                 source=source,
@@ -169,15 +167,6 @@ def _tensor_specs(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
         shape = tuple(size if isinstance(size, int) else str(size.value) for size in value.shape)
         specs.append(TensorSpec(str(value.name), str(value.dtype.numpy()), shape))
     return tuple(specs)
-
-
-def _mapped_target(lowered: ort_target.Lowered, dtype: str, identity: str) -> TargetSpec:
-    """The target every export has: float32 weights that stay mapped in the bundle's file."""
-    note = "" if dtype == "fp32" else f"weights are stored in {dtype}; the CPU has no fast {dtype} and computes in fp32"
-    sizes = (lowered.fixed_bytes, lowered.step_bytes)
-    return TargetSpec(
-        lowered.graphs, "fp32", "fp32", 0, "none", (), False, *sizes, identity, note, None, (CPU_PROVIDER,)
-    )
 
 
 def _source(checkpoint: Checkpoint, hashes: WeightsHashes) -> Source:

@@ -11,8 +11,8 @@ import onnx
 import onnx_ir as ir
 from onnx.inliner import inline_local_functions
 
-from mythos_edge.exporter.lowering.sequences import check_graph
-from mythos_edge.exporter.target_files import files_beside, install_into
+from mythos_edge.exporter.graph_checks import check_graph
+from mythos_edge.exporter.targets.build import files_beside, install_into
 from mythos_edge.model.bundle import Bundle, open_bundle
 from mythos_edge.model.manifest import STANDARD_OPS, FileRecord, GraphSpec, Manifest
 

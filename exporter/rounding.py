@@ -5,11 +5,9 @@ and keeps the one with the least squared error; ``calibrated`` weighs the error 
 real tokens. Not here: which node reads what (``lowering``), how channels are measured (``calibration``).
 """
 
-import os
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,10 +17,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mythos_edge.exporter.lowering.ort_kernels import Pack
-from mythos_edge.exporter.weights import ALIGNMENT, laid_out
+from mythos_edge.exporter.weight_file import Piece, StoredTensor, WeightFile, on_all_cores, plan_file
+from mythos_edge.exporter.weights import row_pieces
 from mythos_edge.model.errors import BuildError
 from mythos_edge.model.layout import PIECE_BYTES, TensorReader
-from mythos_edge.model.machine import cores
 
 Float32 = NDArray[np.float32]
 UInt8 = NDArray[np.uint8]
@@ -35,7 +33,7 @@ ROW = 0
 _STRETCHES = (-1.2, -0.8, -0.4, 0.0, 0.4, 0.8)
 # Values worked on at once, so that what is tried stays in the cache.
 _VALUES_AT_ONCE = 1 << 18
-_PIECES_IN_FLIGHT = 4
+_LARGEST = {ir.DataType.INT8: 127.0, ir.DataType.FLOAT8E4M3FN: 448.0}
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,7 @@ class Matrix:
     shape: tuple[int, ...]
     rows: int
     columns: int
+    rounding: "Rounding"
     halves: bool = False
 
     @property
@@ -84,72 +83,41 @@ class Rounding:
 
 
 @dataclass(frozen=True)
-class _Placed:
-    """Where the values and scales of a matrix lie in the file, and the arrays' shapes."""
-
-    matrix: Matrix
-    value_shape: tuple[int, ...]
-    scale_shape: tuple[int, ...]
-    value_offset: int = 0
-    scale_offset: int = 0
-
-
-@dataclass(frozen=True)
 class RoundedFile:
-    """A file of rounded matrices before a byte of it is written."""
+    """A file of rounded matrices before a byte of it is written; each is the tensors ``.q`` and ``.scale``."""
 
-    rounding: Rounding
-    header: bytes
-    placed: tuple[_Placed, ...]
+    matrices: tuple[Matrix, ...]
+    file: WeightFile
 
     @property
     def total_bytes(self) -> int:
-        return len(self.header) + sum(_bytes(item.value_shape) + 4 * _bytes(item.scale_shape) for item in self.placed)
+        """Bytes of the file."""
+        return self.file.total_bytes
 
     def packs(self, name: str, folder: Path) -> dict[str, Pack]:
         """The matrices as ONNX Runtime's kernels want them, in the file ``name`` of ``folder``."""
-        made = {}
-        stored = ir.DataType.UINT8 if self.rounding.block else ir.DataType.INT8
-        for item in self.placed:
-            matrix = item.matrix
-            values, scales = (
-                ir.ExternalTensor(name, offset, length, kind, shape=ir.Shape(shape), name="", base_dir=str(folder))
-                for offset, length, kind, shape in (
-                    (item.value_offset, _bytes(item.value_shape), stored, item.value_shape),
-                    (item.scale_offset, 4 * _bytes(item.scale_shape), ir.DataType.FLOAT, item.scale_shape),
-                )
-            )
-            made[matrix.name] = Pack(self.rounding.bits, self.rounding.block, matrix.columns, values, scales)
-        return made
+        tensors = self.file.tensors(name, folder)
+        packs = {}
+        for one in self.matrices:
+            values, scales = tensors[f"{one.name}.q"], tensors[f"{one.name}.scale"]
+            packs[one.name] = Pack(one.rounding.bits, one.rounding.block, one.columns, values, scales)
+        return packs
 
 
-def plan_rounded(matrices: list[Matrix], rounding: Rounding) -> RoundedFile:
-    """The layout of the file, with aligned tensors first so that all of them stay aligned."""
-    placed = []
-    for matrix in matrices:
-        blocks, row_bytes = rounding.blocks(matrix.columns), rounding.row_bytes(matrix.columns)
-        stack = matrix.shape[:-2]
-        # Without blocks a matrix is just one of bytes; MatMulNBits wants its blocks as an axis, QMoE does not.
-        flat = not rounding.block or matrix.stacked
-        value_shape = (*stack, matrix.rows, *((row_bytes,) if flat else (blocks, row_bytes // blocks)))
-        scale_shape = (*stack, matrix.rows, *((blocks,) if rounding.block else ()))
-        placed.append(_Placed(matrix, value_shape, scale_shape))
-    sized = [(f"{item.matrix.name}.scale", "F32", item.scale_shape, 4 * _bytes(item.scale_shape)) for item in placed]
-    kind = "U8" if rounding.block else "I8"
-    sized += [(f"{item.matrix.name}.q", kind, item.value_shape, _bytes(item.value_shape)) for item in placed]
-    sized.sort(key=lambda entry: (entry[3] % ALIGNMENT != 0, entry[1] == kind))
-    header, offsets = laid_out(sized)
-    final = [
-        _Placed(
-            item.matrix,
-            item.value_shape,
-            item.scale_shape,
-            offsets[f"{item.matrix.name}.q"],
-            offsets[f"{item.matrix.name}.scale"],
-        )
-        for item in placed
-    ]
-    return RoundedFile(rounding, header, tuple(final))
+def plan_rounded(matrices: list[Matrix]) -> RoundedFile:
+    """The layout of the file of ``matrices``."""
+    tensors = [tensor for matrix in matrices for tensor in _tensors_of(matrix)]
+    return RoundedFile(tuple(matrices), plan_file(tensors))
+
+
+def _tensors_of(matrix: Matrix) -> Iterator[StoredTensor]:
+    rounding, rows = matrix.rounding, (*matrix.shape[:-2], matrix.rows)
+    blocks, row_bytes = rounding.blocks(matrix.columns), rounding.row_bytes(matrix.columns)
+    yield StoredTensor(f"{matrix.name}.scale", ir.DataType.FLOAT, (*rows, *((blocks,) if rounding.block else ())))
+    # Without blocks a matrix is just one of bytes; MatMulNBits wants its blocks as an axis, QMoE does not.
+    flat = not rounding.block or matrix.stacked
+    kind = ir.DataType.UINT8 if rounding.block else ir.DataType.INT8
+    yield StoredTensor(f"{matrix.name}.q", kind, (*rows, *((row_bytes,) if flat else (blocks, row_bytes // blocks))))
 
 
 def write_rounded(
@@ -160,23 +128,24 @@ def write_rounded(
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> None:
     """Rounds and writes every matrix, a few pieces in memory at a time. Raises BuildError when the disk is full."""
-    total = sum(_bytes(item.value_shape) for item in plan.placed)
-    done = 0
-    try:
-        with path.open("wb", buffering=0) as file, ThreadPoolExecutor(max_workers=cores()) as pool:
-            descriptor = file.fileno()
-            os.truncate(descriptor, plan.total_bytes)
-            os.pwrite(descriptor, plan.header, 0)
-            for item in plan.placed:
-                weights = None if importance is None else importance.get(item.matrix.name)
-                for values, scales, row in _rounded(pool, plan.rounding, _pieces(item, reader, weights)):
-                    per_row = values.nbytes // len(scales)
-                    _write(descriptor, values, item.value_offset + row * per_row)
-                    _write(descriptor, scales, item.scale_offset + row * scales.nbytes // len(scales))
-                    done += values.nbytes
-                    progress(done / total)
-    except OSError as error:
-        raise BuildError(f"{path.parent}: cannot write the rounded weights: {error.strerror}") from error
+    pieces = (piece for made in on_all_cores(_jobs(plan, reader, importance or {})) for piece in made)
+    plan.file.write(path, pieces, BuildError, progress)
+
+
+def _jobs(plan: RoundedFile, reader: TensorReader, importance: Importance) -> Iterator[Callable[[], list[Piece]]]:
+    for matrix in plan.matrices:
+        for rows, weights, first in _rows_of(matrix, reader, importance.get(matrix.name)):
+            yield partial(_rounded, matrix.name, first, rows, matrix.rounding, weights)
+
+
+def _rounded(
+    name: str, first: int, rows: Float32, rounding: Rounding, weights: NDArray[np.floating] | None
+) -> list[Piece]:
+    values, scales = round_blocks(rows, rounding, weights)
+    return [
+        Piece(f"{name}.{part}", first * data.nbytes // len(rows), data)
+        for part, data in (("q", values), ("scale", scales))
+    ]
 
 
 def round_blocks(
@@ -188,7 +157,9 @@ def round_blocks(
     ``importance (K,)`` weighs the squared error of each column.
     """
     if rounding.method == "rtn":
-        return _nearest(rows, rounding) if rounding.block else _nearest_by_row(rows)
+        if not rounding.block:
+            return _nearest_by_row(rows, ir.DataType.INT8, ir.DataType.FLOAT)
+        return _nearest(rows, rounding)
     count, columns = rows.shape
     bits, block = rounding.bits, rounding.block or columns
     blocks = -(-columns // block)
@@ -199,16 +170,28 @@ def round_blocks(
         # Channels that the calibration never saw still count a little.
         weights[:columns] = importance / max(float(importance.mean()), 1e-30) + 1e-3
     weights = np.tile(weights.reshape(blocks, block), (count, 1))
-    flat = padded.reshape(-1, block)
-    codes, scales = np.empty(flat.shape, np.uint8), np.empty(len(flat), np.float32)
-    step = max(1, _VALUES_AT_ONCE // block)
-    for start in range(0, len(flat), step):
-        part = slice(start, start + step)
-        codes[part], scales[part] = _best_scale(flat[part], weights[part], bits)
+    signed, scales = _searched(padded.reshape(-1, block), weights, bits)
     if not rounding.block:
-        return (codes ^ 128).view(np.int8), scales
+        return signed, scales
+    codes = signed.view(np.uint8) + np.uint8(1 << bits - 1)  # wraps around
     packed: UInt8 = codes if bits == 8 else np.bitwise_or(codes[:, 0::2], codes[:, 1::2] << 4)
     return packed.reshape(count, blocks, block * bits // 8), scales.reshape(count, blocks)
+
+
+def round_symmetrically(
+    rows: Float32, codes: ir.DataType, scale: ir.DataType
+) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
+    """Codes (N, K) as int8 or float8 and scales (N,) above zero in the dtype ``scale``: a value is code * scale.
+
+    int4 keeps the best of a few scales; TensorRT refuses those below zero.
+    """
+    if codes != ir.DataType.INT4:
+        return _nearest_by_row(rows, codes, scale)
+    made, exact = _searched(rows, np.ones_like(rows), 4, positive=True)
+    scales = exact.astype(scale.numpy())
+    # Rows so small that the dtype has no number for their scale are zeros.
+    made[scales == 0], scales[scales == 0] = 0, 1
+    return made, scales
 
 
 def unpacked(values: Codes, scales: Float32, bits: int, columns: int) -> Float32:
@@ -221,19 +204,36 @@ def unpacked(values: Codes, scales: Float32, bits: int, columns: int) -> Float32
     return matrix
 
 
-def _best_scale(x: Float32, weights: Float32, bits: int) -> tuple[UInt8, Float32]:
-    """Codes and scale of each block (row) of ``x`` with the least weighted squared error of those tried.
+def _searched(
+    flat: Float32, weights: Float32, bits: int, *, positive: bool = False
+) -> tuple[NDArray[np.int8], Float32]:
+    """Codes and scale of each block (row) with the least weighted squared error of those tried."""
+    codes, scales = np.empty(flat.shape, np.int8), np.empty(len(flat), np.float32)
+    step = max(1, _VALUES_AT_ONCE // flat.shape[1])
+    for start in range(0, len(flat), step):
+        part = slice(start, start + step)
+        codes[part], scales[part] = _best_scale(flat[part], weights[part], bits, positive)
+    return codes, scales
 
-    The scale for given codes is the least-squares one. In the manner of llama.cpp's ``make_qx_quants``.
+
+def _best_scale(x: Float32, weights: Float32, bits: int, positive: bool) -> tuple[Float32, Float32]:
+    """Codes, as whole numbers, and the scale of each block.
+
+    A candidate maps the largest value to about the lowest code, which takes a scale of either sign; where scales must
+    be ``positive`` it maps its size to about the highest. The scale for given codes is the least-squares one. In the
+    manner of llama.cpp's ``make_qx_quants``.
     """
     lowest = -(1 << bits - 1)
     largest = np.take_along_axis(x, np.abs(x).argmax(1)[:, None], axis=1)[:, 0]
+    end = lowest
+    if positive:
+        largest, end = -np.abs(largest), lowest + 1
     safe = np.where(largest == 0, 1, largest)
     weighed = x * weights
     best = np.full(len(x), -1.0, np.float32)
     codes, scales = np.zeros(x.shape, np.float32), np.zeros(len(x), np.float32)
     for stretch in _STRETCHES:
-        inverse = np.where(largest == 0, 0, (lowest + stretch) / safe).astype(np.float32)
+        inverse = np.where(largest == 0, 0, (end + stretch) / safe).astype(np.float32)
         tried = np.clip(np.rint(x * inverse[:, None]), lowest, -lowest - 1)
         overlap = np.einsum("ij,ij->i", weighed, tried)
         size = np.einsum("ij,ij,ij->i", weights, tried, tried)
@@ -242,7 +242,7 @@ def _best_scale(x: Float32, weights: Float32, bits: int) -> tuple[UInt8, Float32
         gain = overlap * scale
         better = gain > best
         best[better], scales[better], codes[better] = gain[better], scale[better], tried[better]
-    return (codes - lowest).astype(np.uint8), scales
+    return codes, scales
 
 
 def _nearest(rows: Float32, rounding: Rounding) -> tuple[UInt8, Float32]:
@@ -259,23 +259,24 @@ def _nearest(rows: Float32, rounding: Rounding) -> tuple[UInt8, Float32]:
     return values, scales
 
 
-def _nearest_by_row(rows: Float32) -> tuple[Codes, Float32]:
-    scales = np.abs(rows).max(axis=1) / np.float32(127)
-    return np.rint(rows / np.where(scales == 0, 1, scales)[:, None]).astype(np.int8), scales
+def _nearest_by_row(rows: Float32, codes: ir.DataType, scale: ir.DataType) -> tuple[Any, Any]:
+    """Codes of each row, which are int8 or float8, and its scale above zero: rows of zeros are zeros at any."""
+    top = _LARGEST[codes]
+    scales = (np.abs(rows).max(axis=1) / np.float32(top)).astype(scale.numpy())
+    scales[scales == 0] = 1
+    values = np.clip(rows / scales.astype(np.float32)[:, None], -top, top)
+    return (np.rint(values) if codes == ir.DataType.INT8 else values).astype(codes.numpy()), scales
 
 
-_Piece = tuple[Float32, NDArray[np.floating] | None, int]
-
-
-def _pieces(item: _Placed, reader: TensorReader, importance: NDArray[np.floating] | None) -> Iterator[_Piece]:
+def _rows_of(
+    matrix: Matrix, reader: TensorReader, importance: NDArray[np.floating] | None
+) -> Iterator[tuple[Float32, NDArray[np.floating] | None, int]]:
     """Rows of a matrix from top to bottom, the weight of their columns, and the number of the first."""
-    matrix = item.matrix
-    height = max(1, PIECE_BYTES // (4 * matrix.columns))
     if not matrix.stacked:
-        for start in range(0, matrix.rows, height):
-            piece = reader.read(matrix.name, start, min(matrix.rows, start + height))
-            yield piece.float().numpy(), importance, start
+        for first, piece in row_pieces(reader, matrix.name, matrix.shape):
+            yield piece.float().numpy(), importance, first
         return
+    height = max(1, PIECE_BYTES // (4 * matrix.columns))
     count, rows, columns = matrix.shape
     for expert in range(count):
         whole = np.zeros((matrix.rows, matrix.columns), np.float32)
@@ -287,28 +288,3 @@ def _pieces(item: _Placed, reader: TensorReader, importance: NDArray[np.floating
             own = np.pad(own, (0, matrix.columns - columns))
         for start in range(0, matrix.rows, height):
             yield whole[start : start + height], own, expert * matrix.rows + start
-
-
-def _rounded(
-    pool: ThreadPoolExecutor, rounding: Rounding, pieces: Iterator[_Piece]
-) -> Iterator[tuple[Codes, Float32, int]]:
-    """Each piece rounded, with the number of its first row; only a few are in memory at once, unlike with ``map``."""
-    pending: deque[tuple[Future[tuple[Codes, Float32]], int]] = deque()
-    for rows, importance, start in pieces:
-        pending.append((pool.submit(round_blocks, rows, rounding, importance), start))
-        if len(pending) > _PIECES_IN_FLIGHT:
-            future, first = pending.popleft()
-            yield *future.result(), first
-    for future, first in pending:
-        yield *future.result(), first
-
-
-def _write(descriptor: int, array: NDArray[np.generic], offset: int) -> None:
-    view = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-    while view:
-        written = os.pwrite(descriptor, view, offset)
-        view, offset = view[written:], offset + written
-
-
-def _bytes(shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mythos_edge.exporter.weights import WeightsPlan
+from mythos_edge.exporter.weights import BY_ONNX, WeightsPlan
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import ExportError
 from mythos_edge.model.manifest import EXACT_TIE_MARGIN, NEAR_TIE_MARGIN, WEIGHTS_FILE, GoldenSample
@@ -74,17 +74,16 @@ def _mapped_network(config: MythosConfig, plan: WeightsPlan, mapping: mmap.mmap,
     with torch.device("meta"):
         network = Network(config, max_context)
     modules = dict(network.named_modules())
-    for tensor in plan.tensors:
-        owner, _, leaf = tensor.recipe.name.rpartition(".")
-        count = tensor.length // tensor.type.torch.itemsize
-        kind = tensor.type.torch
+    for entry in plan.file.entries.values():
+        owner, _, leaf = entry.name.rpartition(".")
+        kind, count = BY_ONNX[entry.dtype].torch, math.prod(entry.shape)
         # torch refuses to see nothing: a narrow model has no sine in its loop table.
         flat = (
-            torch.frombuffer(mapping, dtype=kind, count=count, offset=tensor.offset)
+            torch.frombuffer(mapping, dtype=kind, count=count, offset=entry.offset)
             if count
             else torch.empty(0, dtype=kind)
         )
-        setattr(modules[owner], leaf, nn.Parameter(flat.view(tensor.recipe.shape), requires_grad=False))
+        setattr(modules[owner], leaf, nn.Parameter(flat.view(entry.shape), requires_grad=False))
     return network
 
 

@@ -1,15 +1,11 @@
-"""Streams a checkpoint into the bundle's one weights file, piece by piece: memory does not grow with the model.
+"""Streams a checkpoint into the bundle's one weights file, and gives the weights of graphs their places in it.
 
-The file is a safetensors file that is also the external data of every graph, so the weights of a bundle stay
-readable by everyone and exist once. Not here: what a stored tensor is made of (``model/layout.py``).
+All graphs of a bundle share that file, so that its weights are readable by everyone and exist once. Not here: the
+file's format (``weight_file``), what a stored tensor is made of (``model/layout.py``).
 """
 
-import hashlib
-import json
-import os
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,56 +13,43 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from mythos_edge.exporter.weight_file import HashingQueue, Piece, StoredTensor, WeightFile, plan_file
+from mythos_edge.model.bundle import Bundle
+from mythos_edge.model.checkpoint import Checkpoint
 from mythos_edge.model.config import MythosConfig
-from mythos_edge.model.errors import CheckpointError, ExportError
-from mythos_edge.model.layout import Recipe, TensorReader, recipes, stored_table_of
+from mythos_edge.model.errors import CheckpointError, ExportError, MythosEdgeError
+from mythos_edge.model.layout import PIECE_BYTES, Recipe, TensorReader, recipes, stored_table_of
 from mythos_edge.model.manifest import WEIGHTS_FILE
 from mythos_edge.model.rope_tables import StoredTable
+from mythos_edge.model.tensor_files import read_tensor_file
 
-# Vector loads of the CPU kernels want no more; the safetensors format allows no holes between tensors.
-ALIGNMENT = 64
-_MAX_PIECES_IN_FLIGHT = 4
 _NOWHERE = "unwritten"
 _LOOKUPS = ("Gather", "GatherBlockQuantized", "RotaryEmbedding", "Reshape")
 
 
 @dataclass(frozen=True)
 class StorageType:
-    """One dtype a bundle can be stored in, under its names in the CLI, torch, safetensors and ONNX."""
+    """One dtype a bundle can be stored in, under its names in the CLI, torch and ONNX."""
 
     name: str
     torch: torch.dtype
-    safetensors: str
     onnx: ir.DataType
 
 
 STORAGE_TYPES = {
-    "fp32": StorageType("fp32", torch.float32, "F32", ir.DataType.FLOAT),
-    "fp16": StorageType("fp16", torch.float16, "F16", ir.DataType.FLOAT16),
-    "bf16": StorageType("bf16", torch.bfloat16, "BF16", ir.DataType.BFLOAT16),
+    "fp32": StorageType("fp32", torch.float32, ir.DataType.FLOAT),
+    "fp16": StorageType("fp16", torch.float16, ir.DataType.FLOAT16),
+    "bf16": StorageType("bf16", torch.bfloat16, ir.DataType.BFLOAT16),
 }
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor will lie: ``offset`` and ``length`` in bytes from the start of the file."""
-
-    recipe: Recipe
-    type: StorageType
-    offset: int
-    length: int
+BY_ONNX = {kind.onnx: kind for kind in STORAGE_TYPES.values()}
 
 
 @dataclass(frozen=True)
 class WeightsPlan:
-    """The whole weights file before a byte of it is written."""
+    """The whole weights file before a byte of it is written, and how each of its tensors is read."""
 
-    header: bytes
-    tensors: tuple[StoredTensor, ...]
-
-    @property
-    def total_bytes(self) -> int:
-        return len(self.header) + sum(tensor.length for tensor in self.tensors)
+    file: WeightFile
+    recipes: dict[str, Recipe]
 
 
 @dataclass(frozen=True)
@@ -85,79 +68,69 @@ _WHERE_IT_FITS = {
 
 
 def plan_weights(config: MythosConfig, max_context: int, dtype: str) -> WeightsPlan:
-    """The layout of the weights file: aligned tensors first, so that all of them stay aligned."""
-    sized = []
-    for recipe in recipes(config, max_context):
-        kind = STORAGE_TYPES[dtype if recipe.narrow else "fp32"]
-        count = 1
-        for size in recipe.shape:
-            count *= size
-        sized.append((recipe, kind, count * kind.torch.itemsize))
-    sized.sort(key=lambda item: (item[2] % ALIGNMENT != 0, -item[1].torch.itemsize))
-    header, offsets = laid_out([(r.name, kind.safetensors, r.shape, length) for r, kind, length in sized])
-    tensors = [StoredTensor(r, kind, offsets[r.name], length) for r, kind, length in sized]
-    return WeightsPlan(header, tuple(tensors))
-
-
-def laid_out(sized: Sequence[tuple[str, str, tuple[int, ...], int]]) -> tuple[bytes, dict[str, int]]:
-    """The head of a safetensors file of tensors (name, dtype, shape, bytes) in this order, and each one's offset."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt", "made_by": "mythos-edge"}}
-    offset = 0
-    for name, dtype, shape, length in sized:
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + length]}
-        offset += length
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % ALIGNMENT)
-    head = len(text).to_bytes(8, "little") + text
-    offsets, offset = {}, len(head)
-    for name, _, _, length in sized:
-        offsets[name] = offset
-        offset += length
-    return head, offsets
+    """The layout of the weights file of an export."""
+    found = {recipe.name: recipe for recipe in recipes(config, max_context)}
+    kinds = {name: STORAGE_TYPES[dtype if recipe.narrow else "fp32"].onnx for name, recipe in found.items()}
+    return WeightsPlan(plan_file(StoredTensor(name, kinds[name], found[name].shape) for name in found), found)
 
 
 def write_weights(
-    plan: WeightsPlan, reader: TensorReader, path: Path, progress: Callable[[int], None]
+    plan: WeightsPlan, reader: TensorReader, path: Path, progress: Callable[[float], None]
 ) -> WeightsHashes:
-    """Writes the file; ``progress`` is told the bytes written so far.
+    """Writes the file; ``progress`` is told the fraction that is written.
 
     Raises CheckpointError for a weight that is not finite, ExportError for one beyond the range of the dtype or
     when the disk is full.
     """
-    written = _HashingQueue()
     source = _HashedReader(reader)
-    try:
-        with path.open("wb", buffering=0) as file, written, source.hashes:
-            done = _write(file.fileno(), plan.header, written)
-            for tensor in plan.tensors:
-                for piece in _stored_pieces(tensor, source):
-                    done += _write(file.fileno(), piece, written)
-                    progress(done)
-            assert done == plan.total_bytes
-    except OSError as error:
-        raise ExportError(f"{path.parent}: cannot write the weights: {error.strerror}") from error
+    with HashingQueue() as written, source.hashes:
+        plan.file.write(path, _stored_pieces(plan, source), ExportError, progress, written)
     return WeightsHashes(written.hexdigest(), source.hashes.hexdigest())
+
+
+@contextmanager
+def weights_of(bundle: Bundle) -> Iterator[Checkpoint]:
+    """A reader of the weights that a bundle stores."""
+    stored = read_tensor_file(bundle.file(WEIGHTS_FILE))
+    with Checkpoint(bundle.path, stored.kind, bundle.manifest.config, stored.entries) as reader:
+        yield reader
+
+
+def row_pieces(reader: TensorReader, name: str, shape: tuple[int, ...]) -> Iterator[tuple[int, Tensor]]:
+    """A tensor in pieces of whole rows along its first axis, each with the number of its first row."""
+    rows, per_row = shape[0], torch.Size(shape[1:]).numel()
+    height = max(1, PIECE_BYTES // max(1, 4 * per_row))
+    for start in range(0, rows, height):
+        yield start, reader.read(name, start, min(rows, start + height))
+
+
+def converted(piece: Tensor, dtype: ir.DataType, name: str, refusal: type[MythosEdgeError], mend: str) -> Tensor:
+    """``piece`` of the tensor ``name`` in ``dtype``. Raises ``refusal`` where a weight is beyond its range."""
+    kind = BY_ONNX[dtype]
+    stored = piece.to(kind.torch).contiguous()
+    largest = torch.finfo(stored.dtype).max
+    if largest < torch.finfo(piece.dtype).max and not torch.isfinite(stored).all():
+        raise refusal(
+            f"{name}: a weight of {piece.abs().max().item():g} does not fit {kind.name} (largest {largest:g}): {mend}"
+        )
+    return stored
+
+
+def piece_of(name: str, start: int, values: Tensor) -> Piece:
+    """Contiguous ``values`` as bytes for a weights file, from byte ``start`` of the tensor on."""
+    return Piece(name, start, values.view(-1).view(torch.uint8).numpy())
 
 
 def attach_weights(graph: ir.Graph, plan: WeightsPlan, folder: Path) -> None:
     """Points every weight of a traced graph into the weights file, with a Cast where it is stored narrower."""
-    stored = {tensor.recipe.name: tensor for tensor in plan.tensors}
+    stored = plan.file.tensors(WEIGHTS_FILE, folder)
     for name, value in list(graph.initializers.items()):
         if name not in stored:
             assert value.const_value is not None, name
             continue
-        tensor = stored[name]
-        value.const_value = ir.ExternalTensor(
-            WEIGHTS_FILE,
-            tensor.offset,
-            tensor.length,
-            tensor.type.onnx,
-            shape=ir.Shape(tensor.recipe.shape),
-            name=name,
-            base_dir=str(folder),
-        )
-        if tensor.type.onnx != ir.DataType.FLOAT:
-            _widen(graph, value, tensor.type.onnx)
+        value.const_value = stored[name]
+        if stored[name].dtype != ir.DataType.FLOAT:
+            _widen(graph, value, stored[name].dtype)
 
 
 def unwritten(name: str, dtype: ir.DataType, shape: Sequence[int]) -> ir.ExternalTensor:
@@ -203,50 +176,13 @@ def _widen(graph: ir.Graph, value: ir.Value, stored: ir.DataType) -> None:
     graph.insert_before(graph[0], cast)
 
 
-def _stored_pieces(tensor: StoredTensor, reader: TensorReader) -> Iterator[memoryview]:
-    length = 0
-    for piece in tensor.recipe.pieces(reader):
-        stored = piece.to(tensor.type.torch).contiguous()
-        largest = torch.finfo(stored.dtype).max
-        if largest < torch.finfo(piece.dtype).max and not torch.isfinite(stored).all():
-            raise ExportError(
-                f"{tensor.recipe.name}: a weight of {piece.abs().max().item():g} does not fit {tensor.type.name} "
-                f"(largest {largest:g}): {_WHERE_IT_FITS[tensor.type.name]}"
-            )
-        length += stored.nbytes
-        yield stored.view(-1).view(torch.uint8).numpy().data
-    assert length == tensor.length, tensor.recipe.name
-
-
-def _write(descriptor: int, data: bytes | memoryview, hashes: "_HashingQueue") -> int:
-    hashes.update(data)
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
-    return len(data)
-
-
-class _HashingQueue:
-    """A sha256 fed on a thread of its own, a few pieces behind the writer."""
-
-    def __init__(self) -> None:
-        self._sha256 = hashlib.sha256()
-        self._pool = ThreadPoolExecutor(max_workers=1)
-        self._pending: deque[Future[None]] = deque()
-
-    def __enter__(self) -> "_HashingQueue":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=False)
-
-    def update(self, data: bytes | memoryview) -> None:
-        while len(self._pending) >= _MAX_PIECES_IN_FLIGHT:
-            self._pending.popleft().result()
-        self._pending.append(self._pool.submit(self._sha256.update, data))
-
-    def hexdigest(self) -> str:
-        return self._sha256.hexdigest()
+def _stored_pieces(plan: WeightsPlan, reader: TensorReader) -> Iterator[Piece]:
+    for name, entry in plan.file.entries.items():
+        start = 0
+        for piece in plan.recipes[name].pieces(reader):
+            stored = converted(piece, entry.dtype, name, ExportError, _WHERE_IT_FITS[BY_ONNX[entry.dtype].name])
+            yield piece_of(name, start, stored)
+            start += stored.nbytes
 
 
 class _HashedReader:
@@ -254,7 +190,7 @@ class _HashedReader:
 
     def __init__(self, reader: TensorReader) -> None:
         self._reader = reader
-        self.hashes = _HashingQueue()
+        self.hashes = HashingQueue()
 
     @property
     def config(self) -> MythosConfig:

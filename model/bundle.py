@@ -10,6 +10,7 @@ bundle (``bundle_writer``).
 
 import dataclasses
 import hashlib
+import json
 import os
 import stat
 from collections.abc import Callable, Collection, Iterator
@@ -24,10 +25,9 @@ from mythos_edge.model.manifest import (
     MANIFEST_FILE,
     MOST_MANIFEST_BYTES,
     STANDARD_OPS,
-    TARGET,
     FileRecord,
     Manifest,
-    TargetSpec,
+    TargetRecord,
     manifest_from_dict,
 )
 
@@ -49,7 +49,7 @@ class Bundle:
     # By name of a link out of the folder: the file that was found to be the one listed, for copies of this, too.
     _followed: dict[str, tuple[object, ...]] = field(default_factory=dict, compare=False, repr=False)
 
-    def target(self, name: str) -> TargetSpec:
+    def target(self, name: str) -> TargetRecord:
         """The target of that name, with the presence and size of its own files checked.
 
         Raises BundleError when there is none, it was built from another bundle or a file of it is damaged.
@@ -58,7 +58,7 @@ class Bundle:
         if name not in targets:
             known = ", ".join(targets) or "none"
             raise BundleError(f"{self.path}: has no target {name!r}, only {known}: mythos-edge build makes one")
-        if TARGET in targets and targets[TARGET].bundle != identity:
+        if targets[self.manifest.default_target].bundle != identity:
             raise BundleError(
                 f"{self.path / MANIFEST_FILE}: config, dtype, max_context or source are not those of the export: "
                 "export the bundle again"
@@ -67,18 +67,17 @@ class Bundle:
             raise BundleError(
                 f"{self.path}: target {name!r} was built from another version of this bundle: build it again"
             )
-        if name != TARGET:
-            self._check_files_of(name)
+        self._check_files(name)
         return targets[name]
 
     def at_absolute_path(self) -> "Bundle":
         """The same bundle, for work to come: another working folder does not move it."""
         return dataclasses.replace(self, path=self.path.absolute())
 
-    def _check_files_of(self, target: str) -> None:
+    def _check_files(self, target: str | None) -> None:
         """Raises BundleError as ``check_files`` does, or because the files are of another bundle by now."""
         try:
-            check_files(self, self.manifest.files_of(target))
+            check_files(self, self.manifest.shared_files if target is None else self.manifest.files_of(target))
         except BundleError:
             self.require_unchanged(target)
             raise
@@ -86,15 +85,13 @@ class Bundle:
     def weights_identity(self, target: str) -> str:
         """Equal for targets whose caches mean the same: the same weights, rounded alike."""
         spec = self.manifest.targets[target]
-        if spec.engine is not None:
-            parts = [self.manifest.identity, spec.compute_dtype, spec.weights, spec.method, str(spec.block)]
-            return hashlib.sha256(" ".join(parts).encode()).hexdigest()
-        own = self.own_weights(target)
-        if not own:
-            return self.manifest.identity
         # By content: the names of files are others where a target was built again.
-        parts = [self.manifest.identity, *sorted(record.sha256 for record in own.values())]
-        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+        own = sorted(record.sha256 for record in self.own_weights(target).values())
+        parts: list[object] = [self.manifest.identity, own]
+        if spec.is_native:
+            # Its weights are inside of it.
+            parts += [spec.compute_dtype, sorted(spec.weights.items())]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def own_weights(self, target: str) -> dict[str, FileRecord]:
         """The files of weights that only the target has: rounded or narrowed ones."""
@@ -113,7 +110,7 @@ class Bundle:
 
     def require_own_files(self) -> None:
         """Raises BundleError for a bundle of links out of its folder, which may be a cache that others share."""
-        if any(self.leads_out(name) for name in self.manifest.files_of(TARGET)):
+        if any(self.leads_out(name) for name in self.manifest.shared_files):
             raise BundleError(
                 f"{self.path}: is a bundle of links out of its folder, in which nothing is changed: {COPY_LINKS}"
             )
@@ -150,8 +147,8 @@ class Bundle:
         self._followed[name] = marks
 
     @contextmanager
-    def unchanged(self, target: str = TARGET) -> Iterator[None]:
-        """Holds what the block opens to this manifest: the files of the export, and those of ``target``.
+    def unchanged(self, target: str | None = None) -> Iterator[None]:
+        """Holds what the block opens to this manifest: the shared files, and those of ``target``.
 
         Raises BundleError where the bundle on the disk is another one now, or the target was built again.
         """
@@ -163,36 +160,41 @@ class Bundle:
             raise
         self.require_unchanged(target)
 
-    def require_unchanged(self, target: str) -> None:
+    def require_unchanged(self, target: str | None) -> None:
         """Raises BundleError where the bundle on the disk is another one now, or the target was built again."""
         mend = "while it was open: open it again"
         try:
             now = read_manifest(self.path)
         except BundleError as error:
             raise BundleError(f"{self.path}: the bundle was replaced or removed {mend}") from error
-        if now.identity != self.manifest.identity or self.differs_from(now, TARGET):
+        if now.identity != self.manifest.identity or self.differs_from(now, None):
             raise BundleError(f"{self.path}: the bundle was replaced {mend}")
-        if self.differs_from(now, target):
+        if target is not None and self.differs_from(now, target):
             raise BundleError(f"{self.path}: target {target!r} was built again {mend}")
 
-    def differs_from(self, now: Manifest, target: str) -> bool:
-        """Whether the manifest ``now`` says otherwise of a target, or of a file that was built with it."""
+    def differs_from(self, now: Manifest, target: str | None) -> bool:
+        """Whether the manifest ``now`` says otherwise of a target and its files, or of the shared files."""
         own = self.manifest
-        if own.targets.get(target) != now.targets.get(target):
-            return True
+        if target is not None:
+            names = own.files_of(target)
+            return own.targets.get(target) != now.targets.get(target) or _differ(own, now, names)
         # Made again from the others at any time, which concerns nobody who has the bundle open.
         remade = {graph.file for name, graph in own.graphs.items() if name.endswith(STANDARD_OPS)}
-        return any(now.files.get(name) != own.files[name] for name in own.files_of(target) - remade)
+        return _differ(own, now, own.shared_files - remade)
+
+
+def _differ(own: Manifest, now: Manifest, names: Collection[str]) -> bool:
+    return any(now.files.get(name) != own.files[name] for name in names)
 
 
 def open_bundle(path: Path | str, hashes: bool = False, trust_engines: bool = False) -> Bundle:
-    """The bundle at ``path``, with the presence and size of the export's files checked, and on request every sha256.
+    """The bundle at ``path``, with the presence and size of the shared files checked, and on request every sha256.
 
-    A built target's own files are checked by ``Bundle.target``: a damaged one keeps no other from running, and can be
+    A target's own files are checked by ``Bundle.target``: a damaged one keeps no other from running, and can be
     built again. With ``trust_engines`` TensorRT engines may be other files than those listed. Raises BundleError.
     """
     bundle = Bundle(Path(path), read_manifest(Path(path)), trust_engines)
-    bundle._check_files_of(TARGET)
+    bundle._check_files(None)
     if hashes:
         verify_hashes(bundle)
     return bundle
@@ -228,7 +230,7 @@ def has_manifest(path: Path) -> bool:
 
 def _trusted(bundle: Bundle) -> set[str]:
     """The files that may differ from those listed."""
-    engines = [spec for spec in bundle.manifest.targets.values() if bundle.trust_engines and spec.engine is not None]
+    engines = [spec for spec in bundle.manifest.targets.values() if bundle.trust_engines and spec.is_native]
     return {name for spec in engines for name in spec.graphs.values()}
 
 
@@ -265,8 +267,9 @@ def _size(file: Path) -> int | None:
 
 
 def _mend(bundle: Bundle, name: str) -> str:
-    """What brings a file back."""
-    exported = name in bundle.manifest.files_of(TARGET)
+    """How a file is brought back, in words."""
+    manifest = bundle.manifest
+    exported = name in manifest.shared_files | manifest.files_of(manifest.default_target)
     return "export the bundle again" if exported else "build the target again"
 
 

@@ -18,13 +18,16 @@ Apart = Mapping[str, Path]
 NONE_APART: Apart = MappingProxyType({})
 
 
-def weights_apart(bundle: Bundle, graph: Path | None, target: str) -> Apart:
+def weights_apart(bundle: Bundle, graph: Path | None, target: str | None) -> Apart:
     """The weights that a graph of ``target`` may name and does not find in its own folder: where each is.
 
-    A graph that is made in memory, None, is taken to be in the bundle's.
+    Without a target it is one of the portable graphs. A graph that is made in memory, None, is taken to be in the
+    bundle's folder.
     """
     folder = bundle.path.resolve() if graph is None else graph.resolve().parent
-    files = {name: bundle.file(name) for name in (WEIGHTS_FILE, *bundle.own_weights(target))}
+    files = {
+        name: bundle.file(name) for name in (WEIGHTS_FILE, *(() if target is None else bundle.own_weights(target)))
+    }
     return {name: file for name, file in files.items() if not file.resolve().is_relative_to(folder)}
 
 

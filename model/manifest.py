@@ -16,10 +16,8 @@ from mythos_edge.model.config import MOST_DEPTH, MythosConfig
 from mythos_edge.model.errors import BundleError, ConfigError
 from mythos_edge.model.typed_json import dataclass_from_json
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 MANIFEST_FILE = "manifest.json"
-# What every export has; built targets add what their weights are.
-TARGET = "ort-cpu"
 WEIGHTS_FILE = "weights.safetensors"
 # Ends the names of graphs in standard ops alone, which are for other engines: no session runs them.
 STANDARD_OPS = ".portable"
@@ -27,13 +25,6 @@ STANDARD_OPS = ".portable"
 ROPE_TABLE_SOURCES = ("config", "stored")
 # What the large weights can be stored in.
 STORAGE_DTYPES = ("fp32", "fp16", "bf16")
-# What the targets of ONNX Runtime's CUDA provider begin with.
-CUDA_TARGET = "ort-cuda"
-# ONNX Runtime's names of what runs a graph's nodes.
-CPU_PROVIDER = "CPUExecutionProvider"
-CUDA_PROVIDER = "CUDAExecutionProvider"
-# What the names of nodes begin with that compute with shapes alone: of a graph for a GPU, what the CPU may run.
-ON_SHAPES = "on_shapes/"
 # Positions are float32 numbers in the tables of angles, as in the reference: from here on not every one is exact.
 MOST_CONTEXT = 1 << 24
 # Why another kernel may come to other numbers than a golden sample's: what decides was too close to call.
@@ -65,64 +56,38 @@ class GraphSpec:
 
 
 @dataclass(frozen=True)
-class Profile:
-    """Rows of a chunk that an engine was tuned for: ``max_rows`` at most, ``opt_rows`` best."""
-
-    opt_rows: int
-    max_rows: int
-
-
-@dataclass(frozen=True)
-class EngineSpec:
-    """What must be so for the TensorRT engines of a target to be loaded.
-
-    ``flavour`` is ``rtx`` (TensorRT for RTX) or ``trt``, ``version`` the one that built them, ``compute_capabilities``
-    the GPUs they were built for (89 for SM 8.9), ``device`` the one GPU model that the plans of ``trt`` are for ("" for
-    ``rtx``). ``layout`` is ``step`` (an engine a stage) or ``loop`` (one with the
-    loop inside). Caches have room for ``max_context`` columns and ``max_rows`` beyond, which the padding of a chunk
-    may touch. ``plugin_layers`` counts the plugins of each engine, and ``kernels`` is the sha256 of the manifest of the
-    kernels they carry.
-    """
-
-    flavour: str
-    version: str
-    compute_capabilities: tuple[int, ...]
-    device: str
-    layout: str
-    max_context: int
-    max_rows: int
-    profiles: tuple[Profile, ...]
-    plugin_layers: dict[str, int]
-    kernels: str
-
-
-@dataclass(frozen=True)
-class TargetSpec:
-    """The stages lowered for one backend: stage name -> file.
+class TargetRecord:
+    """The stages lowered for one kind of backend: stage name -> file.
 
     ``prelude``, ``step`` and ``coda`` have the inputs and outputs of the portable graph of their stage, for a batch of
-    one; ``prelude.many`` and so on, where there are any, run the rows of several sequences at once.
-    ``weights`` is fp32, int8 or int4, in blocks of ``block`` values that share a scale (0 for fp32), ``method`` how
-    they were rounded, and ``kept`` names the parts that stay fp32. ``prepacked`` weights are copied into the kernels'
-    own layout when loaded, others are read from the mapped file. ``fixed_bytes`` of weights are read once a token,
-    ``step_bytes`` at each loop step (of the experts, the chosen ones). ``bundle`` is the identity of the bundle it was
-    built from. ``providers`` of ONNX Runtime run it, the first that can each node; none for TensorRT's targets, which
-    have ``engine`` and whose graphs are engines: one a stage, or ``model`` alone.
+    one; ``prelude.many`` and so on, where there are any, run the rows of several sequences at once. ``model`` alone is
+    one graph with the loop inside. ``weights`` says for each part of the model the form of its large matrices (fp32,
+    fp16, bf16, int8, int4, fp8). ``fixed_bytes`` of weights are read once a token, ``step_bytes`` at each loop step (of
+    the experts, the chosen ones). ``bundle`` is the identity of the bundle it was built from. ``summary`` is one line
+    for people, ``note`` a warning. ``options`` are the fields of the ``kind``, which only its builder and its backend
+    know (``target_options``).
     """
 
+    kind: str
     graphs: dict[str, str]
     compute_dtype: str
-    weights: str
-    block: int
-    method: str
-    kept: tuple[str, ...]
-    prepacked: bool
+    weights: dict[str, str]
     fixed_bytes: int
     step_bytes: int
     bundle: str
+    summary: str
     note: str
-    engine: EngineSpec | None
-    providers: tuple[str, ...] = ()
+    options: dict[str, Any]
+
+    @property
+    def is_native(self) -> bool:
+        """Whether its graphs are native code."""
+        return any(not file.endswith(".onnx") for file in self.graphs.values())
+
+    @property
+    def has_loop_inside(self) -> bool:
+        """Whether one graph runs all loop steps, without a cache."""
+        return set(self.graphs) == {"model"}
 
 
 @dataclass(frozen=True)
@@ -201,7 +166,7 @@ class Manifest:
     dtype: str
     max_context: int
     graphs: dict[str, GraphSpec]
-    targets: dict[str, TargetSpec]
+    targets: dict[str, TargetRecord]
     files: dict[str, FileRecord]
     versions: dict[str, str]
     source: Source
@@ -217,19 +182,25 @@ class Manifest:
         """Equal for bundles whose caches mean the same: same weights as stored, config and longest context."""
         return bundle_identity(self.source, self.dtype, self.max_context, self.config)
 
+    @property
+    def default_target(self) -> str:
+        """The target that runs when none is asked for: the first."""
+        return next(iter(self.targets))
+
     def files_of(self, target: str) -> set[str]:
-        """The files that were built with a target; for ``TARGET`` those of the export, which every target may read."""
-        if target == TARGET:
-            built = [self.files_of(name) for name in self.targets if name != TARGET]
-            return set(self.files).difference(*built) | self._exported()
-        graphs = set(self.targets[target].graphs.values())
+        """The files that belong to a target."""
         beginnings = (f"weights.{target}.", f"build.{target}.")
+        graphs = set(self.targets[target].graphs.values())
         return graphs | {name for name in self.files if name.startswith(beginnings)}
 
-    def _exported(self) -> set[str]:
-        graphs = self.targets[TARGET].graphs.values() if TARGET in self.targets else ()
+    @property
+    def shared_files(self) -> set[str]:
+        """The files that belong to no target, and that every target may read."""
+        return set(self.files).difference(*map(self.files_of, self.targets)) | self._named()
+
+    def _named(self) -> set[str]:
         tokenizer = () if self.tokenizer is None else (self.tokenizer,)
-        return {WEIGHTS_FILE, *(graph.file for graph in self.graphs.values()), *graphs, *tokenizer}
+        return {WEIGHTS_FILE, *(graph.file for graph in self.graphs.values()), *tokenizer}
 
     def __post_init__(self) -> None:
         if self.dtype not in STORAGE_DTYPES:
@@ -239,10 +210,12 @@ class Manifest:
         if not 1 <= self.max_context <= MOST_CONTEXT:
             raise BundleError(f"max_context is {self.max_context}, expected 1 to {MOST_CONTEXT}")
         _check_sample(self.sample, self.config, self.max_context)
+        if not self.targets:
+            raise BundleError("targets is empty, expected at least one target")
         for name, preset in self.presets.items():
             if not 1 <= preset.max_depth <= MOST_DEPTH:
                 raise BundleError(f"presets.{name}.max_depth is {preset.max_depth}, expected 1 to {MOST_DEPTH}")
-        used = self._exported().union(*(target.graphs.values() for target in self.targets.values()))
+        used = self._named().union(*(target.graphs.values() for target in self.targets.values()))
         for name in [*self.files, *used]:
             _check_name(name, "file")
         # Files of a target are named after it.
@@ -282,13 +255,13 @@ def _check_sample(sample: GoldenSample, config: MythosConfig, max_context: int) 
 
 
 def bundle_identity(source: Source, dtype: str, max_context: int, config: MythosConfig) -> str:
-    """See ``Manifest.identity``."""
+    """A hash that is equal for bundles whose caches mean the same; see ``Manifest.identity``."""
     parts = [source.sha256, dtype, max_context, config.to_dict()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def manifest_to_dict(manifest: Manifest) -> dict[str, Any]:
-    """What is written as manifest.json."""
+    """The JSON object that is written as manifest.json."""
     return {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(manifest)}
 
 

@@ -5,6 +5,7 @@ Standard library only. Not here: bundles (``bundle_writer``), which are folders.
 """
 
 import errno
+import glob
 import io
 import os
 import re
@@ -38,6 +39,13 @@ def writing(path: Path, what: str) -> Iterator[IO[bytes]]:
             yield file
     except OSError as error:
         raise _refusal(path, what, error) from error
+
+
+def remove_partials(path: Path) -> None:
+    """Removes what killed writers of ``path`` have left beside it; none may be at work."""
+    for left in path.parent.glob(f"{glob.escape(_partial_name(path))}*"):
+        with suppress(OSError):
+            left.unlink()
 
 
 def check_output(path: Path, what: str) -> None:
@@ -166,8 +174,11 @@ def _place_of(path: Path, what: str) -> _Place:
 
 def _beside(path: Path) -> _Place:
     target = Path(os.path.realpath(path))
-    name = f".{target.name[:_NAME_CHARACTERS]}.partial-{secrets.token_hex(4)}"
-    return _Place(target, target.with_name(name), None)
+    return _Place(target, target.with_name(f"{_partial_name(target)}{secrets.token_hex(4)}"), None)
+
+
+def _partial_name(target: Path) -> str:
+    return f".{target.name[:_NAME_CHARACTERS]}.partial-"
 
 
 def _descriptor_of(path: Path) -> int | None:

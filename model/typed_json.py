@@ -2,7 +2,7 @@
 
 Made for the bundle's manifest, so errors are BundleErrors. No schema language and no file reader: the annotations are
 the schema. Of types it knows what the manifest needs: bool, int, float and str, ``dict[str, X]``, ``tuple[X, ...]``,
-dataclasses, MythosConfig through its own reader, and unions of plain types or of one dataclass and None.
+dataclasses, Any, MythosConfig through its own reader, and unions of plain types or of one dataclass and None.
 Nothing is converted but whole numbers to the floats they stand for, no field may be left out, floats are finite.
 """
 
@@ -36,6 +36,8 @@ def dataclass_from_json(kind: type[T], value: Any, where: str) -> T:
 
 def _typed(kind: Any, value: Any, where: str) -> Any:
     """``value`` as the annotated type ``kind``."""
+    if kind is Any:
+        return value
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is MythosConfig:
         return config_from_dict(_expect(value, dict, where), origin=where)

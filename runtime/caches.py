@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import CapacityError
-from mythos_edge.runtime.memory import HostMemory, Memory, Rows
+from mythos_edge.runtime.backends.memory import HostMemory, Memory, Rows
 
 _FIRST_CAPACITY = 64
 
@@ -73,7 +73,7 @@ class ColumnBuffer:
         self.start = 0
         self.end = 0
         self._last_key = (0, 0)
-        self._last_view: Rows = None
+        self._last_view: Rows | None = None
 
     @property
     def nbytes(self) -> int:

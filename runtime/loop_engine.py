@@ -10,16 +10,14 @@ from numpy.typing import NDArray
 from mythos_edge.model.bundle import Bundle, open_bundle
 from mythos_edge.model.errors import CapacityError, UsageError
 from mythos_edge.plugins.cuda_driver import Driver
-from mythos_edge.runtime.device import DeviceMemory
+from mythos_edge.runtime.backends.device import DeviceMemory
+from mythos_edge.runtime.backends.trt_engine import Runtime
 from mythos_edge.runtime.halting import Depth, Policy
 from mythos_edge.runtime.options import DepthOptions
 from mythos_edge.runtime.prompts import checked_ids
 from mythos_edge.runtime.request_values import check_names
 from mythos_edge.runtime.scoring import Score
-from mythos_edge.runtime.trt_engine import Runtime
 from mythos_edge.runtime.turns import Turns, in_turn, last_turn
-
-LAYOUT = "loop"
 
 
 class LoopEngine:
@@ -29,9 +27,9 @@ class LoopEngine:
         self, bundle: Bundle, target: str, *, device: int = 0, trust: bool = False, driver: Driver | None = None
     ) -> None:
         spec = bundle.target(target)
-        if spec.engine is None or spec.engine.layout != LAYOUT:
+        if not spec.has_loop_inside:
             raise UsageError(f"target {target!r} has no loop inside: open it as a session")
-        self.config, self._max_rows = bundle.manifest.config, spec.engine.max_rows
+        self.config = bundle.manifest.config
         self._turns = Turns("engine", "open one a thread, or give several rows of ids")
         bundle = bundle.at_absolute_path()
         self._runtime = Runtime(bundle, target, driver, device)
@@ -41,6 +39,7 @@ class LoopEngine:
         except BaseException:
             self._runtime.close()
             raise
+        self._max_rows = self._runtime.spec.max_rows
         self._memory = DeviceMemory(self._runtime.gpu, spec.compute_dtype)
 
     @classmethod

@@ -18,16 +18,15 @@ from pathlib import Path
 from typing import Any, Self, Unpack, overload
 
 from mythos_edge.model.bundle import Bundle, open_bundle
-from mythos_edge.model.errors import BundleError, CapacityError, UsageError
-from mythos_edge.model.manifest import CPU_PROVIDER, CUDA_PROVIDER, TARGET
+from mythos_edge.model.errors import CapacityError, UsageError
 from mythos_edge.runtime import saved_state
-from mythos_edge.runtime.backend import Backend, OrtBackend, thread_count
+from mythos_edge.runtime.backends.opening import open_backend
+from mythos_edge.runtime.backends.protocol import Backend
 from mythos_edge.runtime.caches import CachePlan, plan_cache, require_memory
 from mythos_edge.runtime.decoding import Decoding, Generation, TextSoFar, TokenSequence
 from mythos_edge.runtime.draft_tuner import DraftTuner
 from mythos_edge.runtime.halting import LOOP_STEPS, ResolvedDepth, depth_of_preset
 from mythos_edge.runtime.options import Options, RequestOptions, ScoreOptions
-from mythos_edge.runtime.ort_cuda_backend import OrtCudaBackend
 from mythos_edge.runtime.prompts import Prompt, Prompts, check_range, checked_ids, ids_of, separate
 from mythos_edge.runtime.request_values import Within, check_names, flag, name_or_none, shown, token_ids, whole
 from mythos_edge.runtime.sampling import Sampler
@@ -37,14 +36,8 @@ from mythos_edge.runtime.staircase import Staircase
 from mythos_edge.runtime.streams import TokenStream
 from mythos_edge.runtime.text import Tokenizer
 from mythos_edge.runtime.together import run_alone, run_together
-from mythos_edge.runtime.trt_backend import TrtBackend
 from mythos_edge.runtime.turns import Turns, in_turn, last_turn
 
-# By the providers that a target is for.
-_ORT_BACKENDS: dict[tuple[str, ...], Callable[[Bundle, str, int], OrtBackend]] = {
-    (CPU_PROVIDER,): OrtBackend,
-    (CUDA_PROVIDER,): OrtCudaBackend,
-}
 _COUNT = Within(least=1)
 
 
@@ -71,7 +64,7 @@ class Session:
         self._tuners: dict[tuple[object, ...], DraftTuner] = {}
         self.last_generation = Generation()
         self._defaults: dict[str, Any] = {}
-        self._target = TARGET
+        self._target = bundle.manifest.default_target
 
     @classmethod
     def open(
@@ -86,8 +79,9 @@ class Session:
     ) -> Self:
         """The bundle at ``path`` on one of its targets; ``hashes`` also checks the sha256 of every file.
 
-        ``target`` names what ``mythos-edge build`` made; by default the fp32 target that every bundle has. ``preset``
-        names what ``mythos-edge tune`` found: its target, and its depth for every request that sets none of its own.
+        ``target`` names what ``mythos-edge build`` made; by default it is the first of the bundle, which is fp32 where
+        the bundle was exported. ``preset`` names what ``mythos-edge tune`` found: its target, and its depth for
+        every request that sets none of its own.
         ``threads`` are by default one per core. ``trust`` takes TensorRT engines that are not the files the manifest
         lists, which are native code. Raises BundleError, BackendUnavailable, UsageError.
         """
@@ -117,9 +111,10 @@ class Session:
             if target not in (None, found_for):
                 raise UsageError(f"preset {preset!r} was found for target {found_for!r}, not {target!r}: leave one out")
             target = found_for
-        session = cls(bundle, open_backend(bundle, target or TARGET, threads, trust))
+        target = target or bundle.manifest.default_target
+        session = cls(bundle, open_backend(bundle, target, threads, trust))
         session._defaults = defaults
-        session._target = target or TARGET
+        session._target = target
         return session
 
     @last_turn
@@ -339,7 +334,7 @@ class Session:
         return [Sampler(self._options({**options, "seed": seed}).sampling) for seed in numbers]
 
     def _tuner(self, options: Options, depth: ResolvedDepth, prompts: int) -> DraftTuner | None:
-        """What chooses drafts where the options leave it open. Raises UsageError for drafts that are not possible."""
+        """The tuner of drafts that the options leave open. Raises UsageError for drafts that are not possible."""
         wanted = options.draft_depth, options.draft_tokens
         check_draft(options.draft_depth, depth)
         if AUTO not in wanted:
@@ -444,23 +439,3 @@ def _path(value: Any, of: str) -> Path:
     if not isinstance(value, str | os.PathLike):
         raise UsageError(f"path is {shown(value)}, expected the path of {of}")
     return Path(value)
-
-
-def open_backend(bundle: Bundle, target: str, threads: int = 0, trust: bool = False) -> OrtBackend | TrtBackend:
-    """What runs a target; parameters and errors as in ``Session.open``."""
-    # For every target alike: engines only make nothing of it.
-    thread_count(threads)
-    bundle = bundle.at_absolute_path()
-    spec = bundle.target(target)
-    if spec.engine is not None:
-        return TrtBackend(bundle, target, trust=trust)
-    if not spec.providers:
-        raise BundleError(
-            f"{bundle.path}: target {target!r} has neither an engine nor providers of ONNX Runtime: build it again"
-        )
-    if spec.providers not in _ORT_BACKENDS:
-        raise BundleError(
-            f"{bundle.path}: target {target!r} is for {', '.join(spec.providers)} of ONNX Runtime, "
-            "which this mythos-edge does not know: build it again"
-        )
-    return _ORT_BACKENDS[spec.providers](bundle, target, threads)

@@ -19,11 +19,11 @@ from numpy.typing import DTypeLike, NDArray
 
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import CapacityError, UsageError
-from mythos_edge.runtime.backend import Backend
+from mythos_edge.runtime.backends.memory import Rows
+from mythos_edge.runtime.backends.packing import ROWS
+from mythos_edge.runtime.backends.protocol import Backend
 from mythos_edge.runtime.caches import ColumnBuffer
 from mythos_edge.runtime.halting import Policy, ResolvedDepth
-from mythos_edge.runtime.memory import Rows
-from mythos_edge.runtime.packing import ROWS
 from mythos_edge.runtime.together import StageCall, Work, run_alone
 
 Float32 = NDArray[np.float32]

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Self
 
 from mythos_edge.model.errors import UsageError
-from mythos_edge.runtime.backend import Backend
+from mythos_edge.runtime.backends.protocol import Backend
 from mythos_edge.runtime.decoding import Decoding, Token
 from mythos_edge.runtime.together import run_alone
 from mythos_edge.runtime.turns import Turns, in_turn

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias, TypeVar
 
 from mythos_edge.model.stages import MAX_TOGETHER
-from mythos_edge.runtime.backend import Backend
-from mythos_edge.runtime.packing import ROWS, Arrays, Call
+from mythos_edge.runtime.backends.packing import ROWS, Arrays, Call
+from mythos_edge.runtime.backends.protocol import Backend
 
 # Rows that one shared run takes in: more are not bound by reading weights, and would only make everybody wait.
 MAX_ROWS = 512

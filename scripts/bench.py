@@ -13,8 +13,8 @@ import numpy as np
 from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.errors import UsageError
 from mythos_edge.model.machine import free_memory_bytes
-from mythos_edge.model.manifest import CPU_PROVIDER, TARGET
-from mythos_edge.runtime.backend import OrtBackend, graph_runner, thread_count
+from mythos_edge.runtime.backends.ort_cpu import OrtCpuBackend
+from mythos_edge.runtime.backends.ort_session import graph_runner, thread_count
 from mythos_edge.runtime.caches import plan_cache, require_memory
 from mythos_edge.runtime.options import Options
 from mythos_edge.runtime.session import Session
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-d", "--depth", type=float, metavar="X", help="set the threshold for this mean depth")
     parser.add_argument("-r", "--repetitions", type=int, default=5, metavar="N", help="default: 5")
     wanted = parser.add_mutually_exclusive_group()
-    wanted.add_argument("--target", default=TARGET, metavar="NAMES", help="one or more, separated by commas; or all")
+    wanted.add_argument("--target", metavar="NAMES", help="one or more, separated by commas; or all")
     wanted.add_argument("--weights", metavar="KINDS", help="fp32, int8, int4: the targets that build makes of them")
     parser.add_argument("--format", choices=("md", "csv"), default="md", help="the table's form (default: md)")
     parser.add_argument("-b", "--batch", type=int, metavar="N", help="N prompts together, and one after another, too")
@@ -105,12 +105,14 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 
 def _targets(args: argparse.Namespace, console: Console) -> list[str]:
-    if args.weights is not None:
-        return [f"{TARGET}-{weights}" for weights in args.weights.split(",")]
     bundle = open_bundle(args.bundle)
-    names = list(bundle.manifest.targets) if args.target == "all" else [name for name in args.target.split(",") if name]
+    manifest, default = bundle.manifest, bundle.manifest.default_target
+    if args.weights is not None:
+        return [f"{default}-{weights}" for weights in args.weights.split(",")]
+    asked = default if args.target is None else args.target
+    names = list(manifest.targets) if asked == "all" else [name for name in asked.split(",") if name]
     # There runs are queued: what a graph takes is not seen from here.
-    on_gpu = [name for name in names if bundle.target(name).providers != (CPU_PROVIDER,)]
+    on_gpu = [name for name in names if bundle.target(name).kind != manifest.targets[default].kind]
     if on_gpu and args.target != "all":
         raise UsageError(
             f"bench compares with the memory of a CPU, and {on_gpu[0]!r} is for a GPU: run scripts/gpu_check"
@@ -243,7 +245,7 @@ def threshold_of_mean_depth(session: Session, prompt: list[int], count: int, wan
 
 def _one(session: Session, target: str, prompt: list[int], count: int, request: dict[str, Any]) -> dict[str, float]:
     """One generation: the prompt until the first token, then decoding alone."""
-    assert isinstance(session.backend, OrtBackend)
+    assert isinstance(session.backend, OrtCpuBackend)
     stream = session.stream(prompt, max_new_tokens=count + 1, stop_ids=(), **request)
     next(stream)
     backend, first = session.backend, session.last_generation.block_calls

@@ -14,7 +14,7 @@ import numpy as np
 from mythos_edge.model.bundle import open_bundle, sha256_of
 from mythos_edge.model.errors import ExportError, MythosEdgeError, UsageError, unavailable
 from mythos_edge.model.file_locks import locked
-from mythos_edge.model.manifest import SCHEMA_VERSION, TARGET
+from mythos_edge.model.manifest import SCHEMA_VERSION
 from mythos_edge.plugins.trt_bindings import cache_folder
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import addition, arguments
@@ -162,7 +162,8 @@ def _damage(bundle: Path) -> str | None:
     if not os.path.lexists(bundle):
         return ""
     try:
-        open_bundle(bundle, hashes=True).target(TARGET)
+        opened = open_bundle(bundle, hashes=True)
+        opened.target(opened.manifest.default_target)
     except MythosEdgeError as error:
         return str(error)
     return None

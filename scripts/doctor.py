@@ -8,40 +8,17 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
+from mythos_edge.exporter.targets.spec import EXPORT, RUN, GpuNeed, Packages
+from mythos_edge.exporter.targets.table import KINDS
 from mythos_edge.model.errors import MythosEdgeError
 from mythos_edge.model.machine import memory, processors
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.plugins.processor import has_integer_dot_products
-from mythos_edge.plugins.trt_bindings import rtx_compute_capabilities
-from mythos_edge.runtime import ort_cuda_backend
 from mythos_edge.scripts.console import Console
 
 HELP = "show what this machine can export and run"
 EXAMPLE = "mythos-edge doctor --json"
 
-# What each purpose needs: package -> module.
-_NEEDS = {
-    "run": {"numpy": "numpy", "onnxruntime": "onnxruntime", "tokenizers": "tokenizers"},
-    "export": {
-        "torch": "torch",
-        "onnx": "onnx",
-        "onnx-ir": "onnx_ir",
-        "onnxscript": "onnxscript",
-        "jaxtyping": "jaxtyping",
-    },
-    "ort-cuda": {"onnxruntime-gpu": "onnxruntime"},
-    "tensorrt-rtx": {"tensorrt-rtx-cu13": "tensorrt_rtx"},
-    "tensorrt": {"tensorrt": "tensorrt"},
-}
-_INSTALL = {
-    "run": "pip install mythos-edge",
-    "export": "pip install 'mythos-edge[export]'",
-    "ort-cuda": ort_cuda_backend.REPLACE,
-    "tensorrt-rtx": "pip install 'mythos-edge[tensorrt-rtx]'",
-    "tensorrt": "pip install 'mythos-edge[tensorrt]'",
-}
-# The kernels of onnxruntime-gpu and of this package begin with Turing.
-_OLDEST_CUDA_GPU = 75
 # The column at which the text of each line begins.
 _INDENT = 16
 _FACTS = (
@@ -74,7 +51,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if report["no_gpu"]:
         console.field("gpu", report["no_gpu"], _INDENT)
     for gpu in report["gpus"]:
-        targets = ", ".join(gpu["targets"]) or "none but ort-cpu"
+        targets = ", ".join(gpu["targets"]) or f"none but {KINDS[0].wishes}"
         text = f"{gpu['name']}, sm{gpu['compute_capability']}, {gpu['memory_gb']} GB -> {targets}"
         console.field("gpu", text, _INDENT)
     for target, found in report["targets"].items():
@@ -86,11 +63,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
 def examine(load_driver: Callable[[], Driver]) -> dict[str, Any]:
     """Everything the verb says, as it goes into JSON."""
     usable, free = processors(), memory()
-    can = {purpose: _purpose(purpose, packages) for purpose, packages in _NEEDS.items()}
-    if can["ort-cuda"]["ok"]:
-        # The same module under another package's name.
-        can["run"]["packages"]["onnxruntime"] = can["ort-cuda"]["packages"]["onnxruntime-gpu"]
-        can["run"]["ok"] = None not in can["run"]["packages"].values()
+    can = {packages.name: _purpose(packages) for packages in _packages()}
+    _count_other_names(can)
     gpus, no_gpu = _gpus(load_driver)
     return {
         "mythos_edge": metadata.version("mythos-edge"),
@@ -127,7 +101,7 @@ def _gigabytes(count: int | None) -> float | None:
 
 
 def _gpus(load_driver: Callable[[], Driver]) -> tuple[list[dict[str, Any]], str | None]:
-    """What is known of each GPU, and why there is none."""
+    """The facts about each GPU, and why there is none."""
     try:
         driver = load_driver()
         return [_gpu(driver, device) for device in range(driver.device_count())], None
@@ -152,26 +126,35 @@ def _gpu(driver: Driver, device: int) -> dict[str, Any]:
 
 def _targets_of(capability: int) -> list[str]:
     """Targets worth building for a GPU, the fastest first."""
-    rtx = [f"rtx-sm{capability}"] if capability in rtx_compute_capabilities() else []
-    return [*rtx, *(["trt-this-gpu", "ort-cuda"] if capability >= _OLDEST_CUDA_GPU else [])]
+    return [
+        machine.wish.replace("smXX", f"sm{capability}")
+        for kind in reversed(KINDS)
+        for machine in kind.machines
+        if any(isinstance(need, GpuNeed) and need.fits(capability) for need in machine.run)
+    ]
+
+
+def _packages() -> list[Packages]:
+    """The sets of packages that anything needs."""
+    machines = [machine for kind in KINDS for machine in kind.machines]
+    needs = [RUN, EXPORT, *(need for machine in machines for need in (*machine.build, *machine.run))]
+    return list({need.name: need for need in needs if isinstance(need, Packages)}.values())
 
 
 def _targets(can: dict[str, dict[str, Any]], capabilities: list[int]) -> dict[str, dict[str, str]]:
     """For each kind of target whether it can be built and run here: ``yes``, or what is missing."""
-    export = {"export": can["export"]["ok"]}
-    gpu = {"a GPU of sm75 or newer": any(capability >= _OLDEST_CUDA_GPU for capability in capabilities)}
-    rtx_gpu = {
-        "a GPU of TensorRT for RTX": any(capability in rtx_compute_capabilities() for capability in capabilities)
+
+    def there(need: Packages | GpuNeed) -> bool:
+        return can[need.name]["ok"] if isinstance(need, Packages) else any(map(need.fits, capabilities))
+
+    return {
+        machine.wish: {
+            verb: _answer({need.name: there(need) for need in needs})
+            for verb, needs in (("build", machine.build), ("run", machine.run))
+        }
+        for kind in KINDS
+        for machine in kind.machines
     }
-    rtx, trt = ({purpose: can[purpose]["ok"]} for purpose in ("tensorrt-rtx", "tensorrt"))
-    needs = {
-        "ort-cpu": (export, {"run": can["run"]["ok"]}),
-        "ort-cuda": (export, {"ort-cuda": can["ort-cuda"]["ok"]} | gpu),
-        # Engines for RTX are built for any GPU on any machine, those of TensorRT on the GPU they are for.
-        "rtx-smXX": (export | rtx, rtx | rtx_gpu),
-        "trt-this-gpu": (export | trt | gpu, trt | gpu),
-    }
-    return {name: {"build": _answer(build), "run": _answer(run)} for name, (build, run) in needs.items()}
 
 
 def _answer(needs: dict[str, bool]) -> str:
@@ -188,9 +171,20 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def _purpose(purpose: str, packages: dict[str, str]) -> dict[str, Any]:
-    versions = {name: version_of(name, module) for name, module in packages.items()}
-    return {"ok": None not in versions.values(), "packages": versions, "install": _INSTALL[purpose]}
+def _purpose(packages: Packages) -> dict[str, Any]:
+    versions = {name: version_of(name, module) for name, module in packages.modules.items()}
+    return {"ok": None not in versions.values(), "packages": versions, "install": packages.install}
+
+
+def _count_other_names(can: dict[str, dict[str, Any]]) -> None:
+    """Counts a module of the runtime as installed where another package brings it, as onnxruntime-gpu does."""
+    run = can[RUN.name]
+    for packages in _packages():
+        for name, module in packages.modules.items():
+            other = next((own for own, brings in RUN.modules.items() if brings == module and own != name), None)
+            if other is not None and can[packages.name]["ok"]:
+                run["packages"][other] = can[packages.name]["packages"][name]
+    run["ok"] = None not in run["packages"].values()
 
 
 def version_of(package: str, module: str) -> str | None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.bundle_writer import BundleWriter
 from mythos_edge.model.errors import BundleError, unavailable
-from mythos_edge.model.manifest import TARGET
 from mythos_edge.scripts import arguments
 from mythos_edge.scripts.console import Console
 
@@ -81,7 +80,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     seconds = time.perf_counter() - started
     manifest = bundle.manifest
     size = sum(record.bytes for record in manifest.files.values())
-    note = manifest.targets["ort-cpu"].note
+    note = manifest.targets[manifest.default_target].note
     if note:
         console.note(f"note: {note}")
     if args.tokenizer is None and (beside := tokenizer_beside(args.checkpoint)):
@@ -100,7 +99,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
             "bytes": size,
             "portable": portable,
             "dtype": manifest.dtype,
-            "compute_dtype": manifest.targets["ort-cpu"].compute_dtype,
+            "compute_dtype": manifest.targets[manifest.default_target].compute_dtype,
             "max_context": manifest.max_context,
             "end_tokens": [token.name for token in manifest.end_tokens],
             "rope_table": manifest.rope_table,
@@ -113,5 +112,5 @@ def run(args: argparse.Namespace, console: Console) -> int:
 def _built_targets(path: Path) -> list[str]:
     """The targets that a bundle at ``path`` has beside the one of every export, none where it cannot be read."""
     with suppress(BundleError):
-        return [name for name in open_bundle(path).manifest.targets if name != TARGET]
+        return list(open_bundle(path).manifest.targets)[1:]
     return []

@@ -13,7 +13,6 @@ from mythos_edge.model.manifest import manifest_to_dict
 from mythos_edge.runtime.caches import CachePlan, plan_cache
 from mythos_edge.runtime.text import Tokenizer
 from mythos_edge.scripts import arguments
-from mythos_edge.scripts.build import weights_of
 from mythos_edge.scripts.console import Console
 
 if TYPE_CHECKING:
@@ -124,14 +123,9 @@ def _show_bundle(console: Console, bundle: Bundle) -> None:
 def _show_target(console: Console, bundle: Bundle, name: str, width: int) -> None:
     """A target's two lines: the bytes are those of weights read, and of files that the target does not share."""
     spec, files = bundle.manifest.targets[name], bundle.manifest.files
-    if spec.engine is None:
-        by = "ONNX Runtime: " + ", ".join(provider.removesuffix("ExecutionProvider") for provider in spec.providers)
-    else:
-        flavour = {"rtx": "TensorRT for RTX", "trt": "TensorRT"}.get(spec.engine.flavour, spec.engine.flavour)
-        by = f"{flavour} {spec.engine.version}, {spec.engine.layout}, context {spec.engine.max_context}"
     own = sum(files[file].bytes for file in {*spec.graphs.values(), *bundle.own_weights(name)})
     console.say(f"{name:{width}}  {spec.fixed_bytes / 1e6:10.1f}  {spec.step_bytes / 1e6:14.1f}  {own / 1e6:11.1f}")
-    console.field("", f"{by}; {weights_of(spec)}", 4)
+    console.field("", spec.summary, 4)
 
 
 def _checkpoint(args: argparse.Namespace, console: Console) -> dict[str, Any]:

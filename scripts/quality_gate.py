@@ -7,6 +7,7 @@ the loop carries along grows from one loop step to the next, which logits alone 
 import argparse
 import warnings
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,13 @@ from numpy.typing import NDArray
 from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.errors import UsageError, unavailable
 from mythos_edge.model.linked_weights import weights_apart
-from mythos_edge.model.manifest import TARGET
-from mythos_edge.runtime.backend import Backend, OrtBackend
-from mythos_edge.runtime.packing import Arrays, Call
+from mythos_edge.model.manifest import TargetRecord
+from mythos_edge.model.stages import OWN
+from mythos_edge.model.target_options import OrtOptions, options_of
+from mythos_edge.runtime.backends.memory import Rows, host_array
+from mythos_edge.runtime.backends.opening import open_backend
+from mythos_edge.runtime.backends.packing import Array, Arrays, Call, declared
+from mythos_edge.runtime.backends.protocol import Backend
 from mythos_edge.runtime.quality import Gate, QualityReport, Trace, difference, quality_report
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import addition, options
@@ -39,8 +44,6 @@ _STREAMS = 256
 _DIGITS = 12
 _DEMO_DEPTH = 16
 _OPTIONS = ("target", "demo_streams", "max_kl", "min_top1")
-# What a step is fed that lies in the backend's memory.
-_STATES, _COUNTS = ("h", "e", "out", "past"), ("halt_mass", "depth")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,8 +74,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         if stray is not None:
             raise UsageError(f"--{stray.replace('_', '-')} is for quality: add --against {FP32}")
         return
-    if args.target in (None, TARGET):
-        raise UsageError(f"--against {FP32} compares another target with {TARGET}: name it with --target")
+    if args.target is None:
+        raise UsageError(f"--against {FP32} compares a target with the bundle's fp32 one: name it with --target")
     if args.demo_streams is not None and args.ids is not None:
         raise UsageError("--ids and --demo-streams both say which tokens to compare on: give one of them")
     if args.demo_streams is not None and args.demo_streams < 1:
@@ -100,9 +103,13 @@ def compare(
 ) -> dict[str, Any]:
     """The report of ``args.target``, opened as ``rounded``, against fp32 on ``ids (B, S)``, told on ``console`` too."""
     spec = bundle.target(args.target)
-    gate = _gate(args, spec.weights)
-    with OrtBackend(bundle) as fp32:
-        traced = (_Traced(bundle, TARGET, fp32), _Traced(bundle, args.target, rounded))
+    default = bundle.manifest.default_target
+    if args.target == default:
+        raise UsageError(f"--against {FP32} compares another target with {default}: name it with --target")
+    weights = _coarsest(spec)
+    gate = _gate(args, weights)
+    with closing(open_backend(bundle, default)) as fp32:
+        traced = (_Traced(bundle, default, fp32), _Traced(bundle, args.target, rounded))
         differences = []
         for row in range(len(ids)):
             console.progress("comparing with fp32", row / len(ids))
@@ -111,9 +118,9 @@ def compare(
         sums = None
         if args.demo_streams is not None:
             console.progress("adding", 0.0)
-            both = {TARGET: fp32, args.target: rounded}
+            both = {default: fp32, args.target: rounded}
             sums = {name: _exact_sums(Session(bundle, backend), ids) for name, backend in both.items()}
-    lost = 0.0 if sums is None else sums[TARGET] - sums[args.target]
+    lost = 0.0 if sums is None else sums[default] - sums[args.target]
     failures = gate.failures(report, lost)
     tied = sum(int(one.after_tie.sum()) for one in differences)
     if failures and tied and np.isfinite(report.kl_mean):
@@ -121,12 +128,12 @@ def compare(
         untouched = [one.before_tie() for one in differences if not one.after_tie.all()]
         report = quality_report(untouched) if untouched else report
         failures = gate.failures(report) if untouched else []
-    console.say(f"target    {args.target} ({spec.weights}, {spec.method}) on {ids.shape[0]} x {ids.shape[1]} positions")
+    console.say(f"target    {args.target} ({spec.summary}) on {ids.shape[0]} x {ids.shape[1]} positions")
     if tied:
         console.say(f"exact ties of the router: {tied} positions at or after one, where a kernel may choose others")
     _tell(report, gate, sums, console)
     if failures:
-        console.say(f"beyond what {spec.weights} weights may cost: {', '.join(failures)}")
+        console.say(f"beyond what {weights} weights may cost: {', '.join(failures)}")
     return {
         "passed": not failures,
         "failures": failures,
@@ -139,11 +146,18 @@ def compare(
     }
 
 
-def _gate(args: argparse.Namespace, weights: str) -> Gate:
+def _coarsest(spec: TargetRecord) -> str:
+    """The form of a target's weights that loses most, as ``GATES`` names it."""
+    forms = {form for forms in spec.weights.values() for form in forms.split("+")} | {spec.compute_dtype}
+    if forms & {"int4", "fp8"}:
+        return "int4"
     # 16-bit floats are held to what 8-bit weights may cost, which is more than they should.
-    usual = GATES.get("int8" if weights == "none" else weights, GATES["int4"])
+    return "fp32" if forms == {"fp32"} else "int8"
+
+
+def _gate(args: argparse.Namespace, weights: str) -> Gate:
     given = {name: getattr(args, name) for name in ("max_kl", "min_top1") if getattr(args, name) is not None}
-    return replace(usual, **given)
+    return replace(GATES[weights], **given)
 
 
 def _tell(report: QualityReport, gate: Gate, sums: dict[str, float] | None, console: Console) -> None:
@@ -189,12 +203,13 @@ class _Traced:
             raise unavailable(error, "comparing targets", "pip install 'mythos-edge[export]'") from error
 
         spec = bundle.target(target)
-        if spec.engine is not None:
+        if spec.is_native:
             # An engine shows its states alone; what the router makes of them is asked in float32.
-            spec = bundle.target(TARGET)
+            spec = bundle.target(bundle.manifest.default_target)
         with bundle.unchanged(target):
             apart = weights_apart(bundle, None, target)
-            probe = Probe(bundle.file(spec.graphs["step"]), [ROUTER], prepack=spec.prepacked, apart=apart)
+            prepack = options_of(spec, OrtOptions).prepacked
+            probe = Probe(bundle.file(spec.graphs["step"]), [ROUTER], prepack=prepack, apart=apart)
             router = router_of(bundle)
         self._recorder = _Recorder(backend, probe, router, ROUTER)
         self._session = Session(bundle, self._recorder)
@@ -226,16 +241,22 @@ class _Recorder:
             self._backend.run(stage, feeds, outputs)
             return
         # Before the run, which may write over them.
-        seen_by_host = {name: self.memory.to_floats(feeds[name]) for name in _STATES}
-        seen_by_host |= {name: self.memory.to_host(feeds[name]) for name in _COUNTS}
+        seen_by_host = {name: self._on_host(name, rows) for name, rows in feeds.items()}
         self._backend.run(stage, feeds, outputs)
-        index = feeds["step_index"][0]
-        positions = int(feeds["length"]) + np.arange(len(index))
+        index = host_array(feeds["step_index"])[0]
+        positions = int(host_array(feeds["length"])) + np.arange(len(index))
         self.h[index, positions] = self.memory.to_floats(outputs["h_next"])[0]
         # Portable graphs know positions by length and first, lowered ones by themselves.
-        seen = self._probe.run({**feeds, **seen_by_host, "positions": positions[None]})
+        seen = self._probe.run({**seen_by_host, "positions": positions[None]})
         self.chosen[index, positions] = self._router.chosen(seen[self._matrix])
         self.tied[index, positions] = self._router.tied(seen[self._matrix])
+
+    def _on_host(self, name: str, rows: Rows) -> Array:
+        """The values of an input of the loop step, states as float32."""
+        tensor = declared("step", name)
+        if tensor.on_host:
+            return host_array(rows)
+        return self.memory.to_floats(rows) if tensor.dtype == OWN else self.memory.to_host(rows)
 
     def run_together(self, stage: str, calls: Sequence[Call]) -> None:
         for call in calls:

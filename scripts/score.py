@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.errors import UsageError
 from mythos_edge.model.output_files import check_output, writing
-from mythos_edge.runtime.loop_engine import LAYOUT, LoopEngine
+from mythos_edge.runtime.loop_engine import LoopEngine
 from mythos_edge.runtime.scoring import Score
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import arguments, options
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 def _score(args: argparse.Namespace, ids: NDArray[Any], console: Console) -> Score:
     bundle = open_bundle(args.bundle, trust_engines=args.trust)
     spec = None if args.target is None else bundle.target(args.target)
-    if spec is not None and spec.engine is not None and spec.engine.layout == LAYOUT:
+    if spec is not None and spec.has_loop_inside:
         if args.prefill is not None:
             raise UsageError("--prefill is for a cache, and this target has none: leave it out")
         with LoopEngine(bundle, args.target, trust=args.trust) as engine:

@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 
 from mythos_edge.model.bundle import Bundle, open_bundle
 from mythos_edge.model.bundle_writer import update_manifest
-from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import UsageError, unavailable
-from mythos_edge.model.manifest import MANIFEST_FILE, TARGET
+from mythos_edge.model.manifest import MANIFEST_FILE, Manifest
 from mythos_edge.model.output_files import check_output, check_output_folder
+from mythos_edge.runtime.backends.opening import open_backend
 from mythos_edge.runtime.halting import Depth
 from mythos_edge.runtime.prompts import checked_ids
 from mythos_edge.runtime.quality import kl_divergence
-from mythos_edge.runtime.session import Session, open_backend
+from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import arguments, measuring, options
 from mythos_edge.scripts.console import Console
 from mythos_edge.scripts.tune_points import Point, Setting, knee_of
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="for curve.png and curve.html (default: BUNDLE-tune)",
     )
-    parser.add_argument("--targets", default=TARGET, metavar="T,T", help=f"default: {TARGET}")
+    parser.add_argument("--targets", metavar="T,T", help="names of targets (default: the first of the bundle)")
     parser.add_argument("--thresholds", metavar="X,X", help="default: some from 0.3 of the model's own on")
     parser.add_argument(
         "--max-depths", metavar="N,N", help="default: half, three quarters and all of the trained depth"
@@ -87,14 +87,14 @@ def run(args: argparse.Namespace, console: Console) -> int:
     full_ms = full.median
     knee = knee_of(points, args.max_kl) if full.share <= measuring.NOISY_SHARE else None
     files = report.write(folder, points, knee, full_ms, args.max_kl, f"{args.bundle}, {args.data}")
-    _tell_points(points, knee, full_ms, console)
+    _tell_points(points, knee, full_ms, bundle.manifest.default_target, console)
     for note in notes_of(points, knee, full, args.max_kl, args.repetitions):
         console.note(note)
     if knee is not None:
         # Measuring takes minutes, in which others may have changed the bundle, or built this target again.
         preset = {args.save: knee.preset()}
         update_manifest(bundle, held_to=knee.setting.target, presets=lambda presets: {**presets, **preset})
-        _tell_knee(points, knee, args, bundle.manifest.config, console)
+        _tell_knee(points, knee, args, bundle.manifest, console)
     console.result(
         {
             "full_depth_ms_per_token": full_ms,
@@ -122,9 +122,10 @@ def settings_of(args: argparse.Namespace, bundle: Bundle) -> list[Setting]:
     own, trained = config.act_threshold, config.max_loop_iters
     thresholds = _numbers(args.thresholds, "--thresholds", float) or [own * share for share in _THRESHOLD_SHARES]
     depths = _numbers(args.max_depths, "--max-depths", int) or [max(1, round(trained * s)) for s in _DEPTH_SHARES]
-    targets = [name for name in args.targets.split(",") if name]
+    default = bundle.manifest.default_target
+    targets = [default] if args.targets is None else [name for name in args.targets.split(",") if name]
     if not targets:
-        raise UsageError(f"--targets is {args.targets!r}, expected names like {TARGET}")
+        raise UsageError(f"--targets is {args.targets!r}, expected names of targets, with commas between")
     for name in targets:
         bundle.target(name)
     wanted = [Setting(*one) for one in itertools.product(targets, {*thresholds, own}, {*depths, trained})]
@@ -138,7 +139,7 @@ def _measure(
 ) -> tuple[list[Point], measuring.Spread]:
     """The points of all settings, and the milliseconds per token of the fp32 target at full depth."""
     with ExitStack() as stack:
-        names = dict.fromkeys([TARGET, *(setting.target for setting in settings)])
+        names = dict.fromkeys([bundle.manifest.default_target, *(setting.target for setting in settings)])
         sessions = {
             name: stack.enter_context(Session(bundle, open_backend(bundle, name, args.threads))) for name in names
         }
@@ -148,13 +149,18 @@ def _measure(
     return [Point(s, *quality[s], ms[s].median, ms[s].share, full.median / ms[s].median) for s in settings], full
 
 
+def _reference(sessions: dict[str, Session]) -> Session:
+    """The session of the target that others are compared with, which is the first."""
+    return next(iter(sessions.values()))
+
+
 def _quality(
     sessions: dict[str, Session], settings: list[Setting], ids: NDArray[np.int64], console: Console
 ) -> dict[Setting, tuple[float, float, float]]:
     """Mean KL divergence, top-1 agreement and mean depth of each setting, one row of ``ids`` at a time."""
     figures: dict[Setting, list[NDArray[np.float64]]] = {setting: [] for setting in settings}
     for number, row in enumerate(ids):
-        reference = sessions[TARGET].score(row[None], policy="full").logits[0]
+        reference = _reference(sessions).score(row[None], policy="full").logits[0]
         for index, setting in enumerate(settings):
             console.progress("quality", (number + index / len(settings)) / len(ids))
             score = sessions[setting.target].score(row[None], **setting.depth)
@@ -181,7 +187,7 @@ def _times(
         for index, place in enumerate(random.permutation(len(runs))):
             console.progress("timing", (number + index / len(runs)) / (repetitions + 1))
             one = runs[place]
-            session = sessions[TARGET if one is None else one.target]
+            session = _reference(sessions) if one is None else sessions[one.target]
             depth = {"policy": "full"} if one is None else one.depth
             times[one].append(statistics.fmean(_decode_ms(session, row, prefill, **depth) for row in rows))
     # The first round warms caches and is left out.
@@ -226,8 +232,8 @@ def notes_of(
     )
 
 
-def _tell_points(points: list[Point], knee: Point | None, full_ms: float, console: Console) -> None:
-    console.say(f"full depth of {TARGET}: {full_ms:.3g} ms per token\n")
+def _tell_points(points: list[Point], knee: Point | None, full_ms: float, target: str, console: Console) -> None:
+    console.say(f"full depth of {target}: {full_ms:.3g} ms per token\n")
     rows = [("  target", "threshold", "max", "KL", "top-1", "depth", "ms/token", "speedup")]
     for point in points:
         one = point.setting
@@ -242,11 +248,11 @@ def _tell_points(points: list[Point], knee: Point | None, full_ms: float, consol
 
 
 def _tell_knee(
-    points: list[Point], knee: Point, args: argparse.Namespace, config: MythosConfig, console: Console
+    points: list[Point], knee: Point, args: argparse.Namespace, manifest: Manifest, console: Console
 ) -> None:
     """The preset, in figures of the table above."""
     one = knee.setting
-    own = Setting(one.target, config.act_threshold, config.max_loop_iters)
+    own = Setting(one.target, manifest.config.act_threshold, manifest.config.max_loop_iters)
     as_trained = next(point.speedup for point in points if point.setting == own)
     console.say(
         f"\n* the knee: {knee.speedup:.2f}x the speed of full depth at KL <= {args.max_kl:g}; the model's own depth on "

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from mythos_edge.model.bundle import Bundle, open_bundle, verify_hashes
 from mythos_edge.model.errors import CapacityError, UsageError, unavailable
 from mythos_edge.model.machine import free_memory_bytes
-from mythos_edge.model.manifest import TARGET, GoldenSample
+from mythos_edge.model.manifest import GoldenSample
 from mythos_edge.runtime import parity
-from mythos_edge.runtime.backend import graph_runner
+from mythos_edge.runtime.backends.opening import open_backend
+from mythos_edge.runtime.backends.ort_session import graph_runner
 from mythos_edge.runtime.prompts import checked_ids
-from mythos_edge.runtime.session import Session, open_backend
+from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import arguments, options, quality_gate
 from mythos_edge.scripts.console import Console
 
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         verify_hashes(bundle, lambda name: console.progress("hashing the files", 0.0))
         console.progress("self-test", 0.0)
         # Of the manifest whose files were hashed, whatever stands there meanwhile.
-        session = opened.enter_context(Session(bundle, open_backend(bundle, TARGET)))
+        session = opened.enter_context(Session(bundle, open_backend(bundle, bundle.manifest.default_target)))
         sample = bundle.manifest.sample
         sample_error, largest = _self_test(session, sample)
         allowed = parity.SELF_TEST_SHARE * max(1.0, *map(abs, sample.top_logits))

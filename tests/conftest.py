@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from built import build_cpu
 
 from mythos_edge.exporter.export import export_bundle
 from mythos_edge.exporter.lowering import tensorrt
-from mythos_edge.exporter.ort_target import build_target
 from mythos_edge.exporter.portable import inline_bundle
 from mythos_edge.model.checkpoint import open_checkpoint
 from mythos_edge.model.config import VARIANTS, MythosConfig
@@ -121,7 +121,7 @@ def rounded_bundle(demo_bundle: Path, tmp_path: Path) -> Path:
     """A copy of the demo bundle, to be changed at will, with the target ``ort-cpu-int4``."""
     path = tmp_path / "rounded.bundle"
     shutil.copytree(demo_bundle, path)
-    build_target(path, "int4")
+    build_cpu(path, "int4")
     return path
 
 
@@ -147,3 +147,21 @@ def golden(golden_name: str) -> dict[str, np.ndarray]:
 @pytest.fixture
 def random() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """Runs a command line in this process, as a ``command_line.Ran``."""
+    from command_line import Ran
+
+    from mythos_edge.scripts import cli
+
+    def call(*argv: object) -> Any:
+        try:
+            code = cli.main([str(word) for word in argv])
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        captured = capsys.readouterr()
+        return Ran(code, captured.out, captured.err)
+
+    return call

@@ -1,7 +1,9 @@
 """A small bundle of made-up files whose manifest has one of everything."""
 
 import hashlib
+import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +11,21 @@ from mythos_edge.model.bundle_writer import BundleWriter
 from mythos_edge.model.config import VARIANTS
 from mythos_edge.model.manifest import (
     EndToken,
-    EngineSpec,
     FileRecord,
     GoldenSample,
     GraphSpec,
     Manifest,
     Preset,
-    Profile,
     Source,
-    TargetSpec,
+    TargetRecord,
     TensorSpec,
 )
+from mythos_edge.model.target_options import EngineSpec, OrtOptions, Profile
 
 CONTENTS = {
     "step.onnx": b"graph",
     "step.ort.onnx": b"lowered graph",
+    "step.rtx.engine": b"engine",
     "weights.safetensors": bytes(range(256)),
     "tok.json": b"{}",
 }
@@ -45,11 +47,29 @@ def sample_manifest(files: dict[str, FileRecord] = RECORDS, **changes: Any) -> M
             )
         },
         "targets": {
-            "ort-cpu": TargetSpec(
-                {"step": "step.ort.onnx"}, "fp32", "int4", 32, "rtn", ("head",), True, 10, 20, "cd" * 32, "a note", None
+            "ort-cpu": TargetRecord(
+                kind="ort-cpu",
+                graphs={"step": "step.ort.onnx"},
+                compute_dtype="fp32",
+                weights={"experts": "int4", "head": "fp32"},
+                fixed_bytes=10,
+                step_bytes=20,
+                bundle="cd" * 32,
+                summary="int4 in blocks of 32",
+                note="a note",
+                options=asdict(OrtOptions("int4", 32, "rtn", True, False)),
             ),
-            "rtx-sm89-fp16": TargetSpec(
-                {"step": "step.ort.onnx"}, "fp16", "none", 0, "none", (), False, 10, 20, "cd" * 32, "", engine
+            "rtx-sm89-fp16": TargetRecord(
+                kind="tensorrt",
+                graphs={"step": "step.rtx.engine"},
+                compute_dtype="fp16",
+                weights={"experts": "fp16", "head": "fp16"},
+                fixed_bytes=10,
+                step_bytes=20,
+                bundle="cd" * 32,
+                summary="fp16",
+                note="",
+                options=json.loads(json.dumps(asdict(engine))),
             ),
         },
         "files": files,

@@ -1,33 +1,64 @@
-"""A target of made-up files, added to the sample bundle as the builders add theirs."""
+"""A target of made-up files, added to the sample bundle as every target is."""
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
-from mythos_edge.exporter.target_files import files_beside, install, log_file, log_of, settled, weights_file
+from mythos_edge.exporter.targets import build as build_module
+from mythos_edge.exporter.targets.spec import Work, Written, log_of
 from mythos_edge.model.bundle import Bundle, open_bundle
 from mythos_edge.model.bundle_writer import update_manifest
-from mythos_edge.model.manifest import TARGET
 
 NAME = "rtx-sm89-fp16"
+
+
+@dataclass(frozen=True)
+class SampleTarget:
+    """A target whose files all say ``content``, and whose graph says where its weights are."""
+
+    content: str
+    name: str = NAME
+    kind: ClassVar[str] = "sample"
+    wishes: ClassVar[str] = NAME
+    options: ClassVar[tuple[Any, ...]] = ()
+    machines: ClassVar[tuple[Any, ...]] = ()
+    asked_for: ClassVar[str] = ""
+
+    @classmethod
+    def from_wish(cls, wish: str, **given: Any) -> None:
+        """Nobody asks for it."""
+
+    @classmethod
+    def from_name(cls, name: str) -> None:
+        """Nobody asks for it."""
+
+    def check(self, bundle: Bundle) -> None:
+        """Everything goes."""
+
+    def write(self, work: Work) -> Written:
+        (work.folder / work.weights_file()).write_text(f"{self.content} weights")
+        weights = work.settled(work.weights_file())
+        (work.folder / f"step.{self.name}.onnx").write_text(f"{self.content}: {weights}")
+        (work.folder / work.log_file).write_text(f"{self.content} said")
+        return Written({"step": f"step.{self.name}.onnx"}, "fp32", {}, 1, 2, "made up", _NoOptions(), self.content)
+
+
+@dataclass(frozen=True)
+class _NoOptions:
+    pass
 
 
 def make_buildable(path: Path) -> None:
     """Makes the sample bundle, whose identity is made up, one that targets can be added to."""
     opened = open_bundle(path)
-    export = dataclasses.replace(opened.manifest.targets[TARGET], bundle=opened.manifest.identity)
-    update_manifest(opened, targets={TARGET: export})
+    export = dataclasses.replace(opened.manifest.targets["ort-cpu"], bundle=opened.manifest.identity)
+    update_manifest(opened, targets={"ort-cpu": export})
 
 
 def build(path: Path, content: str, name: str = NAME) -> Bundle:
-    """The bundle with a target whose files all say ``content``, and whose graph says where its weights are."""
-    bundle = open_bundle(path)
-    spec = dataclasses.replace(bundle.manifest.targets[TARGET], graphs={"step": f"step.{name}.onnx"}, note=content)
-    with files_beside(bundle, name, lambda phase, fraction: None) as folder:
-        (folder / weights_file(name)).write_text(f"{content} weights")
-        weights = settled(bundle, folder, weights_file(name))
-        (folder / f"step.{name}.onnx").write_text(f"{content}: {weights}")
-        (folder / log_file(name)).write_text(f"{content} said")
-        return install(bundle, folder, name, spec)
+    """The bundle with the sample target added."""
+    return build_module.build(path, SampleTarget(content, name)).bundle
 
 
 def content_of(bundle: Bundle, name: str = NAME) -> str:

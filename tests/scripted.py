@@ -1,9 +1,11 @@
 """A staircase on the scripted network: token v halts at loop step DEPTHS[v]."""
 
+from fakes.scripted_backend import ScriptedBackend
+
 from mythos_edge.model.config import MythosConfig
-from mythos_edge.runtime.backend import Backend, ScriptedBackend
+from mythos_edge.runtime.backends.packing import Array, Arrays
+from mythos_edge.runtime.backends.protocol import Backend
 from mythos_edge.runtime.halting import Policy, ResolvedDepth
-from mythos_edge.runtime.packing import Array, Arrays
 from mythos_edge.runtime.staircase import Staircase
 
 LOOPS = 5

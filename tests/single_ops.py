@@ -9,7 +9,7 @@ import onnx_ir as ir
 from mythos_edge.exporter.lowering.ort_kernels import Pack
 from mythos_edge.exporter.rounding import Rounding, round_blocks, unpacked
 from mythos_edge.plugins import ops
-from mythos_edge.runtime.backend import ort_session
+from mythos_edge.runtime.backends.ort_session import ort_session
 
 Feeds = dict[str, np.ndarray]
 # float32 sums of a few hundred products of size 1.

@@ -1,6 +1,7 @@
 """The rules of the house: who imports whom, what imports light, and that every module is packaged."""
 
 import ast
+import re
 import subprocess
 import sys
 from importlib import metadata, resources
@@ -17,7 +18,9 @@ FOLDERS = (
     "plugins/kernels",
     "exporter",
     "exporter/lowering",
+    "exporter/targets",
     "runtime",
+    "runtime/backends",
     "runtime/integrations",
     "scripts",
     "scripts/lab",
@@ -30,7 +33,9 @@ MAY_IMPORT = {
     "plugins/kernels": {"plugins"},
     "exporter": {"plugins", "model"},
     "exporter/lowering": {"plugins", "model"},
+    "exporter/targets": {"plugins", "model"},
     "runtime": {"plugins", "model"},
+    "runtime/backends": {"plugins", "model"},
     "runtime/integrations": {"plugins", "model"},
     "scripts": {"exporter", "runtime", "plugins", "model"},
     "scripts/lab": {"exporter", "runtime", "plugins", "model"},
@@ -49,6 +54,7 @@ IMPORT_LIGHT = [
     "plugins.kernels.variants",
     "plugins.launches",
     *(f"runtime.{path.stem}" for path in sorted((ROOT / "runtime").glob("*.py"))),
+    *(f"runtime.backends.{path.stem}" for path in sorted((ROOT / "runtime" / "backends").glob("*.py"))),
     "runtime.integrations.transformers",
     "scripts.cli",
     "scripts.addition",
@@ -80,6 +86,19 @@ def _imported_folders(path: Path) -> set[str]:
 def test_imports_point_one_way(folder: str, module: str) -> None:
     foreign = _imported_folders(ROOT / folder / f"{module}.py") - {folder.partition("/")[0]}
     assert foreign <= MAY_IMPORT[folder]
+
+
+KIND_OF_TARGET = re.compile(r"(ort-cpu|ort-cuda|rtx-sm|trt-sm|trt-this-gpu)[\w+.-]*")
+
+
+@pytest.mark.parametrize(("folder", "module"), MODULES)
+def test_targets_are_named_where_they_are_declared(folder: str, module: str) -> None:
+    """Prose, as in an example of a command, has spaces and may name one."""
+    if folder in ("exporter/targets", "runtime/backends", "scripts/lab"):
+        return
+    for node in ast.walk(ast.parse((ROOT / folder / f"{module}.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            assert not KIND_OF_TARGET.fullmatch(node.value), node.value
 
 
 def test_nothing_imports_the_integrations() -> None:

@@ -12,21 +12,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+from built import build_engines
 from conftest import SMALL
 
 from mythos_edge.exporter.lowering.tensorrt import DTYPES, LAYOUTS, WEIGHTS
-from mythos_edge.exporter.trt_target import THIS_GPU, build_trt_target
+from mythos_edge.exporter.targets.tensorrt import THIS_GPU
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import BackendUnavailable
 from mythos_edge.plugins import trt_bindings
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.plugins.kernels import variants
 from mythos_edge.plugins.launches import program
+from mythos_edge.runtime.backends.tensorrt import TrtBackend
 from mythos_edge.runtime.decoding import Generation
 from mythos_edge.runtime.loop_engine import LoopEngine
 from mythos_edge.runtime.scoring import Score
 from mythos_edge.runtime.session import Session
-from mythos_edge.runtime.trt_backend import TrtBackend
 from mythos_edge.scripts import addition
 from mythos_edge.scripts.lab import gpu_bench
 from mythos_edge.scripts.lab.gpu_bench import MeasuredGpu
@@ -306,7 +307,7 @@ def test_engines_on_the_gpu(
     require(gpu.capability, dtype, weights)
     path = Path(shutil.copytree(demo_bundle, tmp_path / "demo.bundle"))
     options = {"dtype": dtype, "weights": weights, "layout": layout}
-    built = build_trt_target(path, wish, max_context=MAX_CONTEXT, **options)
+    built = build_engines(path, wish, max_context=MAX_CONTEXT, **options)
     limits = limits_of(dtype, weights)
     if layout == "step":
         with Session.open(path, target=built.name) as session:

@@ -16,7 +16,7 @@ from mythos_edge.model.checkpoint import open_checkpoint
 from mythos_edge.model.layout import load_network
 from mythos_edge.model.network import Scored
 from mythos_edge.runtime import parity
-from mythos_edge.runtime.backend import ort_session
+from mythos_edge.runtime.backends.ort_session import ort_session
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts.lab.reference import open_mythos
 

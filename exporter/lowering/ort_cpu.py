@@ -12,20 +12,34 @@ touched, so every lowered graph shares the bundle's weights file; rounded matric
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from mythos_edge.exporter.lowering.ort_kernels import MICROSOFT, GraphWriter, Pack, Rounded, piece_of, sizes_of
+from mythos_edge.exporter.graph_checks import graph_pass, has_no, one_sequence
+from mythos_edge.exporter.graph_writer import GraphWriter, shape_of
+from mythos_edge.exporter.lowering.ort_kernels import (
+    FUSED_EXPERTS,
+    HIDDEN_SCORE,
+    MICROSOFT,
+    Pack,
+    Rounded,
+    blocked_product,
+    integer_product,
+    interleaved_swiglu,
+    matrix_of,
+    piece_of,
+    rounded,
+    swiglu,
+)
 from mythos_edge.plugins import ops
-
-_HIDDEN_SCORE = -3.4028234e38
-
 
 Packs = Mapping[str, Pack]
 
 
+@graph_pass(requires=[one_sequence], ensures=[has_no(ops.LATENT_ATTENTION.name, ops.SPARSE_MOE.name)])
 def lower_for_ort(model: ir.Model, packs: Packs | None = None) -> ir.Model:
     """A copy of ``model`` on ONNX Runtime's kernels; matrices named in ``packs`` are replaced by those.
 
@@ -47,6 +61,29 @@ def lowered_by(rules: Callable[[ir.Graph], "Lowering"], model: ir.Model) -> ir.M
 
 
 Rule = Callable[[GraphWriter, ir.Node], ir.Value | None]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Routed experts: rows ``x (N, D)``, ``logits (N, E)`` and the stacks of both matrices.
+
+    With a selection ``bias`` experts are chosen by logits and bias, but weighed by logits.
+    """
+
+    x: ir.Value
+    logits: ir.Value
+    bias: ir.Value | None
+    stacks: tuple[ir.Value, ir.Value]
+    top_k: int
+
+    def chosen(self, writer: GraphWriter) -> tuple[ir.Value, ir.Value]:
+        """Logits (N, K) of the chosen experts of each row, and their indices."""
+        if self.bias is None:
+            scores, chosen = writer.add_many("TopK", [self.logits, writer.integers([self.top_k])], 2)
+            return scores, chosen
+        biased = writer.add("Add", [self.logits, self.bias])
+        _, chosen = writer.add_many("TopK", [biased, writer.integers([self.top_k])], 2)
+        return writer.add("GatherElements", [self.logits, chosen], axis=1), chosen
 
 
 class Lowering:
@@ -71,15 +108,10 @@ class Lowering:
         rule = self.rules().get((node.domain, node.op_type))
         if rule is None:
             return
-        old, graph = node.outputs[0], node.graph
-        assert isinstance(graph, ir.Graph)
-        name = old.name
-        made = rule(GraphWriter(graph, self._graph, str(name), node), node)
-        if made is None:
-            return
-        ir.convenience.replace_all_uses_with(old, made, replace_graph_outputs=True)
-        made.name, made.type, made.shape = name, old.type, old.shape
-        graph.remove(node, safe=True)
+        writer = GraphWriter.before(node, self._graph)
+        made = rule(writer, node)
+        if made is not None:
+            writer.replace(made)
 
     def _pack(self, matrix: ir.Value) -> Pack | None:
         return self._packs.get(stored_name(matrix))
@@ -97,14 +129,14 @@ class Lowering:
         if pack is None:
             return writer.add("Gemm", [x, matrix], transB=1)
         if pack.block:
-            return writer.blocked_product(x, name, pack)
+            return blocked_product(writer, x, name, pack)
         values, scales = writer.tensor(pack.values, f"{name}.q"), writer.tensor(pack.scales, f"{name}.scale")
-        return writer.integer_product(self._rounded_rows(writer, x), values, scales)
+        return integer_product(writer, self._rounded_rows(writer, x), values, scales)
 
     def _rounded_rows(self, writer: GraphWriter, x: ir.Value) -> Rounded:
         name = str(x.name)
         if name not in self._rounded:
-            self._rounded[name] = writer.rounded(x)
+            self._rounded[name] = rounded(writer, x)
         return self._rounded[name]
 
     def _embedding(self, writer: GraphWriter, node: ir.Node) -> ir.Value | None:
@@ -138,49 +170,43 @@ class Lowering:
     def _latent_attention(self, writer: GraphWriter, node: ir.Node) -> ir.Value:
         q, rows, past = node.inputs[:3]
         assert q is not None
-        heads, width = sizes_of(q)[2:]
-        scale = node.attributes["scale"].as_float()
+        heads, width = shape_of(q)[2:]
+        value_dim, scale = node.attributes["value_dim"].as_int(), node.attributes["scale"].as_float()
         flat = writer.add("Reshape", [q, writer.integers([1, -1, width])])
         # The cache stands left, which is the faster order for few rows: scores (1, columns, rows * heads).
         past_scores = writer.add("FusedMatMul", [past, flat], MICROSOFT, transB=1, alpha=scale)
         new_scores = writer.add("FusedMatMul", [rows, flat], MICROSOFT, transB=1, alpha=scale)
         joined = writer.add("Concat", [past_scores, self._causal(writer, new_scores, rows, heads)], axis=1)
         weights = writer.add("Softmax", [writer.add("Transpose", [joined], perm=[0, 2, 1])], axis=-1)
-        sizes = [writer.add("Shape", [value], start=1, end=2) for value in (past, rows)]
+        sizes = [writer.sizes(value, 1) for value in (past, rows)]
         counts = writer.add("Concat", sizes, axis=0)
         past_weights, new_weights = writer.add_many("Split", [weights, counts], 2, axis=2)
         past_mixed = writer.add("MatMul", [past_weights, past])
         mixed = writer.add("Add", [past_mixed, writer.add("MatMul", [new_weights, rows])])
-        values = writer.add(
-            "Slice",
-            [
-                mixed,
-                writer.integers([0]),
-                writer.integers([node.attributes["value_dim"].as_int()]),
-                writer.integers([2]),
-            ],
+        bounds = [writer.integers([number]) for number in (0, value_dim, 2)]
+        return writer.add(
+            "Reshape", [writer.add("Slice", [mixed, *bounds]), writer.integers([1, -1, heads, value_dim])]
         )
-        return writer.add("Reshape", [values, writer.integers([1, -1, heads, node.attributes["value_dim"].as_int()])])
 
     def _causal(self, writer: GraphWriter, scores: ir.Value, rows: ir.Value | None, heads: int) -> ir.Value:
         """``scores (1, S, S * heads)`` of new rows among each other, without those of later rows for earlier ones."""
-        one, several = writer.branch("one_row"), writer.branch("rows")
-        # A key's row against each query's row; decoding has one row and needs none of this.
-        _, key_count, query_count = several.add_many(
-            "Split", [several.add("Shape", [scores])], 3, axis=0, num_outputs=3
-        )
-        keys, queries = (
-            several.add("Range", [several.integer(0), several.add("Squeeze", [count]), several.integer(1)])
-            for count in (key_count, query_count)
-        )
-        key = several.add("Unsqueeze", [keys, several.integers([1])])
-        seen = several.add("LessOrEqual", [key, several.add("Div", [queries, several.integer(heads)])])
-        masked = several.add("Where", [seen, scores, several.number(_HIDDEN_SCORE)])
-        whole = one.add("Identity", [scores])
-        for output in (masked, whole):
-            output.type, output.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([1, None, None])
-        are_several = writer.add("Greater", [writer.add("Shape", [rows], start=1, end=2), writer.integers([1])])
-        return writer.add("If", [are_several], then_branch=several.closed(masked), else_branch=one.closed(whole))
+
+        def masked(several: GraphWriter) -> ir.Value:
+            # A key's row against each query's row; decoding has one row and needs none of this.
+            _, key_count, query_count = several.add_many(
+                "Split", [several.add("Shape", [scores])], 3, axis=0, num_outputs=3
+            )
+            keys, queries = (
+                several.add("Range", [several.integer(0), several.add("Squeeze", [count]), several.integer(1)])
+                for count in (key_count, query_count)
+            )
+            key = several.add("Unsqueeze", [keys, several.integers([1])])
+            seen = several.add("LessOrEqual", [key, several.add("Div", [queries, several.integer(heads)])])
+            return several.add("Where", [seen, scores, several.number(HIDDEN_SCORE)])
+
+        are_several = writer.add("Greater", [writer.sizes(rows, 1), writer.integers([1])])
+        whole = ("one_row", lambda one: one.add("Identity", [scores]))
+        return writer.either(are_several, ("rows", masked), whole, [1, None, None])
 
     def _sparse_moe(self, writer: GraphWriter, node: ir.Node) -> ir.Value:
         inputs = dict(zip(ops.SPARSE_MOE.inputs + ops.SPARSE_MOE.optional, node.inputs, strict=False))
@@ -188,152 +214,92 @@ class Lowering:
         assert x is not None
         assert fc1 is not None
         assert fc2 is not None
-        top_k = node.attributes["top_k"].as_int()
-        logits = writer.add("Gemm", [x, inputs["router"]], transB=1)
-        y = self._routed_experts(writer, x, (logits, inputs["router_bias"]), (fc1, fc2), top_k)
+        logits, bias = writer.add("Gemm", [x, inputs["router"]], transB=1), inputs["router_bias"]
+        assert bias is None or bias.const_value is not None, "lower after the weights are attached"
+        if bias is not None and bias.const_value is not None and not np.any(bias.const_value.numpy()):
+            bias = None
+        y = self._routed(writer, Experts(x, logits, bias, (fc1, fc2), node.attributes["top_k"].as_int()))
         gate_up, down = inputs.get("shared_gate_up"), inputs.get("shared_down")
         if gate_up is None or down is None:
             return y
         return writer.add("Add", [y, self._shared_expert(writer, x, gate_up, down)])
 
-    def _routed_experts(
-        self,
-        writer: GraphWriter,
-        x: ir.Value,
-        router: tuple[ir.Value, ir.Value | None],
-        stacks: tuple[ir.Value, ir.Value],
-        top_k: int,
-    ) -> ir.Value:
-        """``router`` is the logits and the bias by which experts are chosen but not weighed."""
-        logits, bias = router
-        chosen_by = logits
-        if bias is not None and bias_matters(bias):
-            chosen_by = writer.add("Add", [logits, bias])
-        pack = self._pack(stacks[0])
-        if pack is not None and pack.block:
-            fc1, fc2 = stacks
-            return self._blocked_experts(writer, x, (logits, chosen_by), (stored_name(fc1), stored_name(fc2)), top_k)
-        return self._dispatched_experts(writer, x, (logits, chosen_by), stacks, top_k)
-
     def _shared_expert(self, writer: GraphWriter, x: ir.Value, gate_up: ir.Value, down: ir.Value) -> ir.Value:
-        return self._multiplied(writer, writer.swiglu(self._multiplied(writer, x, gate_up)), down)
+        return self._multiplied(writer, swiglu(writer, self._multiplied(writer, x, gate_up)), down)
 
-    def _blocked_experts(
-        self,
-        writer: GraphWriter,
-        x: ir.Value,
-        routing: tuple[ir.Value, ir.Value],
-        names: tuple[str, str],
-        top_k: int,
-    ) -> ir.Value:
-        logits, chosen_by = routing
+    def _routed(self, writer: GraphWriter, experts: Experts) -> ir.Value:
+        pack = self._pack(experts.stacks[0])
+        return (self._blocked if pack is not None and pack.block else self._dispatched)(writer, experts)
+
+    def _blocked(self, writer: GraphWriter, experts: Experts) -> ir.Value:
         weights: list[ir.Value | None] = []
-        for name in names:
+        for name in map(stored_name, experts.stacks):
             pack = self._packs[name]
             weights += [writer.tensor(pack.values, f"{name}.q"), writer.tensor(pack.scales, f"{name}.scale"), None]
+        chosen_by = experts.logits
+        if experts.bias is not None:
+            chosen_by = writer.add("Add", [experts.logits, experts.bias])
         # Chosen by the biased logits, weighed by the unbiased scores, which the kernel renormalises.
-        inputs = [x, chosen_by, *weights, *[None] * 6, writer.add("Softmax", [logits], axis=-1)]
-        pack = self._packs[names[0]]
-        return writer.add(
-            "QMoE",
-            inputs,
-            MICROSOFT,
-            k=top_k,
-            activation_type="swiglu",
-            swiglu_fusion=1,
-            activation_alpha=1.0,
-            activation_beta=0.0,
-            normalize_routing_weights=1,
-            expert_weight_bits=pack.bits,
-            block_size=pack.block,
-        )
+        inputs = [experts.x, chosen_by, *weights, *[None] * 6, writer.add("Softmax", [experts.logits], axis=-1)]
+        sizes = {"k": experts.top_k, "expert_weight_bits": pack.bits, "block_size": pack.block}
+        return writer.add("QMoE", inputs, MICROSOFT, **FUSED_EXPERTS, **sizes)
 
-    def _dispatched_experts(
-        self,
-        writer: GraphWriter,
-        x: ir.Value,
-        routing: tuple[ir.Value, ir.Value],
-        stacks: tuple[ir.Value, ir.Value],
-        top_k: int,
-    ) -> ir.Value:
+    def _dispatched(self, writer: GraphWriter, experts: Experts) -> ir.Value:
         """Rows sorted by expert, an If for each expert that computes its rows when it has any, and back in order.
 
         Each product runs on all cores and reads its weights once, whatever the number of rows.
         """
-        logits, chosen_by = routing
-        experts, _, dim = sizes_of(stacks[0])
-        scores, chosen = writer.add_many("TopK", [chosen_by, writer.integers([top_k])], 2)
-        if chosen_by is not logits:
-            scores = writer.add("GatherElements", [logits, chosen], axis=1)
+        count, _, dim = shape_of(experts.stacks[0])
+        scores, chosen = experts.chosen(writer)
         weights = writer.add("Softmax", [scores], axis=-1)
         flat = writer.add("Reshape", [chosen, writer.integers([-1])])
-        count = writer.add("Shape", [flat])
-        _, order = writer.add_many("TopK", [flat, count], 2, largest=0)
-        _, place = writer.add_many("TopK", [order, count], 2, largest=0)
-        row = writer.add("Div", [order, writer.integer(top_k)])
-        each = writer.constant(f"experts_{experts}", np.arange(experts)[:, None])
+        pairs = writer.add("Shape", [flat])
+        _, order = writer.add_many("TopK", [flat, pairs], 2, largest=0)
+        _, place = writer.add_many("TopK", [order, pairs], 2, largest=0)
+        row = writer.add("Div", [order, writer.integer(experts.top_k)])
+        each = writer.constant(np.arange(count)[:, None])
         hits = writer.add("Cast", [writer.add("Equal", [each, flat])], to=ir.DataType.INT64)
         counts = writer.add("ReduceSum", [hits, writer.integers([1])], keepdims=0)
-        rows = writer.add_many("Split", [row, counts], experts, axis=0)
+        rows = writer.add_many("Split", [row, counts], count, axis=0)
         used = writer.add("Cast", [counts], to=ir.DataType.BOOL)
-        wanted = writer.add_many("Split", [used], experts, axis=0, num_outputs=experts)
-        made = [self._one_expert(writer, x, rows[expert], wanted[expert], stacks, expert) for expert in range(experts)]
-        sorted_rows = writer.add("Concat", made, axis=0)
-        by_row = writer.add("Reshape", [writer.add("Gather", [sorted_rows, place]), writer.integers([-1, top_k, dim])])
+        wanted = writer.add_many("Split", [used], count, axis=0, num_outputs=count)
+        made = [self._one_expert(writer, experts, index, rows[index], wanted[index]) for index in range(count)]
+        ordered = writer.add("Gather", [writer.add("Concat", made, axis=0), place])
+        by_row = writer.add("Reshape", [ordered, writer.integers([-1, experts.top_k, dim])])
         weighed = writer.add("MatMul", [writer.add("Unsqueeze", [weights, writer.integers([1])]), by_row])
         return writer.add("Squeeze", [weighed, writer.integers([1])])
 
     def _one_expert(
-        self,
-        writer: GraphWriter,
-        x: ir.Value,
-        rows: ir.Value,
-        wanted: ir.Value,
-        stacks: tuple[ir.Value, ir.Value],
-        expert: int,
+        self, writer: GraphWriter, experts: Experts, index: int, rows: ir.Value, wanted: ir.Value
     ) -> ir.Value:
         """The rows of ``x`` that chose this expert through it; no rows when there are none."""
-        dim = sizes_of(x)[-1]
-        some, none = writer.branch(f"expert_{expert}"), writer.branch(f"no_expert_{expert}")
-        if self._pack(stacks[0]) is not None:
-            made = self._expert_in_integers(writer, some, x, rows, stacks, expert)
-        else:
-            gate_up, down = (writer.matrix_of(stack, expert) for stack in stacks)
-            both = some.add("Gemm", [some.add("Gather", [x, rows]), gate_up], transB=1)
-            made = some.add("Gemm", [some.interleaved_swiglu(both), down], transB=1)
-        nothing = none.add("Identity", [none.constant(f"no_rows_{dim}", np.zeros((0, dim), np.float32))])
-        for output in (made, nothing):
-            output.type, output.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([None, dim])
-        return writer.add("If", [wanted], then_branch=some.closed(made), else_branch=none.closed(nothing))
+        x, dim = experts.x, shape_of(experts.x)[-1]
 
-    def _expert_in_integers(
-        self,
-        writer: GraphWriter,
-        inside: GraphWriter,
-        x: ir.Value,
-        rows: ir.Value,
-        stacks: tuple[ir.Value, ir.Value],
-        expert: int,
-    ) -> ir.Value:
-        matrices = []
-        for stack in stacks:
-            pack = self._packs[stored_name(stack)]
-            parts = ((pack.values, "q"), (pack.scales, "scale"))
-            matrices.append(
-                [writer.tensor(piece_of(part, expert), f"{stored_name(stack)}.{end}@{expert}") for part, end in parts]
-            )
-        whole = self._rounded_rows(writer, x)
-        taken = Rounded(inside.add("Gather", [whole.codes, rows]), inside.add("Gather", [whole.scales, rows]))
-        hidden = inside.swiglu(inside.integer_product(taken, *matrices[0]))
-        return inside.integer_product(inside.rounded(hidden), *matrices[1])
+        def floats(inside: GraphWriter) -> ir.Value:
+            gate_up, down = (matrix_of(writer, stack, index) for stack in experts.stacks)
+            both = inside.add("Gemm", [inside.add("Gather", [x, rows]), gate_up], transB=1)
+            return inside.add("Gemm", [interleaved_swiglu(inside, both), down], transB=1)
+
+        def integers(inside: GraphWriter) -> ir.Value:
+            gate_up, down = (self._piece(writer, stored_name(stack), index) for stack in experts.stacks)
+            whole = self._rounded_rows(writer, x)
+            taken = Rounded(inside.add("Gather", [whole.codes, rows]), inside.add("Gather", [whole.scales, rows]))
+            hidden = swiglu(inside, integer_product(inside, taken, *gate_up))
+            return integer_product(inside, rounded(inside, hidden), *down)
+
+        def none(inside: GraphWriter) -> ir.Value:
+            return inside.add("Identity", [inside.constant(np.zeros((0, dim), np.float32))])
+
+        some = floats if self._pack(experts.stacks[0]) is None else integers
+        return writer.either(wanted, (f"expert_{index}", some), (f"no_expert_{index}", none), [None, dim])
+
+    def _piece(self, writer: GraphWriter, name: str, index: int) -> tuple[ir.Value, ir.Value]:
+        """Values and scales of one matrix of a rounded stack."""
+        pack = self._packs[name]
+        values = writer.tensor(piece_of(pack.values, index), f"{name}.q@{index}")
+        return values, writer.tensor(piece_of(pack.scales, index), f"{name}.scale@{index}")
 
 
 def stored_name(matrix: ir.Value) -> str:
     """The name of a weight in the bundle; one that is stored narrow is used as its float32 copy."""
     return str(matrix.name).removesuffix(".fp32")
-
-
-def bias_matters(bias: ir.Value) -> bool:
-    """Whether any expert has a selection bias."""
-    assert bias.const_value is not None, "lower after the weights are attached"
-    return bool(np.any(bias.const_value.numpy()))

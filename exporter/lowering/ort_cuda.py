@@ -19,10 +19,12 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from mythos_edge.exporter.lowering.ort_cpu import Lowering, Packs, Rule, bias_matters, lowered_by, stored_name
+from mythos_edge.exporter.graph_checks import graph_pass, has_no, one_sequence
+from mythos_edge.exporter.graph_writer import GraphWriter
+from mythos_edge.exporter.lowering.ort_cpu import Experts, Lowering, Packs, Rule, lowered_by, stored_name
 from mythos_edge.exporter.lowering.ort_cuda_attention import grouped_query_attention, latent_attention
-from mythos_edge.exporter.lowering.ort_kernels import MICROSOFT, GraphWriter
-from mythos_edge.model.manifest import ON_SHAPES
+from mythos_edge.exporter.lowering.ort_kernels import FUSED_EXPERTS, MICROSOFT
+from mythos_edge.model.target_options import ON_SHAPES
 from mythos_edge.plugins import ops
 
 # Ops of com.microsoft in a lowered graph -> element types of the CUDA provider's kernels. Looked at in onnxruntime-gpu
@@ -43,6 +45,10 @@ _NEVER_CHOSEN = -65504.0
 Narrowed = Mapping[str, ir.TensorProtocol]
 
 
+@graph_pass(
+    requires=[one_sequence],
+    ensures=[has_no(ops.LATENT_ATTENTION.name, ops.GROUPED_QUERY_ATTENTION.name, ops.SPARSE_MOE.name)],
+)
 def lower_for_ort_cuda(model: ir.Model, narrowed: Narrowed | None = None, packs: Packs | None = None) -> ir.Model:
     """A copy of ``model`` on kernels of the CUDA provider.
 
@@ -142,62 +148,34 @@ class _CudaLowering(Lowering):
             return self._wide(writer, writer.add("Gather", [self._weight(writer, table), rows]))
         return super()._embedding(writer, node)
 
-    def _routed_experts(
-        self,
-        writer: GraphWriter,
-        x: ir.Value,
-        router: tuple[ir.Value, ir.Value | None],
-        stacks: tuple[ir.Value, ir.Value],
-        top_k: int,
-    ) -> ir.Value:
-        routing = self._routing(writer, *router, top_k)
-        return self._wide(writer, self._experts(writer, self._narrow(writer, x), routing, stacks, top_k))
+    def _routed(self, writer: GraphWriter, experts: Experts) -> ir.Value:
+        routing = self._routing(writer, experts)
+        return self._wide(writer, self._fused(writer, self._narrow(writer, experts.x), routing, experts))
 
     def _shared_expert(self, writer: GraphWriter, x: ir.Value, gate_up: ir.Value, down: ir.Value) -> ir.Value:
         return self._wide(writer, super()._shared_expert(writer, self._narrow(writer, x), gate_up, down))
 
-    def _routing(self, writer: GraphWriter, logits: ir.Value, bias: ir.Value | None, top_k: int) -> ir.Value:
-        """What makes the kernels choose by the biased logits and weigh by the unbiased ones: (N, E).
+    def _routing(self, writer: GraphWriter, experts: Experts) -> ir.Value:
+        """Logits (N, E) by which the kernels choose by the biased logits and weigh by the unbiased ones.
 
         The logarithm of its weight for a chosen expert, next to nothing for the others. The choice is made in float32
         whatever the kernel computes in, and a logarithm near 0 keeps its digits in float16.
         """
-        biased = bias is not None and bias_matters(bias)
-        if self._narrowed is None and not biased:
-            return logits
-        scores, chosen = writer.add_many(
-            "TopK", [writer.add("Add", [logits, bias]) if biased else logits, writer.integers([top_k])], 2
-        )
-        if biased:
-            scores = writer.add("GatherElements", [logits, chosen], axis=1)
+        if self._narrowed is None and experts.bias is None:
+            return experts.logits
+        scores, chosen = experts.chosen(writer)
         logarithms = writer.add("LogSoftmax", [scores], axis=-1)
-        others = writer.add("Expand", [writer.number(_NEVER_CHOSEN), writer.add("Shape", [logits])])
+        others = writer.add("Expand", [writer.number(_NEVER_CHOSEN), writer.add("Shape", [experts.logits])])
         return self._narrow(writer, writer.add("ScatterElements", [others, chosen, logarithms], axis=1))
 
-    def _experts(
-        self,
-        writer: GraphWriter,
-        rows: ir.Value,
-        routing: ir.Value,
-        stacks: tuple[ir.Value, ir.Value],
-        top_k: int,
-    ) -> ir.Value:
-        common = {
-            "k": top_k,
-            "activation_type": "swiglu",
-            "swiglu_fusion": 1,
-            "activation_alpha": 1.0,
-            "activation_beta": 0.0,
-            "normalize_routing_weights": 1,
-        }
-        pack = self._pack(stacks[0])
+    def _fused(self, writer: GraphWriter, x: ir.Value, routing: ir.Value, experts: Experts) -> ir.Value:
+        pack = self._pack(experts.stacks[0])
         if pack is None:
-            fc1, fc2 = (self._weight(writer, stack) for stack in stacks)
-            return writer.add("MoE", [rows, routing, fc1, None, fc2], MICROSOFT, **common)
+            fc1, fc2 = (self._weight(writer, stack) for stack in experts.stacks)
+            return writer.add("MoE", [x, routing, fc1, None, fc2], MICROSOFT, **FUSED_EXPERTS, k=experts.top_k)
         weights: list[ir.Value | None] = []
-        for stack in stacks:
-            name = stored_name(stack)
+        for name in map(stored_name, experts.stacks):
             weights += [writer.tensor(self._packs[name].values, f"{name}.q"), self._scales(writer, name), None]
         # 0: the weights are as the quantiser leaves them, and the kernel brings them into its own order when loaded.
-        rounded = {"expert_weight_bits": pack.bits, "block_size": pack.block, "weights_prepacked": 0}
-        return writer.add("QMoE", [rows, routing, *weights], MICROSOFT, **common, **rounded)
+        sizes = {"expert_weight_bits": pack.bits, "block_size": pack.block, "weights_prepacked": 0}
+        return writer.add("QMoE", [x, routing, *weights], MICROSOFT, **FUSED_EXPERTS, **sizes, k=experts.top_k)

@@ -4,14 +4,15 @@ A sequence begins with an empty cache. A product over none of its rows is an err
 versions, so that case has a branch of its own, in which nothing is empty; the host takes it without waiting.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import onnx_ir as ir
 
-from mythos_edge.exporter.lowering.ort_kernels import MICROSOFT, GraphWriter, sizes_of
+from mythos_edge.exporter.graph_writer import GraphWriter, shape_of
+from mythos_edge.exporter.lowering.ort_kernels import HIDDEN_SCORE, MICROSOFT
 
-_HIDDEN_SCORE = -3.4028234e38
+# The results of branches: (1, groups, rows, columns).
+_BRANCHES = [1, None, None, None]
 
 
 class _Rows(NamedTuple):
@@ -25,7 +26,7 @@ def latent_attention(writer: GraphWriter, node: ir.Node) -> ir.Value:
     """The output (1, S, H, value_dim) of a LatentAttention node: all heads are rows of one group."""
     q, rows, past = node.inputs[:3]
     assert q is not None
-    heads, width = sizes_of(q)[2:]
+    heads, width = shape_of(q)[2:]
     value_dim, scale = node.attributes["value_dim"].as_int(), node.attributes["scale"].as_float()
     q_rows = writer.add("Reshape", [q, writer.integers([1, 1, -1, width])])
     group = writer.integers([1])
@@ -40,7 +41,7 @@ def grouped_query_attention(writer: GraphWriter, node: ir.Node) -> ir.Value:
     """The output (1, S, H, head_dim) of a GroupedQueryAttention node: the heads of a group are rows of one product."""
     q, rows, past = node.inputs[:3]
     assert q is not None
-    heads, width = sizes_of(q)[2:]
+    heads, width = shape_of(q)[2:]
     groups, scale = node.attributes["kv_heads"].as_int(), node.attributes["scale"].as_float()
     share = heads // groups
     by_group = writer.add("Reshape", [q, writer.integers([1, -1, groups, share, width])])
@@ -79,7 +80,7 @@ def _attended(writer: GraphWriter, q_rows: ir.Value, new: _Rows, old: _Rows, sha
         return inside.add("MatMul", [inside.add("Softmax", [new_scores], axis=-1), new.values])
 
     has_cache = writer.add("Greater", [_columns(writer, old), writer.integers([0])])
-    return _either(writer, has_cache, ("cached", with_cache), ("alone", without))
+    return writer.either(has_cache, ("cached", with_cache), ("alone", without), _BRANCHES)
 
 
 def _scores(writer: GraphWriter, q_rows: ir.Value, rows: _Rows, scale: float) -> ir.Value:
@@ -87,37 +88,23 @@ def _scores(writer: GraphWriter, q_rows: ir.Value, rows: _Rows, scale: float) ->
 
 
 def _columns(writer: GraphWriter, rows: _Rows) -> ir.Value:
-    return writer.add("Shape", [rows.keys], start=2, end=3)
+    return writer.sizes(rows.keys, 2)
 
 
 def _causal(writer: GraphWriter, scores: ir.Value, new: _Rows, share: int) -> ir.Value:
     """``scores (1, groups, S * share, S)`` of new rows among each other, without those of later columns."""
 
     def masked(inside: GraphWriter) -> ir.Value:
-        counts = (inside.add("Shape", [scores], start=axis, end=axis + 1) for axis in (2, 3))
+        counts = (inside.sizes(scores, axis) for axis in (2, 3))
         queries, keys = (
             inside.add("Range", [inside.integer(0), inside.add("Squeeze", [count]), inside.integer(1)])
             for count in counts
         )
         query = inside.add("Unsqueeze", [inside.add("Div", [queries, inside.integer(share)]), inside.integers([1])])
-        return inside.add("Where", [inside.add("LessOrEqual", [keys, query]), scores, inside.number(_HIDDEN_SCORE)])
+        return inside.add("Where", [inside.add("LessOrEqual", [keys, query]), scores, inside.number(HIDDEN_SCORE)])
 
     def whole(inside: GraphWriter) -> ir.Value:
         return inside.add("Identity", [scores])
 
     are_several = writer.add("Greater", [_columns(writer, new), writer.integers([1])])
-    return _either(writer, are_several, ("rows", masked), ("one_row", whole))
-
-
-Branch = tuple[str, Callable[[GraphWriter], ir.Value]]
-
-
-def _either(writer: GraphWriter, condition: ir.Value, then: Branch, otherwise: Branch) -> ir.Value:
-    """The float32 output (1, groups, rows, columns) of the branch that the host's ``condition (1,)`` picks."""
-    graphs = []
-    for name, write in (then, otherwise):
-        inside = writer.branch(name)
-        output = write(inside)
-        output.type, output.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([1, None, None, None])
-        graphs.append(inside.closed(output))
-    return writer.add("If", [condition], then_branch=graphs[0], else_branch=graphs[1])
+    return writer.either(are_several, ("rows", masked), ("one_row", whole), _BRANCHES)

@@ -33,7 +33,7 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What an engine computes and how: ``dtype`` fp16, bf16 or fp32; ``layout`` step or loop; ``weights`` none (those
+    """The choices of an engine: ``dtype`` fp16, bf16 or fp32; ``layout`` step or loop; ``weights`` none (those
     of ``dtype``), int8, int4 or fp8. A chunk has ``max_rows`` rows at most, a sequence ``max_context`` positions.
     """
 
@@ -142,7 +142,7 @@ def _lower(model: ir.Model, config: MythosConfig, options: EngineOptions, positi
         tensorrt_passes.use_body(model, ops.GROUPED_QUERY_ATTENTION.name)
 
 
-def _written(model: ir.Model, path: Path, tensors: dict[str, ir.ExternalTensor]) -> Path:
+def _written(model: ir.Model, path: Path, tensors: dict[str, ir.TensorProtocol]) -> Path:
     tensorrt_passes.tidy(model)
     attach(model.graph, tensors)
     add_functions(model)

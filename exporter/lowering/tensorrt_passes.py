@@ -12,13 +12,21 @@
 All change the model they are given. A rounded weight ``x`` becomes the initializers ``x.codes`` and ``x.scale``.
 """
 
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Collection
 
 import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
+from mythos_edge.exporter.graph_checks import (
+    graph_pass,
+    has_inputs,
+    has_no,
+    has_no_inputs,
+    no_node,
+    one_sequence,
+)
+from mythos_edge.exporter.graph_writer import GraphWriter, shape_of
 from mythos_edge.exporter.weights import is_unwritten, unwritten
 from mythos_edge.model.errors import BuildError
 from mythos_edge.plugins import ops
@@ -32,45 +40,63 @@ _NATIVE_OPSET = 24
 _ATTENTIONS = (ops.LATENT_ATTENTION.name, ops.GROUPED_QUERY_ATTENTION.name)
 
 
+def _is_shared(node: ir.Node) -> bool:
+    return node.op_type == ops.SPARSE_MOE.name and len(node.inputs) > len(ops.SPARSE_MOE.inputs)
+
+
+def _is_cast_weight(node: ir.Node) -> bool:
+    return node.op_type == "Cast" and node.inputs[0] is not None and is_unwritten(node.inputs[0])
+
+
+_ROUTED_ALONE = no_node(_is_shared, "shared experts, which part_shared_experts parts")
+_FIRST_OF_ALL = [has_inputs("length"), has_no_inputs("first"), one_sequence]
+
+
+@graph_pass(
+    requires=[has_inputs("length", "first"), one_sequence],
+    ensures=[*_FIRST_OF_ALL, no_node(_is_cast_weight, "a weight that is only used cast")],
+)
 def for_engine(model: ir.Model, positions: int) -> None:
-    """See above; rows beyond the last of ``positions`` in the rope tables get the last."""
+    """Takes padding out, gives rows positions from ``length``, and fixes shapes and the dtypes of weights.
+
+    Rows beyond the last of ``positions`` in the rope tables get the last.
+    """
     graph = model.graph
-    _Writer(graph).positions(positions)
+    start = GraphWriter(graph, "engine", anchor=graph[0])
+    _rotate_by_position(start, positions)
     first = next(value for value in graph.inputs if value.name == "first")
     graph.inputs.remove(first)
-    ir.convenience.replace_all_uses_with(first, _Writer(graph).constant("no_padding", [0]))
+    ir.convenience.replace_all_uses_with(first, start.integers([0]))
     for node in list(graph):
         if node.op_type == "Reshape":
             _fix_shape(graph, node)
         if _changes_nothing(node):
-            _replace(graph, node, node.inputs[0])
-        elif node.op_type == "Cast" and node.inputs[0] is not None and node.inputs[0].is_initializer():
+            GraphWriter.before(node, graph).replace(node.inputs[0])
+        elif _is_cast_weight(node):
             _narrow_weight(graph, node)
     tidy(model)
 
 
+@graph_pass(ensures=[_ROUTED_ALONE])
 def part_shared_experts(model: ir.Model) -> None:
-    """See above."""
-    for node in [node for node in model.graph if node.op_type == ops.SPARSE_MOE.name]:
+    """Makes the shared experts of SparseMoE plain products and a sum."""
+    for node in filter(_is_shared, list(model.graph)):
         inputs = dict(zip(ops.SPARSE_MOE.inputs + ops.SPARSE_MOE.optional, node.inputs, strict=False))
-        if "shared_down" not in inputs:
-            continue
-        output = node.outputs[0]
-        routed = _Writer(model.graph, node, f"{output.name}.shared")
-        attributes = {name: node.attributes[name].value for name in node.attributes}
-        alone = routed.op(node.op_type, node.inputs[: len(ops.SPARSE_MOE.inputs)], domain=node.domain, **attributes)
-        both = routed.op("Gemm", [inputs["x"], inputs["shared_gate_up"]], transB=1)
-        gate, up = routed.many("Split", [both], 2, axis=-1, num_outputs=2)
-        hidden = routed.op("Mul", [routed.op("Mul", [gate, routed.op("Sigmoid", [gate])]), up])
-        shared = routed.op("Gemm", [hidden, inputs["shared_down"]], transB=1)
+        output, writer = node.outputs[0], GraphWriter.before(node, model.graph)
+        alone = writer.add(node.op_type, node.inputs[: len(ops.SPARSE_MOE.inputs)], node.domain, **node.attributes)
+        both = writer.add("Gemm", [inputs["x"], inputs["shared_gate_up"]], transB=1)
+        gate, up = writer.add_many("Split", [both], 2, axis=-1, num_outputs=2)
+        hidden = writer.add("Mul", [writer.add("Mul", [gate, writer.add("Sigmoid", [gate])]), up])
+        shared = writer.add("Gemm", [hidden, inputs["shared_down"]], transB=1)
         for value in (alone, both, gate, up, hidden, shared):
             value.type = output.type
         alone.shape = output.shape
-        _replace(model.graph, node, routed.op("Add", [alone, shared]))
+        writer.replace(writer.add("Add", [alone, shared]))
 
 
+@graph_pass(requires=[_ROUTED_ALONE], ensures=[has_no(ops.SPARSE_MOE.name)])
 def round_weights(model: ir.Model, weights: str, names: Collection[str]) -> None:
-    """See above; only matrices in ``names`` are rounded, to ``weights``: int8, int4 or fp8.
+    """Puts codes and scales in the place of the matrices in ``names``, in ``weights``: int8, int4 or fp8.
 
     int8 and fp8 have one scale a row, int4 one for each block of a row. Experts are padded with zeros to what their
     kernels take; the matrix of a plain product whose rows do not divide into blocks of int4 is int8. Raises BuildError
@@ -80,19 +106,21 @@ def round_weights(model: ir.Model, weights: str, names: Collection[str]) -> None
     made: dict[str, ir.Value] = {}
     for node in list(graph):
         if node.op_type == ops.SPARSE_MOE.name:
-            _round_experts(graph, node, weights)
+            _round_experts(GraphWriter.before(node, graph), node, weights)
         elif node.op_type == "Gemm" and (matrix := node.inputs[1]) is not None and matrix.name in names:
             name = str(matrix.name)
             if name not in made:
-                made[name] = _dequantized(graph, node, matrix, weights)
+                made[name] = _dequantized(GraphWriter.before(node, graph), matrix, weights)
             node.replace_input_with(1, made[name])
     tidy(model)
 
 
+@graph_pass(requires=_FIRST_OF_ALL, ensures=[has_no(*_ATTENTIONS)])
 def attend_natively(model: ir.Model, capacity: int) -> None:
-    """See above; caches are ``(1, 1, capacity, W)``: TensorRT wants four axes and a fixed number of columns.
+    """Makes attention TensorRT's own, over caches ``(1, 1, capacity, W)``.
 
-    The outputs ``rows`` become ``past_next``, the cache itself with the new rows in it.
+    TensorRT wants four axes and a fixed number of columns. The outputs ``rows`` become ``past_next``, the cache itself
+    with the new rows in it.
     """
     graph = model.graph
     graph.opset_imports[""] = _NATIVE_OPSET
@@ -101,40 +129,44 @@ def attend_natively(model: ir.Model, capacity: int) -> None:
         assert q is not None
         assert rows is not None
         assert past is not None
-        assert past.shape is not None
-        past.shape = ir.Shape([1, 1, capacity, past.shape[2]])
-        writer = _Writer(graph, node, str(node.outputs[0].name))
-        cache = writer.scattered(past, rows)
-        _replace(graph, node, writer.attended(node, q, cache, capacity))
+        past.shape = ir.Shape([1, 1, capacity, shape_of(past)[2]])
+        writer = GraphWriter.before(node, graph)
+        cache = _scattered(writer, past, rows)
+        writer.replace(_attended(writer, node, q, cache, capacity))
         index = next(index for index, value in enumerate(graph.outputs) if value is rows)
         graph.outputs[index] = cache
         rows.name, cache.name = f"{past.name}_rows", f"{past.name}_next"
     tidy(model)
 
 
+def _takes_halves(node: ir.Node) -> bool:
+    return node.op_type == "RotaryEmbedding" and node.attributes["interleaved"].as_int() != 1
+
+
+@graph_pass(
+    requires=[no_node(_takes_halves, "pairs that do not stand side by side")], ensures=[has_no("RotaryEmbedding")]
+)
 def rotate_by_hand(model: ir.Model) -> None:
-    """See above: a graph with a Loop and a RotaryEmbedding anywhere in it fails to build."""
+    """Makes rotations products and sums: a graph with a Loop and a RotaryEmbedding anywhere in it fails to build."""
     for node in [node for node in model.graph if node.op_type == "RotaryEmbedding"]:
         x, cos, sin, positions = node.inputs
-        assert x is not None
-        heads, size = node.attributes["num_heads"].as_int(), _shape(x)[-1]
-        assert node.attributes["interleaved"].as_int() == 1
-        writer = _Writer(model.graph, node, str(node.outputs[0].name))
-        over = writer.constant("over_heads_and_pair", [2, 4])
-        c, s = (writer.op("Unsqueeze", [writer.op("Gather", [table, positions]), over]) for table in (cos, sin))
-        pairs = writer.constant(f"pairs_{size}", [0, 0, heads, size // heads // 2, 2])
-        even, odd = writer.many("Split", [writer.op("Reshape", [x, pairs])], 2, axis=-1, num_outputs=2)
+        heads, size = node.attributes["num_heads"].as_int(), shape_of(x)[-1]
+        writer = GraphWriter.before(node, model.graph)
+        over = writer.integers([2, 4])
+        c, s = (writer.add("Unsqueeze", [writer.add("Gather", [table, positions]), over]) for table in (cos, sin))
+        pairs = writer.integers([0, 0, heads, size // heads // 2, 2])
+        even, odd = writer.add_many("Split", [writer.add("Reshape", [x, pairs])], 2, axis=-1, num_outputs=2)
         turned = [
-            writer.op("Sub", [writer.op("Mul", [even, c]), writer.op("Mul", [odd, s])]),
-            writer.op("Add", [writer.op("Mul", [even, s]), writer.op("Mul", [odd, c])]),
+            writer.add("Sub", [writer.add("Mul", [even, c]), writer.add("Mul", [odd, s])]),
+            writer.add("Add", [writer.add("Mul", [even, s]), writer.add("Mul", [odd, c])]),
         ]
-        joined = writer.op("Concat", turned, axis=-1)
-        _replace(model.graph, node, writer.op("Reshape", [joined, writer.constant(f"rows_{size}", [0, 0, size])]))
+        joined = writer.add("Concat", turned, axis=-1)
+        writer.replace(writer.add("Reshape", [joined, writer.integers([0, 0, size])]))
     tidy(model)
 
 
 def use_body(model: ir.Model, op: str) -> None:
-    """See above: TensorRT looks a plugin up by this attribute."""
+    """Makes TensorRT compute an op by its function body: it looks a plugin up by the attribute that goes."""
     for node in model.graph.all_nodes():
         if node.domain == ops.DOMAIN and node.op_type == op:
             node.attributes.pop("plugin_namespace", None)
@@ -158,23 +190,24 @@ def _fix_shape(graph: ir.Graph, node: ir.Node) -> None:
     data, output = node.inputs[0], node.outputs[0]
     assert data is not None
     output.type = data.type
+    writer = GraphWriter.before(node, graph)
     had, wanted = _sizes(data), _sizes(output)
     if not had:
         return
     if not wanted:
         assert len(had) == 1, output.name
-        _replace(graph, node, data)
+        writer.replace(data)
         return
-    writer, front = _Writer(graph, node, str(output.name)), _Writer(graph).constant("front", [0])
+    front = writer.integers([0])
     if _rows_axis(had) < _rows_axis(wanted):
-        data, had = writer.op("Unsqueeze", [data, front]), [1, *had]
+        data, had = writer.add("Unsqueeze", [data, front]), [1, *had]
     rest = wanted[_rows_axis(wanted) + 1 :]
     if had[_rows_axis(had) + 1 :] != rest:
         shape = [0] * (_rows_axis(had) + 1) + [int(size) for size in rest]
-        data = writer.op("Reshape", [data, writer.constant("shape_" + "_".join(map(str, shape)), shape)])
+        data = writer.add("Reshape", [data, writer.integers(shape)])
     if _rows_axis(had) > _rows_axis(wanted):
-        data = writer.op("Squeeze", [data, front])
-    _replace(graph, node, data)
+        data = writer.add("Squeeze", [data, front])
+    writer.replace(data)
 
 
 def _sizes(value: ir.Value) -> list[int | str]:
@@ -206,19 +239,17 @@ def _narrow_weight(graph: ir.Graph, node: ir.Node) -> None:
     """A weight that is only used cast is stored cast."""
     weight = node.inputs[0]
     assert weight is not None
-    if not is_unwritten(weight):
-        return
     assert all(user.op_type == "Cast" for user, _ in weight.uses()), weight.name
     dtype = ir.DataType(node.attributes["to"].as_int())
-    weight.type, weight.const_value = ir.TensorType(dtype), unwritten(str(weight.name), dtype, _shape(weight))
-    _replace(graph, node, weight)
+    weight.type, weight.const_value = ir.TensorType(dtype), unwritten(str(weight.name), dtype, shape_of(weight))
+    GraphWriter.before(node, graph).replace(weight)
 
 
-def _round_experts(graph: ir.Graph, node: ir.Node, weights: str) -> None:
+def _round_experts(writer: GraphWriter, node: ir.Node, weights: str) -> None:
     x, router, bias, fc1, fc2 = node.inputs
     assert fc1 is not None
     assert fc2 is not None
-    (experts, double, dim), hidden = _shape(fc1), _shape(fc2)[-1]
+    (experts, double, dim), hidden = shape_of(fc1), shape_of(fc2)[-1]
     assert double == 2 * hidden
     # The kernels take whole groups. An expert's hidden size may be padded with zeros, which add nothing; its input not.
     if dim % GROUP:
@@ -228,24 +259,20 @@ def _round_experts(graph: ir.Graph, node: ir.Node, weights: str) -> None:
     for stack, shape in ((fc1, (experts, 2 * padded, dim)), (fc2, (experts, dim, padded))):
         block = _block(shape[-1], weights)
         assert block is not None
-        inputs += _codes_and_scale(graph, stack, weights, shape, (shape[-1] // block,))
-    writer = _Writer(graph, node, str(node.outputs[0].name))
-    attributes = {name: node.attributes[name].value for name in node.attributes}
-    _replace(graph, node, writer.op(ops.QUANTIZED_SPARSE_MOE.name, inputs, domain=ops.DOMAIN, **attributes))
+        inputs += _codes_and_scale(writer, stack, weights, shape, (shape[-1] // block,))
+    writer.replace(writer.add(ops.QUANTIZED_SPARSE_MOE.name, inputs, ops.DOMAIN, **node.attributes))
 
 
-def _dequantized(graph: ir.Graph, node: ir.Node, matrix: ir.Value, weights: str) -> ir.Value:
-    shape = _shape(matrix)
+def _dequantized(writer: GraphWriter, matrix: ir.Value, weights: str) -> ir.Value:
+    shape = tuple(shape_of(matrix))
     block, kept = _block(shape[-1], weights), weights
     if block is None:
         block, kept = shape[-1], "int8"
-    blocked = kept == "int4"
-    inputs = _codes_and_scale(graph, matrix, kept, shape, (shape[-1] // block,) if blocked else ())
-    writer = _Writer(graph, node, str(matrix.name))
-    if blocked:
-        value = writer.op("DequantizeLinear", inputs, axis=1, block_size=block)
+    if kept == "int4":
+        inputs = _codes_and_scale(writer, matrix, kept, shape, (shape[-1] // block,))
+        value = writer.add("DequantizeLinear", inputs, axis=1, block_size=block)
     else:
-        value = writer.op("DequantizeLinear", inputs, axis=0)
+        value = writer.add("DequantizeLinear", _codes_and_scale(writer, matrix, kept, shape, ()), axis=0)
     value.type, value.shape = matrix.type, matrix.shape
     return value
 
@@ -256,118 +283,64 @@ def _block(row: int, weights: str) -> int | None:
 
 
 def _codes_and_scale(
-    graph: ir.Graph, matrix: ir.Value, weights: str, shape: tuple[int, ...], blocks: tuple[int, ...]
+    writer: GraphWriter, matrix: ir.Value, weights: str, shape: tuple[int, ...], blocks: tuple[int, ...]
 ) -> list[ir.Value]:
     assert matrix.dtype is not None
-    made = []
-    for part, dtype, size in (("codes", CODES[weights], shape), ("scale", matrix.dtype, (*shape[:-1], *blocks))):
-        name = f"{matrix.name}.{part}"
-        if name not in graph.initializers:
-            value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(size))
-            value.const_value = unwritten(name, dtype, size)
-            graph.register_initializer(value)
-        made.append(graph.initializers[name])
-    return made
+    parts = (("codes", CODES[weights], shape), ("scale", matrix.dtype, (*shape[:-1], *blocks)))
+    names = [(f"{matrix.name}.{part}", dtype, size) for part, dtype, size in parts]
+    return [writer.tensor(unwritten(name, dtype, size), name) for name, dtype, size in names]
 
 
-def _shape(value: ir.Value) -> tuple[int, ...]:
-    assert value.shape is not None
-    return tuple(int(size) for size in value.shape if isinstance(size, int))
-
-
-def _replace(graph: ir.Graph, node: ir.Node, value: ir.Value | None) -> None:
-    """``value`` in the place of what the node makes, under its name if it is an output of the graph."""
-    old = node.outputs[0]
-    assert value is not None
-    if value.producer() is not None and value.shape is None:
-        value.type, value.shape = old.type, old.shape
-    is_output = any(output is old for output in graph.outputs)
-    ir.convenience.replace_all_uses_with(old, value, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
-    if is_output:
-        value.name = old.name
-
-
-class _Writer:
-    """Nodes and constants added to a graph before ``node``, or at its start; their names start with ``name``."""
-
-    def __init__(self, graph: ir.Graph, node: ir.Node | None = None, name: str = "engine") -> None:
-        self._graph, self._node, self._name, self._count = graph, node, name, 0
-
-    def op(self, op_type: str, inputs: Sequence[ir.Value | None], domain: str = "", **attributes: Any) -> ir.Value:
-        return self.many(op_type, inputs, 1, domain, **attributes)[0]
-
-    def many(
-        self, op_type: str, inputs: Sequence[ir.Value | None], outputs: int, domain: str = "", **attributes: Any
-    ) -> Sequence[ir.Value]:
-        node = ir.node(op_type, inputs, attributes, domain=domain, num_outputs=outputs)
-        self._count += 1
-        node.name = f"{self._name}/{op_type.lower()}_{self._count}"
-        for index, value in enumerate(node.outputs):
-            value.name = node.name if outputs == 1 else f"{node.name}_{index}"
-        self._graph.insert_before(self._node or self._graph[0], node)
-        return node.outputs
-
-    def constant(self, name: str, numbers: object) -> ir.Value:
-        if name not in self._graph.initializers:
-            tensor = ir.tensor(np.asarray(numbers, np.int64), name=name)
-            shape = ir.Shape(tensor.shape.numpy())
-            value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
-            self._graph.register_initializer(value)
-        return self._graph.initializers[name]
-
-    def positions(self, count: int) -> None:
-        """Rotates every row by its position, ``length`` and on, but no further than the tables reach."""
-        rotations = [node for node in self._graph if node.op_type == "RotaryEmbedding"]
-        length = next(value for value in self._graph.inputs if value.name == "length")
-        self._node = self._graph[0]
-        axis = self.constant("front", [0])
-        clipped = self.op(
-            "Clip", [self._columns(length), self.constant("zero", 0), self.constant("last_position", count - 1)]
-        )
-        positions = self.op("Unsqueeze", [clipped, axis])
-        positions.type, positions.shape = ir.TensorType(ir.DataType.INT64), ir.Shape([1, "chunk"])
-        for node in rotations:
+def _rotate_by_position(writer: GraphWriter, count: int) -> None:
+    """Rotates every row by its position, ``length`` and on, but no further than the ``count`` rows of the tables."""
+    last = writer.integer(count - 1)
+    clipped = writer.add("Clip", [_columns(writer), writer.integer(0), last])
+    positions = writer.add("Unsqueeze", [clipped, writer.integers([0])])
+    positions.type, positions.shape = ir.TensorType(ir.DataType.INT64), ir.Shape([1, "chunk"])
+    for node in writer.graph:
+        if node.op_type == "RotaryEmbedding":
             node.replace_input_with(3, positions)
 
-    def scattered(self, past: ir.Value, rows: ir.Value) -> ir.Value:
-        """The cache with ``rows`` in it from column ``length`` on."""
-        length = next(value for value in self._graph.inputs if value.name == "length")
-        four = self.op("Unsqueeze", [rows, self.constant("second", [1])])
-        start = self.op("Reshape", [length, self.constant("one_number", [1])])
-        cache = self.op("TensorScatter", [past, four, start], axis=-2)
-        cache.type, cache.shape = past.type, past.shape
-        return cache
 
-    def attended(self, node: ir.Node, q: ir.Value, cache: ir.Value, capacity: int) -> ir.Value:
-        """What an attention node makes, by the op that every head's keys and values are given to."""
-        length = next(value for value in self._graph.inputs if value.name == "length")
-        own = self.op("Unsqueeze", [self._columns(length), self.constant("second", [1])])
-        seen = self.op("LessOrEqual", [self.constant("columns", np.arange(capacity)[None, None, None]), own])
-        keys = values = cache
-        if node.op_type == ops.GROUPED_QUERY_ATTENTION.name:
-            heads = [1, capacity, node.attributes["kv_heads"].as_int(), _shape(q)[-1]]
-            split = self.many("Split", [cache], 2, axis=-1, num_outputs=2)
-            shape = self.constant("cache_by_head", heads)
-            keys, values = (
-                self.op("Transpose", [self.op("Reshape", [half, shape])], perm=[0, 2, 1, 3]) for half in split
-            )
-        scale = node.attributes["scale"].as_float()
-        rows = self.op("Transpose", [q], perm=[0, 2, 1, 3])
-        mixed = self.op("Attention", [rows, keys, values, seen], scale=scale)
-        mixed.type = q.type
-        if node.op_type == ops.LATENT_ATTENTION.name:
-            end = self.constant("value_end", [node.attributes["value_dim"].as_int()])
-            mixed = self.op("Slice", [mixed, self.constant("front", [0]), end, self.constant("last_axis", [3])])
-        return self.op("Transpose", [mixed], perm=[0, 2, 1, 3])
+def _scattered(writer: GraphWriter, past: ir.Value, rows: ir.Value) -> ir.Value:
+    """The cache with ``rows`` in it from column ``length`` on."""
+    four = writer.add("Unsqueeze", [rows, writer.integers([1])])
+    start = writer.add("Reshape", [_input(writer, "length"), writer.integers([1])])
+    cache = writer.add("TensorScatter", [past, four, start], axis=-2)
+    cache.type, cache.shape = past.type, past.shape
+    return cache
 
-    def _columns(self, length: ir.Value) -> ir.Value:
-        """The column of each new row (chunk)."""
-        like = self._rows_given()
-        count = self.op("Squeeze", [self.op("Shape", [like], start=1, end=2)])
-        return self.op("Add", [self.op("Range", [self.constant("zero", 0), count, self.constant("one", 1)]), length])
 
-    def _rows_given(self) -> ir.Value:
-        """An input with a value for each new row; of a step not the state, which a Loop's body carries."""
-        inputs = {str(value.name): value for value in self._graph.inputs}
-        return next(inputs[name] for name in ("input_ids", "e", "out") if name in inputs)
+def _attended(writer: GraphWriter, node: ir.Node, q: ir.Value, cache: ir.Value, capacity: int) -> ir.Value:
+    """The result of an attention node, by the op that every head's keys and values are given to."""
+    own = writer.add("Unsqueeze", [_columns(writer), writer.integers([1])])
+    seen = writer.add("LessOrEqual", [writer.constant(np.arange(capacity)[None, None, None]), own])
+    keys = values = cache
+    if node.op_type == ops.GROUPED_QUERY_ATTENTION.name:
+        shape = writer.integers([1, capacity, node.attributes["kv_heads"].as_int(), shape_of(q)[-1]])
+        halves = writer.add_many("Split", [cache], 2, axis=-1, num_outputs=2)
+        keys, values = (
+            writer.add("Transpose", [writer.add("Reshape", [half, shape])], perm=[0, 2, 1, 3]) for half in halves
+        )
+    rows = writer.add("Transpose", [q], perm=[0, 2, 1, 3])
+    mixed = writer.add("Attention", [rows, keys, values, seen], scale=node.attributes["scale"].as_float())
+    mixed.type = q.type
+    if node.op_type == ops.LATENT_ATTENTION.name:
+        bounds = [writer.integers([number]) for number in (0, node.attributes["value_dim"].as_int(), 3)]
+        mixed = writer.add("Slice", [mixed, *bounds])
+    return writer.add("Transpose", [mixed], perm=[0, 2, 1, 3])
+
+
+def _columns(writer: GraphWriter) -> ir.Value:
+    """The column of each new row (chunk)."""
+    # An input with a value for each new row; of a step not the state, which a Loop's body carries.
+    like = _input(writer, "input_ids", "e", "out")
+    count = writer.add("Squeeze", [writer.sizes(like, 1)])
+    range_ = writer.add("Range", [writer.integer(0), count, writer.integer(1)])
+    return writer.add("Add", [range_, _input(writer, "length")])
+
+
+def _input(writer: GraphWriter, *names: str) -> ir.Value:
+    """The first of ``names`` that is an input."""
+    inputs = {str(value.name): value for value in writer.graph.inputs}
+    return next(inputs[name] for name in names if name in inputs)

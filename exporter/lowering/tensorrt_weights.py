@@ -4,70 +4,49 @@ Streamed piece by piece, so that memory does not grow with the model. What the b
 copied: its weights file is linked beside the graphs. Not here: which matrices are rounded (``tensorrt_passes``).
 """
 
-import math
-import os
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from mythos_edge.exporter.weights import ALIGNMENT, is_unwritten
+from mythos_edge.exporter.rounding import round_symmetrically
+from mythos_edge.exporter.weight_file import Piece, StoredTensor, WeightFile, on_all_cores, plan_file
+from mythos_edge.exporter.weights import BY_ONNX, converted, is_unwritten, piece_of, row_pieces, weights_of
 from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.checkpoint import Checkpoint
 from mythos_edge.model.errors import BuildError
-from mythos_edge.model.layout import PIECE_BYTES, TensorReader
-from mythos_edge.model.machine import cores
 from mythos_edge.model.manifest import WEIGHTS_FILE
-from mythos_edge.model.tensor_files import TensorFile, read_tensor_file
 
-ENGINE_WEIGHTS_FILE = "engine.weights"
-_TORCH = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat16}
-_LARGEST = {ir.DataType.INT8: 127.0, ir.DataType.INT4: 7.0, ir.DataType.FLOAT8E4M3FN: 448.0}
-# An int4 block's scale maps its largest value to this far beyond 7, in steps of the range; the best is kept.
-_STRETCHES = (0.0, -0.8, -0.4, 0.4, 0.8, 1.2)
-# Values rounded at once, so that what is tried stays in the cache.
-_VALUES_AT_ONCE = 1 << 18
+ENGINE_WEIGHTS_FILE = "engine.safetensors"
+_WHERE_IT_FITS = {
+    ir.DataType.FLOAT: "export an earlier checkpoint",
+    ir.DataType.FLOAT16: "build with bf16",
+    ir.DataType.BFLOAT16: "build with fp32",
+}
 
-Float32 = NDArray[np.float32]
 Wanted = Mapping[str, ir.Value]
+Tensors = dict[str, ir.TensorProtocol]
 
 
-def write_engine_weights(
-    wanted: Wanted, bundle: Bundle, folder: Path, progress: Callable[[float], None]
-) -> dict[str, ir.ExternalTensor]:
+def write_engine_weights(wanted: Wanted, bundle: Bundle, folder: Path, progress: Callable[[float], None]) -> Tensors:
     """The tensors of ``wanted`` by name, in files of ``folder``; a weight, or ``.codes`` and ``.scale`` of one.
 
-    Raises BuildError for a weight beyond the range of fp16, and when the disk is full.
+    Raises BuildError for a weight beyond the range of what the engine computes in, and when the disk is full.
     """
-    stored = read_tensor_file(bundle.file(WEIGHTS_FILE))
-    try:
-        linked = _linked(wanted, stored, bundle.file(WEIGHTS_FILE), folder)
-        placed = _placed({name: value for name, value in wanted.items() if name not in linked}, folder)
-        path = folder / ENGINE_WEIGHTS_FILE
-        with (
-            path.open("wb", buffering=0) as file,
-            Checkpoint(bundle.path, stored.kind, bundle.manifest.config, stored.entries) as reader,
-            ThreadPoolExecutor(max_workers=cores()) as pool,
-        ):
-            total = sum(tensor.length or 0 for tensor in placed.values())
-            os.truncate(file.fileno(), max((_end(tensor) for tensor in placed.values()), default=0))
-            done = 0
-            for offset, data in _pieces(placed, stored, reader, pool):
-                _write(file.fileno(), data, offset)
-                done += len(data)
-                progress(done / total)
-            assert done == total
-    except OSError as error:
-        raise BuildError(f"{folder}: cannot write the engine's weights: {error.strerror}") from error
-    return linked | placed
+    with weights_of(bundle) as reader:
+        linked = _linked(wanted, reader, bundle.file(WEIGHTS_FILE), folder)
+        plan = plan_file(_stored(value) for name, value in wanted.items() if name not in linked)
+        if plan.entries:
+            pieces = (piece for made in on_all_cores(_jobs(plan, reader)) for piece in made)
+            plan.write(folder / ENGINE_WEIGHTS_FILE, pieces, BuildError, progress)
+    return linked | plan.tensors(ENGINE_WEIGHTS_FILE, folder)
 
 
-def attach(graph: ir.Graph, tensors: Mapping[str, ir.ExternalTensor]) -> None:
+def attach(graph: ir.Graph, tensors: Mapping[str, ir.TensorProtocol]) -> None:
     """Gives every weight of a graph its value."""
     for name, value in graph.initializers.items():
         if name in tensors:
@@ -75,13 +54,10 @@ def attach(graph: ir.Graph, tensors: Mapping[str, ir.ExternalTensor]) -> None:
         assert not is_unwritten(value), name
 
 
-def _linked(wanted: Wanted, stored: TensorFile, source: Path, folder: Path) -> dict[str, ir.ExternalTensor]:
+def _linked(wanted: Wanted, reader: Checkpoint, source: Path, folder: Path) -> Tensors:
     """The tensors that the bundle has as they are wanted, by a link to its file; none where links cannot be."""
-    same = [
-        name
-        for name, value in wanted.items()
-        if name in stored.entries and stored.entries[name].dtype == _TORCH.get(value.dtype or ir.DataType.UNDEFINED)
-    ]
+    kinds = {name: entry.dtype for name, entry in reader.tensors.items()}
+    same = [name for name, value in wanted.items() if name in kinds and kinds[name] == _torch_type(value)]
     link = folder / WEIGHTS_FILE
     link.unlink(missing_ok=True)
     if not same:
@@ -91,132 +67,55 @@ def _linked(wanted: Wanted, stored: TensorFile, source: Path, folder: Path) -> d
         link.symlink_to(source.resolve())
     except OSError:  # a disk without links: they are copied like the others
         return {}
-    return {
-        name: _tensor(wanted[name], WEIGHTS_FILE, stored.entries[name].offset, stored.entries[name].n_bytes, folder)
-        for name in same
-    }
+    stored = [_stored(wanted[name], reader.tensors[name].offset) for name in same]
+    return WeightFile(b"", {entry.name: entry for entry in stored}).tensors(WEIGHTS_FILE, folder)
 
 
-def _placed(wanted: Wanted, folder: Path) -> dict[str, ir.ExternalTensor]:
-    offset, placed = 0, {}
-    for name, value in wanted.items():
-        assert value.dtype is not None
-        length = math.ceil(math.prod(_shape(value)) * value.dtype.itemsize)
-        placed[name] = _tensor(value, ENGINE_WEIGHTS_FILE, offset, length, folder)
-        offset += length + -length % ALIGNMENT
-    return placed
+def _torch_type(value: ir.Value) -> torch.dtype | None:
+    return BY_ONNX[value.dtype].torch if value.dtype in BY_ONNX else None
 
 
-def _tensor(value: ir.Value, file: str, offset: int, length: int, folder: Path) -> ir.ExternalTensor:
+def _stored(value: ir.Value, offset: int = 0) -> StoredTensor:
     assert value.dtype is not None
-    shape = ir.Shape(_shape(value))
-    return ir.ExternalTensor(file, offset, length, value.dtype, shape=shape, name=str(value.name), base_dir=str(folder))
-
-
-def _pieces(
-    placed: Mapping[str, ir.ExternalTensor], stored: TensorFile, reader: TensorReader, pool: ThreadPoolExecutor
-) -> Iterator[tuple[int, bytes]]:
-    """Bytes of the file and where they go, tensor by tensor."""
-    for name, tensor in placed.items():
-        if name.endswith(".scale") and name not in stored.entries:
-            continue  # comes with its codes
-        source = name.removesuffix(".codes")
-        scale = placed.get(f"{source}.scale") if source != name else None
-        offset, scale_offset = tensor.offset or 0, 0 if scale is None else scale.offset or 0
-        entry = stored.entries[source]
-        height = max(1, PIECE_BYTES // max(1, 4 * entry.n_elements // entry.shape[0]))
-        for start in range(0, entry.shape[0], height):
-            piece = reader.read(source, start, min(entry.shape[0], start + height)).float()
-            if scale is None:
-                data = _converted(piece, tensor.dtype, name)
-            else:
-                codes, scales = _rounded(pool, _padded(piece.numpy(), tensor), tensor, scale)
-                yield scale_offset, scales
-                scale_offset, data = scale_offset + len(scales), codes
-            yield offset, data
-            offset += len(data)
-
-
-def _converted(piece: torch.Tensor, dtype: ir.DataType, name: str) -> bytes:
-    made = piece.to(_TORCH[dtype]).contiguous()
-    if made.dtype == torch.float16 and not torch.isfinite(made).all():
-        raise BuildError(
-            f"{name}: a weight of {piece.abs().max().item():g} does not fit fp16 (largest 65504): build with bf16"
-        )
-    return made.view(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _padded(piece: Float32, codes: ir.ExternalTensor) -> Float32:
-    """The piece with zeros up to the sizes of its codes."""
-    missing = [(0, size - had) for size, had in zip(codes.shape.numpy()[1:], piece.shape[1:], strict=True)]
-    return np.pad(piece, [(0, 0), *missing])
-
-
-def _rounded(
-    pool: ThreadPoolExecutor, piece: Float32, codes: ir.ExternalTensor, scale: ir.ExternalTensor
-) -> tuple[bytes, bytes]:
-    """The bytes of a piece's codes and of their scales."""
-    block = math.prod(codes.shape.numpy()) // math.prod(scale.shape.numpy())
-    rows = piece.reshape(-1, block)
-    step = max(1, _VALUES_AT_ONCE // block)
-    parts = [rows[start : start + step] for start in range(0, len(rows), step)]
-    made = list(pool.map(lambda part: round_symmetrically(part, codes.dtype, scale.dtype), parts))
-    return b"".join(packed(one, codes.dtype) for one, _ in made), b"".join(scales.tobytes() for _, scales in made)
-
-
-def round_symmetrically(
-    rows: Float32, codes: ir.DataType, scale: ir.DataType
-) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
-    """Codes (N, K) as int8 or float8 and scales (N,) above zero in their own dtype: a value is code * scale.
-
-    int4 tries a few scales and keeps the one of the least squared error; ``rounding`` does so with scales of either
-    sign, which TensorRT refuses.
-    """
-    largest = np.abs(rows).max(axis=1)
-    best_error, best_codes, best_scale = np.full(len(rows), np.inf, np.float32), None, None
-    for stretch in _STRETCHES if codes == ir.DataType.INT4 else (0.0,):
-        stored = (largest / np.float32(_LARGEST[codes] + stretch)).astype(scale.numpy())
-        # Rows of zeros, and rows so small that the scale's dtype has no number for them, are zeros at any scale.
-        stored = np.where(stored == 0, np.ones_like(stored), stored)
-        wide = stored.astype(np.float32)[:, None]
-        tried = _nearest(rows / wide, codes)
-        error = np.square(tried.astype(np.float32) * wide - rows).sum(axis=1)
-        if best_codes is None or best_scale is None:
-            best_error, best_codes, best_scale = error, tried, stored
-            continue
-        better = error < best_error
-        best_error[better], best_codes[better], best_scale[better] = error[better], tried[better], stored[better]
-    assert best_codes is not None
-    assert best_scale is not None
-    return best_codes, best_scale
-
-
-def _nearest(values: Float32, codes: ir.DataType) -> NDArray[np.generic]:
-    top = _LARGEST[codes]
-    if codes == ir.DataType.FLOAT8E4M3FN:
-        return np.clip(values, -top, top).astype(ml_dtypes.float8_e4m3fn)
-    return np.clip(np.rint(values), -8 if codes == ir.DataType.INT4 else -top, top).astype(np.int8)
-
-
-def packed(codes: NDArray[np.generic], dtype: ir.DataType) -> bytes:
-    """The bytes of codes as ONNX stores them: of two int4 neighbours the first is in the low half of a byte."""
-    if dtype != ir.DataType.INT4:
-        return codes.tobytes()
-    pairs = codes.reshape(-1, 2).view(np.uint8)
-    return (pairs[:, 0] & 15 | pairs[:, 1] << 4).tobytes()
-
-
-def _shape(value: ir.Value) -> tuple[int, ...]:
     assert value.shape is not None
-    return tuple(int(size) for size in value.shape if isinstance(size, int))
+    return StoredTensor(str(value.name), value.dtype, value.shape.numpy(), offset)
 
 
-def _end(tensor: ir.ExternalTensor) -> int:
-    return (tensor.offset or 0) + (tensor.length or 0)
+def _jobs(plan: WeightFile, reader: Checkpoint) -> Iterator[Callable[[], list[Piece]]]:
+    """Jobs that make what the file holds of each piece of the bundle's weights."""
+    for name, entry in plan.entries.items():
+        source = name.removesuffix(".codes")
+        if name.endswith(".scale") and name not in reader.tensors:
+            continue  # comes with its codes
+        make = partial(_converted, entry)
+        if source != name:
+            make = partial(_rounded, entry, plan.entries[f"{source}.scale"])
+        for first, piece in row_pieces(reader, source, reader.tensors[source].shape):
+            yield partial(make, first, piece.float())
 
 
-def _write(descriptor: int, data: bytes, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(descriptor, view, offset)
-        view, offset = view[written:], offset + written
+def _converted(entry: StoredTensor, first: int, piece: torch.Tensor) -> list[Piece]:
+    made = converted(piece, entry.dtype, entry.name, BuildError, _WHERE_IT_FITS[entry.dtype])
+    return [piece_of(entry.name, first * entry.n_bytes // entry.shape[0], made)]
+
+
+def _rounded(codes: StoredTensor, scale: StoredTensor, first: int, piece: torch.Tensor) -> list[Piece]:
+    """A piece's codes and their scales; the piece gets zeros up to the sizes of its codes."""
+    converted(piece, scale.dtype, codes.name.removesuffix(".codes"), BuildError, _WHERE_IT_FITS[scale.dtype])
+    missing = [(0, size - had) for size, had in zip(codes.shape[1:], piece.shape[1:], strict=True)]
+    whole = np.pad(piece.numpy(), [(0, 0), *missing])
+    block = whole[0].size // int(np.prod(scale.shape[1:]))
+    made, scales = round_symmetrically(whole.reshape(-1, block), codes.dtype, scale.dtype)
+    starts = (first * entry.n_bytes // entry.shape[0] for entry in (codes, scale))
+    return [
+        Piece(entry.name, start, data)
+        for entry, start, data in zip((codes, scale), starts, (packed(made, codes.dtype), scales), strict=True)
+    ]
+
+
+def packed(codes: NDArray[np.generic], dtype: ir.DataType) -> NDArray[np.generic]:
+    """Codes as ONNX stores them: of two int4 neighbours the first is in the low half of a byte."""
+    if dtype != ir.DataType.INT4:
+        return codes
+    pairs = codes.reshape(-1, 2).view(np.uint8)
+    return pairs[:, 0] & 15 | pairs[:, 1] << 4

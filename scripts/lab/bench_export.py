@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from mythos_edge.exporter.trt_target import build_trt_target
+from mythos_edge.exporter.targets.build import build
+from mythos_edge.exporter.targets.table import target_from
 from mythos_edge.model.bundle_writer import require_free_space
 from mythos_edge.model.config import VARIANTS, MythosConfig
 from mythos_edge.model.machine import cores
@@ -142,10 +143,10 @@ def _built(bundle: Path, target: str) -> dict[str, tuple[float, int]]:
     def note(phase: str, fraction: float) -> None:
         begun.setdefault(phase.partition(":")[0], time.perf_counter())
 
-    reports = build_trt_target(bundle, target, **_ENGINES, progress=note).reports
+    reports = build(bundle, target_from(target, _ENGINES), note).reports
     ends = [*list(begun.values())[1:], time.perf_counter()]
     return {
-        f"{target} {part}": (end - start, reports[part].peak_bytes if part in reports else 0)
+        f"{target} {part}": (end - start, reports[part]["peak_bytes"] if part in reports else 0)
         for (part, start), end in zip(begun.items(), ends, strict=True)
     }
 

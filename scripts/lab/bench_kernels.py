@@ -25,7 +25,7 @@ from mythos_edge.exporter.lowering.ort_kernels import MICROSOFT, Pack
 from mythos_edge.exporter.rounding import ROW, Rounding, round_blocks
 from mythos_edge.model.machine import cores
 from mythos_edge.plugins import ops
-from mythos_edge.runtime.backend import ort_session
+from mythos_edge.runtime.backends.ort_session import ort_session
 from mythos_edge.scripts import measuring
 from mythos_edge.scripts.doctor import processor
 

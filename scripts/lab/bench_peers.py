@@ -26,7 +26,8 @@ from typing import Any
 import torch
 
 from mythos_edge.exporter.export import export_bundle
-from mythos_edge.exporter.ort_target import build_target, target_name
+from mythos_edge.exporter.targets.build import build
+from mythos_edge.exporter.targets.ort_cpu import OrtCpuTarget
 from mythos_edge.model.checkpoint import open_checkpoint
 from mythos_edge.model.config import VARIANTS, MythosConfig
 from mythos_edge.runtime.session import Session
@@ -66,7 +67,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measure speed beside the reference and llama.cpp.")
     parser.add_argument("--shape", choices=SHAPES, default="d1024")
     parser.add_argument("--experts", type=int, help="experts of the recurrent block (default: the shape's)")
-    parser.add_argument("--weights", default="fp32,int8,int4", help="targets to build and run, fp32 among them")
+    parser.add_argument(
+        "--weights",
+        default="fp32,int8,int4",
+        help="targets to build and run, fp32 among them; such as int4-dense-int4, too",
+    )
     parser.add_argument("--block", type=int, help="values that share a scale in int8 and int4")
     parser.add_argument("-p", "--prompt-tokens", type=int, default=512)
     parser.add_argument("-n", "--new-tokens", type=int, default=24)
@@ -86,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         prompt = torch.randint(0, config.vocab_size, (1, args.prompt_tokens))
         runners: dict[str, Runner] = {_REFERENCE: lambda: _reference(model, prompt, args.new_tokens)}
         for weights in args.weights.split(","):
-            session = opened.enter_context(Session.open(bundle, target=target_name(weights)))
+            session = opened.enter_context(Session.open(bundle, target=_target(weights).name))
             _tell(f"looking for the threshold of {weights}")
             wanted = config.max_loop_iters / 4
             threshold = threshold_of_mean_depth(session, prompt[0].tolist(), args.new_tokens, wanted)
@@ -135,8 +140,16 @@ def _bundle(model: Any, folder: Path, args: argparse.Namespace) -> Path:
     checkpoint.unlink()
     for weights in args.weights.split(","):
         _tell(f"building {weights}")
-        build_target(bundle, weights, block=None if weights == "fp32" else args.block)
+        build(bundle, _target(weights, args.block))
     return bundle
+
+
+def _target(weights: str, block: int | None = None) -> OrtCpuTarget:
+    """The target of ``weights`` such as int8, or int4-dense-int4; only rounded ones have blocks."""
+    target = OrtCpuTarget.from_name(f"{OrtCpuTarget.kind}-{weights}")
+    if target is None:
+        raise SystemExit(f"--weights has {weights!r}, expected such as fp32, int8, int4 or int4-dense-int4")
+    return target if weights == "fp32" else replace(target, block=block)
 
 
 def _reference(model: Any, prompt: torch.Tensor, count: int) -> Run:
@@ -157,7 +170,7 @@ def _reference(model: Any, prompt: torch.Tensor, count: int) -> Run:
 
 def _ours(session: Session, weights: str, prompt: list[int], count: int, threshold: float) -> dict[str, Runner]:
     """This runtime under both policies."""
-    spec = session.bundle.manifest.targets[target_name(weights)]
+    spec = session.bundle.manifest.targets[_target(weights).name]
 
     def run(policy: str) -> Run:
         stream = session.stream(prompt, max_new_tokens=count, policy=policy, threshold=threshold, stop_ids=())

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from mythos_edge.model.errors import BackendUnavailable, BuildError, MythosEdgeError
+from mythos_edge.model.output_files import writing
 from mythos_edge.plugins.kernel_store import MANIFEST_NAME, archive_name
 from mythos_edge.plugins.kernels import variants
 from mythos_edge.plugins.kernels.variants import VARIANTS, Variant
@@ -256,9 +257,8 @@ def _manifest_text(manifest: Mapping[str, Any]) -> str:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    beside = path.with_name(path.name + ".part")
-    beside.write_bytes(content)
-    beside.replace(path)
+    with writing(path, "the kernels") as file:
+        file.write(content)
 
 
 def main() -> int:

@@ -37,6 +37,7 @@ from numpy.typing import NDArray
 from mythos_edge.model.config import VARIANTS, MythosConfig
 from mythos_edge.model.errors import BackendUnavailable, UsageError
 from mythos_edge.model.machine import cores
+from mythos_edge.model.output_files import writing
 from mythos_edge.model.shapes import expected_shapes
 
 INSTALL = "pip install llama-cpp-python gguf"
@@ -232,8 +233,8 @@ def write_gguf(path: Path, shape: LlamaShape, quantization: str, seed: int = 0) 
     """
     gguf = _library("gguf")
     random = np.random.default_rng(seed)
-    partial = path.with_name(path.name + ".partial")
-    with closing(gguf.GGUFWriter(partial, ARCHITECTURE)) as writer:
+    # The library opens files by name.
+    with writing(path, "the model") as file, closing(gguf.GGUFWriter(file.name, ARCHITECTURE)) as writer:
         _add_metadata(gguf, writer, shape, quantization)
         for name, stored in tensor_shapes(shape).items():
             _add_info(gguf, writer, name, stored, _quantization_of(name, stored, quantization))
@@ -242,7 +243,6 @@ def write_gguf(path: Path, shape: LlamaShape, quantization: str, seed: int = 0) 
         writer.write_ti_data_to_file()
         for name, stored in tensor_shapes(shape).items():
             writer.write_tensor_data(_random_tensor(name, stored, quantization, random))
-    partial.replace(path)
 
 
 def _add_metadata(gguf: Any, writer: Any, shape: LlamaShape, quantization: str) -> None:

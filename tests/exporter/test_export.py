@@ -109,7 +109,7 @@ def test_max_context_sizes_the_rope_tables(exported: Callable[..., Path]) -> Non
     assert bundle.manifest.max_context == bundle.manifest.config.max_seq_len
     with open_checkpoint(CHECKPOINT) as checkpoint:
         plan = plan_weights(checkpoint.config, 19, "fp32")
-    assert {t.recipe.shape[0] for t in plan.tensors if t.recipe.name.startswith("rope")} == {19}
+    assert {entry.shape[0] for name, entry in plan.file.entries.items() if name.startswith("rope")} == {19}
 
 
 class _Poisoned:
@@ -177,10 +177,10 @@ def test_a_full_disk_is_noticed_before_and_while_writing(tmp_path: Path, monkeyp
         with pytest.raises(ExportError, match=r"the bundle needs \d+ MB, 0 MB are free"):
             _export(tmp_path / "out")
 
-    def full(descriptor: int, data: bytes) -> int:
+    def full(descriptor: int, data: bytes, offset: int) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("os.write", full)
+    monkeypatch.setattr("os.pwrite", full)
     with pytest.raises(ExportError, match="No space left on device"):
         _export(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -8,15 +8,14 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from built import build_cpu
 from conftest import FIXTURES
 
 from mythos_edge.exporter import portable
-from mythos_edge.exporter.ort_target import build_target
 from mythos_edge.exporter.portable import inline_bundle
 from mythos_edge.model.bundle import open_bundle, verify_hashes
 from mythos_edge.model.errors import BundleError
-from mythos_edge.model.manifest import TARGET
-from mythos_edge.runtime.backend import ort_session
+from mythos_edge.runtime.backends.ort_session import ort_session
 from mythos_edge.runtime.session import Session
 
 GRAPHS = ("prelude", "step", "coda", "model", "model_with_past")
@@ -124,7 +123,7 @@ def test_a_target_that_is_built_meanwhile_stays(
     write = portable.write_portable
 
     def meanwhile(*given: Any) -> Any:
-        build_target(path, "fp32")
+        build_cpu(path, "fp32")
         return write(*given)
 
     monkeypatch.setattr(portable, "write_portable", meanwhile)
@@ -161,7 +160,7 @@ def test_graphs_that_are_made_again_do_not_concern_what_is_open(
     with Session.of(opened, target="ort-cpu-int4") as session:
         other_graphs(rounded_bundle)
         assert open_bundle(rounded_bundle).manifest.files != opened.manifest.files
-        opened.require_unchanged(TARGET)
+        opened.require_unchanged("ort-cpu")
         opened.require_unchanged("ort-cpu-int4")
         assert session.generate([[1, 2, 3], [1, 2]], max_new_tokens=2)
     with Session.of(opened) as session:

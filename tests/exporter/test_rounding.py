@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +16,7 @@ from mythos_edge.exporter.rounding import (
     Rounding,
     plan_rounded,
     round_blocks,
+    round_symmetrically,
     unpacked,
     write_rounded,
 )
@@ -97,13 +99,13 @@ def test_the_file_is_a_safetensors_file_of_the_rounded_matrices(
         "a.fc2": random.standard_normal((3, 64, 10)).astype(np.float32),
     }
     padding = -10 % block if block else 0
-    matrices = [
-        Matrix("linear", (50, 70), 50, 70),
-        Matrix("a.fc1", (3, 20, 64), 20 + 2 * padding, 64, halves=not block),
-        Matrix("a.fc2", (3, 64, 10), 64, 10 + padding),
-    ]
     rounding = Rounding(bits, block, "rtn")
-    plan = plan_rounded(matrices, rounding)
+    matrices = [
+        Matrix("linear", (50, 70), 50, 70, rounding),
+        Matrix("a.fc1", (3, 20, 64), 20 + 2 * padding, 64, rounding, halves=not block),
+        Matrix("a.fc2", (3, 64, 10), 64, 10 + padding, rounding),
+    ]
+    plan = plan_rounded(matrices)
     told: list[float] = []
     write_rounded(plan, _Reader(tensors), tmp_path / "file", progress=told.append)
     assert (tmp_path / "file").stat().st_size == plan.total_bytes
@@ -122,6 +124,31 @@ def test_the_file_is_a_safetensors_file_of_the_rounded_matrices(
 
 def test_large_matrices_are_read_in_pieces(tmp_path: Path) -> None:
     reader = _Reader({"linear": np.zeros((9000, 2048), np.float32)})
-    plan = plan_rounded([Matrix("linear", (9000, 2048), 9000, 2048)], Rounding(8, ROW, "rtn"))
+    plan = plan_rounded([Matrix("linear", (9000, 2048), 9000, 2048, Rounding(8, ROW, "rtn"))])
     write_rounded(plan, reader, tmp_path / "file")
     assert reader.most_bytes <= 16 << 20
+
+
+def test_symmetric_rounding(random: np.random.Generator) -> None:
+    rows = random.standard_normal((6, 64)).astype(np.float32)
+    rows[0] = 0
+    rows[1] = 1e-9
+    for codes, worst in ((ir.DataType.INT8, 0.01), (ir.DataType.INT4, 0.12), (ir.DataType.FLOAT8E4M3FN, 0.05)):
+        for scale in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.FLOAT):
+            made, scales = round_symmetrically(rows, codes, scale)
+            assert scales.dtype == scale.numpy()
+            assert (scales.astype(np.float32) > 0).all()
+            back = made.astype(np.float32) * scales.astype(np.float32)[:, None]
+            assert not back[0].any()
+            assert np.linalg.norm(back - rows) < worst * np.linalg.norm(rows)
+            assert np.abs(made.astype(np.float32)).max() <= {"INT8": 127, "INT4": 8}.get(codes.name, 448)
+
+
+def test_int4_of_a_search_is_no_worse_than_to_nearest(random: np.random.Generator) -> None:
+    rows = random.standard_normal((50, 64)).astype(np.float32)
+    codes, scales = round_symmetrically(rows, ir.DataType.INT4, ir.DataType.FLOAT)
+    plain = np.abs(rows).max(axis=1, keepdims=True) / 7
+    error = np.square(codes * scales[:, None] - rows).sum(axis=1)
+    nearest = np.square(np.rint(rows / plain) * plain - rows).sum(axis=1)
+    assert (error <= nearest * 1.0001).all()
+    assert error.sum() < 0.9 * nearest.sum()

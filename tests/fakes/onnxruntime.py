@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from fakes.driver import FakeDriver
 
-from mythos_edge.model.manifest import CPU_PROVIDER, CUDA_PROVIDER
-from mythos_edge.runtime.backend import import_onnxruntime
+from mythos_edge.runtime.backends.ort_cuda import CUDA_PROVIDER
+from mythos_edge.runtime.backends.ort_session import import_onnxruntime
 
 _ALIGNMENT = 256
 
@@ -43,11 +43,11 @@ class FakeOnnxruntime:
 
     driver: FakeDriver
     __version__: str = "1.31.1"
-    available: tuple[str, ...] = (CUDA_PROVIDER, CPU_PROVIDER)
+    available: tuple[str, ...] = (CUDA_PROVIDER, "CPUExecutionProvider")
     without: tuple[str, ...] = ()
     parts: tuple[Part, ...] = (
         Part(CUDA_PROVIDER, ["Gemm", "MoE"]),
-        Part(CPU_PROVIDER, ["on_shapes/Squeeze", "on_shapes/x/Concat"]),
+        Part("CPUExecutionProvider", ["on_shapes/Squeeze", "on_shapes/x/Concat"]),
     )
     on_host: frozenset[str] = frozenset(["row_counts"])
     asked: list[tuple[dict[str, dict[str, str]], str]] = field(default_factory=list)
@@ -79,7 +79,7 @@ class FakeOnnxruntime:
         self.asked.append(
             (dict(providers), options.get_session_config_entry("session.record_ep_graph_assignment_info"))
         )
-        real = import_onnxruntime().InferenceSession(path, options, providers=[CPU_PROVIDER])
+        real = import_onnxruntime().InferenceSession(path, options, providers=["CPUExecutionProvider"])
         session = FakeSession(self, real, dict(providers), Path(path).name)
         self.sessions.append(weakref.ref(session))
         return session
@@ -109,10 +109,10 @@ class FakeSession:
         return [SimpleNamespace(name="Cpu" if self.reads_on_host(one.name) else "Cuda") for one in self.get_inputs()]
 
     def get_providers(self) -> list[str]:
-        return [*(name for name in self._providers if name not in self.ort.without), CPU_PROVIDER]
+        return [*(name for name in self._providers if name not in self.ort.without), "CPUExecutionProvider"]
 
     def get_provider_graph_assignment_info(self) -> list[Part]:
-        return [part for part in self.ort.parts if part.ep_name in (*self._providers, CPU_PROVIDER)]
+        return [part for part in self.ort.parts if part.ep_name in (*self._providers, "CPUExecutionProvider")]
 
     def reads_on_host(self, name: str) -> bool:
         return name in self.ort.on_host

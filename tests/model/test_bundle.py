@@ -230,7 +230,7 @@ def test_what_is_opened_of_another_bundle_is_one_line(made: Path, force: str) ->
         write_bundle(made, CONTENTS | {"weights.safetensors": bytes(256)}, force=True)
     elif force == "another target":
         targets = opened.manifest.targets
-        changed = dataclasses.replace(targets["rtx-sm89-fp16"], block=3)
+        changed = dataclasses.replace(targets["rtx-sm89-fp16"], step_bytes=3)
         update_manifest(opened, targets={**targets, "rtx-sm89-fp16": changed})
     else:
         shutil.rmtree(made)

@@ -43,7 +43,7 @@ def _read(values: dict[str, Any]) -> Manifest:
         {},
         {"tokenizer": None},
         {"source": Source("m", "safetensors", "0" * 64, 1200)},
-        {"graphs": {}, "targets": {}},
+        {"graphs": {}},
         {"versions": {}},
         {"sample": GoldenSample((5,), 1, 0.99, (1,), (0,), (-1.0,), "router")},
     ],

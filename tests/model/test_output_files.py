@@ -12,7 +12,13 @@ import numpy as np
 import pytest
 
 from mythos_edge.model.errors import UsageError
-from mythos_edge.model.output_files import check_output, check_output_folder, is_standard_output, writing
+from mythos_edge.model.output_files import (
+    check_output,
+    check_output_folder,
+    is_standard_output,
+    remove_partials,
+    writing,
+)
 
 
 def _write(path: Path, data: bytes = b"new") -> None:
@@ -199,3 +205,15 @@ def test_folders_are_tried_out_and_not_left(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=f"cannot write the curve: .*{reason}"):
             check_output_folder(tmp_path / name, "the curve")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "link", "there"]
+
+
+def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / ("long [name] " * 5)
+    others = [tmp_path / "a", tmp_path / f".{path.name}", tmp_path / ".long name.partial-1"]
+    for other in others:
+        other.touch()
+    with writing(path, "it"):
+        killed = [file for file in tmp_path.iterdir() if file not in others]
+        (tmp_path / f"{killed[0].name}0").touch()
+    remove_partials(path)
+    assert sorted(tmp_path.iterdir()) == sorted([*others, path])

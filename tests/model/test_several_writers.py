@@ -8,17 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
-import sample_target
 from killed import at_each_step
 from sample_bundle import CONTENTS, tree, write_bundle
 from sample_target import NAME, build, content_of, make_buildable
 
-from mythos_edge.exporter.target_files import log_of
+from mythos_edge.exporter.targets import build as build_module
+from mythos_edge.exporter.targets.spec import log_of
 from mythos_edge.model import bundle_writer
 from mythos_edge.model.bundle import Bundle, open_bundle
 from mythos_edge.model.bundle_writer import BundleWriter, recover, update_manifest
 from mythos_edge.model.errors import BuildError, BundleError, ExportError
-from mythos_edge.model.manifest import MANIFEST_FILE, TARGET
+from mythos_edge.model.manifest import MANIFEST_FILE
 from mythos_edge.model.partial_folders import remove_partials
 
 TESTS = Path(__file__).parents[1]
@@ -164,7 +164,7 @@ def test_a_build_over_another_loses_nothing_whenever_it_ends(built: Path, how: s
 def test_a_target_without_a_log_has_none(built: Path) -> None:
     bundle = open_bundle(built)
     assert log_of(bundle, NAME) == built / f"build.{NAME}.log"
-    assert log_of(bundle, TARGET) is None
+    assert log_of(bundle, "ort-cpu") is None
 
 
 def test_a_build_of_the_same_is_the_same_and_mends_what_is_damaged(built: Path) -> None:
@@ -183,11 +183,11 @@ def test_the_same_target_built_by_two_at_once_is_of_one_of_them(
 
     def overtaken(bundle: Bundle, folder: Path, file: str) -> str:
         monkeypatch.undo()
-        name = sample_target.settled(bundle, folder, file)
+        name = build_module._settled(bundle, folder, file)
         build(made, "faster")
         return name
 
-    monkeypatch.setattr(sample_target, "settled", overtaken)
+    monkeypatch.setattr(build_module, "_settled", overtaken)
     if content == "slower":
         with pytest.raises(BuildError, match=f"{NAME} was built by another process meanwhile: use it, or build again"):
             build(made, content)
@@ -200,14 +200,14 @@ def test_an_export_during_a_build_ends_the_build(built: Path, monkeypatch: pytes
 
     def exported(bundle: Bundle, folder: Path, file: str) -> str:
         monkeypatch.undo()
-        name = sample_target.settled(bundle, folder, file)
+        name = build_module._settled(bundle, folder, file)
         kept = Path(shutil.copytree(folder, built.with_name("kept")))
         write_bundle(built, NEW, force=True)
         # As where the folder is filled, in which partial folders stay.
         shutil.copytree(kept, folder)
         return name
 
-    monkeypatch.setattr(sample_target, "settled", exported)
+    monkeypatch.setattr(build_module, "_settled", exported)
     with pytest.raises(BuildError, match="was exported anew during the build: build again"):
         build(built, "new")
     assert set(_whole(built).manifest.files) == set(NEW)

@@ -9,20 +9,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+from built import build_cuda
 from conftest import copy_links
 from fakes.driver import FakeDriver
 from fakes.onnxruntime import FakeOnnxruntime
 from fakes.tensorrt import VERSION, FakeTensorRT, plan_of
 
 from mythos_edge.exporter.lowering.tensorrt import EngineOptions, lower_for_tensorrt
-from mythos_edge.exporter.ort_cuda_target import build_ort_cuda_target
-from mythos_edge.exporter.trt_target import Gpus, target_name
+from mythos_edge.exporter.targets import spec as spec_module
+from mythos_edge.exporter.targets.spec import Written
+from mythos_edge.exporter.targets.tensorrt import Gpus, TensorRTTarget
 from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.bundle_writer import record_of, update_manifest
-from mythos_edge.model.manifest import EngineSpec, Profile, TargetSpec
+from mythos_edge.model.target_options import EngineSpec, Profile
 from mythos_edge.plugins import kernel_store, trt_bindings, trt_plugins
 from mythos_edge.plugins.cuda_driver import Driver
-from mythos_edge.runtime import ort_cuda_backend
+from mythos_edge.runtime.backends import ort_cuda as ort_cuda_backend
 
 MAX_ROWS = 6
 MAX_CONTEXT = 48
@@ -50,7 +52,7 @@ def engine_bundle(exported: Callable[..., Path], tmp_path_factory: pytest.TempPa
 
 
 def _add_target(path: Path, options: EngineOptions) -> None:
-    bundle, name = open_bundle(path), target_name(Gpus("rtx", (89,)), options)
+    bundle, name = open_bundle(path), TensorRTTarget(Gpus("rtx", (89,)), options.dtype, layout=options.layout).name
     graphs = path.with_suffix(".graphs")
     graphs.mkdir()
     lowered = lower_for_tensorrt(bundle, graphs, options)
@@ -60,19 +62,14 @@ def _add_target(path: Path, options: EngineOptions) -> None:
         plan = path / f"{stage}.{name}.engine"
         plan.write_bytes(plan_of(graph, MAX_ROWS, MAX_CONTEXT))
         records[plan.name] = record_of(plan)
-    spec = TargetSpec(
+    written = Written(
         graphs={stage: f"{stage}.{name}.engine" for stage in lowered.graphs},
         compute_dtype=options.dtype,
-        weights="none",
-        block=0,
-        method="none",
-        kept=(),
-        prepacked=False,
+        weights={"experts": options.dtype},
         fixed_bytes=lowered.fixed_bytes,
         step_bytes=lowered.step_bytes,
-        bundle=bundle.manifest.identity,
-        note="",
-        engine=EngineSpec(
+        summary=options.dtype,
+        options=EngineSpec(
             flavour="rtx",
             version=VERSION,
             compute_capabilities=(89,),
@@ -85,6 +82,7 @@ def _add_target(path: Path, options: EngineOptions) -> None:
             kernels=KERNELS,
         ),
     )
+    spec = spec_module.record_of("tensorrt", written, bundle.manifest.identity)
     files = {**bundle.manifest.files, **records}
     update_manifest(bundle, targets={**bundle.manifest.targets, name: spec}, files=files)
 
@@ -178,14 +176,14 @@ def targets(mla_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _with_targets(bundle: Path, folder: Path) -> Path:
     path = Path(shutil.copytree(bundle, folder / "with.bundle"))
-    build_ort_cuda_target(path, dtype="fp32")
+    build_cuda(path, dtype="fp32")
     return path
 
 
 @pytest.fixture
 def bundle(demo_bundle: Path, tmp_path: Path) -> Path:
     path = Path(shutil.copytree(demo_bundle, tmp_path / "demo.bundle"))
-    build_ort_cuda_target(path, dtype="fp32")
+    build_cuda(path, dtype="fp32")
     return path
 
 

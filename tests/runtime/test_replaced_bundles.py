@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from built import build_cpu
 
-from mythos_edge.exporter.ort_target import build_target
 from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.bundle_writer import record_of, update_manifest
 from mythos_edge.model.errors import BundleError
-from mythos_edge.model.manifest import TARGET, WEIGHTS_FILE, Preset
-from mythos_edge.runtime import backend, session
-from mythos_edge.runtime.backend import graph_runner
+from mythos_edge.model.manifest import WEIGHTS_FILE, Preset
+from mythos_edge.runtime import session
+from mythos_edge.runtime.backends import ort_cpu
+from mythos_edge.runtime.backends.ort_session import graph_runner
 from mythos_edge.runtime.session import Session
 
 PROMPTS = [[90, 90, 91, 15], [90, 91]]
@@ -42,8 +43,8 @@ def replace(demo_bundle: Path, tmp_path: Path) -> Callable[[Path], None]:
     opened = open_bundle(other)
     source = dataclasses.replace(opened.manifest.source, sha256="0" * 64)
     made = update_manifest(opened, source=source, files=lambda files: {**files, WEIGHTS_FILE: record_of(weights)})
-    export = dataclasses.replace(made.manifest.targets[TARGET], bundle=made.manifest.identity)
-    update_manifest(made, targets={TARGET: export})
+    export = dataclasses.replace(made.manifest.targets["ort-cpu"], bundle=made.manifest.identity)
+    update_manifest(made, targets={"ort-cpu": export})
 
     def put(path: Path) -> None:
         shutil.rmtree(path)
@@ -89,7 +90,7 @@ def test_what_is_open_goes_on_when_the_bundle_is_replaced_or_removed(
 def test_graphs_for_several_sequences_are_not_of_another_rounding(rounded_bundle: Path) -> None:
     with Session.open(rounded_bundle, target="ort-cpu-int4") as opened, Session.open(rounded_bundle) as exact:
         opened.generate(PROMPTS[0], max_new_tokens=1)
-        build_target(rounded_bundle, "int4", block=32)
+        build_cpu(rounded_bundle, "int4", block=32)
         with pytest.raises(BundleError, match="target 'ort-cpu-int4' was built again while it was open: open it again"):
             opened.generate(PROMPTS, max_new_tokens=4)
         assert len(exact.generate(PROMPTS, max_new_tokens=4)) == 2
@@ -99,15 +100,15 @@ def test_graphs_for_several_sequences_are_not_of_another_rounding(rounded_bundle
 
 def test_files_that_a_new_build_has_removed_are_not_called_damage(rounded_bundle: Path) -> None:
     opened = open_bundle(rounded_bundle)
-    build_target(rounded_bundle, "int4", block=32)
+    build_cpu(rounded_bundle, "int4", block=32)
     with pytest.raises(BundleError, match="target 'ort-cpu-int4' was built again while it was open: open it again"):
         opened.target("ort-cpu-int4")
-    assert opened.target(TARGET)
+    assert opened.target("ort-cpu")
 
 
 def test_a_target_that_is_added_disturbs_nobody(bundle: Path) -> None:
     with Session.open(bundle) as opened:
-        build_target(bundle, "fp32")
+        build_cpu(bundle, "fp32")
         assert len(opened.generate(PROMPTS, max_new_tokens=4)) == 2
 
 
@@ -132,7 +133,7 @@ def test_a_session_is_of_one_model_even_when_it_is_replaced_while_it_opens(
 
         return call
 
-    monkeypatch.setattr(backend, "ort_session", overtaken(backend.ort_session))
+    monkeypatch.setattr(ort_cpu, "ort_session", overtaken(ort_cpu.ort_session))
     if late == "the tokenizer":
         (bundle / "tokenizer.json").write_text("{}")
         files = {"tokenizer.json": record_of(bundle / "tokenizer.json")}
@@ -157,9 +158,9 @@ def test_what_was_measured_is_not_saved_as_another_model_s(
     """As ``tune`` saves a preset, after minutes."""
     preset = {"knee": Preset("ort-cpu-int4", 4, 0.9, 0.0, 1.0, 2.0, 1.5)}
     opened = open_bundle(rounded_bundle)
-    build_target(rounded_bundle, "fp32")
+    build_cpu(rounded_bundle, "fp32")
     update_manifest(opened, held_to="ort-cpu-int4", presets=lambda presets: presets | preset)
-    build_target(rounded_bundle, "int4", block=32)
+    build_cpu(rounded_bundle, "int4", block=32)
     with pytest.raises(BundleError, match="target 'ort-cpu-int4' was built again while it was open"):
         update_manifest(opened, held_to="ort-cpu-int4", presets=lambda presets: presets | preset)
     now = open_bundle(rounded_bundle).manifest
@@ -168,4 +169,4 @@ def test_what_was_measured_is_not_saved_as_another_model_s(
     opened = open_bundle(bundle)
     replace(bundle)
     with pytest.raises(BundleError, match="was exported anew meanwhile: begin again"):
-        update_manifest(opened, held_to=TARGET, presets=lambda presets: presets | preset)
+        update_manifest(opened, held_to="ort-cpu", presets=lambda presets: presets | preset)

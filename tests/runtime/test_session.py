@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from built import build_cpu
 from conftest import ROOT
 
-from mythos_edge.exporter.ort_target import build_target
 from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.bundle_writer import update_manifest
 from mythos_edge.model.errors import CapacityError, UsageError
 from mythos_edge.model.manifest import Preset
-from mythos_edge.runtime import memory
+from mythos_edge.runtime.backends import memory
 from mythos_edge.runtime.session import Session
 
 PROMPT = [5, 17, 300, 2, 9]
@@ -270,8 +270,8 @@ def test_a_session_is_saved_through_links_and_devices(mla_bundle: Path, tmp_path
 
 def test_a_session_saved_on_another_target_is_refused(mla_bundle: Path, tmp_path: Path) -> None:
     path = Path(shutil.copytree(mla_bundle, tmp_path / "copy.bundle"))
-    build_target(path, "int4", block=32)
-    build_target(path, "fp32")
+    build_cpu(path, "int4", block=32)
+    build_cpu(path, "fp32")
     with Session.open(path, target="ort-cpu-int4") as rounded:
         rounded.generate(PROMPT, max_new_tokens=2)
         rounded.save(tmp_path / "rounded.npz")
@@ -287,7 +287,7 @@ def test_a_session_saved_on_another_target_is_refused(mla_bundle: Path, tmp_path
 
 def test_a_preset_is_for_the_target_it_was_found_for(mla_bundle: Path, tmp_path: Path) -> None:
     path = Path(shutil.copytree(mla_bundle, tmp_path / "copy.bundle"))
-    build_target(path, "fp32")
+    build_cpu(path, "fp32")
     preset = Preset("ort-cpu-fp32", 3, 0.9, 0.0, 1.0, 2.0, 1.5)
     update_manifest(open_bundle(path), presets={"quick": preset})
     with Session.open(path, preset="quick") as quick, Session.open(path) as plain:
@@ -296,7 +296,7 @@ def test_a_preset_is_for_the_target_it_was_found_for(mla_bundle: Path, tmp_path:
         assert max(quick.generate(PROMPT, max_new_tokens=6, max_depth=5, threshold=1e9).depths) == 5
     with pytest.raises(UsageError, match="found for target 'ort-cpu-fp32', not 'ort-cpu'"):
         Session.open(path, preset="quick", target="ort-cpu")
-    assert build_target(path, "fp32").manifest.presets == {}
+    assert build_cpu(path, "fp32").manifest.presets == {}
 
 
 def test_decoding_keeps_memory_flat(session: Session) -> None:

@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fakes.scripted_backend import ScriptedBackend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted import DEPTHS, LOOPS, VOCAB, Leaning, staircase
 
 from mythos_edge.model.errors import UsageError
-from mythos_edge.runtime.backend import Backend, ScriptedBackend
+from mythos_edge.runtime.backends.protocol import Backend
 from mythos_edge.runtime.caches import ColumnBuffer
 from mythos_edge.runtime.decoding import Decoding, Generation, Options, TextSoFar, TokenSequence
 from mythos_edge.runtime.halting import Policy, ResolvedDepth

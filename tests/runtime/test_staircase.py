@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
+from fakes.scripted_backend import ScriptedBackend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted import DEPTHS, LOOPS, VOCAB, staircase
 
 from mythos_edge.model.errors import CapacityError, UsageError
-from mythos_edge.runtime.backend import ScriptedBackend
 from mythos_edge.runtime.caches import ColumnBuffer
 from mythos_edge.runtime.staircase import Fed, Staircase
 

@@ -4,13 +4,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fakes.scripted_backend import ScriptedBackend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted import DEPTHS, LOOPS, VOCAB, staircase
 
 from mythos_edge.model.stages import MAX_TOGETHER
 from mythos_edge.runtime import together
-from mythos_edge.runtime.backend import ScriptedBackend
 from mythos_edge.runtime.staircase import Fed, Staircase
 from mythos_edge.runtime.together import Work, run_alone, run_together
 

@@ -1,25 +1,8 @@
-"""The command line, run in this process, and a GPU's copies made small."""
-
-from collections.abc import Callable
+"""A GPU's copies made small."""
 
 import pytest
-from command_line import Ran
 
-from mythos_edge.scripts import cli
 from mythos_edge.scripts.lab import gpu_bench
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
-    def call(*argv: object) -> Ran:
-        try:
-            code = cli.main([str(word) for word in argv])
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        captured = capsys.readouterr()
-        return Ran(code, captured.out, captured.err)
-
-    return call
 
 
 @pytest.fixture

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from built import build_cpu
 from command_line import Ran, refused
 
-from mythos_edge.exporter.ort_target import build_target
 from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.bundle_writer import update_manifest
-from mythos_edge.model.manifest import CUDA_PROVIDER
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import bench, cli, measuring
 from mythos_edge.scripts.bench import threshold_of_mean_depth
@@ -28,7 +27,7 @@ from mythos_edge.scripts.measuring import noise, spread_of
 @pytest.fixture(scope="module")
 def bundle(demo_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = Path(shutil.copytree(demo_bundle, tmp_path_factory.mktemp("bench") / "demo.bundle"))
-    build_target(path, "int4", block=32)
+    build_cpu(path, "int4", block=32)
     return path
 
 
@@ -166,7 +165,7 @@ def test_a_gpu_is_not_compared_with_the_memory_of_a_cpu(
     path = Path(shutil.copytree(demo_bundle, tmp_path / "demo.bundle"))
     opened = open_bundle(path)
     targets = opened.manifest.targets
-    on_gpu = {"ort-cpu-x": replace(targets["ort-cpu"], providers=(CUDA_PROVIDER,))}
+    on_gpu = {"ort-cpu-x": replace(targets["ort-cpu"], kind="another")}
     update_manifest(opened, targets=targets | on_gpu)
     monkeypatch.setattr(measuring, "stream_bandwidth", lambda _: pytest.fail("measured before the targets were known"))
     for name, message in (("ort-cpu-x", "is for a GPU: run scripts/gpu_check"), ("typo", "has no target 'typo'")):

@@ -16,10 +16,10 @@ TARGET = "ort-cpu-int8"
 
 @pytest.fixture(scope="module")
 def built(mla_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from mythos_edge.exporter.ort_target import build_target
+    from built import build_cpu
 
     path = Path(shutil.copytree(mla_bundle, tmp_path_factory.mktemp("built") / "whole.bundle"))
-    build_target(path, "int8", block=32)
+    build_cpu(path, "int8", block=32)
     return path
 
 
@@ -134,10 +134,10 @@ def test_a_manifest_without_the_weights_or_with_an_unknown_dtype_is_refused(
 
 
 def test_a_target_that_nothing_runs_says_so(bundle: Path, run: Callable[..., Ran]) -> None:
-    _edit(bundle, lambda m: m["targets"][TARGET].update(providers=[]))
+    _edit(bundle, lambda m: m["targets"][TARGET].update(kind="other"))
     refused(
         run("generate", bundle, "--ids", "1", "--target", TARGET),
-        f"target {TARGET!r} has neither an engine nor providers of ONNX Runtime: build it again",
+        f"target {TARGET!r} is of kind 'other', expected one of ort-cpu, ort-cuda, tensorrt: build it again",
     )
 
 

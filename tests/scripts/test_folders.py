@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+from built import build_cpu
 from conftest import ROOT
 from sample_bundle import tree
 
-from mythos_edge.exporter.ort_target import build_target
 from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.manifest import MANIFEST_FILE
 
@@ -60,7 +60,7 @@ def test_a_build_that_is_ended_leaves_the_target_before(rounded_bundle: Path, se
     process.communicate(timeout=60)
     assert process.returncode != 0
     assert open_bundle(bundle, hashes=True) == before
-    after = build_target(bundle, "fp32").manifest
+    after = build_cpu(bundle, "fp32").manifest
     assert after.targets["ort-cpu-int4"].block == 64
     assert set(tree(bundle)) == {*after.files, MANIFEST_FILE}
 

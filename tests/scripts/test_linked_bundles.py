@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from built import build_cpu
 from command_line import Ran, refused
 from sample_bundle import tree
 
-from mythos_edge.exporter.ort_target import build_target
 from mythos_edge.exporter.probes import router_of
 from mythos_edge.model.bundle import open_bundle, sha256_of
 from mythos_edge.model.errors import BundleError
@@ -83,7 +83,7 @@ def test_nothing_is_changed_in_a_bundle_of_links(demo_bundle: Path, tmp_path: Pa
     linked = _snapshot(demo_bundle, tmp_path / "cache")
     before = tree(tmp_path)
     with pytest.raises(BundleError, match="is a bundle of links out of its folder, in which nothing is changed"):
-        build_target(linked, "int8")
+        build_cpu(linked, "int8")
     refused(run("build", linked, "--target", "ort-cuda"), "hf download REPOSITORY --local-dir FOLDER", "cp -rL")
     refused(run("inline", linked), "in which nothing is changed", "cp -rL")
     np.save(tmp_path / "ids.npy", np.tile(IDS, 2))

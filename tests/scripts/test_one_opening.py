@@ -10,7 +10,6 @@ import pytest
 from command_line import Ran, refused
 
 from mythos_edge.model.bundle import Bundle, open_bundle
-from mythos_edge.model.manifest import TARGET
 from mythos_edge.scripts import demo, score
 
 
@@ -36,7 +35,7 @@ def test_a_bundle_that_is_replaced_after_it_was_looked_at_is_refused(
     monkeypatch.setattr(verb, "open_bundle", overtaken)
     argv = {
         demo: ("demo", "add", 7, 8, "--bundle", bundle),
-        score: ("score", bundle, "--ids", ids, "-o", output, "--target", TARGET),
+        score: ("score", bundle, "--ids", ids, "-o", output, "--target", "ort-cpu"),
     }[verb]
     refused(run(*argv), "the bundle was replaced while it was open: open it again")
     assert not output.exists()

@@ -9,7 +9,7 @@ from command_line import Ran, refused
 
 from mythos_edge.exporter.probes import ROUTER, Probe, router_of
 from mythos_edge.model.bundle import open_bundle
-from mythos_edge.runtime.backend import OrtBackend
+from mythos_edge.runtime.backends.ort_cpu import OrtCpuBackend
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import addition
 from mythos_edge.scripts.quality_gate import GATES, _Recorder, _Traced
@@ -59,7 +59,7 @@ def test_a_trace_is_what_the_bundle_computes(demo_bundle: Path) -> None:
     """The states written down, fed to the portable graph by hand, give the next ones and the same experts."""
     bundle = open_bundle(demo_bundle)
     ids = np.array([addition.stream_of(98765, 1299)])
-    with OrtBackend(bundle) as backend:
+    with OrtCpuBackend(bundle) as backend:
         trace = _Traced(bundle, "ort-cpu", backend).trace(ids)
         score = Session(bundle, backend).score(ids, policy="full")
     np.testing.assert_array_equal(trace.logits, score.logits[0])
@@ -88,7 +88,7 @@ def test_a_trace_is_what_the_bundle_computes(demo_bundle: Path) -> None:
 def test_a_recorder_puts_chunks_where_they_belong(demo_bundle: Path) -> None:
     bundle = open_bundle(demo_bundle)
     ids = np.array([addition.stream_of(98765, 1299)])
-    with OrtBackend(bundle) as backend:
+    with OrtCpuBackend(bundle) as backend:
         whole = _Traced(bundle, "ort-cpu", backend).trace(ids)
         probe = Probe(bundle.path / "step.onnx", [ROUTER])
         recorder = _Recorder(backend, probe, router_of(bundle), ROUTER)

@@ -15,7 +15,8 @@ from command_line import CHECKPOINT, Ran, refused
 from conftest import FIXTURES
 from tiny_checkpoint import Evil
 
-from mythos_edge.model.manifest import SCHEMA_VERSION, EngineSpec
+from mythos_edge.model.manifest import SCHEMA_VERSION
+from mythos_edge.model.target_options import EngineSpec
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import score, validate
 
@@ -139,7 +140,7 @@ def test_what_can_not_be_compared_is_refused_before_the_hashing(
 ) -> None:
     def with_loop(manifest: dict[str, Any]) -> None:
         engine = EngineSpec("rtx", "1.7", (89,), "", "loop", 256, 256, (), {}, "")
-        loop = {"graphs": {"model": "model.onnx"}, "engine": dataclasses.asdict(engine), "providers": []}
+        loop = {"graphs": {"model": "model.onnx"}, "kind": "tensorrt", "options": dataclasses.asdict(engine)}
         manifest["targets"]["rtx-sm89-fp16-loop"] = {**manifest["targets"]["ort-cpu"], **loop}
 
     _edit(damaged, with_loop)
@@ -174,7 +175,7 @@ def test_build_refuses_in_one_line(mla_bundle: Path, tmp_path: Path, run: Callab
         (("--weights", "int8", "--calibrate", tmp_path / "foreign.npy"), "token id 5000 is out of range"),
         (("--weights", "int8", "--calibrate", tmp_path / "long.npy"), "the ids have 300 positions"),
         (("--weights", "int8", "--calibrate", tmp_path / "absent.npy"), "cannot read the ids"),
-        (("--weights", "fp32", "--calibrate", tmp_path / "long.npy"), "--calibrate is a method of its own"),
+        (("--weights", "fp32", "--calibrate", tmp_path / "long.npy"), "fp32 rounds nothing: leave them out"),
     ]:
         refused(run("build", mla_bundle, *words), message)
     refused(run("build", tmp_path / "absent", "--weights", "int8"), "does not exist")

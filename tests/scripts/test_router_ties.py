@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from built import build_cpu
 from command_line import CHECKPOINT, Ran
 from safetensors.torch import load_file, save_file
 
-from mythos_edge.exporter.ort_target import build_target
 from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.manifest import MANIFEST_FILE
 
@@ -111,7 +111,7 @@ def test_targets_whose_kernels_choose_other_experts_are_told(
     tied: Path, tmp_path: Path, run: Callable[..., Ran]
 ) -> None:
     path = Path(shutil.copytree(tied, tmp_path / "rounded"))
-    build_target(path, "int8", block=32)
+    build_cpu(path, "int8", block=32)
     argv = ("validate", path, "--against", "fp32", "--target", "ort-cpu-int8", "--positions", POSITIONS)
     ran = run(*argv, "--json")
     assert (ran.code, ran.json["after_router_ties"], ran.json["failures"]) == (0, POSITIONS, [])

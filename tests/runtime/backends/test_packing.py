@@ -7,19 +7,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from built import build_cpu
 from fakes.driver import FakeDriver
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mythos_edge.exporter.ort_target import build_target
 from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.stages import MAX_TOGETHER
-from mythos_edge.runtime.backend import OrtBackend
-from mythos_edge.runtime.device import DeviceMemory
-from mythos_edge.runtime.gpu import Gpu
-from mythos_edge.runtime.memory import HostMemory
-from mythos_edge.runtime.packing import Call, packed, unpack
+from mythos_edge.runtime.backends.device import DeviceMemory
+from mythos_edge.runtime.backends.gpu import Gpu
+from mythos_edge.runtime.backends.memory import HostMemory
+from mythos_edge.runtime.backends.ort_cpu import OrtCpuBackend
+from mythos_edge.runtime.backends.packing import Call, packed, unpack
 
 # Rows of another chunk change the blocking of float32 sums; what is rounded to 8 bits may then fall to the next code.
 TOLERANCES = {"ort-cpu": 3e-5, "ort-cpu-fp32": 3e-5, "ort-cpu-int8": 2e-2, "ort-cpu-int4": 2e-2}
@@ -28,15 +28,15 @@ TOLERANCES = {"ort-cpu": 3e-5, "ort-cpu-fp32": 3e-5, "ort-cpu-int8": 2e-2, "ort-
 @pytest.fixture(scope="module", params=TOLERANCES)
 def backend(
     request: pytest.FixtureRequest, exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[OrtBackend]:
-    made = exported(Path(__file__).parents[1] / "fixtures" / "mla-small")
+) -> Iterator[OrtCpuBackend]:
+    made = exported(Path(__file__).parents[2] / "fixtures" / "mla-small")
     path = Path(shutil.copytree(made, tmp_path_factory.mktemp("packing") / "mla.bundle"))
     if request.param in ("ort-cpu-int8", "ort-cpu-fp32"):
-        build_target(path, request.param.removeprefix("ort-cpu-"))
+        build_cpu(path, request.param.removeprefix("ort-cpu-"))
     elif request.param == "ort-cpu-int4":
-        build_target(path, "int4", block=32)
+        build_cpu(path, "int4", block=32)
     bundle = open_bundle(path)
-    with OrtBackend(bundle, request.param) as opened:
+    with OrtCpuBackend(bundle, request.param) as opened:
         opened.name, opened.config = request.param, bundle.manifest.config
         yield opened
 
@@ -83,7 +83,7 @@ def _coda(config: MythosConfig, random: np.random.Generator, rows: int, wanted: 
     return Call(feeds, outputs)
 
 
-def _alone_and_together(backend: OrtBackend, stage: str, calls: list[Call]) -> float:
+def _alone_and_together(backend: OrtCpuBackend, stage: str, calls: list[Call]) -> float:
     """Largest difference of any output, relative to the largest value of that output."""
     alone = []
     for call in calls:

@@ -12,13 +12,18 @@ import pytest
 from fakes.driver import FakeDriver
 from onnx import TensorProto, helper
 
-from mythos_edge.exporter import engine_process, trt_target
+from mythos_edge.exporter import engine_process
 from mythos_edge.exporter.lowering.tensorrt import EngineOptions, LoweredForTensorRT
-from mythos_edge.exporter.trt_target import Gpus, build_trt_target, gpus_from_name, options_from, target_name
+from mythos_edge.exporter.targets import build as build_module
+from mythos_edge.exporter.targets import engine_files
+from mythos_edge.exporter.targets.build import Built
+from mythos_edge.exporter.targets.table import target_from
+from mythos_edge.exporter.targets.tensorrt import Gpus, TensorRTTarget
 from mythos_edge.model import bundle_writer
 from mythos_edge.model.bundle import Bundle, open_bundle, verify_hashes
 from mythos_edge.model.errors import BackendUnavailable, BuildError, BundleError, ExportError
-from mythos_edge.model.manifest import Profile
+from mythos_edge.model.target_options import EngineSpec, Profile, options_of
+from mythos_edge.plugins import trt_bindings
 from mythos_edge.plugins.cuda_driver import Driver
 
 pytest.importorskip("tensorrt_rtx")
@@ -71,8 +76,19 @@ def _doubling(path: Path, operator: str) -> Path:
     return path
 
 
-def build(path: Path, wish: str = "rtx-sm89", **options: Any) -> trt_target.BuiltEngines:
-    return build_trt_target(path, wish, **{"lower": lower, **options})
+def _silent(phase: str, fraction: float) -> None:
+    del phase, fraction
+
+
+def build(
+    path: Path, wish: str = "rtx-sm89", progress: Callable[[str, float], None] = _silent, **options: Any
+) -> Built:
+    return build_module.build(path, target_from(wish, options), progress)
+
+
+@pytest.fixture(autouse=True)
+def _stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_files, "lower_for_tensorrt", lower)
 
 
 def test_engines_are_added_and_the_rest_stays(bundle: Path, logs: Path) -> None:
@@ -84,14 +100,14 @@ def test_engines_are_added_and_the_rest_stays(bundle: Path, logs: Path) -> None:
     verify_hashes(built.bundle)
     target = built.bundle.manifest.targets[name]
     assert target.graphs == {stage: f"{stage}.{name}.engine" for stage in ("prelude", "step", "coda")}
-    assert (target.compute_dtype, target.weights, target.fixed_bytes, target.step_bytes) == ("bf16", "none", 10, 20)
-    engine = target.engine
-    assert engine is not None
+    assert (target.compute_dtype, target.fixed_bytes, target.step_bytes) == ("bf16", 10, 20)
+    assert set(target.weights.values()) == {"bf16"}
+    engine = options_of(target, EngineSpec)
     assert (engine.flavour, engine.compute_capabilities, engine.device) == ("rtx", (86, 89), "")
     assert engine.layout == "step"
     assert (engine.max_context, engine.max_rows, engine.profiles) == (100, 16, (Profile(1, 1), Profile(16, 16)))
     assert engine.plugin_layers == dict.fromkeys(target.graphs, 0)
-    assert engine.version == built.reports["step"].version
+    assert engine.version == built.reports["step"]["version"]
     after = files_of(bundle)
     assert set(after) == set(built.bundle.manifest.files) | {"manifest.json"}
     assert set(after) - set(before) == {*target.graphs.values(), f"build.{name}.log"}
@@ -100,7 +116,7 @@ def test_engines_are_added_and_the_rest_stays(bundle: Path, logs: Path) -> None:
     assert not list(logs.iterdir())
     modes = {(bundle / file).stat().st_mode for file in (*target.graphs.values(), f"build.{name}.log", "manifest.json")}
     assert len(modes) == 1
-    assert build(bundle, "rtx-sm86+sm89", dtype="bf16", max_rows=1).bundle.manifest.targets[name].engine != engine
+    assert build(bundle, "rtx-sm86+sm89", dtype="bf16", max_rows=1).bundle.manifest.targets[name] != target
 
 
 @pytest.mark.parametrize("file", ["coda.rtx-sm89-fp16.engine", "build.rtx-sm89-fp16.log"])
@@ -112,10 +128,13 @@ def test_a_damaged_engine_is_built_again(bundle: Path, file: str) -> None:
     verify_hashes(build(bundle).bundle)
 
 
-def test_a_build_that_fails_leaves_the_bundle_as_it_was_and_its_log(bundle: Path, logs: Path) -> None:
+def test_a_build_that_fails_leaves_the_bundle_as_it_was_and_its_log(
+    bundle: Path, logs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = files_of(bundle)
+    monkeypatch.setattr(engine_files, "lower_for_tensorrt", lower_badly)
     with pytest.raises(BuildError, match=r"coda\.onnx: TensorRT cannot parse") as caught:
-        build(bundle, lower=lower_badly)
+        build(bundle)
     assert files_of(bundle) == before
     assert not list(bundle.glob(".*"))
     assert caught.value.log is not None
@@ -164,7 +183,7 @@ def test_a_build_over_another_that_is_interrupted_leaves_a_sound_bundle(
         (
             "rtx",
             {},
-            "target is 'rtx', expected ort-cpu, ort-cuda, rtx-sm89 (or several GPUs, as in rtx-sm86+sm89) or",
+            "target is 'rtx', expected ort-cpu, ort-cuda, rtx-sm89 (or several GPUs, as in rtx-sm86+sm89), ",
         ),
         ("rtx-sm89+", {}, "target is 'rtx-sm89+'"),
         ("trt-sm87", {}, "target is 'trt-sm87'"),
@@ -180,7 +199,7 @@ def test_a_build_over_another_that_is_interrupted_leaves_a_sound_bundle(
         ("rtx-sm75", {"dtype": "fp32"}, "sm75 has no fp32, which begins with sm80"),
         ("rtx-sm80+sm89", {"weights": "int4"}, "sm80 has no int4, which begins with sm86"),
         ("rtx-sm86+sm89", {"weights": "fp8"}, "sm86 has no fp8, which begins with sm89"),
-        ("rtx-sm89", {"dtype": "fp64"}, "dtype is 'fp64', expected one of fp32, fp16, bf16"),
+        ("rtx-sm89", {"dtype": "fp64"}, "dtype is 'fp64', expected one of fp16, bf16, fp32"),
         ("rtx-sm89", {"layout": "many"}, "layout is 'many', expected one of step, loop"),
         ("rtx-sm89", {"weights": "fp32"}, "weights is 'fp32', expected one of none, int8, int4, fp8"),
         (
@@ -220,32 +239,32 @@ def test_too_little_memory_or_disk_is_refused_before_anything_is_built(
 
 
 def test_names_say_what_is_computed(demo_bundle: Path) -> None:
-    bundle = open_bundle(demo_bundle)
-    gpus = Gpus("rtx", (86, 120))
-    assert target_name(gpus, options_from(bundle)) == "rtx-sm86+sm120-fp16"
-    assert target_name(gpus, options_from(bundle, dtype="bf16", weights="int4")) == "rtx-sm86+sm120-bf16-int4"
-    loop = options_from(bundle, layout="loop", max_context=40)
-    assert target_name(gpus, loop) == "rtx-sm86+sm120-fp16-loop"
-    assert (loop.max_context, loop.max_rows) == (40, 40)
-    assert target_name(Gpus("trt", (90,)), options_from(bundle, weights="int8")) == "trt-sm90-fp16-int8"
-    assert options_from(bundle).max_rows == 64
-    assert options_from(bundle, max_context=20).max_rows == 20
+    bundle, gpus = open_bundle(demo_bundle), Gpus("rtx", (86, 120))
+    for target, name in (
+        (TensorRTTarget(gpus), "rtx-sm86+sm120-fp16"),
+        (TensorRTTarget(gpus, "bf16", "int4"), "rtx-sm86+sm120-bf16-int4"),
+        (TensorRTTarget(gpus, layout="loop"), "rtx-sm86+sm120-fp16-loop"),
+        (TensorRTTarget(Gpus("trt", (90,)), weights="int8"), "trt-sm90-fp16-int8"),
+    ):
+        assert target.name == name
+        assert TensorRTTarget.from_name(name) == target
+    assert TensorRTTarget(gpus, layout="loop", max_context=40).sizes(bundle) == (40, 40)
+    assert TensorRTTarget(gpus).sizes(bundle)[1] == 64
+    assert TensorRTTarget(gpus, max_context=20).sizes(bundle) == (20, 20)
 
 
-def test_the_gpu_of_this_machine_is_asked_for(demo_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engines_for_the_gpu_of_this_machine_say_which(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeDriver()
     monkeypatch.setattr(Driver, "load", lambda: fake)
-    gpus = gpus_from_name("trt-this-gpu")
-    assert gpus == Gpus("trt", (fake.compute_capability(0),), "Fake GPU 0")
-    assert target_name(gpus, options_from(open_bundle(demo_bundle))).startswith(f"trt-sm{fake.compute_capability(0)}-")
+    target = TensorRTTarget.from_wish("trt-this-gpu")
+    assert target is not None
+    assert target.gpus == Gpus("trt", (fake.compute_capability(0),), "Fake GPU 0")
+    assert target.name == f"trt-sm{fake.compute_capability(0)}-fp16"
 
 
-def test_engines_for_one_gpu_model_say_which(bundle: Path, logs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trt_target, "gpus_from_name", lambda wish: Gpus("rtx", (89,), "Fake GPU 0"))
-    built = build(bundle, "trt-this-gpu")
-    engine = built.bundle.manifest.targets[built.name].engine
-    assert engine is not None
-    assert engine.device == "Fake GPU 0"
+def test_the_device_is_recorded(bundle: Path, logs: Path) -> None:
+    built = build_module.build(bundle, TensorRTTarget(Gpus("rtx", (89,), "Fake GPU 0")))
+    assert options_of(built.bundle.manifest.targets[built.name], EngineSpec).device == "Fake GPU 0"
 
 
 def test_a_machine_without_a_gpu_or_full_tensorrt_says_what_to_do(
@@ -258,6 +277,6 @@ def test_a_machine_without_a_gpu_or_full_tensorrt_says_what_to_do(
     with pytest.raises(BackendUnavailable, match="no NVIDIA driver"):
         build(demo_bundle, "trt-this-gpu")
     monkeypatch.setattr(Driver, "load", FakeDriver)
-    monkeypatch.setitem(trt_target.trt_bindings.FLAVOURS, "trt", ("absent_tensorrt", "pip install absent"))
+    monkeypatch.setitem(trt_bindings.FLAVOURS, "trt", ("absent_tensorrt", "pip install absent"))
     with pytest.raises(BackendUnavailable, match="run `pip install absent`"):
         build(demo_bundle, "trt-this-gpu")

@@ -1,47 +1,58 @@
-"""How the files of a built target come into a bundle: made beside, moved together, listed last.
+"""Builds a target into a bundle: opened once, verified, written beside, moved in together, listed last.
 
-Shared by every target builder; ``bundle_writer`` says how several of them may work at once. Not here: what the files
-are.
+``bundle_writer`` says how several builders of one bundle work at once. Non-goals: what the files of a target are.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from mythos_edge.model.bundle import Bundle, read_manifest, verify_hashes
-from mythos_edge.model.bundle_writer import changing, free_name, install_files, record_of, recover
+from mythos_edge.exporter.targets.spec import Progress, Target, Work, record_of
+from mythos_edge.model import bundle_writer
+from mythos_edge.model.bundle import Bundle, open_bundle, read_manifest, verify_hashes
+from mythos_edge.model.bundle_writer import changing, free_name, install_files, recover
 from mythos_edge.model.errors import BuildError
-from mythos_edge.model.manifest import TARGET, FileRecord, Manifest, TargetSpec
+from mythos_edge.model.manifest import FileRecord, Manifest, TargetRecord
 from mythos_edge.model.partial_folders import PartialFolder
 
 
-def weights_file(name: str, part: str = "") -> str:
-    """A file of rounded or narrowed weights of a target, where it has one; ``part`` tells several apart."""
-    return f"weights.{name}.{part + '.' if part else ''}safetensors"
+@dataclass(frozen=True)
+class Built:
+    """The bundle with a target added, the target's name, and the reports of its build."""
+
+    bundle: Bundle
+    name: str
+    reports: Mapping[str, Any]
 
 
-def log_file(name: str) -> str:
-    """The file with what the native builder said, where a target has one, as it is made."""
-    return f"build.{name}.log"
+def build(bundle: Path | Bundle, target: Target, progress: Progress = lambda phase, fraction: None) -> Built:
+    """The bundle at a path, or one that is open, with ``target`` added, or made again.
 
-
-def log_of(bundle: Bundle, name: str) -> Path | None:
-    """The file with what the native builder of a target that is in the bundle said; None where it has none."""
-    logs = sorted(file for file in bundle.manifest.files_of(name) if file.startswith(f"build.{name}."))
-    return bundle.path / logs[0] if logs else None
+    Nothing of the bundle changes before the target is whole. Raises BuildError, BundleError, BackendUnavailable without
+    a builder that the target needs, and ExportError without room on the disk.
+    """
+    opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+    target.check(opened)
+    with files_beside(opened, target.name, progress) as folder:
+        work = Work(opened, folder, target.name, progress, lambda file: _settled(opened, folder, file))
+        written = target.write(work)
+        record = record_of(target.kind, written, opened.manifest.identity)
+        return Built(_install(opened, folder, target.name, record), target.name, written.reports)
 
 
 @contextmanager
-def files_beside(bundle: Bundle, name: str, progress: Callable[[str, float], None]) -> Iterator[Path]:
+def files_beside(bundle: Bundle, name: str, progress: Progress) -> Iterator[Path]:
     """A folder inside the bundle for files that are not whole yet, removed at the end with what is left in it.
 
     Raises BundleError when the export is not what it was: nothing sound can be built from it; and for a bundle of
     links.
     """
-    bundle.target(TARGET)
+    bundle.target(bundle.manifest.default_target)
     bundle.require_own_files()
-    verify_hashes(bundle, lambda file: progress("hashing the export", 0.0), bundle.manifest.files_of(TARGET))
+    verify_hashes(bundle, lambda file: progress("hashing the export", 0.0), bundle.manifest.shared_files)
     partial = None
     try:
         partial = PartialFolder(bundle.path, name, of_any=True, recover=lambda left: recover(left, bundle.path))
@@ -53,7 +64,7 @@ def files_beside(bundle: Bundle, name: str, progress: Callable[[str, float], Non
             partial.remove()
 
 
-def settled(bundle: Bundle, folder: Path, file: str) -> str:
+def _settled(bundle: Bundle, folder: Path, file: str) -> str:
     """The name that a file of weights in ``folder`` will have in the bundle, which graphs may name from now on.
 
     It is renamed where the bundle has another file of that name: the target is built again.
@@ -61,12 +72,12 @@ def settled(bundle: Bundle, folder: Path, file: str) -> str:
     now = read_manifest(bundle.path)
     if file not in now.files:
         return file
-    name = free_name(now, file, record_of(folder / file))
+    name = free_name(now, file, bundle_writer.record_of(folder / file))
     (folder / file).rename(folder / name)
     return name
 
 
-def install(bundle: Bundle, folder: Path, name: str, target: TargetSpec) -> Bundle:
+def _install(bundle: Bundle, folder: Path, name: str, target: TargetRecord) -> Bundle:
     """The bundle with all files of ``folder`` moved into it and ``target`` recorded in place of one of that name.
 
     One that is there stays whole, with its presets, until the new one is. Raises BuildError when the bundle was
@@ -77,7 +88,7 @@ def install(bundle: Bundle, folder: Path, name: str, target: TargetSpec) -> Bund
         # Graphs hold the names of weights.
         if any(names[file] != file for file in records if file.startswith("weights.")):
             raise BuildError(f"{bundle.path}: {name} was built by another process meanwhile: use it, or build again")
-        replaced = now.files_of(name) - now.files_of(TARGET) if name in now.targets else set()
+        replaced = now.files_of(name) if name in now.targets else set()
         graphs = {stage: names[file] for stage, file in target.graphs.items()}
         return dataclasses.replace(
             now,
@@ -101,9 +112,9 @@ def install_into(
     ``change`` also gets the name that each file will have and the record of each. Raises BuildError when the bundle
     was exported anew meanwhile.
     """
-    records = {file.name: record_of(file) for file in sorted(folder.iterdir())}
+    records = {file.name: bundle_writer.record_of(file) for file in sorted(folder.iterdir())}
     with changing(bundle) as now:
-        if now.identity != bundle.manifest.identity or bundle.differs_from(now, TARGET):
+        if now.identity != bundle.manifest.identity or bundle.differs_from(now, None):
             raise BuildError(f"{bundle.path}: was exported anew during the build: build again")
         names = {file: free_name(now, file, record) for file, record in records.items()}
         return install_files(bundle, folder, names, now, change(now, names, records))

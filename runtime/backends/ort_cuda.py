@@ -11,27 +11,34 @@ arithmetic on shapes belongs on the CPU, so what was placed where is read and ch
 import contextlib
 import ctypes
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.errors import BackendUnavailable, BundleError, MythosEdgeError
 from mythos_edge.model.linked_weights import NONE_APART, Apart, lent_weights, weights_apart
-from mythos_edge.model.manifest import CUDA_PROVIDER, ON_SHAPES
+from mythos_edge.model.target_options import ON_SHAPES, ONNXRUNTIME_GPU, OrtOptions, options_of
 from mythos_edge.plugins import kernel_store
 from mythos_edge.plugins.cuda_driver import Driver
-from mythos_edge.runtime.backend import BoundGraph, OrtBackend, import_onnxruntime, one_line, session_options
-from mythos_edge.runtime.device import DeviceArray, DeviceMemory
-from mythos_edge.runtime.gpu import Gpu, give_back
-from mythos_edge.runtime.memory import Rows
-from mythos_edge.runtime.packing import Array, Arrays
+from mythos_edge.runtime.backends.device import DeviceArray, DeviceMemory, device_array
+from mythos_edge.runtime.backends.gpu import Gpu, give_back
+from mythos_edge.runtime.backends.memory import Rows
+from mythos_edge.runtime.backends.ort_session import (
+    BoundGraph,
+    Place,
+    import_onnxruntime,
+    on_host,
+    one_line,
+    session_options,
+)
+from mythos_edge.runtime.backends.ort_stages import OrtStages
+from mythos_edge.runtime.backends.packing import Array, Arrays, Call
 
-# pip does not know that the two are one module: side by side, the one installed last wins.
 INSTALL = "pip install --upgrade 'onnxruntime-gpu[cuda,cudnn]'"
-REPLACE = "pip uninstall --yes onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'"
+CUDA_PROVIDER = "CUDAExecutionProvider"
 # Its kernels were looked at. Before 1.28 MoE computed another SwiGLU than it was asked for.
 OLDEST = (1, 31)
 _LIBRARY = "libonnxruntime_providers_cuda.so"
@@ -39,25 +46,26 @@ _LIBRARY = "libonnxruntime_providers_cuda.so"
 _ALIGNMENT = 256
 
 
-class OrtCudaBackend(OrtBackend):
-    """One of the bundle's ``ort-cuda`` targets on one GPU.
+class OrtCudaBackend:
+    """One of the bundle's targets for the CUDA provider, on one GPU.
 
     Raises BackendUnavailable without a working CUDA provider, driver or GPU, BundleError when a graph cannot be
     loaded.
     """
 
-    memory: DeviceMemory
+    max_context: int | None = None
 
     def __init__(
         self, bundle: Bundle, target: str, threads: int = 0, *, device: int = 0, driver: Driver | None = None
     ) -> None:
-        spec = bundle.target(target)
+        options = options_of(bundle.target(target), OrtOptions)
         ort = import_gpu_onnxruntime()
         self._gpu = Gpu(driver, device)
+        self._stages: OrtStages | None = None
         try:
             _check_kernels(self._gpu)
             # Only large matrices are narrow in these targets. ONNX Runtime writes outputs while it still reads inputs.
-            memory = DeviceMemory(self._gpu, "fp32")
+            self.memory = memory = DeviceMemory(self._gpu, "fp32")
         except BaseException:
             self._gpu.close()
             raise
@@ -65,27 +73,42 @@ class OrtCudaBackend(OrtBackend):
         # Nothing waits but what reads.
         run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
-        def open_graph(path: Path) -> BoundGraph:
+        def open_graph(path: Path) -> _DeviceGraph:
             memory.trim()
             apart = weights_apart(bundle, path, target)
-            session = gpu_session(path, _provider_options(memory), threads, spec.prepacked, apart)
+            session = gpu_session(path, _provider_options(memory), threads, options.prepacked, apart)
             return _DeviceGraph(path, session, run_options, memory)
 
         try:
-            super().__init__(bundle, target, threads, memory=memory, open_graph=open_graph)
+            self._stages = OrtStages(bundle, target, memory, open_graph)
         except BaseException:
             self.close()
             raise
 
+    def run(self, stage: str, feeds: Arrays, outputs: Arrays) -> None:
+        assert self._stages is not None
+        self._stages.run(stage, feeds, outputs)
+
+    def run_together(self, stage: str, calls: Sequence[Call]) -> None:
+        assert self._stages is not None
+        self._stages.run_together(stage, calls)
+
     def close(self) -> None:
         """Gives everything back to the GPU, see ``give_back``; again is nothing."""
         give_back(self._gpu.use)
-        if self._stages:
+        if self._stages is not None:
             # Its graphs may still be running.
             give_back(lambda: self.memory.driver.synchronize(self.memory.stream))
-        super().close()
+            self._stages.close()
+            self._stages = None
         self.memory.close()
         self._gpu.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def _provider_options(memory: DeviceMemory) -> dict[str, str]:
@@ -111,14 +134,14 @@ def _check_kernels(gpu: Gpu) -> None:
         )
 
 
-class _DeviceGraph(BoundGraph):
+class _DeviceGraph:
     """A session on the GPU. An array of the host is put on the device when its values have changed.
 
     ONNX Runtime itself would copy it once, when it is bound, and outside the stream.
     """
 
     def __init__(self, path: Path, session: Any, run_options: Any, memory: DeviceMemory) -> None:
-        super().__init__(path, session, run_options)
+        self._bound = BoundGraph(path, session, run_options, self._place)
         self._memory = memory
         places = zip(session.get_inputs(), session.get_input_memory_infos(), strict=True)
         self._on_host = {given.name for given, info in places if info.name == "Cpu"}
@@ -126,6 +149,19 @@ class _DeviceGraph(BoundGraph):
         self._put: dict[str, tuple[Array, DeviceArray]] = {}
         # An address for what is empty, which must not be 0.
         self._nowhere = memory.empty((1,), np.uint8)
+
+    @property
+    def seconds(self) -> float:
+        """Time spent inside it so far."""
+        return self._bound.seconds
+
+    def forget(self) -> None:
+        """Lets go of every array that is bound."""
+        self._bound.forget()
+
+    def close(self) -> None:
+        """Lets go of the session, also where an exception still holds this graph."""
+        self._bound.close()
 
     def run(self, feeds: Arrays, outputs: Arrays) -> None:
         memory = self._memory
@@ -136,7 +172,7 @@ class _DeviceGraph(BoundGraph):
             for name, array in outputs.items()
         }
         try:
-            super().run(given, made)
+            self._bound.run(given, made)
         except MythosEdgeError:
             # ONNX Runtime may have found no memory for itself. No output is an input, so it can begin again.
             trimmed = False
@@ -145,7 +181,7 @@ class _DeviceGraph(BoundGraph):
                 trimmed = memory.trim()
             if not trimmed:
                 raise
-            super().run(given, made)
+            self._bound.run(given, made)
         for name, array in outputs.items():
             if made[name] is not array:
                 array[...] = made[name]
@@ -170,15 +206,15 @@ class _DeviceGraph(BoundGraph):
         self._put[name] = array.copy(), place
         return place
 
-    def _place(self, array: Rows) -> tuple[str, int, type, tuple[int, ...], int]:
+    def _place(self, array: Rows) -> Place:
         if isinstance(array, np.ndarray):
-            return super()._place(array)
-        pointer = array.pointer or self._nowhere.pointer
+            return on_host(array)
+        pointer = device_array(array).pointer or self._nowhere.pointer
         return "cuda", self._memory.device, array.dtype.type, array.shape, pointer
 
 
-def _is_aligned(array: DeviceArray) -> bool:
-    return not array.nbytes or array.pointer % _ALIGNMENT == 0
+def _is_aligned(array: Rows) -> bool:
+    return not array.nbytes or device_array(array).pointer % _ALIGNMENT == 0
 
 
 def gpu_session(
@@ -223,12 +259,12 @@ def import_gpu_onnxruntime() -> Any:
     try:
         ort = import_onnxruntime()
     except BackendUnavailable as error:
-        raise BackendUnavailable("onnxruntime-gpu is not installed", REPLACE) from error
+        raise BackendUnavailable("onnxruntime-gpu is not installed", ONNXRUNTIME_GPU) from error
     if CUDA_PROVIDER not in ort.get_available_providers():
         raise BackendUnavailable(
             f"onnxruntime {ort.__version__} is the build for CPUs (it has no {CUDA_PROVIDER}); onnxruntime-gpu "
             "replaces it",
-            REPLACE,
+            ONNXRUNTIME_GPU,
         )
     major, minor = ort.__version__.split(".")[:2]
     if (int(major), int(minor)) < OLDEST:

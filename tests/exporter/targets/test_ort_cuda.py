@@ -8,18 +8,19 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from built import build_cuda
 from conftest import ROOT
 
-from mythos_edge.exporter import narrowing
 from mythos_edge.exporter.lowering.ort_cuda import CUDA_KERNELS
 from mythos_edge.exporter.lowering.ort_kernels import MICROSOFT
-from mythos_edge.exporter.ort_cuda_target import build_ort_cuda_target
 from mythos_edge.model.bundle import open_bundle, verify_hashes
+from mythos_edge.model.checkpoint import Checkpoint
 from mythos_edge.model.errors import BuildError
-from mythos_edge.model.manifest import ON_SHAPES
 from mythos_edge.model.stages import STAGES
+from mythos_edge.model.target_options import ON_SHAPES
 from mythos_edge.plugins import ops
-from mythos_edge.runtime.backend import OrtBackend, ort_session
+from mythos_edge.runtime.backends.ort_cpu import OrtCpuBackend
+from mythos_edge.runtime.backends.ort_session import ort_session
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import addition
 
@@ -36,7 +37,7 @@ def bundle(demo_bundle: Path, tmp_path: Path) -> Path:
 def _on_cpu(path: Path, target: str) -> Session:
     """The target's graphs on the CPU provider, whose kernels of the same ops stand in for those of a GPU."""
     opened = open_bundle(path)
-    return Session(opened, OrtBackend(opened, target))
+    return Session(opened, OrtCpuBackend(opened, target))
 
 
 def _name(dtype: str, weights: str) -> str:
@@ -45,7 +46,7 @@ def _name(dtype: str, weights: str) -> str:
 
 @pytest.mark.parametrize(("dtype", "weights"), FORMS)
 def test_a_target_is_added_and_computes_the_same(bundle: Path, dtype: str, weights: str) -> None:
-    made = build_ort_cuda_target(bundle, dtype=dtype, weights=weights)
+    made = build_cuda(bundle, dtype=dtype, weights=weights)
     name = _name(dtype, weights)
     assert list(made.manifest.targets) == ["ort-cpu", name]
     verify_hashes(made)
@@ -68,7 +69,7 @@ def test_both_attentions_from_an_empty_cache_on(
     exported: Callable[..., Path], tmp_path: Path, name: str, dtype: str
 ) -> None:
     path = Path(shutil.copytree(exported(ROOT / "tests" / "fixtures" / name), tmp_path / "copy.bundle"))
-    build_ort_cuda_target(path, dtype=dtype)
+    build_cuda(path, dtype=dtype)
     ids = np.arange(2, 26)[None]
     with Session.open(path) as exact, _on_cpu(path, f"ort-cuda-{dtype}") as lowered:
         wanted = exact.score(ids, policy="full").logits
@@ -83,7 +84,7 @@ def test_both_attentions_from_an_empty_cache_on(
 
 @pytest.mark.parametrize(("dtype", "weights"), FORMS)
 def test_only_ops_that_have_a_cuda_kernel(bundle: Path, dtype: str, weights: str) -> None:
-    made = build_ort_cuda_target(bundle, dtype=dtype, weights=weights)
+    made = build_cuda(bundle, dtype=dtype, weights=weights)
     used = set()
     for file in made.manifest.targets[_name(dtype, weights)].graphs.values():
         model = ir.load(bundle / file)
@@ -96,7 +97,7 @@ def test_only_ops_that_have_a_cuda_kernel(bundle: Path, dtype: str, weights: str
 
 def test_the_host_knows_who_has_rows(bundle: Path) -> None:
     """A branch on a value that the GPU computes would wait for it."""
-    made = build_ort_cuda_target(bundle, dtype="fp32")
+    made = build_cuda(bundle, dtype="fp32")
     for stage in STAGES:
         graph = ir.load(bundle / made.manifest.targets["ort-cuda-fp32"].graphs[f"{stage}.many"]).graph
         (counts,) = (value for value in graph.inputs if value.name == "row_counts")
@@ -113,7 +114,7 @@ def test_the_host_knows_who_has_rows(bundle: Path) -> None:
 def test_what_the_cpu_may_run_is_integers(exported: Callable[..., Path], tmp_path: Path, name: str) -> None:
     """Of the ops that ONNX Runtime gives to the CPU: those named so have no other outputs, and the others have."""
     path = Path(shutil.copytree(exported(ROOT / "tests" / "fixtures" / name), tmp_path / "copy.bundle"))
-    made = build_ort_cuda_target(path, dtype="fp32")
+    made = build_cuda(path, dtype="fp32")
     seen = set()
     for file in made.manifest.targets["ort-cuda-fp32"].graphs.values():
         model = ir.load(path / file)
@@ -131,7 +132,7 @@ def test_what_the_cpu_may_run_is_integers(exported: Callable[..., Path], tmp_pat
 
 
 def test_halting_router_and_caches_stay_float32(bundle: Path) -> None:
-    made = build_ort_cuda_target(bundle)
+    made = build_cuda(bundle)
     graphs = made.manifest.targets["ort-cuda-fp16"].graphs
     for stage in STAGES:
         graph = ir.load(bundle / graphs[stage]).graph
@@ -150,8 +151,8 @@ def test_halting_router_and_caches_stay_float32(bundle: Path) -> None:
 
 def test_half_the_bytes_and_caches_of_their_own(bundle: Path) -> None:
     before = open_bundle(bundle)
-    build_ort_cuda_target(bundle, dtype="fp32")
-    made = build_ort_cuda_target(bundle)
+    build_cuda(bundle, dtype="fp32")
+    made = build_cuda(bundle)
     wide, narrow = (made.manifest.targets[f"ort-cuda-{dtype}"] for dtype in ("fp32", "fp16"))
     assert wide.step_bytes == before.manifest.targets["ort-cpu"].step_bytes
     assert 0.5 * wide.step_bytes <= narrow.step_bytes < 0.53 * wide.step_bytes
@@ -162,7 +163,7 @@ def test_half_the_bytes_and_caches_of_their_own(bundle: Path) -> None:
 def test_a_bundle_of_float16_shares_its_weights(exported: Callable[..., Path], tmp_path: Path) -> None:
     stored = exported(ROOT / "tests" / "fixtures" / "mla-small", dtype="fp16")
     path = Path(shutil.copytree(stored, tmp_path / "fp16.bundle"))
-    made = build_ort_cuda_target(path)
+    made = build_cuda(path)
     assert not made.own_weights("ort-cuda-fp16")
     assert made.weights_identity("ort-cuda-fp16") == made.weights_identity("ort-cpu")
     ids = np.arange(2, 26)[None]
@@ -171,21 +172,21 @@ def test_a_bundle_of_float16_shares_its_weights(exported: Callable[..., Path], t
     assert 0 < np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 0.1
 
 
-def test_the_provider_is_in_the_manifest(bundle: Path) -> None:
-    targets = build_ort_cuda_target(bundle, dtype="fp32").manifest.targets
-    assert {name: target.providers for name, target in targets.items()} == {
-        "ort-cpu": ("CPUExecutionProvider",),
-        "ort-cuda-fp32": ("CUDAExecutionProvider",),
+def test_the_kind_is_in_the_manifest(bundle: Path) -> None:
+    targets = build_cuda(bundle, dtype="fp32").manifest.targets
+    assert {name: target.kind for name, target in targets.items()} == {
+        "ort-cpu": "ort-cpu",
+        "ort-cuda-fp32": "ort-cuda",
     }
 
 
 def test_built_again_it_replaces_its_files(bundle: Path) -> None:
-    first = build_ort_cuda_target(bundle, weights="int4")
+    first = build_cuda(bundle, weights="int4")
     assert set(first.own_weights("ort-cuda-fp16-int4")) == {
         "weights.ort-cuda-fp16-int4.safetensors",
         "weights.ort-cuda-fp16-int4.narrow.safetensors",
     }
-    assert build_ort_cuda_target(bundle, weights="int4").manifest.files == first.manifest.files
+    assert build_cuda(bundle, weights="int4").manifest.files == first.manifest.files
 
 
 @pytest.mark.parametrize(
@@ -202,21 +203,21 @@ def test_built_again_it_replaces_its_files(bundle: Path) -> None:
 def test_bad_wishes_are_refused_in_one_line(bundle: Path, options: dict[str, Any], message: str) -> None:
     before = open_bundle(bundle).manifest
     with pytest.raises(BuildError) as caught:
-        build_ort_cuda_target(bundle, **options)
+        build_cuda(bundle, **options)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert open_bundle(bundle).manifest == before
 
 
 def test_a_weight_beyond_float16_is_named(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = narrowing.Checkpoint.read
+    read = Checkpoint.read
 
     def huge(self: Any, name: str, start: int = 0, stop: int | None = None) -> Any:
         piece = read(self, name, start, stop)
         return piece * 0 - 1e5 if name == "step.block.ffn.fc1" else piece
 
-    monkeypatch.setattr(narrowing.Checkpoint, "read", huge)
+    monkeypatch.setattr(Checkpoint, "read", huge)
     with pytest.raises(BuildError, match=r"step.block.ffn.fc1: a weight of 100000 does not fit fp16.*--dtype fp32"):
-        build_ort_cuda_target(bundle)
+        build_cuda(bundle)
     assert list(open_bundle(bundle).manifest.targets) == ["ort-cpu"]
     assert not list(bundle.glob(".*"))

@@ -5,18 +5,20 @@ this TensorRT for this GPU. Code for the host inside an engine is never allowed.
 """
 
 import hashlib
-import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mythos_edge.model.bundle import Bundle
-from mythos_edge.model.errors import BundleError, MythosEdgeError
+from mythos_edge.model.errors import BundleError, MythosEdgeError, UsageError
+from mythos_edge.model.output_files import writing
+from mythos_edge.model.target_options import EngineSpec, options_of
 from mythos_edge.plugins import kernel_store, trt_bindings, trt_plugins
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.plugins.kernel_launch import Scratch
-from mythos_edge.runtime.gpu import Gpu
+from mythos_edge.runtime.backends.gpu import Gpu
 
 CACHE_FOLDER = "cache"
 Shapes = Mapping[str, tuple[int, ...]]
@@ -39,8 +41,7 @@ class Runtime:
     """
 
     def __init__(self, bundle: Bundle, target: str, driver: Driver | None = None, device: int = 0) -> None:
-        spec = bundle.target(target).engine
-        assert spec is not None
+        spec = options_of(bundle.target(target), EngineSpec)
         self.trt: Any = trt_bindings.load(spec.flavour)
         self.gpu = Gpu(driver, device)
         self._bundle, self._target, self.spec = bundle, target, spec
@@ -246,16 +247,13 @@ class _CompiledCache:
         self._compiled = None
         if serialized is None or not (made := bytes(serialized)) or made == self._before:
             return
-        partial = self._path.with_name(f"{self._path.name}.partial-{os.getpid()}")
-        try:
+        with suppress(OSError, UsageError):
             self._path.parent.mkdir(exist_ok=True)
             mark = _own_mark(made)
             mark.parent.mkdir(parents=True, exist_ok=True)
             mark.touch()
-            partial.write_bytes(made)
-            partial.replace(self._path)
-        except OSError:
-            partial.unlink(missing_ok=True)
+            with writing(self._path, "what TensorRT compiled") as file:
+                file.write(made)
 
 
 def _own_mark(content: bytes) -> Path:

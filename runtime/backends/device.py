@@ -19,8 +19,8 @@ from mythos_edge.model.errors import CapacityError, MythosEdgeError
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.plugins.kernel_launch import PreparedProgram
 from mythos_edge.plugins.launches import program
-from mythos_edge.runtime.gpu import Gpu, give_back
-from mythos_edge.runtime.memory import Rows, Watch
+from mythos_edge.runtime.backends.gpu import Gpu, give_back
+from mythos_edge.runtime.backends.memory import Rows, Watch
 
 # numpy has no bfloat16; nothing here computes with it.
 STATE_DTYPES: dict[str, np.dtype[Any]] = {
@@ -83,6 +83,12 @@ class DeviceArray:
         made: DeviceArray = self._memory.empty(self.shape, self.dtype)
         made[...] = self
         return made
+
+
+def device_array(rows: Rows) -> DeviceArray:
+    """The array on the device that ``rows`` is known to be."""
+    assert isinstance(rows, DeviceArray)
+    return rows
 
 
 class Room(NamedTuple):
@@ -151,7 +157,7 @@ class DeviceMemory:
             self._pinned_bytes = _rounded(host.nbytes)
             self._pinned = self.driver.allocate_pinned(self._pinned_bytes)
         if host.nbytes:
-            self.driver.copy_to_host(self._pinned, rows.pointer, host.nbytes, self.stream)
+            self.driver.copy_to_host(self._pinned, device_array(rows).pointer, host.nbytes, self.stream)
             self.driver.synchronize(self.stream)
             ctypes.memmove(host.ctypes.data, self._pinned, host.nbytes)
         return host
@@ -168,7 +174,7 @@ class DeviceMemory:
         made = self.empty((1, columns, *parts[0].shape[2:]), parts[0].dtype)
         end = 0
         for part in parts:
-            made[:, end : end + part.shape[1]] = part
+            made[:, end : end + part.shape[1]] = device_array(part)
             end += part.shape[1]
         return made
 
@@ -176,8 +182,9 @@ class DeviceMemory:
         return _DeviceWatch(self, self._threshold(threshold), may_lag)
 
     def output_so_far(self, out: Rows, halt_mass: Rows, threshold: float, made: Rows) -> None:
-        arrays = {"out": out, "halt_mass": halt_mass, "threshold": self._threshold(threshold), "so_far": made}
-        self.answer("OutputSoFar", arrays)
+        arrays = {"out": out, "halt_mass": halt_mass, "so_far": made}
+        given = {name: device_array(rows) for name, rows in arrays.items()}
+        self.answer("OutputSoFar", {**given, "threshold": self._threshold(threshold)})
 
     def free_bytes(self) -> int | None:
         self.driver.use_context(self.device)
@@ -351,7 +358,7 @@ class _DeviceWatch:
 
     def __call__(self, halt_mass: Rows, *, begins: bool) -> int:
         driver, stream, turn = self._memory.driver, self._memory.stream, self._turn
-        arrays = {"halt_mass": halt_mass, "threshold": self._threshold, "count": self._flags[turn]}
+        arrays = {"halt_mass": device_array(halt_mass), "threshold": self._threshold, "count": self._flags[turn]}
         self._memory.answer("RunningColumns", arrays)
         driver.copy_to_host(self._pinned + 4 * turn, self._flags[turn].pointer, 4, stream)
         driver.record(self._events[turn], stream)

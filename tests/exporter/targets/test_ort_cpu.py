@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from built import build_cpu
 from conftest import ROOT
 
-from mythos_edge.exporter import ort_target, rounding
-from mythos_edge.exporter.ort_target import build_target
+from mythos_edge.exporter.targets import ort_cpu, ort_files
+from mythos_edge.exporter.targets.build import build
+from mythos_edge.exporter.targets.ort_cpu import OrtCpuTarget
 from mythos_edge.model.bundle import open_bundle, verify_hashes
 from mythos_edge.model.bundle_writer import update_manifest
 from mythos_edge.model.errors import BackendUnavailable, BuildError, BundleError
@@ -37,7 +39,7 @@ def _files(path: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("weights", ["fp32", "int8", "int4"])
 def test_a_target_is_added_and_the_rest_stays(bundle: Path, weights: str) -> None:
     before = _files(bundle)
-    made = build_target(bundle, weights, block=32 if weights == "int4" else None)
+    made = build_cpu(bundle, weights, block=32 if weights == "int4" else None)
     name = f"ort-cpu-{weights}"
     assert made == open_bundle(bundle)
     assert list(made.manifest.targets) == ["ort-cpu", name]
@@ -47,7 +49,7 @@ def test_a_target_is_added_and_the_rest_stays(bundle: Path, weights: str) -> Non
     assert all(after[file] == content for file, content in before.items() if file != "manifest.json")
     with Session.open(bundle, target=name) as session:
         assert len(session.generate([90, 90, 91, 15], max_new_tokens=4, stop_ids=()).ids) == 4
-    assert build_target(bundle, weights, block=32 if weights == "int4" else None).manifest.files == made.manifest.files
+    assert build_cpu(bundle, weights, block=32 if weights == "int4" else None).manifest.files == made.manifest.files
 
 
 def test_a_target_that_fails_leaves_the_bundle_as_it_was(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,14 +58,14 @@ def test_a_target_that_fails_leaves_the_bundle_as_it_was(bundle: Path, monkeypat
     def full(*_: Any) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(rounding.os, "pwrite", full)
+    monkeypatch.setattr("os.pwrite", full)
     with pytest.raises(BuildError, match="No space left"):
-        build_target(bundle, "int8")
+        build_cpu(bundle, "int8")
     assert _files(bundle) == before
     monkeypatch.undo()
-    monkeypatch.setattr(ort_target, "write_graphs", full)
+    monkeypatch.setattr(ort_files, "write_graphs", full)
     with pytest.raises(BuildError, match="No space left"):
-        build_target(bundle, "int8")
+        build_cpu(bundle, "int8")
     assert _files(bundle) == before
     assert not list(bundle.glob(".*"))
 
@@ -71,7 +73,7 @@ def test_a_target_that_fails_leaves_the_bundle_as_it_was(bundle: Path, monkeypat
 def test_a_build_over_another_that_is_interrupted_leaves_a_sound_bundle(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = build_target(bundle, "int4", block=32)
+    before = build_cpu(bundle, "int4", block=32)
     moves = []
     replace = Path.replace
 
@@ -84,14 +86,14 @@ def test_a_build_over_another_that_is_interrupted_leaves_a_sound_bundle(
 
     monkeypatch.setattr(Path, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        build_target(bundle, "int4", block=64)
+        build_cpu(bundle, "int4", block=64)
     monkeypatch.undo()
     left = open_bundle(bundle)
     verify_hashes(left)
     assert left.manifest == before.manifest
     assert not list(bundle.glob(".*"))
     assert set(_files(bundle)) == {*before.manifest.files, "manifest.json"}
-    assert build_target(bundle, "int4", block=64).manifest.targets["ort-cpu-int4"].block == 64
+    assert build_cpu(bundle, "int4", block=64).manifest.targets["ort-cpu-int4"].options["block"] == 64
 
 
 @pytest.mark.parametrize(
@@ -101,15 +103,15 @@ def test_a_build_over_another_that_is_interrupted_leaves_a_sound_bundle(
         ({"weights": "int4", "block": 48}, "block is 48, expected one of 32, 64, 128"),
         ({"weights": "int4", "block": 0}, "block is 0, expected one of 32, 64, 128"),
         ({"weights": "int4", "block": 128}, "rows of 64 values do not divide into blocks of 128"),
-        ({"weights": "int8", "keep": ["tail"]}, "--keep tail fits no matrix"),
-        ({"weights": "fp32", "keep": ["head"]}, "fp32 rounds nothing: leave them out"),
+        ({"weights": "int8", "keep": ("tail",)}, "--keep tail fits no matrix"),
+        ({"weights": "fp32", "keep": ("head",)}, "fp32 rounds nothing: leave them out"),
         ({"weights": "int8", "method": "best"}, "method is 'best', expected one of rtn, search, calibrated"),
     ],
 )
 def test_bad_wishes_are_refused_in_one_line(bundle: Path, options: dict[str, Any], message: str) -> None:
     before = _files(bundle)
     with pytest.raises(BuildError, match=r"expected|divide|fits|leave") as caught:
-        build_target(bundle, **options)
+        build_cpu(bundle, **options)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert _files(bundle) == before
@@ -126,7 +128,7 @@ def test_bad_wishes_are_refused_in_one_line(bundle: Path, options: dict[str, Any
 def test_kept_parts_stay_float32(bundle: Path, keep: list[str], rounded_parts: set[str]) -> None:
     from safetensors.numpy import load_file
 
-    build_target(bundle, "int4", block=32, keep=keep)
+    build_cpu(bundle, "int4", block=32, keep=tuple(keep))
     stored = load_file(bundle / "weights.ort-cpu-int4.safetensors")
     assert {name.partition(".")[0] for name in stored} == rounded_parts
     with Session.open(bundle, target="ort-cpu-int4") as session, Session.open(bundle) as exact:
@@ -149,12 +151,12 @@ def test_bytes_a_token_reads(bundle: Path) -> None:
     # Vectors that are worked out at export, and rows of tables, are next to nothing.
     assert target.fixed_bytes == pytest.approx(fixed, rel=0.01)
     assert target.step_bytes == pytest.approx(step, rel=0.02)
-    made = build_target(bundle, "int8").manifest.targets["ort-cpu-int8"]
+    made = build_cpu(bundle, "int8").manifest.targets["ort-cpu-int8"]
     assert made.step_bytes < 0.5 * target.step_bytes
 
 
 def test_a_target_of_another_version_is_refused(bundle: Path) -> None:
-    build_target(bundle, "fp32")
+    build_cpu(bundle, "fp32")
     manifest = json.loads((bundle / "manifest.json").read_text())
     manifest["targets"]["ort-cpu-fp32"]["bundle"] = "0" * 64
     (bundle / "manifest.json").write_text(json.dumps(manifest))
@@ -168,15 +170,18 @@ def test_a_target_of_another_version_is_refused(bundle: Path) -> None:
 def test_default_blocks_suit_processor_and_model(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, dot_products: bool, blocks: list[int]
 ) -> None:
-    monkeypatch.setattr(ort_target, "has_integer_dot_products", lambda: dot_products)
-    made = [build_target(bundle, weights).manifest.targets[f"ort-cpu-{weights}"].block for weights in ("int8", "int4")]
+    monkeypatch.setattr(ort_cpu, "has_integer_dot_products", lambda: dot_products)
+    made = [
+        build_cpu(bundle, weights).manifest.targets[f"ort-cpu-{weights}"].options["block"]
+        for weights in ("int8", "int4")
+    ]
     assert made == blocks
 
 
 def test_a_processor_that_would_overflow_is_told_so(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    build_target(bundle, "int8", block=0)
-    monkeypatch.setattr("mythos_edge.runtime.backend.has_integer_dot_products", lambda: False)
-    with pytest.raises(BackendUnavailable, match=r"no VNNI.*--weights int8 --block 128"):
+    build_cpu(bundle, "int8", block=0)
+    monkeypatch.setattr("mythos_edge.runtime.backends.ort_cpu.has_integer_dot_products", lambda: False)
+    with pytest.raises(BackendUnavailable, match=r"no VNNI.*--weights int8`"):
         Session.open(bundle, target="ort-cpu-int8")
 
 
@@ -198,15 +203,15 @@ def test_processors_are_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 @pytest.fixture(scope="module")
 def demo_targets(demo_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Session]:
     path = Path(shutil.copytree(demo_bundle, tmp_path_factory.mktemp("targets") / "demo.bundle"))
-    build_target(path, "int8")
-    build_target(path, "int4")
+    build_cpu(path, "int8")
+    build_cpu(path, "int4")
     return lambda name: Session.open(path, target=name)
 
 
 @pytest.mark.parametrize(("weights", "block"), [("int8", 32), ("int8", 0), ("int4", 32), ("int4", 64), ("int4", 128)])
 def test_every_kind_of_rounding_runs(bundle: Path, weights: str, block: int) -> None:
     """Rows of 64 values in blocks of 128 are padded, of the embedding too; its experts then stay float32."""
-    build_target(bundle, weights, block=block, keep=["experts"] if block == 128 else [])
+    build_cpu(bundle, weights, block=block, keep=("experts",) if block == 128 else ())
     ids = addition.random_columns(np.random.default_rng(2), 1, 30)
     with Session.open(bundle) as exact, Session.open(bundle, target=f"ort-cpu-{weights}") as rounded:
         wanted, found = (one.score(ids, policy="full").logits for one in (exact, rounded))
@@ -216,14 +221,14 @@ def test_every_kind_of_rounding_runs(bundle: Path, weights: str, block: int) -> 
 
 def test_presets_added_during_a_build_stay(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     preset = Preset("ort-cpu", 3, 0.9, 0.0, 1.0, 2.0, 1.5)
-    write = ort_target.write_rounded
+    write = ort_files.write_rounded
 
     def slow(*arguments: Any) -> None:
         write(*arguments)
         update_manifest(open_bundle(bundle), presets={"quick": preset})
 
-    monkeypatch.setattr(ort_target, "write_rounded", slow)
-    assert build_target(bundle, "int8").manifest.presets == {"quick": preset}
+    monkeypatch.setattr(ort_files, "write_rounded", slow)
+    assert build_cpu(bundle, "int8").manifest.presets == {"quick": preset}
 
 
 def test_leftovers_of_a_killed_build_are_removed(bundle: Path) -> None:
@@ -233,7 +238,7 @@ def test_leftovers_of_a_killed_build_are_removed(bundle: Path) -> None:
     for folder in (*dead, alive):
         folder.mkdir()
         (folder / "weights").write_bytes(b"x")
-    build_target(bundle, "int8")
+    build_cpu(bundle, "int8")
     assert [folder.exists() for folder in (*dead, alive)] == [False, False, True]
 
 
@@ -257,17 +262,20 @@ def test_bundles_stored_narrow_are_rounded_too(exported: Callable[..., Path], tm
     made = exported(ROOT / "tests" / "fixtures" / "mla-small", dtype="bf16")
     path = Path(shutil.copytree(made, tmp_path / "bf16.bundle"))
     kinds: dict[str, Counter[str]] = {}
-    for weights, block in (("int8", 0), ("int4", 32)):
-        build_target(path, weights, block=block)
-        graphs = [ir.load(path / f"{stage}.ort-cpu-{weights}.onnx").graph for stage in ("prelude", "step", "coda")]
-        kinds[weights] = Counter(node.op_type for graph in graphs for node in graph.all_nodes())
+    for weights, dense, block in (("int8", "int8", 0), ("int4", "int8", 32), ("int4", "int4", 32)):
+        target = OrtCpuTarget(weights, dense, block)
+        build(path, target)
+        graphs = [ir.load(path / f"{stage}.{target.name}.onnx").graph for stage in ("prelude", "step", "coda")]
+        kinds[f"{weights}, dense {dense}"] = Counter(node.op_type for graph in graphs for node in graph.all_nodes())
     config = open_bundle(path).manifest.config
     # Down, up and out of attention, and gate-up and down of a feed-forward: in every block.
     linears = 5 * (config.prelude_layers + 1 + config.coda_layers) + 1
-    assert kinds["int8"]["QGemm"] == linears + 2 * config.n_experts
-    assert (kinds["int4"]["MatMulNBits"], kinds["int4"]["QMoE"]) == (linears, 1)
+    assert kinds["int8, dense int8"]["QGemm"] == linears + 2 * config.n_experts
+    mixed, plain = kinds["int4, dense int8"], kinds["int4, dense int4"]
+    assert (mixed["QGemm"], mixed["MatMulNBits"], mixed["QMoE"]) == (linears, 0, 1)
+    assert (plain["QGemm"], plain["MatMulNBits"], plain["QMoE"]) == (0, linears, 1)
     ids = np.arange(2, 26)[None]
-    with Session.open(path) as exact, Session.open(path, target="ort-cpu-int8") as rounded:
+    with Session.open(path) as exact, Session.open(path, target="ort-cpu-int8-dense-int8") as rounded:
         wanted, found = exact.score(ids, policy="full").logits, rounded.score(ids, policy="full").logits
     # Random and sensitive on purpose, see below; not rounded at all it would be 0.
     assert 1e-4 < np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 0.5
@@ -275,7 +283,7 @@ def test_bundles_stored_narrow_are_rounded_too(exported: Callable[..., Path], tm
 
 def test_grouped_query_attention_rounded(exported: Callable[..., Path], tmp_path: Path) -> None:
     path = Path(shutil.copytree(exported(ROOT / "tests" / "fixtures" / "gqa-small"), tmp_path / "gqa.bundle"))
-    build_target(path, "int8")
+    build_cpu(path, "int8")
     ids = np.arange(2, 26)[None]
     with Session.open(path) as exact, Session.open(path, target="ort-cpu-int8") as rounded:
         wanted, found = exact.score(ids, policy="full").logits, rounded.score(ids, policy="full", prefill=3).logits

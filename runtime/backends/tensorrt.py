@@ -6,7 +6,7 @@ wants it: so that a run of few rows is the same CUDA graph every time, but for t
 
 import gc
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Self
 
@@ -14,12 +14,13 @@ import numpy as np
 
 from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.errors import BundleError, MythosEdgeError
-from mythos_edge.model.stages import STAGES
+from mythos_edge.model.stages import LOGITS, OWN, STAGES, StageTensor
 from mythos_edge.plugins.cuda_driver import Driver
-from mythos_edge.runtime.device import DeviceArray, DeviceMemory, Room
-from mythos_edge.runtime.gpu import give_back
-from mythos_edge.runtime.packing import ROWS, Array, Arrays, Call, parts
-from mythos_edge.runtime.trt_engine import Engine, Runtime
+from mythos_edge.runtime.backends.device import DeviceArray, DeviceMemory, Room, device_array
+from mythos_edge.runtime.backends.gpu import give_back
+from mythos_edge.runtime.backends.memory import Rows, host_array
+from mythos_edge.runtime.backends.packing import ROWS, Array, Arrays, Call, declared
+from mythos_edge.runtime.backends.trt_engine import Engine, Runtime
 
 # Rows of a chunk are padded up to one of these and run as a CUDA graph; more rows are worth their launches.
 GRAPH_ROWS = (1, 2, 4, 8, 16)
@@ -46,15 +47,15 @@ class TrtBackend:
         self, bundle: Bundle, target: str, *, device: int = 0, trust: bool = False, driver: Driver | None = None
     ) -> None:
         spec = bundle.target(target)
-        assert spec.engine is not None
-        if not set(STAGES) <= set(spec.graphs):
+        if spec.has_loop_inside:
             raise BundleError(
                 f"{bundle.path}: target {target!r} is one engine with the loop inside, which keeps no cache: "
                 "score with it, or build --layout step"
             )
         self._runtime = Runtime(bundle, target, driver, device)
-        self.max_context: int | None = spec.engine.max_context
-        rows, room = spec.engine.max_rows, spec.engine.max_context + spec.engine.max_rows
+        engine = self._runtime.spec
+        self.max_context: int | None = engine.max_context
+        rows, room = engine.max_rows, engine.max_context + engine.max_rows
         self._stages: dict[str, _Stage] = {}
         self._graphs: OrderedDict[_Key, int | None] = OrderedDict()
         self._capturing = True
@@ -180,7 +181,7 @@ class _Stage:
                 continue
             # Free axes are rows; what a graph may read before it was written must be numbers.
             shape = tuple(max_rows if size == -1 else size for size in tensor.shape)
-            place = memory.empty(shape, _dtype_of(tensor.name, memory))
+            place = memory.empty(shape, _dtype_of(declared(name, tensor.name), memory))
             place[...] = 0
             self._places[tensor.name] = place
 
@@ -188,31 +189,34 @@ class _Stage:
         """Copies the ``count`` rows of a call to the places; returns how many logits are asked of them."""
         logits = 0
         for name, place in self._places.items():
-            if name in ("length", "threshold", "min_depth"):
-                self._put_scalar(name, feeds[name])
-            elif name == "logit_rows":
+            if name not in feeds:
+                continue
+            given, tensor = feeds[name], declared(self.name, name)
+            if not tensor.on_host:
+                # Rows before the active ones are as they were left: nothing that comes of them is looked at.
+                place[:, count - given.shape[1] : count] = device_array(given)
+            elif not tensor.axes:
+                self._put_scalar(name, host_array(given))
+            elif LOGITS in tensor.axes:
                 # The engine makes one row of logits at least; nobody looks at it.
-                wanted = feeds[name] if len(feeds[name]) else np.zeros(1, np.int64)
+                wanted = host_array(given) if given.shape[0] else np.zeros(1, np.int64)
                 logits = len(wanted)
                 self._memory.upload(place.pointer, np.ascontiguousarray(wanted))
-            elif name in ("input_ids", "step_index"):
-                self._memory.upload(place.pointer, np.ascontiguousarray(feeds[name]))
-            elif name in feeds:
-                # Rows before the active ones are as they were left: nothing that comes of them is looked at.
-                place[:, count - feeds[name].shape[1] : count] = feeds[name]
+            else:
+                self._memory.upload(place.pointer, np.ascontiguousarray(host_array(given)))
         return logits
 
     def hand_out(self, outputs: Arrays, count: int) -> None:
         """Copies what the engine made of ``count`` rows to where the caller wants it."""
         for name, wanted in outputs.items():
-            if name.startswith("rows") and self.engine.in_place:
+            if declared(self.name, name).slot and self.engine.in_place:
                 continue
-            end = wanted.shape[1] if name == "logits" else count
+            end = wanted.shape[1] if LOGITS in declared(self.name, name).axes else count
             wanted[...] = self._places[name][:, end - wanted.shape[1] : end]
 
     def caches_of(self, feeds: Arrays) -> tuple[int, ...]:
         """The address of every cache of a call."""
-        return tuple(feeds[name].pointer for name in self._caches)
+        return tuple(device_array(feeds[name]).pointer for name in self._caches)
 
     def queue(self, key: _Key, stream: int) -> None:
         """Queues the engine for ``key``."""
@@ -247,11 +251,56 @@ class _Stage:
             self._scalars[name] = np.array(value)
 
 
-def _dtype_of(name: str, memory: DeviceMemory) -> np.dtype[Any]:
-    """What the engines of every target have under a name."""
-    integers = ("input_ids", "length", "step_index", "min_depth", "depth", "depth_next", "logit_rows")
-    if name in integers:
-        return np.dtype(np.int64)
-    if name in ("halt_mass", "halt_mass_next", "threshold", "logits"):
-        return np.dtype(np.float32)
-    return memory.dtype
+def parts(stage: str, call: Call, most: int) -> Iterator[Call]:
+    """A call as several, each of ``most`` rows of its chunk or fewer, to be run in this order.
+
+    A causal chunk is the same as its parts: each finds the rows of those before it. Its new rows have to lie right
+    behind the cached ones, which then are one array with those of earlier parts.
+    """
+    feeds, outputs = call
+    count = feeds[ROWS[stage]].shape[1]
+    if count <= most:
+        yield call
+        return
+    for start in range(0, count, most):
+        stop = min(count, start + most)
+        yield Call(
+            {name: _part_of_feed(stage, call, name, start, stop) for name in feeds},
+            {name: _part_of_output(stage, call, name, start, stop) for name in outputs},
+        )
+
+
+def _part_of_feed(stage: str, call: Call, name: str, start: int, stop: int) -> Rows:
+    given, count, tensor = call.feeds[name], call.feeds[ROWS[stage]].shape[1], declared(stage, name)
+    if name == "length":
+        return np.asarray(host_array(given) + start)
+    if tensor.slot:
+        return device_array(given).followed_by(device_array(call.outputs[name.replace("past", "rows")][:, :start]))
+    if LOGITS in tensor.axes:
+        return host_array(given)[_inside(given, start, stop)] - start
+    if not tensor.by_row:
+        return given
+    missing = count - given.shape[1] if tensor.halted is not None else 0
+    return _between(given, start - missing, stop - missing)
+
+
+def _part_of_output(stage: str, call: Call, name: str, start: int, stop: int) -> Rows:
+    wanted, count = call.outputs[name], call.feeds[ROWS[stage]].shape[1]
+    if LOGITS in declared(stage, name).axes:
+        return wanted[:, _inside(call.feeds["logit_rows"], start, stop)]
+    missing = count - wanted.shape[1]
+    return _between(wanted, start - missing, stop - missing)
+
+
+def _between(rows: Rows, start: int, stop: int) -> Rows:
+    return rows[:, max(0, start) : max(0, stop)]
+
+
+def _inside(rows: Rows, start: int, stop: int) -> slice:
+    """Which of ``rows``, in ascending order, lie between ``start`` and ``stop``."""
+    first, end = np.searchsorted(host_array(rows), (start, stop))
+    return slice(int(first), int(end))
+
+
+def _dtype_of(tensor: StageTensor, memory: DeviceMemory) -> np.dtype[Any]:
+    return memory.dtype if tensor.dtype == OWN else np.dtype(tensor.dtype)

@@ -21,14 +21,13 @@ from mythos_edge.model.stages import STAGES
 from mythos_edge.plugins import kernel_store
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.runtime import parity
-from mythos_edge.runtime.backend import OrtBackend
+from mythos_edge.runtime.backends.tensorrt import TrtBackend
 from mythos_edge.runtime.halting import Depth
 from mythos_edge.runtime.session import Session
 from mythos_edge.runtime.staircase import Staircase
-from mythos_edge.runtime.trt_backend import TrtBackend
 from mythos_edge.scripts import cli
 
-FIXTURES = Path(__file__).parent.parent / "fixtures"
+FIXTURES = Path(__file__).parents[2] / "fixtures"
 MAX_CONTEXT = 48
 # float16 keeps 11 bits, and a few dozen operations lie between a token and its logits.
 FP16_ERROR = 0.01
@@ -312,11 +311,6 @@ def test_a_gpu_that_runs_out_of_room_in_between_leaves_the_sequence_as_it_was(
         fed = stairs.feed(np.array([_prompt(session, 4)]), np.array([3]))
         whole = session.generate(_prompt(session, 4), max_new_tokens=1, policy="full")
         assert int(fed.logits[0, 0].argmax()) == whole.ids[0]
-
-
-def test_a_target_for_tensorrt_is_not_taken_for_one_of_onnxruntime(engines: Path) -> None:
-    with pytest.raises(UsageError, match="target 'rtx-sm89-fp32' is TensorRT's"):
-        OrtBackend(open_bundle(engines), "rtx-sm89-fp32")
 
 
 def test_without_a_driver_it_says_so(engines: Path, trt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch) -> None:

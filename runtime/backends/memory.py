@@ -5,15 +5,43 @@ are ``device.DeviceArray``. Nothing but what a caller asks for with ``to_host`` 
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from mythos_edge.model.machine import free_memory_bytes
 
-# A numpy array or a DeviceArray: shape, nbytes, slices of leading axes as views, assignment to slices.
-Rows: TypeAlias = Any
+
+class Rows(Protocol):
+    """The part of an array that the staircase needs; numpy arrays and ``device.DeviceArray`` have it.
+
+    Slices of the leading axes are views, and ``base`` is the array that a view belongs to.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    @property
+    def base(self) -> Any: ...
+
+    def __getitem__(self, key: tuple[slice, slice], /) -> "Rows": ...
+
+    def __setitem__(self, key: Any, value: Any, /) -> None: ...
+
+    def copy(self) -> "Rows": ...
+
+
+def host_array(rows: Rows) -> NDArray[Any]:
+    """The numpy array that ``rows`` is known to be."""
+    assert isinstance(rows, np.ndarray)
+    return rows
 
 
 class Watch(Protocol):
@@ -92,26 +120,26 @@ class HostMemory:
         return array
 
     def to_host(self, rows: Rows) -> NDArray[Any]:
-        host: NDArray[Any] = rows
-        return host
+        return host_array(rows)
 
     def to_floats(self, rows: Rows) -> NDArray[np.float32]:
         return self.to_host(rows)
 
     def join(self, parts: Sequence[Rows]) -> Rows:
-        return np.concatenate(parts, axis=1)
+        return np.concatenate([host_array(part) for part in parts], axis=1)
 
     def watch(self, threshold: float, *, may_lag: bool) -> Watch:
         def running(halt_mass: Rows, *, begins: bool) -> int:
             del begins
-            row = halt_mass[0] < np.float32(threshold)
+            row = host_array(halt_mass)[0] < np.float32(threshold)
             return len(row) - int(row[::-1].argmax()) if row.any() else 0
 
         return running
 
     def output_so_far(self, out: Rows, halt_mass: Rows, threshold: float, made: Rows) -> None:
-        running = (halt_mass > 0) & (halt_mass < np.float32(threshold))
-        np.divide(out, np.where(running, halt_mass, np.float32(1))[..., None], out=made)
+        mass = host_array(halt_mass)
+        weight = np.where((mass > 0) & (mass < np.float32(threshold)), mass, np.float32(1))
+        np.divide(host_array(out), weight[..., None], out=host_array(made))
 
     def free_bytes(self) -> int | None:
         return free_memory_bytes()

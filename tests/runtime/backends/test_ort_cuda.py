@@ -14,18 +14,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from built import build_cuda
 from fakes.driver import FakeDriver
 from fakes.onnxruntime import FakeOnnxruntime, Part
 
-from mythos_edge.exporter.ort_cuda_target import build_ort_cuda_target, target_name
+from mythos_edge.exporter.targets.ort_cuda import OrtCudaTarget
 from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.bundle_writer import update_manifest
 from mythos_edge.model.errors import BackendUnavailable, BundleError, CapacityError, MythosEdgeError, UsageError
-from mythos_edge.model.manifest import CPU_PROVIDER, CUDA_PROVIDER
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.runtime import parity
-from mythos_edge.runtime.backend import BoundGraph, OrtBackend, import_onnxruntime
-from mythos_edge.runtime.ort_cuda_backend import OrtCudaBackend, gpu_session
+from mythos_edge.runtime.backends.ort_cpu import OrtCpuBackend
+from mythos_edge.runtime.backends.ort_cuda import CUDA_PROVIDER, OrtCudaBackend, gpu_session
+from mythos_edge.runtime.backends.ort_session import BoundGraph, import_onnxruntime
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import cli
 
@@ -57,8 +58,8 @@ def test_validate_compares_with_fp32(
     """The quality gate reads states from the GPU, and asks what the router makes of them on the CPU."""
     installed()
     path = Path(shutil.copytree(demo_bundle, tmp_path / "demo.bundle"))
-    build_ort_cuda_target(path, dtype=dtype, weights=weights)
-    name = target_name(dtype, weights)
+    build_cuda(path, dtype=dtype, weights=weights)
+    name = OrtCudaTarget(dtype, weights).name
     assert cli.main(["validate", str(path), "--against", "fp32", "--target", name, "--demo-streams", "2"]) == 0
 
 
@@ -166,19 +167,19 @@ def test_what_sessions_are_told(targets: Path, installed: Callable[..., FakeOnnx
     assert fake.asked == [(cuda, "1")] * 3
 
 
-def test_the_providers_decide_the_backend(
+def test_the_kind_decides_the_backend(
     bundle: Path, installed: Callable[..., FakeOnnxruntime], capsys: pytest.CaptureFixture[str]
 ) -> None:
     installed()
     with Session.open(bundle) as cpu:
-        assert type(cpu.backend) is OrtBackend
+        assert type(cpu.backend) is OrtCpuBackend
     opened = open_bundle(bundle)
     targets = opened.manifest.targets
     update_manifest(opened, targets={**targets, "ort-cpu": replace(targets[CUDA])})
     with Session.open(bundle) as gpu:
         assert type(gpu.backend) is OrtCudaBackend
-    update_manifest(opened, targets={**targets, CUDA: replace(targets[CUDA], providers=("TpuExecutionProvider",))})
-    with pytest.raises(BundleError, match=f"'{CUDA}' is for TpuExecutionProvider of ONNX Runtime, which this mythos"):
+    update_manifest(opened, targets={**targets, CUDA: replace(targets[CUDA], kind="tpu")})
+    with pytest.raises(BundleError, match=f"'{CUDA}' is of kind 'tpu', expected one of ort-cpu, ort-cuda, tensorrt"):
         Session.open(bundle, target=CUDA)
     assert capsys.readouterr().out == ""
 
@@ -187,7 +188,7 @@ def test_the_providers_decide_the_backend(
     ("options", "message"),
     [
         (
-            {"available": (CPU_PROVIDER,)},
+            {"available": ("CPUExecutionProvider",)},
             r"is the build for CPUs .*: run `pip uninstall --yes onnxruntime && pip",
         ),
         ({"__version__": "1.27.2"}, r"onnxruntime-gpu is 1.27.2, expected 1.31 or newer.*run `pip install --upg"),
@@ -196,12 +197,15 @@ def test_the_providers_decide_the_backend(
             {
                 "parts": (
                     Part(CUDA_PROVIDER, ["Gemm"]),
-                    Part(CPU_PROVIDER, ["on_shapes/Squeeze", "QMoE", "Gather", "x/Concat"]),
+                    Part("CPUExecutionProvider", ["on_shapes/Squeeze", "QMoE", "Gather", "x/Concat"]),
                 )
             },
             r"(step|prelude).*onnxruntime-gpu 1.31.1 has no CUDA kernel for Concat, Gather, QMoE, and",
         ),
-        ({"parts": (Part(CPU_PROVIDER, ["on_shapes/Squeeze"]),)}, "CUDAExecutionProvider takes no node of it"),
+        (
+            {"parts": (Part("CPUExecutionProvider", ["on_shapes/Squeeze"]),)},
+            "CUDAExecutionProvider takes no node of it",
+        ),
     ],
 )
 def test_what_is_missing_is_said_in_one_line(

@@ -1,0 +1,123 @@
+"""A bundle for deployment: the targets that a device needs, and of the shared weights only what those targets read.
+
+Graphs of ONNX Runtime name tensors of the shared weights by their place in the file. Packing writes those tensors to a
+smaller file, and puts the new places into the graphs. Everything else is copied as it is. The identity of the bundle
+stays, so saved sessions go on.
+"""
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from onnx.external_data_helper import ExternalDataInfo, set_external_data
+
+from mythos_edge.exporter.weight_file import Piece, StoredTensor, WeightFile, plan_file
+from mythos_edge.model.bundle import Bundle, open_bundle, verify_hashes
+from mythos_edge.model.bundle_writer import BundleWriter, require_free_space
+from mythos_edge.model.errors import BundleError, ExportError
+from mythos_edge.model.manifest import WEIGHTS_FILE, FileRecord, GoldenSample, Manifest
+from mythos_edge.model.tensor_files import TensorEntry, read_tensor_file
+
+_GRAPH = ".onnx"
+_TYPES = {
+    torch.float32: ir.DataType.FLOAT,
+    torch.float16: ir.DataType.FLOAT16,
+    torch.bfloat16: ir.DataType.BFLOAT16,
+}
+_PIECE_BYTES = 16 << 20
+
+
+def pack_bundle(
+    bundle: Bundle,
+    targets: Sequence[str],
+    output: Path,
+    sample: GoldenSample,
+    *,
+    force: bool = False,
+    progress: Callable[[str, float], None] = lambda phase, fraction: None,
+) -> Bundle:
+    """The bundle with ``targets`` alone, written to ``output``; the first is the one that runs when none is asked for.
+
+    ``sample`` is the self-test of the first. Files are compared with their sha256 before they are copied. Raises
+    BundleError for a target that the bundle does not have and for a damaged file, and ExportError.
+    """
+    manifest = bundle.manifest
+    records = {name: bundle.target(name) for name in dict.fromkeys(targets)}
+    copied = set().union(*map(manifest.files_of, records)) | ({manifest.tokenizer} if manifest.tokenizer else set())
+    verify_hashes(bundle, lambda file: progress("hashing the files", 0.0), copied | {WEIGHTS_FILE})
+    graphs = {file: onnx.load(bundle.file(file), load_external_data=False) for file in copied if file.endswith(_GRAPH)}
+    entries = read_tensor_file(bundle.file(WEIGHTS_FILE)).entries
+    plan = _plan(graphs.values(), entries)
+    size = sum(manifest.files[file].bytes for file in copied) + plan.total_bytes
+    writer = BundleWriter(output, force=force)
+    require_free_space(writer.folder, size)
+    with writer:
+        if plan.entries:
+            pieces = _pieces(plan, entries)
+            plan.write(writer.folder / WEIGHTS_FILE, pieces, ExportError, lambda done: progress("weights", done))
+        for file, model in graphs.items():
+            _move(model, entries, plan)
+            (writer.folder / file).write_bytes(model.SerializeToString())
+        for index, file in enumerate(sorted(copied - set(graphs))):
+            progress("files", index / len(copied))
+            shutil.copyfile(bundle.file(file), writer.folder / file)
+
+        def packed(files: Mapping[str, FileRecord]) -> Manifest:
+            return replace(
+                manifest,
+                graphs={},
+                targets=records,
+                files=dict(files),
+                sample=sample,
+                presets={name: preset for name, preset in manifest.presets.items() if preset.target in records},
+            )
+
+        writer.finish(packed, known={file: manifest.files[file].sha256 for file in copied - set(graphs)})
+    return open_bundle(output)
+
+
+def _tensors(model: onnx.ModelProto) -> Iterator[tuple[onnx.TensorProto, ExternalDataInfo]]:
+    """The initializers of a graph that lie in the shared weights."""
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            place = ExternalDataInfo(tensor)
+            if place.location == WEIGHTS_FILE:
+                yield tensor, place
+
+
+def _entry_at(offset: int, entries: Mapping[str, TensorEntry]) -> TensorEntry:
+    """The stored tensor that has a byte; graphs also name parts of one, such as a single expert."""
+    for entry in entries.values():
+        if entry.offset <= offset < entry.offset + entry.n_bytes:
+            return entry
+    raise BundleError(f"a graph reads byte {offset} of {WEIGHTS_FILE}, where no tensor is: export the bundle again")
+
+
+def _plan(graphs: Iterable[onnx.ModelProto], entries: Mapping[str, TensorEntry]) -> WeightFile:
+    """The file of all tensors that ``graphs`` read."""
+    read = {_entry_at(place.offset or 0, entries).name for model in graphs for _, place in _tensors(model)}
+    return plan_file(
+        StoredTensor(name, _TYPES[entry.dtype], entry.shape) for name, entry in entries.items() if name in read
+    )
+
+
+def _move(model: onnx.ModelProto, entries: Mapping[str, TensorEntry], plan: WeightFile) -> None:
+    """Puts the places of the new file into a graph."""
+    for tensor, place in _tensors(model):
+        entry = _entry_at(place.offset or 0, entries)
+        offset = plan.entries[entry.name].offset + (place.offset or 0) - entry.offset
+        set_external_data(tensor, WEIGHTS_FILE, offset=offset, length=place.length)
+
+
+def _pieces(plan: WeightFile, entries: Mapping[str, TensorEntry]) -> Iterator[Piece]:
+    for name in plan.entries:
+        entry = entries[name]
+        with entry.path.open("rb") as file:
+            file.seek(entry.offset)
+            for start in range(0, entry.n_bytes, _PIECE_BYTES):
+                yield Piece(name, start, np.fromfile(file, np.uint8, min(_PIECE_BYTES, entry.n_bytes - start)))

@@ -1,0 +1,225 @@
+"""The files of ONNX Runtime's targets: lowered graphs, and the matrices of a model rounded part by part."""
+
+import fnmatch
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import onnx_ir as ir
+
+from mythos_edge.exporter.graph_checks import check_graph
+from mythos_edge.exporter.lowering.ort_cpu import lower_for_ort
+from mythos_edge.exporter.lowering.ort_kernels import Pack
+from mythos_edge.exporter.lowering.sequences import for_many_sequences, for_one_sequence
+from mythos_edge.exporter.rounding import ROW, Importance, Matrix, RoundedFile, Rounding, plan_rounded, write_rounded
+from mythos_edge.exporter.targets.ort_cpu import OrtCpuTarget
+from mythos_edge.exporter.targets.spec import Work, Written, form_of_parts, record_of
+from mythos_edge.exporter.weights import bytes_read
+from mythos_edge.model.bundle_writer import require_free_space
+from mythos_edge.model.checkpoint import Checkpoint
+from mythos_edge.model.config import MythosConfig
+from mythos_edge.model.errors import BuildError
+from mythos_edge.model.layout import Recipe, recipes
+from mythos_edge.model.manifest import WEIGHTS_FILE, TargetRecord
+from mythos_edge.model.stages import MAX_TOGETHER, STAGES
+from mythos_edge.model.tensor_files import read_tensor_file
+from mythos_edge.plugins.torch_ops import add_functions
+
+EXPERTS = "experts"
+# The parts of a model by the names of their matrices: what --keep understands beside the names of tensors.
+PARTS = {
+    "head": "embed",
+    "attention": "*.attn.*",
+    EXPERTS: "*.fc[12]",
+    "shared": "*.shared_*",
+    "prelude": "prelude_blocks.*",
+    "coda": "coda_blocks.*",
+}
+# In a table of forms a matrix belongs to the first of these that fits.
+_TABLE = ("head", "prelude", "coda", EXPERTS, "shared", "attention")
+# Multiplied head by head, which no kernel for rounded weights does; about a hundredth of a step's weights.
+_NEVER_ROUNDED = ("*.key_up", "*.value_up")
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """The graphs of a target by stage, and the bytes of weights it reads once a token and at each loop step."""
+
+    graphs: dict[str, str]
+    fixed_bytes: int
+    step_bytes: int
+
+
+def write_graphs(
+    stages: Mapping[str, ir.Model],
+    folder: Path,
+    name: str,
+    config: MythosConfig,
+    lower: Callable[[ir.Model], ir.Model] = lower_for_ort,
+) -> Lowered:
+    """Lowers the traced stages and writes them to ``folder`` as ``<stage>.<name>.onnx``.
+
+    For several sequences they are also written as ``<stage>.<name>.many.onnx``.
+    """
+    graphs, sizes = {}, {}
+    for stage in STAGES:
+        one = for_one_sequence(stages[stage])
+        models = {stage: one, f"{stage}.many": for_many_sequences(one, MAX_TOGETHER)}
+        for key, model in models.items():
+            lowered = lower(model)
+            add_functions(lowered)
+            graphs[key] = f"{stage}.{name}{key.removeprefix(stage)}.onnx"
+            ir.save(lowered, folder / graphs[key])
+            check_graph(lowered)
+            sizes[key] = bytes_read(lowered.graph, config)
+    return Lowered(graphs, sizes["prelude"] + sizes["coda"], sizes["step"])
+
+
+def exported_record(
+    stages: Mapping[str, ir.Model], folder: Path, config: MythosConfig, stored: str, identity: str
+) -> tuple[str, TargetRecord]:
+    """The target that every export has, written to ``folder``: float32 weights that stay mapped in the bundle's file.
+
+    ``stored`` is the dtype of the bundle's large weights, ``identity`` the bundle's.
+    """
+    target = OrtCpuTarget()
+    lowered = write_graphs(stages, folder, target.name, config)
+    note = f"weights are stored in {stored}; the CPU has no fast {stored} and computes in fp32"
+    written = _written(target, lowered, forms_of(config, [], "fp32"), {})
+    return target.name, record_of(target.kind, replace(written, note="" if stored == "fp32" else note), identity)
+
+
+def write_cpu_target(target: OrtCpuTarget, work: Work) -> Written:
+    """Writes a target for the CPU: rounded weights, if it has any, and the graphs that read them."""
+    config = work.bundle.manifest.config
+    forms = {EXPERTS: target.weights, "": target.dense_form()}
+    roundings = {form: target.rounding(form, config.dim) for form in forms.values() if form != "fp32"}
+    packs: dict[str, Pack] = {}
+    matrices: list[Matrix] = []
+    if roundings:
+        matrices = matrices_of(config, {part: roundings.get(form) for part, form in forms.items()}, target.keep)
+        packs = rounded_packs(work, plan_rounded(matrices), _importance(target, work))
+    work.progress("graphs", 0.0)
+    lowered = write_graphs(stages_of(work), work.folder, work.name, config, partial(lower_for_ort, packs=packs))
+    return _written(target, lowered, forms_of(config, matrices, "fp32"), roundings)
+
+
+def _written(
+    target: OrtCpuTarget, lowered: Lowered, weights: dict[str, str], roundings: Mapping[str, Rounding]
+) -> Written:
+    return Written(
+        graphs=lowered.graphs,
+        compute_dtype="fp32",
+        weights=weights,
+        fixed_bytes=lowered.fixed_bytes,
+        step_bytes=lowered.step_bytes,
+        summary=summary_of(weights, roundings),
+        options=target.recorded(roundings),
+    )
+
+
+def summary_of(weights: Mapping[str, str], roundings: Mapping[str, Rounding]) -> str:
+    """The forms of the parts in one line, as in ``experts int4 (blocks of 64, search), rest int8 (a row, rtn)``."""
+
+    def told(form: str) -> str:
+        rounding = roundings.get(form)
+        if rounding is None:
+            return form
+        return f"{form} ({f'blocks of {rounding.block}' if rounding.block else 'a row'}, {rounding.method})"
+
+    parts: dict[str, list[str]] = defaultdict(list)
+    for part, form in weights.items():
+        parts[form].append(part)
+    if len(parts) == 1:
+        return told(next(iter(parts)))
+    rest = max(parts, key=lambda form: len(parts[form]))
+    return ", ".join(
+        [*(f"{' '.join(parts[form])} {told(form)}" for form in parts if form != rest), f"rest {told(rest)}"]
+    )
+
+
+def stages_of(work: Work) -> dict[str, ir.Model]:
+    """The portable stage graphs of the bundle."""
+    return {stage: ir.load(work.bundle.file(f"{stage}.onnx")) for stage in STAGES}
+
+
+def rounded_packs(work: Work, plan: RoundedFile, importance: Importance | None = None) -> dict[str, Pack]:
+    """Rounds the matrices of ``plan``, read from the bundle's own weights, into a file of the target."""
+    bundle, file = work.bundle, work.weights_file()
+    require_free_space(bundle.path, plan.total_bytes)
+    stored = read_tensor_file(bundle.file(WEIGHTS_FILE))
+    with Checkpoint(bundle.path, stored.kind, bundle.manifest.config, stored.entries) as reader:
+        write_rounded(plan, reader, work.folder / file, importance, lambda done: work.progress("rounding", done))
+    return plan.packs(work.settled(file), work.folder)
+
+
+def _importance(target: OrtCpuTarget, work: Work) -> Importance | None:
+    if target.calibrate is None:
+        return None
+    from mythos_edge.exporter.calibration import collect_importance
+
+    return collect_importance(work.bundle, target.calibrate, work.progress).importance
+
+
+def matrices_of(
+    config: MythosConfig, roundings: Mapping[str, Rounding | None], keep: Sequence[str] = ()
+) -> list[Matrix]:
+    """The matrices that a target rounds, without those it keeps.
+
+    ``roundings`` are by part, "" for all other parts; None keeps a part. Raises BuildError for a name in ``keep`` that
+    fits no matrix, and for rows of experts that do not divide into blocks.
+    """
+    narrow = [recipe for recipe in recipes(config, 1) if recipe.narrow]
+    candidates = [recipe for recipe in narrow if not any(fnmatch.fnmatch(recipe.name, it) for it in _NEVER_ROUNDED)]
+    kept: set[str] = set()
+    for given in keep:
+        found = {recipe.name for recipe in candidates if fnmatch.fnmatch(recipe.name, PARTS.get(given, given))}
+        if not found:
+            raise BuildError(
+                f"--keep {given} fits no matrix of this model: expected {', '.join(PARTS)} or a tensor's name"
+            )
+        kept |= found
+    experts = {recipe.name for recipe in candidates if len(recipe.shape) == 3}
+    if kept & experts:
+        kept |= experts  # one kernel computes with both
+    chosen = []
+    for recipe in candidates:
+        rounding = roundings.get(part_of(recipe.name), roundings.get(""))
+        if rounding is not None and recipe.name not in kept:
+            chosen.append(_matrix(recipe, rounding))
+    return chosen
+
+
+def part_of(name: str) -> str:
+    """The part of a model that a matrix belongs to."""
+    return next((part for part in _TABLE if fnmatch.fnmatch(name, PARTS[part])), "")
+
+
+def forms_of(config: MythosConfig, rounded: Sequence[Matrix], other: str) -> dict[str, str]:
+    """The table part -> form of a target with these ``rounded`` matrices, all ``other`` ones in one form."""
+    known = {matrix.name: f"int{matrix.rounding.bits}" for matrix in rounded}
+    forms: dict[str, set[str]] = {part: set() for part in _TABLE}
+    for recipe in recipes(config, 1):
+        if recipe.narrow and not any(fnmatch.fnmatch(recipe.name, pattern) for pattern in _NEVER_ROUNDED):
+            forms[part_of(recipe.name)].add(known.get(recipe.name, other))
+    return form_of_parts({part: found for part, found in forms.items() if found})
+
+
+def _matrix(recipe: Recipe, rounding: Rounding) -> Matrix:
+    name, (rows, columns) = recipe.name, recipe.shape[-2:]
+    if rounding.block == ROW:
+        return Matrix(name, recipe.shape, rows, columns, rounding, halves=name.endswith(".fc1"))
+    if len(recipe.shape) == 3:
+        # An expert's hidden size may be padded with zeros, which add nothing; its input may not.
+        if name.endswith(".fc1"):
+            rows += 2 * (-(rows // 2) % rounding.block)
+        elif name.endswith(".fc2"):
+            columns += -columns % rounding.block
+        if columns % rounding.block:
+            raise BuildError(
+                f"{name}: rows of {columns} values do not divide into blocks of {rounding.block}: "
+                "choose another --block, or --keep experts"
+            )
+    return Matrix(name, recipe.shape, rows, columns, rounding)

@@ -1,0 +1,183 @@
+"""TensorRT engines, built on this machine for GPUs that need not be here (TensorRT for RTX), or for the one that is.
+
+rtx-sm89                TensorRT for RTX, GPUs of compute capability 8.9
+rtx-sm86+sm89+sm120     the same engines for several GPUs
+trt-this-gpu            full TensorRT, for the GPU of this machine (Jetson, data centre); recorded as trt-sm87
+
+rtx-sm89-fp16           recorded: float16, an engine a stage
+rtx-sm89-fp16-int4      with the large matrices rounded to int4
+rtx-sm89-fp16-loop      one engine with the loop inside
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from mythos_edge.exporter.targets.spec import CUDA_GPU, EXPORT, GpuNeed, Machine, Option, Packages, Work, Written
+from mythos_edge.model.bundle import Bundle
+from mythos_edge.model.errors import BuildError
+from mythos_edge.plugins import kernel_store, trt_bindings
+from mythos_edge.plugins.cuda_driver import Driver
+
+THIS_GPU = "trt-this-gpu"
+DTYPES = ("fp16", "bf16", "fp32")
+LAYOUTS = ("step", "loop")
+WEIGHTS = ("none", "int8", "int4", "fp8")
+# Rows of the longest chunk of a step layout, unless asked for otherwise.
+DEFAULT_MAX_ROWS = 64
+_FLAVOURS = {"rtx": "TensorRT for RTX", "trt": "TensorRT"}
+# Machines that people try, and that only full TensorRT serves.
+_ELSEWHERE = {87: "Jetson Orin", 90: "Hopper", 100: "data centre Blackwell", 110: "Jetson Thor"}
+# The least compute capability on which TensorRT has a type; TensorRT for RTX has no float32 products on Turing.
+_LEAST = {"bf16": 80, "int4": 86, "fp8": 89}
+_LEAST_OF = {"rtx": {**_LEAST, "fp32": 80}, "trt": _LEAST}
+_RTX = Packages("tensorrt-rtx", {"tensorrt-rtx-cu13": "tensorrt_rtx"}, "pip install 'mythos-edge[tensorrt-rtx]'")
+_TRT = Packages("tensorrt", {"tensorrt": "tensorrt"}, "pip install 'mythos-edge[tensorrt]'")
+_RTX_GPU = GpuNeed(
+    "a GPU of TensorRT for RTX", lambda capability: capability in trt_bindings.rtx_compute_capabilities()
+)
+
+
+@dataclass(frozen=True)
+class Gpus:
+    """The GPUs that a target is for: the TensorRT, and the compute capabilities in ascending order (89 for SM 8.9).
+
+    ``device`` is the name of this machine's GPU where the engines are for it alone, "" where they are not.
+    """
+
+    flavour: str
+    compute_capabilities: tuple[int, ...]
+    device: str = ""
+
+    @property
+    def name(self) -> str:
+        """The GPUs as the name of a target begins with them."""
+        return f"{self.flavour}-{'+'.join(f'sm{number}' for number in self.compute_capabilities)}"
+
+    @property
+    def wish(self) -> str:
+        """The name by which they are asked for."""
+        return THIS_GPU if self.flavour == "trt" else self.name
+
+    @property
+    def builder(self) -> str:
+        """The TensorRT that builds for them, in words."""
+        return _FLAVOURS[self.flavour]
+
+
+@dataclass(frozen=True)
+class TensorRTTarget:
+    """A target of TensorRT engines; see the options for the other fields.
+
+    ``layout`` step has an engine a stage; ``loop`` has one with the loop inside, no cache, and takes the whole sequence
+    as one chunk.
+    """
+
+    gpus: Gpus
+    dtype: str = "fp16"
+    weights: str = "none"
+    layout: str = "step"
+    max_context: int | None = None
+    max_rows: int | None = None
+
+    kind: ClassVar[str] = "tensorrt"
+    wishes: ClassVar[str] = f"rtx-sm89 (or several GPUs, as in rtx-sm86+sm89), {THIS_GPU}"
+    options: ClassVar[tuple[Option, ...]] = (
+        Option("dtype", "type that is computed in (default: fp16)", DTYPES),
+        Option("weights", "none (default), int8, int4 or fp8", WEIGHTS),
+        Option("layout", "an engine a stage (step), or one with the loop", LAYOUTS),
+        Option("max_context", "longest sequence (default: the bundle's)", type=int, metavar="N"),
+        Option("max_rows", f"longest chunk of a sequence at once (default: {DEFAULT_MAX_ROWS})", type=int, metavar="N"),
+    )
+    machines: ClassVar[tuple[Machine, ...]] = (
+        # Engines for RTX are built for any GPU on any machine, those of TensorRT on the GPU they are for.
+        Machine("rtx-smXX", (EXPORT, _RTX), (_RTX, _RTX_GPU)),
+        Machine(THIS_GPU, (EXPORT, _TRT, CUDA_GPU), (_TRT, CUDA_GPU)),
+    )
+
+    def __post_init__(self) -> None:
+        for name, known in (("dtype", DTYPES), ("layout", LAYOUTS), ("weights", WEIGHTS)):
+            if getattr(self, name) not in known:
+                raise BuildError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
+        if self.layout == "loop" and self.max_rows is not None:
+            raise BuildError("max_rows is for the step layout: a loop layout takes the whole sequence at once")
+
+    @classmethod
+    def from_wish(cls, wish: str, **given: Any) -> Self | None:
+        if wish == THIS_GPU:
+            driver = Driver.load()
+            if not driver.device_count():
+                raise BuildError(f"{THIS_GPU}: this machine has no GPU: build there, or for known GPUs as in rtx-sm89")
+            return cls(Gpus("trt", (driver.compute_capability(0),), driver.device_name(0)), **given)
+        if not re.fullmatch(r"rtx-sm\d+(\+sm\d+)*", wish):
+            return None
+        return cls(Gpus("rtx", _capabilities(wish)), **given)
+
+    @classmethod
+    def from_name(cls, name: str) -> Self | None:
+        rounded = "|".join(WEIGHTS[1:])
+        pattern = rf"(rtx|trt)-(sm\d+(?:\+sm\d+)*)-({'|'.join(DTYPES)})(?:-({rounded}))?(-loop)?"
+        found = re.fullmatch(pattern, name)
+        if found is None:
+            return None
+        layout = "loop" if found[5] else "step"
+        return cls(Gpus(found[1], _capabilities(found[2])), found[3], found[4] or "none", layout)
+
+    @property
+    def name(self) -> str:
+        rounded = "" if self.weights == "none" else f"-{self.weights}"
+        return f"{self.gpus.name}-{self.dtype}{rounded}{'-loop' if self.layout == 'loop' else ''}"
+
+    @property
+    def asked_for(self) -> str:
+        weights = "" if self.weights == "none" else f" --weights {self.weights}"
+        layout = "" if self.layout == "step" else f" --layout {self.layout}"
+        return f"--target {self.gpus.wish} --dtype {self.dtype}{weights}{layout}"
+
+    def check(self, bundle: Bundle) -> None:
+        context, rows = self.sizes(bundle)
+        if rows < 1 or rows > context:
+            raise BuildError(f"max_rows is {rows}, expected 1 to max_context, which is {context}")
+        check_gpus(self.gpus, (self.dtype, self.weights))
+
+    def sizes(self, bundle: Bundle) -> tuple[int, int]:
+        """The longest sequence and the longest chunk, with defaults filled in. Raises BuildError."""
+        longest = bundle.manifest.max_context
+        context = longest if self.max_context is None else self.max_context
+        if context < 1 or context > longest:
+            mend = f": export with --max-context {context}" if context > longest else ""
+            raise BuildError(
+                f"max_context is {context}, expected 1 to {longest}, for which the bundle was exported{mend}"
+            )
+        if self.layout == "loop":
+            return context, context
+        return context, min(DEFAULT_MAX_ROWS, context) if self.max_rows is None else self.max_rows
+
+    def write(self, work: Work) -> Written:
+        from mythos_edge.exporter.targets.engine_files import write_engines
+
+        return write_engines(self, work)
+
+
+def _capabilities(text: str) -> tuple[int, ...]:
+    return tuple(sorted({int(number) for number in re.findall(r"\d+", text)}))
+
+
+def check_gpus(gpus: Gpus, types: tuple[str, ...]) -> None:
+    """Raises BuildError for a GPU that TensorRT or our kernels do not know, or without the ``types`` asked for."""
+    known = trt_bindings.known_compute_capabilities(trt_bindings.load(gpus.flavour))
+    for number in gpus.compute_capabilities:
+        if known and number not in known:
+            mend = f": for {_ELSEWHERE[number]} use {THIS_GPU} there" if number in _ELSEWHERE else ""
+            raise BuildError(
+                f"sm{number} is not among those {gpus.builder} builds for ({' '.join(map(str, known))}){mend}"
+            )
+        for kind in types:
+            least = _LEAST_OF[gpus.flavour].get(kind, 0)
+            if number < least:
+                raise BuildError(
+                    f"sm{number} has no {kind}, which begins with sm{least}: choose another dtype or weights"
+                )
+        if number not in kernel_store.compute_capabilities():
+            kernels = " ".join(map(str, kernel_store.compute_capabilities()))
+            raise BuildError(f"there are no kernels for sm{number}, expected one of {kernels}")

@@ -1,0 +1,85 @@
+"""A backend of a network that is small enough to check by hand."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from mythos_edge.runtime.backends.memory import HostMemory
+from mythos_edge.runtime.backends.packing import Array, Arrays, Call
+
+
+class ScriptedBackend:
+    """A network small enough to check by hand: the token says at which loop step its position halts.
+
+    Token ``v`` halts at depth ``depths[v]``. Every other value depends on all visible rows of every slot it should
+    depend on, so that a wrong slot, row or order changes the logits. Cache rows are one value wide.
+    """
+
+    max_context: int | None = None
+
+    def __init__(self, depths: Mapping[int, int], vocab_size: int) -> None:
+        self.memory = HostMemory()
+        self.calls: list[tuple[str, int]] = []
+        self._depths, self._vocab_size = dict(depths), vocab_size
+
+    def run(self, stage: str, feeds: Arrays, outputs: Arrays) -> None:
+        rows = feeds["input_ids" if stage == "prelude" else "out" if stage == "coda" else "h"].shape[1]
+        self.calls.append((stage, rows))
+        made = getattr(self, f"_{stage}")(feeds)
+        for name, array in outputs.items():
+            assert array.shape == made[name].shape, (stage, name, array.shape, made[name].shape)
+            array[...] = made[name]
+
+    def run_together(self, stage: str, calls: Sequence[Call]) -> None:
+        """One entry in ``calls`` for all of them."""
+        for call in calls:
+            self.run(stage, *call)
+        rows = sum(rows for _, rows in self.calls[-len(calls) :])
+        self.calls[-len(calls) :] = [(stage, rows)]
+
+    def close(self) -> None:
+        self.calls.clear()
+
+    def _prelude(self, feeds: Arrays) -> dict[str, Array]:
+        ids = feeds["input_ids"].astype(np.float32)
+        mixed = _attend(ids[..., None], feeds["past_0"], feeds)
+        # e = (token, what earlier tokens were)
+        return {"e": np.concatenate([ids[..., None], mixed], -1), "rows_0": ids[..., None]}
+
+    def _step(self, feeds: Arrays) -> dict[str, Array]:
+        h, e, index = feeds["h"], feeds["e"], int(feeds["step_index"][0, 0])
+        rows = np.tanh(h.sum(-1, keepdims=True) + index)
+        mixed = _attend(rows, feeds["past"], feeds)
+        h_next = (0.5 * h + 0.1 * e + mixed).astype(np.float32)
+        active = h.shape[1] - feeds["out"].shape[1]
+        running = feeds["halt_mass"] < feeds["threshold"]
+        depths = np.vectorize(self._depths.__getitem__, otypes=[np.int64])(e[:, active:, 0].astype(np.int64))
+        halts = (depths <= index + 1) & (index + 1 >= feeds["min_depth"])
+        out = np.where((running & halts)[..., None], h_next[:, active:], feeds["out"])
+        return {
+            "h_next": h_next,
+            "out_next": out,
+            "halt_mass_next": np.where(running & halts, np.float32(1), feeds["halt_mass"]),
+            "depth_next": feeds["depth"] + running,
+            "rows": rows,
+        }
+
+    def _coda(self, feeds: Arrays) -> dict[str, Array]:
+        out = feeds["out"]
+        rows = out.sum(-1, keepdims=True)
+        mixed = (rows + _attend(rows, feeds["past_0"], feeds))[:, feeds["logit_rows"]]
+        return {
+            "logits": np.cos(mixed * np.arange(1, self._vocab_size + 1)).astype(np.float32),
+            "rows_0": rows,
+        }
+
+
+def _attend(rows: Array, past: Array, feeds: Arrays) -> Array:
+    """For each new row a mean of the rows it sees, weighted by position so that their order matters."""
+    length, first = int(feeds["length"]), feeds["first"]
+    mixed = np.zeros_like(rows)
+    for b, s in np.ndindex(rows.shape[:2]):
+        seen = np.concatenate([past[b, :length], rows[b, : s + 1]])[min(int(first[b]), length + s) :]
+        weights = np.arange(1, len(seen) + 1, dtype=np.float32)[:, None]
+        mixed[b, s] = (seen * weights).sum(0) / weights.sum()
+    return mixed

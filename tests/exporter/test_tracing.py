@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from mythos_edge.exporter import tracing
 from mythos_edge.exporter.weights import is_unwritten
-from mythos_edge.model.bundle import STAGES
 from mythos_edge.model.errors import ExportError
 from mythos_edge.model.network import Network
+from mythos_edge.model.stages import STAGES
 
 
 def _bytes(models: dict[str, ir.Model]) -> dict[str, bytes]:

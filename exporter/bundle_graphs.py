@@ -14,14 +14,14 @@ from mythos_edge.exporter.portable import write_portable
 from mythos_edge.exporter.targets.ort_files import exported_record
 from mythos_edge.exporter.tracing import traced_stages
 from mythos_edge.exporter.weights import WeightsPlan, attach_weights
-from mythos_edge.model.config import MythosConfig
+from mythos_edge.model.families.family import Config
 from mythos_edge.model.manifest import GraphSpec, TargetRecord, TensorSpec
 from mythos_edge.model.stages import STAGES
 from mythos_edge.plugins.torch_ops import add_functions
 
 
 def write_bundle_graphs(
-    config: MythosConfig,
+    config: Config,
     max_context: int,
     dtype: str,
     plan: WeightsPlan,
@@ -37,8 +37,8 @@ def write_bundle_graphs(
     for model in stages.values():
         attach_weights(model.graph, plan, folder)
     models = dict(stages)
-    models["model"] = loop_graph.loop_model(stages, config)
-    models["model_with_past"] = loop_graph.loop_model_with_past(stages, config)
+    models["model"] = loop_graph.loop_model(stages, config.looped)
+    models["model_with_past"] = loop_graph.loop_model_with_past(stages, config.looped)
     for index, (name, model) in enumerate(models.items()):
         progress("graphs", index / len(models))
         add_functions(model)

@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from mythos_edge.exporter.probes import ROUTER, Probe, router_of, stored_weights
 from mythos_edge.exporter.targets.spec import Progress
 from mythos_edge.model.bundle import Bundle
-from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import CapacityError
+from mythos_edge.model.families.family import Config
+from mythos_edge.model.families.table import config_of
 from mythos_edge.model.layout import recipes
 from mythos_edge.model.linked_weights import weights_apart
-from mythos_edge.model.loop import LoopState
+from mythos_edge.model.network import LoopState
 
 Array = NDArray[Any]
 Float32 = NDArray[np.float32]
@@ -53,7 +54,7 @@ def collect_importance(
     ``ids`` must be tokens of the model, see ``runtime.prompts.checked_ids``; each row is run alone, in one chunk.
     Memory follows S, not the model: experts are read one at a time. Raises CapacityError.
     """
-    config, limit = bundle.manifest.config, bundle.manifest.max_context
+    config, limit = config_of(bundle.manifest), bundle.manifest.max_context
     if ids.shape[1] > limit:
         raise CapacityError(f"the ids have {ids.shape[1]} positions; this bundle was exported for {limit}: cut them")
     with bundle.unchanged():
@@ -63,10 +64,10 @@ def collect_importance(
 
     def see(step: int, activations: Mapping[str, Array]) -> None:
         for name, x in activations.items():
-            steps = config.max_loop_iters if name.startswith("step.") else 1
+            steps = config.looped.max_depth if name.startswith("step.") else 1
             tallies.setdefault(name, _Tally((steps, x.shape[-1]))).add(step, x)
         if _FC1 in activations:
-            tally = tallies.setdefault(_FC2, _Tally((config.max_loop_iters, config.n_experts, config.expert_dim)))
+            tally = tallies.setdefault(_FC2, _Tally((config.looped.max_depth, *experts.sizes)))
             for expert, hidden in experts.hidden(activations[_FC1]):
                 tally.add((step, expert), hidden)
 
@@ -83,7 +84,7 @@ class _Network:
     """The fp32 target that tells what every matrix is multiplied with."""
 
     def __init__(self, bundle: Bundle) -> None:
-        self._config = bundle.manifest.config
+        self._config = config_of(bundle.manifest)
         target = bundle.manifest.default_target
         graphs = bundle.target(target).graphs
         kept = {"prelude": ["e"], "step": [f"{name}_next" for name in LoopState._fields], "coda": []}
@@ -96,23 +97,23 @@ class _Network:
 
     def run(self, ids: NDArray[np.int64], see: See) -> None:
         """Runs one sequence ``ids (1, S)`` through all stages; ``see`` is told each loop step's activations."""
-        c, rows = self._config, ids.shape
+        c, rows = self._config.looped, ids.shape
         window = {"positions": np.arange(rows[1])[None]}
         past = np.zeros((1, 0, c.cache_width), np.float32)
-        e = self._run("prelude", {"input_ids": ids} | window | _slots(past, c.prelude_layers), 0, see)["e"]
+        e = self._run("prelude", {"input_ids": ids} | window | _slots(past, c.prelude_slots), 0, see)["e"]
         state = {
             "h": e,
             "out": np.zeros_like(e),
             "halt_mass": np.zeros(rows, np.float32),
             "depth": np.zeros(rows, np.int64),
         }
-        halting = {"threshold": np.array(c.act_threshold, np.float32), "min_depth": np.array(1)}
-        for index in range(c.max_loop_iters):
+        halting = {"threshold": np.array(c.threshold, np.float32), "min_depth": np.array(1)}
+        for index in range(c.max_depth):
             feeds = state | halting | window | {"e": e, "step_index": np.full(rows, index), "past": past}
             made = self._run("step", feeds, index, see)
             state = {name: made[f"{name}_next"] for name in state}
         last = {"out": state["out"], "logit_rows": np.arange(rows[1])}
-        self._run("coda", last | window | _slots(past, c.coda_layers), 0, see)
+        self._run("coda", last | window | _slots(past, c.coda_slots), 0, see)
 
     def _run(self, stage: str, feeds: dict[str, Array], index: int, see: See) -> dict[str, Array]:
         made = self._probes[stage].run(feeds)
@@ -127,6 +128,12 @@ class _Experts:
     def __init__(self, bundle: Bundle) -> None:
         self._router = router_of(bundle)
         self._fc1 = stored_weights(bundle, "step")[_FC1].numpy()
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """How many experts there are, and the size of their hidden layer."""
+        experts, both, _ = self._fc1.shape
+        return experts, both // 2
 
     def hidden(self, x: Float32) -> Iterator[tuple[int, Float32]]:
         """Every expert that rows of ``x (N, D)`` choose, with the hidden activations (rows, F) of those rows."""
@@ -166,7 +173,7 @@ class _Tally:
         return mean
 
 
-def _matrices(config: MythosConfig) -> list[str]:
+def _matrices(config: Config) -> list[str]:
     """Names of the matrices that all rows of activations are multiplied with, as the layout has them."""
     return [recipe.name for recipe in recipes(config, max_context=1) if recipe.narrow and len(recipe.shape) == 2]
 

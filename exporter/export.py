@@ -17,9 +17,8 @@ from mythos_edge.exporter.tokenizer_files import TOKENIZER_FILE, tokenizer_for
 from mythos_edge.exporter.weights import STORAGE_TYPES, WeightsHashes, WeightsPlan, plan_weights, write_weights
 from mythos_edge.model.bundle import Bundle, open_bundle
 from mythos_edge.model.bundle_writer import BundleWriter, require_free_space
-from mythos_edge.model.checkpoint import Checkpoint
-from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import ConfigError, ExportError
+from mythos_edge.model.families.family import Config
 from mythos_edge.model.manifest import (
     MOST_CONTEXT,
     WEIGHTS_FILE,
@@ -30,6 +29,7 @@ from mythos_edge.model.manifest import (
     TargetRecord,
     bundle_identity,
 )
+from mythos_edge.model.stored_checkpoint import Checkpoint
 from mythos_edge.model.typed_json import dataclass_from_json
 
 _GRAPHS_BYTES = 16 << 20
@@ -71,7 +71,7 @@ def export_bundle(
         )
     if checkpoint.stored_table is not None:
         checkpoint.stored_table.check_length(context, str(checkpoint.path))
-    text = tokenizer_for(tokenizer, end_tokens, config.vocab_size)
+    text = tokenizer_for(tokenizer, end_tokens, config.looped.vocab_size)
     plan = plan_weights(config, context, dtype)
     writer = BundleWriter(output, force=force)
     require_free_space(writer.folder, plan.file.total_bytes + _GRAPHS_BYTES)
@@ -86,11 +86,13 @@ def export_bundle(
         sample = golden_sample(config, plan, folder, context)
 
         source = _source(checkpoint, hashes)
-        identity = bundle_identity(source, dtype, context, config)
+        identity = bundle_identity(source, dtype, context, config.family, config.to_dict())
 
         def manifest(files: Mapping[str, FileRecord]) -> Manifest:
             return Manifest(
-                config=config,
+                family=config.family,
+                model=config.looped,
+                config=config.to_dict(),
                 dtype=dtype,
                 max_context=context,
                 graphs=made.graphs,
@@ -130,7 +132,7 @@ class _MadeGraphs:
 
 
 def _graphs(
-    config: MythosConfig,
+    config: Config,
     context: int,
     dtype: str,
     plan: WeightsPlan,
@@ -149,6 +151,7 @@ def _graphs(
         return Graphs({file: (folder / file).read_bytes() for file in files}, json.loads(json.dumps(asdict(made))))
 
     depends_on = {
+        "family": config.family,
         "config": config.to_dict(),
         "max_context": context,
         "dtype": dtype,

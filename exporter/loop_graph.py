@@ -12,8 +12,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mythos_edge.exporter.graph_writer import GraphWriter
-from mythos_edge.model.config import MythosConfig
-from mythos_edge.model.loop import LoopState
+from mythos_edge.model.looped import LoopedModel
+from mythos_edge.model.network import LoopState
 from mythos_edge.plugins import ops
 
 Stages = Mapping[str, ir.Model]
@@ -21,7 +21,7 @@ Values = dict[str, ir.Value]
 _CARRIED = LoopState._fields
 
 
-def loop_model(stages: Stages, config: MythosConfig) -> ir.Model:
+def loop_model(stages: Stages, looped: LoopedModel) -> ir.Model:
     """``input_ids (B, S), max_depth (), threshold () -> logits (B, S, V), depth (B, S)``; no cache.
 
     The loop ends after ``max_depth`` steps, or as soon as every position has halted. It computes in the dtype of the
@@ -33,23 +33,23 @@ def loop_model(stages: Stages, config: MythosConfig) -> ir.Model:
     max_depth = weaving.input("max_depth", ir.DataType.INT64, [])
     threshold = weaving.input("threshold", ir.DataType.FLOAT, [])
     window = _window(writer, input_ids, length=writer.integer(0))
-    nothing = weaving.no_past(input_ids, config.cache_width)
+    nothing = weaving.no_past(input_ids, looped.cache_width)
 
     def some_running(body: GraphWriter, step: Values) -> ir.Value:
         running = body.add("Less", [step["halt_mass_next"], threshold])
         any_running = body.add("ReduceMax", [body.add("Cast", [running], to=ir.DataType.INT64)], keepdims=0)
         return body.add("Cast", [any_running], to=ir.DataType.BOOL)
 
-    prelude = weaving.stage("prelude", {"input_ids": input_ids, **window, **_slots([nothing] * config.prelude_layers)})
+    prelude = weaving.stage("prelude", {"input_ids": input_ids, **window, **_slots([nothing] * looped.prelude_slots)})
     captured = {"e": prelude["e"], "threshold": threshold, **window}
     final = weaving.loop(max_depth, captured, lambda body, step_index: nothing, some_running)
-    coda = weaving.coda(final["out"], input_ids, window, _slots([nothing] * config.coda_layers))
-    weaving.output("logits", coda["logits"], ir.DataType.FLOAT, [weaving.batch, "chunk", config.vocab_size])
+    coda = weaving.coda(final["out"], input_ids, window, _slots([nothing] * looped.coda_slots))
+    weaving.output("logits", coda["logits"], ir.DataType.FLOAT, [weaving.batch, "chunk", looped.vocab_size])
     weaving.output("depth", final["depth"], ir.DataType.INT64, [weaving.batch, "chunk"])
     return weaving.model()
 
 
-def loop_model_with_past(stages: Stages, config: MythosConfig) -> ir.Model:
+def loop_model_with_past(stages: Stages, looped: LoopedModel) -> ir.Model:
     """``input_ids (B, S), threshold (), past (slots, B, C, W) -> logits, depth, new_rows (slots, B, S, W)``.
 
     Slots stand in the order prelude, loop steps, coda. Every position runs all ``max_loop_iters`` loop steps, so
@@ -57,35 +57,35 @@ def loop_model_with_past(stages: Stages, config: MythosConfig) -> ir.Model:
     """
     weaving = _Weaving("model_with_past", stages)
     writer = weaving.writer
-    slots = config.prelude_layers + config.max_loop_iters + config.coda_layers
+    slots = looped.prelude_slots + looped.max_depth + looped.coda_slots
     input_ids = weaving.input("input_ids", ir.DataType.INT64, ["batch", "chunk"])
     threshold = weaving.input("threshold", ir.DataType.FLOAT, [])
-    past = weaving.input("past", ir.DataType.FLOAT, [slots, "batch", "context", config.cache_width])
+    past = weaving.input("past", ir.DataType.FLOAT, [slots, "batch", "context", looped.cache_width])
     window = _window(writer, input_ids, length=writer.add("Squeeze", [writer.sizes(past, 2)]))
     fixed = [writer.add("Gather", [past, writer.integer(slot)], axis=0) for slot in range(slots)]
-    coda_start = config.prelude_layers + config.max_loop_iters
+    coda_start = looped.prelude_slots + looped.max_depth
 
     def own_past(body: GraphWriter, step_index: ir.Value) -> ir.Value:
-        slot = body.add("Add", [step_index, body.integer(config.prelude_layers)])
+        slot = body.add("Add", [step_index, body.integer(looped.prelude_slots)])
         return body.add("Gather", [past, slot], axis=0)
 
     def always(body: GraphWriter, step: Values) -> ir.Value:
         return body.add("Identity", [body.constant(True)])
 
-    prelude = weaving.stage("prelude", {"input_ids": input_ids, **window, **_slots(fixed[: config.prelude_layers])})
+    prelude = weaving.stage("prelude", {"input_ids": input_ids, **window, **_slots(fixed[: looped.prelude_slots])})
     captured = {"e": prelude["e"], "threshold": threshold, **window}
-    final = weaving.loop(writer.integer(config.max_loop_iters), captured, own_past, always, scanned=["rows"])
+    final = weaving.loop(writer.integer(looped.max_depth), captured, own_past, always, scanned=["rows"])
     coda = weaving.coda(final["out"], input_ids, window, _slots(fixed[coda_start:]))
     front = writer.integers([0])
     new_rows = [
-        *(writer.add("Unsqueeze", [prelude[f"rows_{i}"], front]) for i in range(config.prelude_layers)),
+        *(writer.add("Unsqueeze", [prelude[f"rows_{i}"], front]) for i in range(looped.prelude_slots)),
         final["rows"],
-        *(writer.add("Unsqueeze", [coda[f"rows_{i}"], front]) for i in range(config.coda_layers)),
+        *(writer.add("Unsqueeze", [coda[f"rows_{i}"], front]) for i in range(looped.coda_slots)),
     ]
-    weaving.output("logits", coda["logits"], ir.DataType.FLOAT, ["batch", "chunk", config.vocab_size])
+    weaving.output("logits", coda["logits"], ir.DataType.FLOAT, ["batch", "chunk", looped.vocab_size])
     weaving.output("depth", final["depth"], ir.DataType.INT64, ["batch", "chunk"])
     joined = writer.add("Concat", new_rows, axis=0)
-    weaving.output("new_rows", joined, ir.DataType.FLOAT, [slots, "batch", "chunk", config.cache_width])
+    weaving.output("new_rows", joined, ir.DataType.FLOAT, [slots, "batch", "chunk", looped.cache_width])
     return weaving.model()
 
 

@@ -12,7 +12,9 @@ from mythos_edge.exporter.weight_file import Piece, StoredTensor, WeightFile, pl
 from mythos_edge.exporter.weights import converted, piece_of, row_pieces, weights_of
 from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.errors import BuildError
-from mythos_edge.model.layout import TensorReader, recipes
+from mythos_edge.model.families.table import config_of
+from mythos_edge.model.layout import recipes
+from mythos_edge.model.recipes import TensorReader
 
 
 def plan_narrow(bundle: Bundle, without: Sequence[str] = ()) -> WeightFile:
@@ -20,7 +22,7 @@ def plan_narrow(bundle: Bundle, without: Sequence[str] = ()) -> WeightFile:
     manifest = bundle.manifest
     return plan_file(
         StoredTensor(recipe.name, ir.DataType.FLOAT16, recipe.shape)
-        for recipe in recipes(manifest.config, manifest.max_context)
+        for recipe in recipes(config_of(manifest), manifest.max_context)
         if recipe.narrow and recipe.name not in without
     )
 

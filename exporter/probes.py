@@ -101,7 +101,7 @@ def router_of(bundle: Bundle) -> Router:
     """The router as the bundle stores it; every target keeps it in float32."""
     stored = stored_weights(bundle, "step")
     weight, bias = (np.array(stored[name].numpy()) for name in (ROUTER, f"{ROUTER}_bias"))
-    return Router(weight, bias, bundle.manifest.config.n_experts_per_tok)
+    return Router(weight, bias, bundle.manifest.model.experts_per_token)
 
 
 def stored_weights(bundle: Bundle, stage: str) -> dict[str, ir.TensorProtocol]:

@@ -20,7 +20,7 @@ from mythos_edge.exporter.lowering.ort_kernels import Pack
 from mythos_edge.exporter.weight_file import Piece, StoredTensor, WeightFile, on_all_cores, plan_file
 from mythos_edge.exporter.weights import row_pieces
 from mythos_edge.model.errors import BuildError
-from mythos_edge.model.layout import PIECE_BYTES, TensorReader
+from mythos_edge.model.recipes import PIECE_BYTES, TensorReader
 
 Float32 = NDArray[np.float32]
 UInt8 = NDArray[np.uint8]

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mythos_edge.exporter.weights import BY_ONNX, WeightsPlan
-from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import ExportError
+from mythos_edge.model.families.family import Config
+from mythos_edge.model.layout import network_of
 from mythos_edge.model.manifest import EXACT_TIE_MARGIN, NEAR_TIE_MARGIN, WEIGHTS_FILE, GoldenSample
-from mythos_edge.model.network import Network
+from mythos_edge.model.network import LoopedNetwork
 
 # How many tokens each attempt at a sample without ties has: the fewer, the fewer ties.
 _TOKENS = (4,) * 8 + (2,) * 4 + (1,) * 4
@@ -28,19 +29,19 @@ _CLEAR_MARGIN = 1e-3
 _PIECE_BYTES = 32 << 20
 
 
-def golden_sample(config: MythosConfig, plan: WeightsPlan, folder: Path, max_context: int) -> GoldenSample:
+def golden_sample(config: Config, plan: WeightsPlan, folder: Path, max_context: int) -> GoldenSample:
     """Depths and largest logits of the network in ``folder`` after a few tokens and at most two loop steps.
 
     Raises ExportError when the logits are not finite.
     """
-    max_depth = min(_MAX_DEPTH, config.max_loop_iters)
+    max_depth = min(_MAX_DEPTH, config.looped.max_depth)
     with (folder / WEIGHTS_FILE).open("rb") as file:
         # A private mapping: torch wants writable memory, and nothing is ever written.
         mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     network = _mapped_network(config, plan, mapping, max_context)
     clearest = -math.inf
     for start, tokens in enumerate(_TOKENS, 3):
-        tried = [(7 * index + start) % config.vocab_size for index in range(min(tokens, max_context))]
+        tried = [(7 * index + start) % config.looped.vocab_size for index in range(min(tokens, max_context))]
         with torch.no_grad(), _Streaming(lambda: mapping.madvise(mmap.MADV_DONTNEED)):
             found = network(torch.tensor([tried]), max_depth, logit_rows=torch.tensor([len(tried) - 1]))
         # Another machine's float32 must come to the same depths and experts. A margin that is NaN is none.
@@ -58,11 +59,11 @@ def golden_sample(config: MythosConfig, plan: WeightsPlan, folder: Path, max_con
             f"the model's logits are not finite: {wrong} after the {len(ids)} tokens of the self-test, as its numbers "
             "overflow float32: it cannot be run; export an earlier checkpoint"
         )
-    top = logits.topk(min(_TOP, config.vocab_size))
+    top = logits.topk(min(_TOP, config.looped.vocab_size))
     return GoldenSample(
         ids=tuple(ids),
         max_depth=max_depth,
-        threshold=config.act_threshold,
+        threshold=config.looped.threshold,
         depth=tuple(scored.depth[0].tolist()),
         top_ids=tuple(top.indices.tolist()),
         top_logits=tuple(top.values.tolist()),
@@ -70,9 +71,9 @@ def golden_sample(config: MythosConfig, plan: WeightsPlan, folder: Path, max_con
     )
 
 
-def _mapped_network(config: MythosConfig, plan: WeightsPlan, mapping: mmap.mmap, max_context: int) -> Network:
+def _mapped_network(config: Config, plan: WeightsPlan, mapping: mmap.mmap, max_context: int) -> LoopedNetwork:
     with torch.device("meta"):
-        network = Network(config, max_context)
+        network = network_of(config, max_context)
     modules = dict(network.named_modules())
     for entry in plan.file.entries.values():
         owner, _, leaf = entry.name.rpartition(".")

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mythos_edge.model.config import read_json_object
 from mythos_edge.model.errors import ConfigError, ExportError
+from mythos_edge.model.json_files import read_json_object
 from mythos_edge.model.manifest import EndToken
 from mythos_edge.model.tokenizer_file import encoding, read_tokenizer, tokens_around_prompt
 

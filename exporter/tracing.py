@@ -1,6 +1,6 @@
 """Traces the stages of a model on fake tensors: graphs without a single weight in memory.
 
-What comes out are onnx_ir models whose initializers have the names and shapes of ``Network``'s parameters, and
+What comes out are onnx_ir models whose initializers have the names and shapes of a network's parameters, and
 stand-ins for values; ``weights`` gives them values on disk. Not here: the Loop (``loop_graph``), lowering, files.
 """
 
@@ -26,12 +26,25 @@ from torch.export import ExportedProgram
 
 from mythos_edge.exporter.kept_graphs import Graphs, kept
 from mythos_edge.exporter.weights import STORAGE_TYPES, name_weights
-from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import ExportError, raise_interrupt
-from mythos_edge.model.layers import Rope, Window
-from mythos_edge.model.loop import Halting, LoopState
-from mythos_edge.model.network import Network, in_dtype
-from mythos_edge.model.stages import STAGES
+from mythos_edge.model.families.family import Config
+from mythos_edge.model.families.openmythos.layers import Rope
+from mythos_edge.model.layout import network_of
+from mythos_edge.model.looped import LoopedModel
+from mythos_edge.model.network import Halting, LoopedNetwork, LoopState, Window, in_dtype
+from mythos_edge.model.stages import (
+    ACTIVE,
+    BATCH,
+    CACHE_WIDTH,
+    CHUNK,
+    CONTEXT,
+    DIM,
+    LOGITS,
+    OWN,
+    STAGES,
+    Stage,
+    StageTensor,
+)
 from mythos_edge.plugins import ops
 from mythos_edge.plugins.torch_ops import TracedOps
 
@@ -41,6 +54,7 @@ _OP: Any = opset23
 _ONE_AT_A_TIME = threading.Lock()
 # The name of the piece that is traced once for all blocks.
 _ATTENTION = "attention"
+_FREE = frozenset([BATCH, CHUNK, ACTIVE, CONTEXT, LOGITS])
 # Loggers that tell of what torch's exporter and its passes leave alone, which is meant.
 _TALKATIVE = ("torch.onnx", "onnx_ir", "onnxscript")
 
@@ -53,18 +67,24 @@ class _Stages(nn.Module):
     """
 
     # The exporter fails on NamedTuple arguments; these faces keep the inputs flat and named.
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: LoopedNetwork) -> None:
         super().__init__()
         self.network = network
-        blocks = [*network.prelude_blocks, network.step.block, *network.coda_blocks]
-        self._real_attention: Any = network.step.block.attn.forward
-        for block in blocks:
-            block.attn.forward = partial(_call_attention, block.attn)
+        attentions = network.attentions()
+        if attentions:
+            self._real_attention: Any = next(iter(attentions.values())).forward
+        for attention in attentions.values():
+            attention.forward = partial(_call_attention, attention)
 
     def forward(
-        self, prelude: dict[str, Any], step: dict[str, Any], coda: dict[str, Any], attention: dict[str, Any]
+        self,
+        prelude: dict[str, Any],
+        step: dict[str, Any],
+        coda: dict[str, Any],
+        attention: dict[str, Any] | None = None,
     ) -> tuple[tuple[Tensor, ...], ...]:
-        return self._prelude(**prelude), self._step(**step), self._coda(**coda), self._attention(**attention)
+        made = self._prelude(**prelude), self._step(**step), self._coda(**coda)
+        return made if attention is None else (*made, self._attention(**attention))
 
     def _attention(
         self, x: Tensor, positions: Tensor, past: Tensor, length: Tensor, first: Tensor
@@ -126,7 +146,7 @@ class _Inputs:
 
 
 def traced_stages(
-    config: MythosConfig, max_context: int, dtype: str = "fp32", *, one_sequence: bool = False
+    config: Config, max_context: int, dtype: str = "fp32", *, one_sequence: bool = False
 ) -> dict[str, ir.Model]:
     """The stage graphs by name, which compute in ``dtype``; their weights are stand-ins: see ``weights.unwritten``.
 
@@ -139,6 +159,7 @@ def traced_stages(
         return Graphs({stage: ir.to_proto(model).SerializeToString() for stage, model in traced.items()})
 
     depends_on = {
+        "family": config.family,
         "config": config.to_dict(),
         "max_context": max_context,
         "dtype": dtype,
@@ -148,28 +169,26 @@ def traced_stages(
     return {stage: ir.from_proto(onnx.load_model_from_string(data)) for stage, data in found.files.items()}
 
 
-def _trace(config: MythosConfig, max_context: int, dtype: torch.dtype, one_sequence: bool) -> dict[str, ir.Model]:
+def _trace(config: Config, max_context: int, dtype: torch.dtype, one_sequence: bool) -> dict[str, ir.Model]:
     mode = FakeTensorMode()
     # Looking a symbolic shape up costs torch more than working it out.
     mode.cache_enabled = False
     try:
         with _ONE_AT_A_TIME, _undisturbed(), mode:
-            network = in_dtype(Network(config, max_context, TracedOps()), dtype).requires_grad_(False).eval()
-            makers = {
-                "prelude": _prelude_inputs,
-                "step": _step_inputs,
-                "coda": _coda_inputs,
-                _ATTENTION: _attention_inputs,
+            network = in_dtype(network_of(config, max_context, TracedOps()), dtype).requires_grad_(False).eval()
+            stages = dict(STAGES) | ({_ATTENTION: _PIECE} if network.attentions() else {})
+            inputs = {
+                name: _inputs_of(stage, _Sizes(name, config.looped, dtype, one_sequence))
+                for name, stage in stages.items()
             }
-            inputs = {stage: make(config, _Sizes(stage, dtype, one_sequence)) for stage, make in makers.items()}
             values, axes = ({stage: getattr(one, kind) for stage, one in inputs.items()} for kind in ("values", "axes"))
             exported = torch.export.export(_Stages(network), (), values, dynamic_shapes=axes)
             model = _in_onnx(
                 exported,
                 [f"{stage}/{name}" for stage, one in inputs.items() for name in _names_of_inputs(one.values)],
-                [f"{stage}/{name}" for stage in inputs for name in _output_names(stage, config)],
+                [f"{stage}/{name}" for stage in inputs for name in _output_names(stage, config.looped.slots)],
             )
-            attention = _function(model, network, inputs[_ATTENTION])
+            attention = _function(model, network, inputs[_ATTENTION]) if _ATTENTION in inputs else None
             return {stage: _tidy(_inlined(model, stage, attention), inputs[stage]) for stage in STAGES}
     except Exception as error:  # torch's exporter can fail in any way
         raise_interrupt(error)
@@ -258,7 +277,7 @@ def _part(model: ir.Model, stage: str) -> ir.Model:
     return part
 
 
-def _function(model: ir.Model, network: Network, inputs: _Inputs) -> ir.Function:
+def _function(model: ir.Model, network: LoopedNetwork, inputs: _Inputs) -> ir.Function:
     """The attention of all blocks as a function of what ``_call_attention`` gives, its weights among it."""
     graph = _part(model, _ATTENTION).graph
     _rename_all_axes(graph, inputs)
@@ -272,19 +291,22 @@ def _function(model: ir.Model, network: Network, inputs: _Inputs) -> ir.Function
     rows = ir.Value(name="rows", type=flatten.outputs[0].type, shape=flatten.outputs[0].shape)
     ir.convenience.replace_all_uses_with(flatten.outputs[0], rows)
     graph.remove(flatten, safe=True)
-    modules = {"rope": network.rope, "step.block.attn": network.step.block.attn}
+    name, attention = next(iter(network.attentions().items()))
+    modules = {"rope": network.get_submodule("rope"), name: attention}
     weights = [
-        graph.initializers.pop(f"network.{place}.{name}")
+        graph.initializers.pop(f"network.{place}.{parameter}")
         for place, module in modules.items()
-        for name, _ in module.named_parameters()
+        for parameter, _ in module.named_parameters()
     ]
     graph.inputs.clear()
     graph.inputs.extend([rows, *others, *weights])
     return ir.Function(ops.DOMAIN, _ATTENTION, graph=graph, attributes=[])
 
 
-def _inlined(model: ir.Model, stage: str, attention: ir.Function) -> ir.Model:
+def _inlined(model: ir.Model, stage: str, attention: ir.Function | None) -> ir.Model:
     part = _part(model, stage)
+    if attention is None:
+        return part
     part.functions[attention.identifier()] = attention
     passes.InlinePass()(part)
     return part
@@ -349,14 +371,10 @@ def _names_of_inputs(values: Mapping[str, Any]) -> list[str]:
     return names
 
 
-def _output_names(stage: str, config: MythosConfig) -> list[str]:
+def _output_names(stage: str, slots: Mapping[str, int]) -> list[str]:
     if stage == _ATTENTION:
         return ["attended", "new_rows"]
-    if stage == "prelude":
-        return ["e", *(f"rows_{index}" for index in range(config.prelude_layers))]
-    if stage == "coda":
-        return ["logits", *(f"rows_{index}" for index in range(config.coda_layers))]
-    return [*(f"{name}_next" for name in LoopState._fields), "rows"]
+    return [name for name, _ in STAGES[stage].names_of(STAGES[stage].outputs, slots[stage])]
 
 
 @dataclass(frozen=True)
@@ -368,6 +386,7 @@ class _Sizes:
     """
 
     stage: str
+    looped: LoopedModel
     dtype: torch.dtype
     one_sequence: bool
     chunk: int = 5
@@ -385,100 +404,52 @@ class _Sizes:
     def axes(self, *names: str) -> Axes:
         """The symbols of the leading axes, none for a batch of one."""
         if self.one_sequence:
-            names = tuple("chunk" if name == "active" else name for name in names)
+            names = tuple(CHUNK if name == ACTIVE else name for name in names)
         return {
             axis: torch.export.Dim(f"{self.stage}_{name}")
             for axis, name in enumerate(names)
-            if not (self.one_sequence and name == "batch")
+            if name in _FREE and not (self.one_sequence and name == BATCH)
         }
 
-    def window(self) -> dict[str, Tensor]:
-        return {"length": torch.zeros((), dtype=torch.int64), "first": torch.zeros(self.batch, dtype=torch.int64)}
+    def example(self, tensor: StageTensor) -> Tensor:
+        """A tensor of that declaration."""
+        sizes = {
+            BATCH: self.batch,
+            CHUNK: self.chunk,
+            ACTIVE: self.active,
+            CONTEXT: self.context,
+            LOGITS: self.logit_count,
+            DIM: self.looped.dim,
+            CACHE_WIDTH: self.looped.cache_width,
+        }
+        dtype = self.dtype if tensor.dtype == OWN else getattr(torch, tensor.dtype)
+        return torch.zeros([sizes[axis] for axis in tensor.axes], dtype=dtype)
 
-    def past(self, config: MythosConfig, count: int) -> list[Tensor]:
-        return [self.floats(self.batch, self.context, config.cache_width) for _ in range(count)]
 
-    def past_axes(self, count: int) -> list[Axes]:
-        return [self.axes("batch", "context") for _ in range(count)]
-
-    def floats(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=self.dtype)
-
-
-def _prelude_inputs(config: MythosConfig, sizes: _Sizes) -> _Inputs:
-    layers = config.prelude_layers
-    values = {
-        "input_ids": torch.zeros(sizes.batch, sizes.chunk, dtype=torch.int64),
-        **sizes.window(),
-        "past": sizes.past(config, layers),
-    }
-    axes = {
-        "input_ids": sizes.axes("batch", "chunk"),
-        "length": None,
-        "first": sizes.axes("batch"),
-        "past": sizes.past_axes(layers),
-    }
+def _inputs_of(stage: Stage, sizes: _Sizes) -> _Inputs:
+    """The inputs of a stage as ``stages`` declares them; those of several slots are a list."""
+    values: dict[str, Any] = {}
+    axes: dict[str, Any] = {}
+    for tensor in stage.inputs:
+        value: Any = sizes.example(tensor)
+        free: Any = sizes.axes(*tensor.axes) or None
+        if tensor.slot and not stage.one_slot:
+            slots = sizes.looped.slots[stage.name]
+            value, free = [value] * slots, [free] * slots
+        values[tensor.name], axes[tensor.name] = value, free
     return _Inputs(values, axes)
 
 
-def _step_inputs(config: MythosConfig, sizes: _Sizes) -> _Inputs:
-    batch, chunk, active = sizes.batch, sizes.chunk, sizes.active
-    values = {
-        "h": sizes.floats(batch, chunk, config.dim),
-        "out": sizes.floats(batch, active, config.dim),
-        "halt_mass": torch.empty(batch, active),
-        "depth": torch.zeros(batch, active, dtype=torch.int64),
-        "e": sizes.floats(batch, chunk, config.dim),
-        "step_index": torch.zeros(batch, chunk, dtype=torch.int64),
-        "threshold": torch.empty(()),
-        "min_depth": torch.zeros((), dtype=torch.int64),
-        **sizes.window(),
-        "past": sizes.past(config, 1)[0],
-    }
-    whole, tail = sizes.axes("batch", "chunk"), sizes.axes("batch", "active")
-    axes = dict.fromkeys(values, None) | {
-        "h": whole,
-        "e": whole,
-        "step_index": whole,
-        "out": tail,
-        "halt_mass": tail,
-        "depth": tail,
-        "first": sizes.axes("batch"),
-        "past": sizes.past_axes(1)[0],
-    }
-    return _Inputs(values, axes)
-
-
-def _attention_inputs(config: MythosConfig, sizes: _Sizes) -> _Inputs:
-    values = {
-        "x": sizes.floats(sizes.batch, sizes.chunk, config.dim),
-        "positions": torch.zeros(sizes.batch, sizes.chunk, dtype=torch.int64),
-        "past": sizes.past(config, 1)[0],
-        **sizes.window(),
-    }
-    axes = {
-        "x": sizes.axes("batch", "chunk"),
-        "positions": sizes.axes("batch", "chunk"),
-        "past": sizes.past_axes(1)[0],
-        "length": None,
-        "first": sizes.axes("batch"),
-    }
-    return _Inputs(values, axes)
-
-
-def _coda_inputs(config: MythosConfig, sizes: _Sizes) -> _Inputs:
-    layers = config.coda_layers
-    values = {
-        "out": sizes.floats(sizes.batch, sizes.chunk, config.dim),
-        "logit_rows": torch.zeros(sizes.logit_count, dtype=torch.int64),
-        **sizes.window(),
-        "past": sizes.past(config, layers),
-    }
-    axes = {
-        "out": sizes.axes("batch", "chunk"),
-        "logit_rows": sizes.axes("logit_count"),
-        "length": None,
-        "first": sizes.axes("batch"),
-        "past": sizes.past_axes(layers),
-    }
-    return _Inputs(values, axes)
+# Attention is a piece that every block calls, on rows that are flat already but for it.
+_PIECE = Stage(
+    _ATTENTION,
+    rows="x",
+    inputs=(
+        StageTensor("x", (BATCH, CHUNK, DIM)),
+        StageTensor("positions", (BATCH, CHUNK), "int64"),
+        StageTensor("past", (BATCH, CONTEXT, CACHE_WIDTH)),
+        StageTensor("length", (), "int64"),
+        StageTensor("first", (BATCH,), "int64"),
+    ),
+    outputs=(),
+)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -15,12 +16,13 @@ from torch import Tensor
 
 from mythos_edge.exporter.weight_file import HashingQueue, Piece, StoredTensor, WeightFile, plan_file
 from mythos_edge.model.bundle import Bundle
-from mythos_edge.model.checkpoint import Checkpoint
-from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import CheckpointError, ExportError, MythosEdgeError
-from mythos_edge.model.layout import PIECE_BYTES, Recipe, TensorReader, recipes, stored_table_of
+from mythos_edge.model.families.family import Config
+from mythos_edge.model.families.table import config_of
+from mythos_edge.model.layout import recipes
 from mythos_edge.model.manifest import WEIGHTS_FILE
-from mythos_edge.model.rope_tables import StoredTable
+from mythos_edge.model.recipes import PIECE_BYTES, Recipe, TensorReader, stored_table_of
+from mythos_edge.model.stored_checkpoint import Checkpoint
 from mythos_edge.model.tensor_files import read_tensor_file
 
 _NOWHERE = "unwritten"
@@ -67,7 +69,7 @@ _WHERE_IT_FITS = {
 }
 
 
-def plan_weights(config: MythosConfig, max_context: int, dtype: str) -> WeightsPlan:
+def plan_weights(config: Config, max_context: int, dtype: str) -> WeightsPlan:
     """The layout of the weights file of an export."""
     found = {recipe.name: recipe for recipe in recipes(config, max_context)}
     kinds = {name: STORAGE_TYPES[dtype if recipe.narrow else "fp32"].onnx for name, recipe in found.items()}
@@ -92,7 +94,7 @@ def write_weights(
 def weights_of(bundle: Bundle) -> Iterator[Checkpoint]:
     """A reader of the weights that a bundle stores."""
     stored = read_tensor_file(bundle.file(WEIGHTS_FILE))
-    with Checkpoint(bundle.path, stored.kind, bundle.manifest.config, stored.entries) as reader:
+    with Checkpoint(bundle.path, stored.kind, config_of(bundle.manifest), stored.entries) as reader:
         yield reader
 
 
@@ -151,17 +153,18 @@ def name_weights(graph: ir.Graph) -> None:
             value.const_value = unwritten(name, value.dtype, value.shape.numpy())
 
 
-def bytes_read(graph: ir.Graph, config: MythosConfig) -> int:
+def bytes_read(graph: ir.Graph, config: Config) -> int:
     """Bytes of weights that one row reads: all, but of the experts the chosen, and of tables next to nothing."""
-    share = config.n_experts_per_tok / config.n_experts
+    shares = {recipe.name: recipe.share for recipe in recipes(config, 1) if recipe.share < 1}
     total = 0.0
     for value in graph.initializers.values():
         tensor = value.const_value
         looked_up = all(node.op_type in _LOOKUPS for node, _ in value.uses())
         if not isinstance(tensor, ir.ExternalTensor) or looked_up:
             continue
-        routed = ".fc1" in str(value.name) or ".fc2" in str(value.name)
-        total += tensor.nbytes * (share if routed else 1.0)
+        # Rounded ones, and single experts, have names that begin with that of the stored tensor.
+        share = next((share for name, share in shares.items() if str(value.name).startswith(name)), 1.0)
+        total += tensor.nbytes * share
     return round(total)
 
 
@@ -193,11 +196,11 @@ class _HashedReader:
         self.hashes = HashingQueue()
 
     @property
-    def config(self) -> MythosConfig:
+    def config(self) -> Config:
         return self._reader.config
 
     @property
-    def stored_table(self) -> StoredTable | None:
+    def stored_table(self) -> Any:
         return stored_table_of(self._reader)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:

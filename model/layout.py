@@ -1,75 +1,27 @@
-"""How a bundle's weights are made from a checkpoint's tensors: one recipe per parameter of ``Network``.
+"""How a bundle's weights are made from a checkpoint's tensors: one recipe per parameter of a network.
 
 A recipe yields its tensor piece by piece, in storage order, so that no tensor is ever whole in memory.
-The exporter streams the pieces to disk; ``load_network`` fills an eager model with them.
+The exporter streams the pieces to disk; ``load_network`` fills an eager network with them.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
-from typing import Protocol, runtime_checkable
-
 import torch
-from torch import Tensor
 
-from mythos_edge.model.config import MythosConfig
-from mythos_edge.model.layers import rope_table
-from mythos_edge.model.loop import loop_frequencies
-from mythos_edge.model.network import Network, in_dtype
-from mythos_edge.model.rope_tables import StoredTable, cos_and_sin
-
-PIECE_BYTES = 16 << 20
+from mythos_edge.model.families.family import Config
+from mythos_edge.model.families.table import family_named
+from mythos_edge.model.network import LoopedNetwork, Ops, in_dtype
+from mythos_edge.model.recipes import Recipe, TensorReader
 
 
-@runtime_checkable
-class TensorReader(Protocol):
-    """A checkpoint: its config and row ranges of its tensors by canonical name."""
-
-    @property
-    def config(self) -> MythosConfig: ...
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor: ...
-
-
-@runtime_checkable
-class TableReader(Protocol):
-    """A reader that may have a rotary table of its own to compute with, in place of the config's."""
-
-    @property
-    def stored_table(self) -> StoredTable | None: ...
-
-
-def stored_table_of(reader: TensorReader) -> StoredTable | None:
-    """The rotary table that a reader brings along, None where it is the config's."""
-    return reader.stored_table if isinstance(reader, TableReader) else None
-
-
-Pieces = Callable[[TensorReader], Iterator[Tensor]]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One stored tensor: its name in ``Network``, its shape and how its pieces are read.
-
-    ``narrow`` says that the tensor takes the bundle's dtype; the others stay float32 (norms, halting, router,
-    LoRA, injection, tables), because they are small and decide what is computed.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    pieces: Pieces
-    narrow: bool = False
-
-
-def recipes(config: MythosConfig, max_context: int) -> list[Recipe]:
+def recipes(config: Config, max_context: int) -> list[Recipe]:
     """Every stored tensor of a model, in no particular order."""
-    found = [_stacked("embed", [("embed.weight", config.vocab_size)], config.dim)]
-    for index in range(config.prelude_layers):
-        found += _block(config, f"prelude_blocks.{index}", f"prelude.{index}", moe=False)
-    found += _block(config, "step.block", "recurrent.block", moe=True)
-    for index in range(config.coda_layers):
-        found += _block(config, f"coda_blocks.{index}", f"coda.{index}", moe=False)
-    return found + _step(config) + [_vector("norm.weight", "norm.weight", config.dim)] + _tables(config, max_context)
+    found: list[Recipe] = family_named(config.family).recipes(config, max_context)
+    return found
+
+
+def network_of(config: Config, max_context: int, ops: Ops | None = None) -> LoopedNetwork:
+    """The network of a model with ``max_context`` positions, its parameters uninitialised; ``ops`` traces it."""
+    network: LoopedNetwork = family_named(config.family).network(config, max_context, ops)
+    return network
 
 
 def load_network(
@@ -78,15 +30,16 @@ def load_network(
     *,
     stored: torch.dtype = torch.float32,
     dtype: torch.dtype = torch.float32,
-) -> Network:
+) -> LoopedNetwork:
     """An eager network of ``dtype`` with the checkpoint's weights as a bundle of dtype ``stored`` has them.
 
     Memory: the whole model.
     """
     config = reader.config
-    network = in_dtype(Network(config, max_context), dtype).requires_grad_(False).eval()
+    positions = max_context or config.max_seq_len
+    network = in_dtype(network_of(config, positions), dtype).requires_grad_(False).eval()
     parameters = dict(network.named_parameters())
-    for recipe in recipes(config, max_context or config.max_seq_len):
+    for recipe in recipes(config, positions):
         flat, filled = parameters.pop(recipe.name).data.view(-1), 0
         for piece in recipe.pieces(reader):
             kept = piece.to(stored if recipe.narrow else torch.float32)
@@ -95,170 +48,3 @@ def load_network(
         assert filled == flat.numel(), recipe.name
     assert not parameters, sorted(parameters)
     return network
-
-
-def _block(config: MythosConfig, name: str, source: str, *, moe: bool) -> list[Recipe]:
-    norms = [
-        _vector(f"{name}.{part}.weight", f"{source}.{part}.weight", config.dim) for part in ("attn_norm", "ffn_norm")
-    ]
-    attention = _latent_attention if config.is_mla else _grouped_attention
-    feed_forward = _sparse_moe if moe else _dense
-    return (
-        norms
-        + attention(config, f"{name}.attn", f"{source}.attn")
-        + feed_forward(config, f"{name}.ffn", f"{source}.ffn")
-    )
-
-
-def _latent_attention(c: MythosConfig, name: str, source: str) -> list[Recipe]:
-    latent_rows = c.kv_lora_rank + c.qk_rope_head_dim
-    down = [(f"{source}.q_down.weight", c.q_lora_rank), (f"{source}.kv_down.weight", latent_rows)]
-    up = [
-        (f"{source}.q_up_nope.weight", c.n_heads * c.qk_nope_head_dim),
-        (f"{source}.q_up_rope.weight", c.n_heads * c.qk_rope_head_dim),
-    ]
-    per_head = c.qk_nope_head_dim + c.v_head_dim
-    kv_up = f"{source}.kv_up.weight"
-    key_rows = partial(_head_rows, kv_up, c.n_heads, per_head, 0, c.qk_nope_head_dim)
-    value_rows = partial(_head_rows, kv_up, c.n_heads, per_head, c.qk_nope_head_dim, per_head)
-    return [
-        _stacked(f"{name}.qkv_down", down, c.dim),
-        _vector(f"{name}.q_norm.weight", f"{source}.q_norm.weight", c.q_lora_rank),
-        _vector(f"{name}.kv_norm.weight", f"{source}.kv_norm.weight", c.kv_lora_rank),
-        _stacked(f"{name}.q_up", up, c.q_lora_rank),
-        Recipe(f"{name}.key_up", (c.n_heads, c.qk_nope_head_dim, c.kv_lora_rank), key_rows, True),
-        Recipe(
-            f"{name}.value_up",
-            (c.n_heads, c.kv_lora_rank, c.v_head_dim),
-            lambda reader: (head.T.contiguous() for head in value_rows(reader)),
-            True,
-        ),
-        _stacked(f"{name}.wo", [(f"{source}.wo.weight", c.dim)], c.n_heads * c.v_head_dim),
-    ]
-
-
-def _grouped_attention(c: MythosConfig, name: str, source: str) -> list[Recipe]:
-    kv_dim = c.cache_width // 2
-    qkv = [(f"{source}.wq.weight", c.dim), (f"{source}.wk.weight", kv_dim), (f"{source}.wv.weight", kv_dim)]
-    return [
-        _stacked(f"{name}.qkv", qkv, c.dim),
-        _stacked(f"{name}.wo", [(f"{source}.wo.weight", c.dim)], c.dim),
-    ]
-
-
-def _dense(c: MythosConfig, name: str, source: str) -> list[Recipe]:
-    gate_up = [(f"{source}.gate.weight", c.dense_dim), (f"{source}.up.weight", c.dense_dim)]
-    return [
-        _stacked(f"{name}.gate_up", gate_up, c.dim),
-        _stacked(f"{name}.down", [(f"{source}.down.weight", c.dim)], c.dense_dim),
-    ]
-
-
-def _sparse_moe(c: MythosConfig, name: str, source: str) -> list[Recipe]:
-    routed = [f"{source}.routed_experts.{index}" for index in range(c.n_experts)]
-    shared = [f"{source}.shared_experts.{index}" for index in range(c.n_shared_experts)]
-    made = [
-        _stacked(f"{name}.router", [(f"{source}.router.weight", c.n_experts)], c.dim, narrow=False),
-        _vector(f"{name}.router_bias", f"{source}.router_bias", c.n_experts),
-        Recipe(f"{name}.fc1", (c.n_experts, 2 * c.expert_dim, c.dim), partial(_interleaved, routed, c), True),
-        Recipe(
-            f"{name}.fc2",
-            (c.n_experts, c.dim, c.expert_dim),
-            partial(_rows_in_turn, [(f"{expert}.down.weight", c.dim) for expert in routed], c.expert_dim),
-            True,
-        ),
-    ]
-    if shared:
-        # Shared experts are summed, so side by side they are one SwiGLU with a wider hidden layer.
-        width = c.expert_dim * c.n_experts_per_tok
-        rows = [(f"{expert}.{part}.weight", width) for part in ("gate", "up") for expert in shared]
-        down = partial(_side_by_side, [f"{expert}.down.weight" for expert in shared], c.dim, c.shared_dim)
-        made += [
-            _stacked(f"{name}.shared_gate_up", rows, c.dim),
-            Recipe(f"{name}.shared_down", (c.dim, c.shared_dim), down, True),
-        ]
-    return made
-
-
-def _step(c: MythosConfig) -> list[Recipe]:
-    source = "recurrent"
-    return [
-        _vector("step.norm.weight", f"{source}.norm.weight", c.dim),
-        _stacked("step.lora.down", [(f"{source}.lora.down.weight", c.lora_rank)], c.dim, narrow=False),
-        _stacked("step.lora.scale", [(f"{source}.lora.scale.weight", c.max_loop_iters)], c.lora_rank, narrow=False),
-        _stacked("step.lora.up", [(f"{source}.lora.B", c.lora_rank)], c.dim, narrow=False),
-        Recipe("step.decay", (c.dim,), _decay),
-        _vector("step.inject", f"{source}.injection.B", c.dim),
-        _stacked("step.halt_weight", [(f"{source}.act.halt.weight", 1)], c.dim, narrow=False),
-        _vector("step.halt_bias", f"{source}.act.halt.bias", 1),
-    ]
-
-
-def _tables(c: MythosConfig, max_context: int) -> list[Recipe]:
-    frequencies = loop_frequencies(c.loop_dim)
-    n_sin = len(frequencies)
-    n_cos = c.loop_dim - n_sin
-    shape = (max_context, c.rope_dim // 2)
-    return [
-        Recipe("rope.cos", shape, partial(_rotary, c, max_context, 0)),
-        Recipe("rope.sin", shape, partial(_rotary, c, max_context, 1)),
-        Recipe("step.table.sin_frequency", (n_sin,), lambda _: iter([frequencies])),
-        Recipe("step.table.cos_frequency", (n_cos,), lambda _: iter([frequencies[:n_cos]])),
-    ]
-
-
-def _rotary(c: MythosConfig, max_context: int, part: int, reader: TensorReader) -> Iterator[Tensor]:
-    """Cosines (``part`` 0) or sines (1) of the rotary table that the checkpoint is computed with."""
-    table = stored_table_of(reader)
-    if table is not None:
-        table.check_length(max_context, "the checkpoint")
-    for start, stop in _row_ranges(max_context, c.rope_dim):
-        if table is None:
-            yield rope_table(c.rope_dim, stop, c.rope_theta, start)[part]
-        else:
-            yield cos_and_sin(reader.read(table.entry.name, start, stop))[part]
-
-
-def _vector(name: str, source: str, size: int) -> Recipe:
-    return Recipe(name, (size,), partial(_rows_in_turn, [(source, size)], 1))
-
-
-def _stacked(name: str, sources: list[tuple[str, int]], columns: int, *, narrow: bool = True) -> Recipe:
-    """Matrices of (source name, rows), one below the other."""
-    return Recipe(name, (sum(rows for _, rows in sources), columns), partial(_rows_in_turn, sources, columns), narrow)
-
-
-def _rows_in_turn(sources: list[tuple[str, int]], columns: int, reader: TensorReader) -> Iterator[Tensor]:
-    for source, rows in sources:
-        for start, stop in _row_ranges(rows, columns):
-            yield reader.read(source, start, stop)
-
-
-def _row_ranges(rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    height = max(1, PIECE_BYTES // (4 * columns))
-    for start in range(0, rows, height):
-        yield start, min(rows, start + height)
-
-
-def _head_rows(source: str, heads: int, per_head: int, start: int, stop: int, reader: TensorReader) -> Iterator[Tensor]:
-    """Rows ``start:stop`` of every head of a matrix that holds ``per_head`` rows a head."""
-    for head in range(heads):
-        yield reader.read(source, head * per_head + start, head * per_head + stop)
-
-
-def _interleaved(experts: list[str], c: MythosConfig, reader: TensorReader) -> Iterator[Tensor]:
-    for expert in experts:
-        for start, stop in _row_ranges(c.expert_dim, c.dim):
-            gate = reader.read(f"{expert}.gate.weight", start, stop)
-            yield torch.stack([gate, reader.read(f"{expert}.up.weight", start, stop)], dim=1)
-
-
-def _side_by_side(sources: list[str], rows: int, columns: int, reader: TensorReader) -> Iterator[Tensor]:
-    for start, stop in _row_ranges(rows, columns):
-        yield torch.cat([reader.read(source, start, stop) for source in sources], dim=1)
-
-
-def _decay(reader: TensorReader) -> Iterator[Tensor]:
-    """A of the injection. Source: ``LTIInjection.get_A``."""
-    log_decay = reader.read("recurrent.injection.log_dt") + reader.read("recurrent.injection.log_A")
-    yield torch.exp(-torch.exp(log_decay.float().clamp(-20, 20)))

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from mythos_edge.model.config import MOST_DEPTH, MythosConfig
 from mythos_edge.model.errors import BundleError, ConfigError
+from mythos_edge.model.looped import MOST_DEPTH, LoopedModel
 from mythos_edge.model.typed_json import dataclass_from_json
 
 SCHEMA_VERSION = 6
@@ -162,7 +162,9 @@ class EndToken:
 class Manifest:
     """All there is to know about a bundle; ``dtype`` is the storage dtype of the large weights."""
 
-    config: MythosConfig
+    family: str
+    model: LoopedModel
+    config: dict[str, Any]
     dtype: str
     max_context: int
     graphs: dict[str, GraphSpec]
@@ -180,7 +182,7 @@ class Manifest:
     @property
     def identity(self) -> str:
         """Equal for bundles whose caches mean the same: same weights as stored, config and longest context."""
-        return bundle_identity(self.source, self.dtype, self.max_context, self.config)
+        return bundle_identity(self.source, self.dtype, self.max_context, self.family, self.config)
 
     @property
     def default_target(self) -> str:
@@ -209,7 +211,7 @@ class Manifest:
             raise BundleError(f"rope_table is {self.rope_table!r}, expected one of {', '.join(ROPE_TABLE_SOURCES)}")
         if not 1 <= self.max_context <= MOST_CONTEXT:
             raise BundleError(f"max_context is {self.max_context}, expected 1 to {MOST_CONTEXT}")
-        _check_sample(self.sample, self.config, self.max_context)
+        _check_sample(self.sample, self.model, self.max_context)
         if not self.targets:
             raise BundleError("targets is empty, expected at least one target")
         for name, preset in self.presets.items():
@@ -229,20 +231,18 @@ class Manifest:
                 raise BundleError(f"files.{name}.sha256 is {record.sha256!r}, expected 64 hexadecimal digits")
 
 
-def _check_sample(sample: GoldenSample, config: MythosConfig, max_context: int) -> None:
+def _check_sample(sample: GoldenSample, model: LoopedModel, max_context: int) -> None:
     """Raises BundleError for a self-test that no export can have written."""
-    tokens, most, vocab = len(sample.ids), min(max_context, _MOST_SAMPLE_TOKENS), range(config.vocab_size)
+    tokens, most, vocab = len(sample.ids), min(max_context, _MOST_SAMPLE_TOKENS), range(model.vocab_size)
     checks = {
         f"{tokens} ids, expected 1 to {most}": 1 <= tokens <= most,
         f"ids that are not in 0 .. {vocab[-1]}": all(number in vocab for number in sample.ids),
         f"{len(sample.depth)} depths for {tokens} ids": len(sample.depth) == tokens,
-        f"max_depth {sample.max_depth}, expected 1 to {config.max_loop_iters}": (
-            1 <= sample.max_depth <= config.max_loop_iters
-        ),
+        f"max_depth {sample.max_depth}, expected 1 to {model.max_depth}": (1 <= sample.max_depth <= model.max_depth),
         f"depths that are not in 1 .. {sample.max_depth}": all(
             1 <= depth <= sample.max_depth for depth in sample.depth
         ),
-        f"threshold {sample.threshold}, expected {config.act_threshold}": sample.threshold == config.act_threshold,
+        f"threshold {sample.threshold}, expected {model.threshold}": sample.threshold == model.threshold,
         f"top_ids that are not in 0 .. {vocab[-1]}": all(number in vocab for number in sample.top_ids),
         f"{len(sample.top_logits)} top_logits for {len(sample.top_ids)} top_ids": (
             len(sample.top_logits) == len(sample.top_ids) > 0
@@ -254,9 +254,9 @@ def _check_sample(sample: GoldenSample, config: MythosConfig, max_context: int) 
         raise BundleError(f"sample has {wrong}: it was damaged or edited")
 
 
-def bundle_identity(source: Source, dtype: str, max_context: int, config: MythosConfig) -> str:
+def bundle_identity(source: Source, dtype: str, max_context: int, family: str, config: Mapping[str, Any]) -> str:
     """A hash that is equal for bundles whose caches mean the same; see ``Manifest.identity``."""
-    parts = [source.sha256, dtype, max_context, config.to_dict()]
+    parts = [source.sha256, dtype, max_context, family, dict(config)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

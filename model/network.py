@@ -1,20 +1,95 @@
-"""The three stages, and the eager model built only from them.
+"""Eager networks of looped models: the stages that a family gives, and the pass over whole sequences made of them.
 
-The stages are pure functions with named tensors; the exporter traces exactly these. ``Network.forward`` is the
-parity reference: it runs them over whole sequences without a cache, the way the reference does.
+The stages are pure functions with named tensors, as ``stages`` declares them; the exporter traces exactly these.
+``LoopedNetwork.forward`` is the parity reference: it runs them without a cache, the way a reference does.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mythos_edge.model.config import MythosConfig
-from mythos_edge.model.layers import Block, EagerOps, Ops, RMSNorm, Rope, SparseMoE, Window
-from mythos_edge.model.loop import Halting, LoopState, LoopStep
+from mythos_edge.model.looped import LoopedModel
+
+
+class Window(NamedTuple):
+    """Which positions a chunk of S new rows may look at: columns ``first[b] .. length`` of the cache, then itself.
+
+    ``first`` is the number of padding columns at the left of each sequence (0 for a single sequence).
+    """
+
+    length: Int[Tensor, ""]
+    first: Int[Tensor, "B"]
+
+
+@runtime_checkable
+class Ops(Protocol):
+    """The operations that become custom ops; ``EagerOps`` computes them, ``plugins.torch_ops`` traces them."""
+
+    def latent_attention(
+        self,
+        q: Float[Tensor, "B S H W"],
+        rows: Float[Tensor, "B S W"],
+        past: Float[Tensor, "B C W"],
+        window: Window,
+        value_dim: int,
+        scale: float,
+    ) -> Float[Tensor, "B S H R"]: ...
+
+    def grouped_query_attention(
+        self,
+        q: Float[Tensor, "B S H F"],
+        rows: Float[Tensor, "B S W"],
+        past: Float[Tensor, "B C W"],
+        window: Window,
+        kv_heads: int,
+        scale: float,
+    ) -> Float[Tensor, "B S H F"]: ...
+
+    def sparse_moe(
+        self,
+        x: Float[Tensor, "N D"],
+        router: Float[Tensor, "E D"],
+        router_bias: Float[Tensor, "E"],
+        fc1: Float[Tensor, "E F2 D"],
+        fc2: Float[Tensor, "E D F"],
+        shared: "tuple[Tensor, Tensor] | None",
+        top_k: int,
+    ) -> Float[Tensor, "N D"]: ...
+
+    def rotate(
+        self,
+        x: Float[Tensor, "B S H P"],
+        cos: Float[Tensor, "M F"],
+        sin: Float[Tensor, "M F"],
+        positions: Int[Tensor, "B S"],
+    ) -> Float[Tensor, "B S H P"]: ...
+
+
+class LoopState(NamedTuple):
+    """The state that the loop carries, in the order of the ONNX Loop's carried values.
+
+    ``h`` holds S rows; the other fields the last A <= S of them: earlier rows of a chunk have halted before and
+    only move on, so nothing but ``h`` is needed of them.
+    """
+
+    h: Float[Tensor, "B S D"]
+    out: Float[Tensor, "B A D"]
+    halt_mass: Float[Tensor, "B A"]
+    depth: Int[Tensor, "B A"]
+
+
+class Halting(NamedTuple):
+    """The halting rule of a request: mass counts from loop step ``min_depth`` on and halts at ``threshold``.
+
+    Differs: the reference has no ``min_depth``; with 1 the rule is the reference's.
+    """
+
+    threshold: Float[Tensor, ""]
+    min_depth: Int[Tensor, ""]
 
 
 class Scored(NamedTuple):
@@ -32,78 +107,28 @@ class Scored(NamedTuple):
     experts: Int[Tensor, "B S M K"]
 
 
-class Network(nn.Module):
-    """All weights of a model, and its stages. Fresh parameters are uninitialised: load or fake them.
+# The experts that each row chose in a loop step, and by how much the last of them beat the best of the others.
+Choices = list[tuple[Int[Tensor, "N K"], Float[Tensor, "N"]]]
 
-    ``max_context`` is the number of positions in the rope tables; ``ops`` computes or traces the custom ops.
+
+class LoopedNetwork(nn.Module):
+    """All weights of a model, and its stages, which a family's subclass computes.
+
+    ``always_wide`` are the ends of names of parameters that are float32 at least in every dtype. The parameter that
+    comes first has the dtype of the cached rows.
     """
 
-    def __init__(self, config: MythosConfig, max_context: int | None = None, ops: Ops | None = None) -> None:
+    always_wide: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, looped: LoopedModel) -> None:
         super().__init__()
-        ops = ops or EagerOps()
-        self.config = config
-        self.embed = nn.Parameter(torch.empty(config.vocab_size, config.dim))
-        self.rope = Rope(config, max_context or config.max_seq_len, ops)
-        self.prelude_blocks = nn.ModuleList(Block(config, ops, moe=False) for _ in range(config.prelude_layers))
-        self.step = LoopStep(config, ops)
-        self.coda_blocks = nn.ModuleList(Block(config, ops, moe=False) for _ in range(config.coda_layers))
-        self.norm = RMSNorm(config.dim)
-
-    def forward(
-        self,
-        input_ids: Int[Tensor, "B S"],
-        max_depth: int | None = None,
-        threshold: float | None = None,
-        logit_rows: Int[Tensor, "L"] | None = None,
-    ) -> Scored:
-        """Logits and depth of whole sequences, in the network's own dtype; by default as trained."""
-        config, (batch, chunk) = self.config, input_ids.shape
-        window = Window(torch.tensor(0), torch.zeros(batch, dtype=torch.int64))
-        threshold = config.act_threshold if threshold is None else threshold
-        e, _ = self.prelude(input_ids, window, *[self._no_past(batch)] * config.prelude_layers)
-        mass = torch.zeros(batch, chunk, dtype=torch.promote_types(e.dtype, torch.float32))
-        state = LoopState(e, torch.zeros_like(e), mass, torch.zeros(batch, chunk, dtype=torch.int64))
-        halting, margins = Halting(torch.tensor(threshold), torch.tensor(1)), []
-        with self._choices() as choices:
-            for index in range(config.max_loop_iters if max_depth is None else max_depth):
-                state, _ = self.loop_step(
-                    state, e, torch.full((batch, chunk), index), halting, window, self._no_past(batch)
-                )
-                margins.append((state.halt_mass - threshold).abs())
-        rows = torch.arange(chunk) if logit_rows is None else logit_rows
-        logits, _ = self.coda(state.out, rows, window, *[self._no_past(batch)] * config.coda_layers)
-        experts, router_margins = (
-            torch.stack(of_steps).unflatten(1, (batch, chunk)) for of_steps in zip(*choices, strict=True)
-        )
-        return Scored(
-            logits,
-            state.depth,
-            torch.stack(margins, dim=-1),
-            router_margins.movedim(0, -1),
-            experts.movedim(0, 2),
-        )
-
-    @contextmanager
-    def _choices(self) -> Iterator[list[tuple[Int[Tensor, "N K"], Float[Tensor, "N"]]]]:
-        """A list that takes down what the router chooses in every loop step that runs meanwhile."""
-        found: list[tuple[Tensor, Tensor]] = []
-        experts = self.step.block.ffn
-        assert isinstance(experts, SparseMoE)
-        watch = experts.register_forward_pre_hook(lambda _, given: found.append(experts.choice(*given)))
-        try:
-            yield found
-        finally:
-            watch.remove()
-
-    def _no_past(self, batch: int) -> Float[Tensor, "B 0 W"]:
-        return torch.empty(batch, 0, self.config.cache_width, dtype=self.norm.weight.dtype)
+        self.looped = looped
 
     def prelude(
         self, input_ids: Int[Tensor, "B S"], window: Window, *past: Float[Tensor, "B C W"]
     ) -> tuple[Float[Tensor, "B S D"], list[Float[Tensor, "B S W"]]]:
         """The embedded and encoded tokens ``e`` and the new rows of each prelude slot."""
-        x = nn.functional.embedding(input_ids, self.embed)
-        return self._run_blocks(self.prelude_blocks, x, window, past)
+        raise NotImplementedError
 
     def loop_step(
         self,
@@ -115,9 +140,7 @@ class Network(nn.Module):
         past: Float[Tensor, "B C W"],
     ) -> tuple[LoopState, Float[Tensor, "B S W"]]:
         """The state after one loop step, each row's own, and the new rows of its slot."""
-        positions = self._positions(window, state.h.shape[1])
-        next_state, rows = self.step(state, e, step_index, halting, self.rope, positions, past, window)
-        return next_state, rows
+        raise NotImplementedError
 
     def coda(
         self,
@@ -127,34 +150,56 @@ class Network(nn.Module):
         *past: Float[Tensor, "B C W"],
     ) -> tuple[Float[Tensor, "B L V"], list[Float[Tensor, "B S W"]]]:
         """Logits of the chunk's rows ``logit_rows`` (decoding needs the last) and the new rows of each coda slot."""
-        x, rows = self._run_blocks(self.coda_blocks, out, window, past)
-        x = x.index_select(1, logit_rows)
-        logits = nn.functional.linear(self.norm(x.flatten(0, 1)), self.embed)
-        return logits.unflatten(0, (x.shape[0], x.shape[1])), rows
+        raise NotImplementedError
 
-    def _run_blocks(
-        self, blocks: nn.ModuleList, x: Float[Tensor, "B S D"], window: Window, past: Sequence[Tensor]
-    ) -> tuple[Float[Tensor, "B S D"], list[Tensor]]:
-        positions, flat, new_rows = self._positions(window, x.shape[1]), x.flatten(0, 1), []
-        for block, slot in zip(blocks, past, strict=True):
-            flat, rows = block(flat, self.rope, positions, slot, window)
-            new_rows.append(rows)
-        return flat.view(x.shape), new_rows
+    def attentions(self) -> dict[str, nn.Module]:
+        """The attention modules by name, where all have one shape and can be traced once; none otherwise."""
+        return {}
 
-    def _positions(self, window: Window, chunk: int) -> Int[Tensor, "B S"]:
-        """The position of each new row in its sequence; rows that nothing looks at (padding, and rows of a sequence
-        that has ended at the longest context while others of its batch go on) get the nearest there is."""
-        columns = window.length + torch.arange(chunk)
-        return (columns.unsqueeze(0) - window.first.unsqueeze(1)).clamp(min=0, max=self.rope.cos.shape[0] - 1)
+    @contextmanager
+    def choices(self) -> Iterator[Choices]:
+        """A list that takes down what a router chooses in every loop step that runs meanwhile; empty without one."""
+        yield []
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B S"],
+        max_depth: int | None = None,
+        threshold: float | None = None,
+        logit_rows: Int[Tensor, "L"] | None = None,
+    ) -> Scored:
+        """Logits and depth of whole sequences, in the network's own dtype; by default as trained."""
+        looped, (batch, chunk) = self.looped, input_ids.shape
+        window = Window(torch.tensor(0), torch.zeros(batch, dtype=torch.int64))
+        threshold = looped.threshold if threshold is None else threshold
+        e, _ = self.prelude(input_ids, window, *[self._no_past(batch)] * looped.prelude_slots)
+        mass = torch.zeros(batch, chunk, dtype=torch.promote_types(e.dtype, torch.float32))
+        state = LoopState(e, torch.zeros_like(e), mass, torch.zeros(batch, chunk, dtype=torch.int64))
+        halting, margins = Halting(torch.tensor(threshold), torch.tensor(1)), []
+        with self.choices() as choices:
+            for index in range(looped.max_depth if max_depth is None else max_depth):
+                state, _ = self.loop_step(
+                    state, e, torch.full((batch, chunk), index), halting, window, self._no_past(batch)
+                )
+                margins.append((state.halt_mass - threshold).abs())
+        rows = torch.arange(chunk) if logit_rows is None else logit_rows
+        logits, _ = self.coda(state.out, rows, window, *[self._no_past(batch)] * looped.coda_slots)
+        margin = torch.stack(margins, dim=-1)
+        if not choices:
+            no_experts = torch.zeros(*margin.shape, 0, dtype=torch.int64)
+            return Scored(logits, state.depth, margin, torch.full_like(margin, torch.inf), no_experts)
+        experts, router_margins = (
+            torch.stack(of_steps).unflatten(1, (batch, chunk)) for of_steps in zip(*choices, strict=True)
+        )
+        return Scored(logits, state.depth, margin, router_margins.movedim(0, -1), experts.movedim(0, 2))
+
+    def _no_past(self, batch: int) -> Float[Tensor, "B 0 W"]:
+        return torch.empty(batch, 0, self.looped.cache_width, dtype=next(self.parameters()).dtype)
 
 
-# What a position's depth is decided with, and tables of angles, which need their digits.
-_ALWAYS_WIDE = ("rope.cos", "rope.sin", "sin_frequency", "cos_frequency", "halt_weight", "halt_bias")
-
-
-def in_dtype(network: Network, dtype: torch.dtype) -> Network:
+def in_dtype(network: LoopedNetwork, dtype: torch.dtype) -> LoopedNetwork:
     """The network itself, with its weights in ``dtype``, but for those that are float32 at least in every dtype."""
     wide = torch.promote_types(dtype, torch.float32)
     for name, parameter in network.named_parameters():
-        parameter.data = parameter.data.to(wide if name.endswith(_ALWAYS_WIDE) else dtype)
+        parameter.data = parameter.data.to(wide if name.endswith(network.always_wide) else dtype)
     return network

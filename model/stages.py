@@ -53,6 +53,15 @@ class Stage:
     rows: str
     inputs: tuple[StageTensor, ...]
     outputs: tuple[StageTensor, ...]
+    # A loop step has one slot, whose tensors have no number in their names.
+    one_slot: bool = False
+
+    def names_of(self, tensors: tuple[StageTensor, ...], slots: int) -> Iterator[tuple[str, StageTensor]]:
+        """The names that ``tensors`` have in a graph with ``slots`` cache slots, each with its declaration."""
+        for tensor in tensors:
+            numbered = tensor.slot and not self.one_slot
+            names = [f"{tensor.name}_{index}" for index in range(slots)] if numbered else [tensor.name]
+            yield from ((name, tensor) for name in names)
 
     def tensor(self, name: str) -> StageTensor:
         """The declaration of an input or output by its name in a graph. Raises KeyError for an unknown name."""
@@ -61,13 +70,6 @@ class Stage:
             if tensor.name == (stem if tensor.slot and number.isdigit() else name):
                 return tensor
         raise KeyError(name)
-
-
-def names_of(tensors: tuple[StageTensor, ...], slots: int) -> Iterator[tuple[str, StageTensor]]:
-    """The names that ``tensors`` have in the graph of a stage with ``slots`` cache slots, each with its declaration."""
-    for tensor in tensors:
-        names = [f"{tensor.name}_{index}" for index in range(slots)] if tensor.slot else [tensor.name]
-        yield from ((name, tensor) for name in names)
 
 
 def _host(name: str, *axes: str, dtype: str = "int64") -> StageTensor:
@@ -108,6 +110,7 @@ _STEP = Stage(
         *(StageTensor(f"{tensor.name}_next", tensor.axes, tensor.dtype, halted=tensor.halted) for tensor in STATE),
         _ROWS,
     ),
+    one_slot=True,
 )
 _CODA = Stage(
     "coda",

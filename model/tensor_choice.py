@@ -11,11 +11,15 @@ from typing import Any
 from torch import Tensor
 
 from mythos_edge.model.errors import CheckpointError
-from mythos_edge.model.shapes import few
+from mythos_edge.model.json_files import few
 
 # In the order in which they are preferred: what was trained goes before its running average.
 TENSOR_KEYS = ("model", "state_dict", "model_state_dict", "module", "ema", "params", "weights", "net")
 _DEEPEST = 3
+# Under these a trainer's file, or a config.json of several sections, keeps the model's fields.
+CONFIG_KEYS = (
+    "cfg", "config", "model_config", "model_cfg", "mythos_config", "model_args", "hyper_parameters", "hparams", "args",
+)  # fmt: skip
 
 Named = Mapping[Any, Any]
 

@@ -20,12 +20,11 @@ import numpy as np
 import torch
 
 from mythos_edge.model.bounded_files import open_regular, parse_json, size_text
-from mythos_edge.model.config import read_json_object
-from mythos_edge.model.config_sources import CONFIG_KEYS
 from mythos_edge.model.errors import CheckpointError
 from mythos_edge.model.foreign_files import bin_shards, distributed_tensor, refuse_foreign_file, refuse_foreign_folder
+from mythos_edge.model.json_files import read_json_object
 from mythos_edge.model.pickle_bounds import check_pickle, check_pickle_size
-from mythos_edge.model.tensor_choice import choose_tensors, under_prefix
+from mythos_edge.model.tensor_choice import CONFIG_KEYS, choose_tensors, under_prefix
 from mythos_edge.model.zip_records import Record, zip_records
 
 EXPECTED = (

@@ -2,7 +2,7 @@
 
 Made for the bundle's manifest, so errors are BundleErrors. No schema language and no file reader: the annotations are
 the schema. Of types it knows what the manifest needs: bool, int, float and str, ``dict[str, X]``, ``tuple[X, ...]``,
-dataclasses, Any, MythosConfig through its own reader, and unions of plain types or of one dataclass and None.
+dataclasses, Any, and unions of plain types or of one dataclass and None.
 Nothing is converted but whole numbers to the floats they stand for, no field may be left out, floats are finite.
 """
 
@@ -13,7 +13,6 @@ import types
 import typing
 from typing import Any, TypeVar
 
-from mythos_edge.model.config import MythosConfig, config_from_dict
 from mythos_edge.model.errors import BundleError
 
 T = TypeVar("T")
@@ -24,7 +23,7 @@ _REPR.maxstring = _REPR.maxother = 80
 def dataclass_from_json(kind: type[T], value: Any, where: str) -> T:
     """The ``kind`` whose fields the JSON object ``value`` has; ``where`` names it in errors.
 
-    Raises BundleError for another type, an unknown and a missing field; ConfigError for a wrong config.
+    Raises BundleError for another type, an unknown and a missing field.
     """
     values, hints = _expect(value, dict, where), typing.get_type_hints(kind)
     unknown, missing = sorted(set(values) - set(hints)), sorted(set(hints) - set(values))
@@ -39,8 +38,6 @@ def _typed(kind: Any, value: Any, where: str) -> Any:
     if kind is Any:
         return value
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if kind is MythosConfig:
-        return config_from_dict(_expect(value, dict, where), origin=where)
     if dataclasses.is_dataclass(kind):
         assert isinstance(kind, type)
         return dataclass_from_json(kind, value, where)

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from mythos_edge.model.layers import Window
+from mythos_edge.model.network import Window
 from mythos_edge.plugins import ops
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import CapacityError
+from mythos_edge.model.looped import LoopedModel
 from mythos_edge.runtime.backends.memory import HostMemory, Memory, Rows
 
 _FIRST_CAPACITY = 64
@@ -41,10 +41,10 @@ class CachePlan:
         return self.cache_bytes + self.pending_bytes_per_token * self.context * self.batch
 
 
-def plan_cache(config: MythosConfig, max_depth: int, context: int, batch: int = 1, value_bytes: int = 4) -> CachePlan:
+def plan_cache(model: LoopedModel, max_depth: int, context: int, batch: int = 1, value_bytes: int = 4) -> CachePlan:
     """The memory that ``context`` tokens in each of ``batch`` sequences take at ``max_depth`` loop steps."""
-    slots = config.prelude_layers + max_depth + config.coda_layers
-    return CachePlan(slots, slots * config.cache_width * value_bytes, 2 * config.dim * value_bytes, context, batch)
+    slots = model.prelude_slots + max_depth + model.coda_slots
+    return CachePlan(slots, slots * model.cache_width * value_bytes, 2 * model.dim * value_bytes, context, batch)
 
 
 def require_memory(plan: CachePlan, already_held: int, free: int | None) -> None:

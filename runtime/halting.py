@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any
 
-from mythos_edge.model.config import MOST_DEPTH, MythosConfig
 from mythos_edge.model.errors import UsageError
+from mythos_edge.model.looped import MOST_DEPTH, LoopedModel
 from mythos_edge.model.manifest import Manifest
 from mythos_edge.runtime.request_values import Within, check_fields
 
@@ -42,17 +42,17 @@ class Depth:
     def __post_init__(self) -> None:
         check_fields(self)
 
-    def resolve(self, config: MythosConfig) -> "ResolvedDepth":
+    def resolve(self, model: LoopedModel) -> "ResolvedDepth":
         """The parameters with the model's own values filled in; warns when depth goes beyond training."""
-        max_depth = self.max_depth or config.max_loop_iters
+        max_depth = self.max_depth or model.max_depth
         if self.min_depth > max_depth:
             raise UsageError(f"min_depth is {self.min_depth}, expected at most max_depth {max_depth}")
-        if max_depth > config.max_loop_iters:
+        if max_depth > model.max_depth:
             warnings.warn(
-                f"max_depth {max_depth} is beyond the {config.max_loop_iters} loop steps this model was trained with",
+                f"max_depth {max_depth} is beyond the {model.max_depth} loop steps this model was trained with",
                 stacklevel=2,
             )
-        threshold = config.act_threshold if self.threshold is None else self.threshold
+        threshold = model.threshold if self.threshold is None else self.threshold
         return ResolvedDepth(Policy(self.policy), max_depth, self.min_depth, threshold)
 
 

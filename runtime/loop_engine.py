@@ -29,7 +29,7 @@ class LoopEngine:
         spec = bundle.target(target)
         if not spec.has_loop_inside:
             raise UsageError(f"target {target!r} has no loop inside: open it as a session")
-        self.config = bundle.manifest.config
+        self.model = bundle.manifest.model
         self._turns = Turns("engine", "open one a thread, or give several rows of ids")
         bundle = bundle.at_absolute_path()
         self._runtime = Runtime(bundle, target, driver, device)
@@ -54,10 +54,10 @@ class LoopEngine:
         ``block_rows`` counts what the deepest position of a sequence needs for all of its rows. Raises UsageError for a
         policy or a least depth, which the loop inside does not know, and CapacityError.
         """
-        ids = checked_ids(ids, self.config)
+        ids = checked_ids(ids, self.model)
         check_names(Depth, depth)
         given: dict[str, Any] = {name: value for name, value in depth.items() if value is not None}
-        wanted = Depth(**given).resolve(self.config)
+        wanted = Depth(**given).resolve(self.model)
         if wanted.policy is not Policy.EXACT or wanted.min_depth != 1:
             raise UsageError("a loop inside the engine runs as policy exact with min_depth 1: build --layout step")
         if ids.shape[1] > self._max_rows:
@@ -83,7 +83,7 @@ class LoopEngine:
         on_host = {name for name, tensor in self._engine.tensors.items() if tensor.on_host}
         arrays = {name: memory.from_host(array) for name, array in feeds.items() if name not in on_host}
         made = {
-            "logits": memory.empty((1, rows, self.config.vocab_size), np.float32),
+            "logits": memory.empty((1, rows, self.model.vocab_size), np.float32),
             "depth": memory.empty((1, rows), np.int64),
         }
         addresses = {name: array.pointer for name, array in (arrays | made).items()}

@@ -6,8 +6,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import UsageError
+from mythos_edge.model.looped import LoopedModel
 from mythos_edge.runtime.request_values import as_array, shown, token_ids
 
 Int64: TypeAlias = NDArray[np.int64]
@@ -44,14 +44,14 @@ def separate(prompt: Any) -> tuple[list[Any], bool]:
     return list(prompt), True
 
 
-def ids_of(prompt: Any, config: MythosConfig) -> list[int]:
+def ids_of(prompt: Any, model: LoopedModel) -> list[int]:
     """The token ids of one prompt that is no text. Raises UsageError."""
     ids = token_ids("the prompt", prompt)
-    check_range(ids, config)
+    check_range(ids, model)
     return ids
 
 
-def checked_ids(ids: Any, config: MythosConfig) -> Int64:
+def checked_ids(ids: Any, model: LoopedModel) -> Int64:
     """``ids`` as an int64 array (batch, positions). Raises UsageError when they are no tokens of the model."""
     given = as_array("ids", ids)
     if not given.size:
@@ -63,12 +63,12 @@ def checked_ids(ids: Any, config: MythosConfig) -> Int64:
         # Numpy takes a bool among integers for one.
         for row in ids:
             token_ids("ids", row)
-    check_range([int(given.min()), int(given.max())], config)
+    check_range([int(given.min()), int(given.max())], model)
     return np.ascontiguousarray(given, np.int64)
 
 
-def check_range(ids: Sequence[int], config: MythosConfig, what: str = "token id") -> None:
+def check_range(ids: Sequence[int], model: LoopedModel, what: str = "token id") -> None:
     """Raises UsageError for an id that the model does not know."""
-    wrong = next((number for number in ids if not 0 <= number < config.vocab_size), None)
+    wrong = next((number for number in ids if not 0 <= number < model.vocab_size), None)
     if wrong is not None:
-        raise UsageError(f"{what} {shown(wrong)} is out of range: this model knows 0 .. {config.vocab_size - 1}")
+        raise UsageError(f"{what} {shown(wrong)} is out of range: this model knows 0 .. {model.vocab_size - 1}")

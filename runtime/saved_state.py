@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mythos_edge.model.bounded_files import open_regular
-from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import UsageError
+from mythos_edge.model.looped import LoopedModel
 from mythos_edge.model.output_files import writing
 from mythos_edge.runtime.halting import Depth, Policy, ResolvedDepth
 from mythos_edge.runtime.request_values import Within, shown, token_ids, whole
@@ -69,7 +69,7 @@ def write(path: Path, weights: str, ids: list[int], sampler: Sampler, staircase:
         np.savez(file, **content)
 
 
-def read(path: Path, weights: str, config: MythosConfig, max_context: int) -> Saved:
+def read(path: Path, weights: str, model: LoopedModel, max_context: int) -> Saved:
     """Reads a saved session, in memory bounded by its size.
 
     Raises UsageError when the file is missing, damaged, or of other weights than those of the identity ``weights``.
@@ -90,7 +90,7 @@ def read(path: Path, weights: str, config: MythosConfig, max_context: int) -> Sa
     if header["weights"] != weights:
         raise UsageError(f"{path}: was saved with another bundle or target: open it with the one it was made with")
     try:
-        return _saved(header, arrays, config, max_context)
+        return _saved(header, arrays, model, max_context)
     except (*_DAMAGE, UsageError) as error:
         raise damaged(path, error) from error
 
@@ -135,16 +135,16 @@ def _header(array: NDArray[Any]) -> dict[str, Any]:
     return _exactly(header, ("format", "weights", "ids", "depth", "sampling", "sampler_state"), "the header")
 
 
-def _saved(header: Mapping[str, Any], arrays: dict[str, NDArray[Any]], config: MythosConfig, max_context: int) -> Saved:
+def _saved(header: Mapping[str, Any], arrays: dict[str, NDArray[Any]], model: LoopedModel, max_context: int) -> Saved:
     """The session of a header and arrays. Raises ValueError or UsageError for values that ``write`` does not write."""
     ids = token_ids("ids", header["ids"])
-    if not all(0 <= number < config.vocab_size for number in ids):
+    if not all(0 <= number < model.vocab_size for number in ids):
         raise ValueError("a token id is out of range")
     # The last token of a full context has no column.
     if len(ids) > max_context + 1:
         raise ValueError(f"{len(ids)} tokens, more than the context has room for")
     depth = _depth(header["depth"])
-    slots = config.prelude_layers + depth.max_depth + config.coda_layers
+    slots = model.prelude_slots + depth.max_depth + model.coda_slots
     # Columns and data of every slot, h and e, and two counts; the names are checked as they are looked up.
     if len(arrays) != 2 * (slots + 2) + 2:
         raise ValueError(f"{len(arrays)} arrays are not those of {depth.max_depth} loop steps")

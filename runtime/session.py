@@ -52,7 +52,7 @@ class Session:
         self._turns = Turns("session", "open one Session a thread, or use generate([...]) for several prompts")
         # The one that is half read. Not kept alive: nobody may be reading it any more.
         self._stream: weakref.ref[TokenStream] | None = None
-        self.config = bundle.manifest.config
+        self.model = bundle.manifest.model
         self.max_context = min(bundle.manifest.max_context, backend.max_context or bundle.manifest.max_context)
         name = bundle.manifest.tokenizer
         self.tokenizer = None
@@ -144,12 +144,12 @@ class Session:
         """The cache memory of ``context`` tokens (by default the longest) before anything is allocated."""
         room = Within(least=1, most=self.max_context)
         tokens = self.max_context if context is None else whole("context", context, room)
-        depth = self.config.max_loop_iters if max_depth is None else whole("max_depth", max_depth, LOOP_STEPS)
+        depth = self.model.max_depth if max_depth is None else whole("max_depth", max_depth, LOOP_STEPS)
         return self._plan(tokens, whole("batch", batch, _COUNT), depth)
 
     def _plan(self, tokens: int, batch: int, max_depth: int) -> CachePlan:
         memory = self.backend.memory
-        return plan_cache(self.config, max_depth, memory.room_of(tokens), batch, memory.dtype.itemsize)
+        return plan_cache(self.model, max_depth, memory.room_of(tokens), batch, memory.dtype.itemsize)
 
     @overload
     def generate(
@@ -229,7 +229,7 @@ class Session:
         """Logits and depth of every position of ``ids (B, S)``: the first ``prefill`` in one chunk (by default
         all), the rest one at a time, as decoding would. ``progress`` is told the share that is done; ``options``
         are the depth fields of Options, and ``max_lag``. Raises UsageError, CapacityError."""
-        ids = checked_ids(ids, self.config)
+        ids = checked_ids(ids, self.model)
         positions = ids.shape[1]
         prefill = positions if prefill is None else whole("prefill", prefill)
         if not 0 <= prefill <= positions:
@@ -238,7 +238,7 @@ class Session:
         if meaningless:
             raise UsageError(f"score chooses no tokens, and {meaningless[0]} means nothing to it: leave it out")
         wanted = self._options(options)
-        self._start(ids.tolist(), wanted.depth.resolve(self.config), wanted)
+        self._start(ids.tolist(), wanted.depth.resolve(self.model), wanted)
         spans = list(spans_of(prefill, positions))
         first, *others = self._sequences
         works = [scoring(first, spans, progress), *(scoring(other, spans, lambda fraction: None) for other in others)]
@@ -288,7 +288,7 @@ class Session:
         Raises UsageError when the file is damaged or belongs to other weights; the session is then as it was.
         """
         path = _path(path, "a file that save wrote")
-        saved = saved_state.read(path, self.bundle.weights_identity(self._target), self.config, self.max_context)
+        saved = saved_state.read(path, self.bundle.weights_identity(self._target), self.model, self.max_context)
         sequence = TokenSequence(saved.ids, self._new_staircase(saved.depth, None), Sampler(saved.sampling))
         try:
             sequence.staircase.restore(saved.arrays)
@@ -314,8 +314,8 @@ class Session:
         encoded = [self._encode(prompt, first=not goes_on) for prompt in prompts]
         # Nothing of the session changes before everything that can be refused was.
         texts = [TextSoFar(self.tokenizer, options) for _ in encoded]
-        check_range(() if options.stop_ids is None else options.stop_ids, self.config, "stop id")
-        depth = options.depth.resolve(self.config)
+        check_range(() if options.stop_ids is None else options.stop_ids, self.model, "stop id")
+        depth = options.depth.resolve(self.model)
         tuner = self._tuner(options, depth, len(encoded))
         self._take_prompts(encoded, resume, options, depth)
         stop_ids = options.stop_ids if options.stop_ids is not None else self._end_ids()
@@ -390,7 +390,7 @@ class Session:
             sequence.staircase.expect(len(sequence.ids) + new_tokens)
 
     def _new_staircase(self, depth: ResolvedDepth, max_lag: int | None) -> Staircase:
-        return Staircase(self.backend, self.config, depth, self.max_context, max_lag)
+        return Staircase(self.backend, self.model, depth, self.max_context, max_lag)
 
     def _check_length(self, tokens: int) -> None:
         limit = self.max_context
@@ -407,7 +407,7 @@ class Session:
     def _encode(self, prompt: Any, first: bool) -> list[int]:
         """The ids of a prompt; text that is the ``first`` of its sequence with what the tokenizer puts around it."""
         if not isinstance(prompt, str):
-            return ids_of(prompt, self.config)
+            return ids_of(prompt, self.model)
         if self.tokenizer is None:
             raise UsageError("this bundle has no tokenizer: give token ids, or export with --tokenizer")
         ids = self.tokenizer.encode(prompt, first=first)
@@ -416,7 +416,7 @@ class Session:
 
     def _check_known(self, ids: Sequence[int], tokenizer: Tokenizer) -> None:
         """Raises UsageError for a token that the tokenizer knows and the model does not."""
-        known = self.config.vocab_size
+        known = self.model.vocab_size
         unknown = next((number for number in ids if number >= known), None)
         if unknown is not None:
             raise UsageError(

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import CapacityError, UsageError
+from mythos_edge.model.looped import LoopedModel
 from mythos_edge.runtime.backends.memory import Rows
 from mythos_edge.runtime.backends.packing import ROWS
 from mythos_edge.runtime.backends.protocol import Backend
@@ -61,22 +61,22 @@ class Staircase:
     def __init__(
         self,
         backend: Backend,
-        config: MythosConfig,
+        model: LoopedModel,
         depth: ResolvedDepth,
         max_context: int,
         max_lag: int | None = None,
     ) -> None:
-        self.config, self.depth, self.max_context = config, depth, max_context
+        self.model, self.depth, self.max_context = model, depth, max_context
         self.columns = 0
         self.block_calls = self.block_rows = self.catch_up_calls = self.rolled_back_rows = 0
         self._backend, self.max_lag = backend, max_lag
         self._memory = memory = backend.memory
-        self.prelude_slots = [self._slot() for _ in range(config.prelude_layers)]
-        self.coda_slots = [self._slot() for _ in range(config.coda_layers)]
+        self.prelude_slots = [self._slot() for _ in range(model.prelude_slots)]
+        self.coda_slots = [self._slot() for _ in range(model.coda_slots)]
         self.loop_slots = [self._slot() for _ in range(depth.max_depth)]
         # States of the columns that are not at full depth: h as of their deepest computed step.
-        self._h = ColumnBuffer(config.dim, max_context, memory)
-        self._e = ColumnBuffer(config.dim, max_context, memory)
+        self._h = ColumnBuffer(model.dim, max_context, memory)
+        self._e = ColumnBuffer(model.dim, max_context, memory)
         # Scalars are bound once and changed in place.
         self._length = np.zeros((), np.int64)
         self._first = np.zeros(1, np.int64)
@@ -87,7 +87,7 @@ class Staircase:
         self._running = memory.watch(depth.threshold, may_lag=depth.policy is not Policy.LAST)
         self._scratch: dict[str, Rows] = {}
         # What a call that only catches up moves on.
-        nothing = memory.empty((1, 0, config.dim), memory.dtype)
+        nothing = memory.empty((1, 0, model.dim), memory.dtype)
         no_mass, no_depth = memory.empty((1, 0), np.float32), memory.empty((1, 0), np.int64)
         self._no_rows = _Rows(max_context, nothing, no_mass, no_depth)
         self._torn = False
@@ -207,7 +207,7 @@ class Staircase:
             raise UsageError("this sequence was interrupted inside a loop step: start a new session")
 
     def _slot(self) -> ColumnBuffer:
-        return ColumnBuffer(self.config.cache_width, self.max_context, self._memory)
+        return ColumnBuffer(self.model.cache_width, self.max_context, self._memory)
 
     def _enter(self, ids: Int64) -> Work[_Rows]:
         """Runs new columns through the prelude: their rows, ready for the loop."""
@@ -219,12 +219,12 @@ class Staircase:
                 "export with a larger --max-context or shorten the prompt"
             )
         self.columns += chunk
-        e = self._take("e", (1, chunk, self.config.dim))
+        e = self._take("e", (1, chunk, self.model.dim))
         yield self._call("prelude", start, self.prelude_slots, {"input_ids": np.ascontiguousarray(ids)}, {"e": e})
         _grow(self.prelude_slots, chunk)
         self._e.append(e)
         self._h.append(e)
-        out = self._take("out", (1, chunk, self.config.dim))
+        out = self._take("out", (1, chunk, self.model.dim))
         mass, depth = self._take("halt_mass", (1, chunk), np.float32), self._take("depth", (1, chunk), np.int64)
         out[...], mass[...], depth[...] = 0.0, 0.0, 0
         return _Rows(start, out, mass, depth)
@@ -292,7 +292,7 @@ class Staircase:
         return so_far
 
     def _coda(self, out: Rows, logit_rows: Int64, start: int) -> Work[Float32]:
-        logits = self._memory.empty((1, len(logit_rows), self.config.vocab_size), np.float32)
+        logits = self._memory.empty((1, len(logit_rows), self.model.vocab_size), np.float32)
         yield self._call("coda", start, self.coda_slots, {"out": out, "logit_rows": logit_rows}, {"logits": logits})
         _grow(self.coda_slots, out.shape[1])
         return self._memory.to_host(logits)

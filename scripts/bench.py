@@ -146,7 +146,7 @@ def _measure(
     started = time.perf_counter()
     with Session.open(args.bundle, target=name, threads=args.threads) as session:
         load_ms = (time.perf_counter() - started) * 1e3
-        prompt = np.random.default_rng(0).integers(0, session.config.vocab_size, args.prompt_tokens).tolist()
+        prompt = np.random.default_rng(0).integers(0, session.model.vocab_size, args.prompt_tokens).tolist()
         depth = options.depth_of(args)
         if args.depth is not None:
             console.progress(f"{name}: looking for the threshold", 0.0)
@@ -187,7 +187,7 @@ def _figures(runs: list[dict[str, float]], bandwidths: list[float]) -> dict[str,
 def _batch(args: argparse.Namespace, session: Session, depth: dict[str, Any], console: Console) -> dict[str, Any]:
     """Tokens per second, prompts included, of several sequences together and one after another, taking turns."""
     random = np.random.default_rng(1)
-    prompts = random.integers(0, session.config.vocab_size, (args.batch, args.prompt_tokens)).tolist()
+    prompts = random.integers(0, session.model.vocab_size, (args.batch, args.prompt_tokens)).tolist()
     request = {"max_new_tokens": args.new_tokens, "stop_ids": (), **depth}
     seconds: dict[str, list[float]] = {"together": [], "one_by_one": []}
     equal = True
@@ -212,7 +212,7 @@ def _check_before(args: argparse.Namespace, names: list[str]) -> None:
     for name in names:
         bundle.target(name)
     wanted = Options(**options.depth_of(args), **options.drafts_of(args))
-    depth = wanted.depth.resolve(bundle.manifest.config)
+    depth = wanted.depth.resolve(bundle.manifest.model)
     check_draft(wanted.draft_depth, depth)
     needed, limit = args.prompt_tokens + args.new_tokens, bundle.manifest.max_context
     if needed > limit:
@@ -224,7 +224,7 @@ def _check_before(args: argparse.Namespace, names: list[str]) -> None:
     if args.depth is not None and args.depth > deepest:
         raise UsageError(f"--depth is {args.depth:g}, expected at most {deepest}, the largest number of loop steps")
     if args.batch is not None:
-        plan = plan_cache(bundle.manifest.config, deepest, needed, args.batch)
+        plan = plan_cache(bundle.manifest.model, deepest, needed, args.batch)
         require_memory(plan, 0, free_memory_bytes())
 
 
@@ -233,7 +233,7 @@ def threshold_of_mean_depth(session: Session, prompt: list[int], count: int, wan
 
     Tokens change with the threshold, so the nearest of a few is taken.
     """
-    low, high = 0.0, session.config.act_threshold
+    low, high = 0.0, session.model.threshold
     found = []
     for _ in range(_DEPTH_ROUNDS):
         middle = (low + high) / 2
@@ -277,14 +277,14 @@ def _one(session: Session, target: str, prompt: list[int], count: int, request: 
 def _loop_graph(args: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds of ``model.onnx`` over the prompt when every position halts at once, and when none does."""
     with Session.open(args.bundle) as session:
-        bundle, config = session.bundle, session.config
+        bundle, config = session.bundle, session.model
     prompt = np.random.default_rng(0).integers(0, config.vocab_size, args.prompt_tokens)
     run_graph = graph_runner(bundle, "model", args.threads)
     figures = {}
     for name, threshold in (("halting_at_1_ms", 1e-9), ("full_depth_ms", np.inf)):
         feeds = {
             "input_ids": prompt[None],
-            "max_depth": np.array(config.max_loop_iters),
+            "max_depth": np.array(config.max_depth),
             "threshold": np.array(threshold, np.float32),
         }
         times = []

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     before = open_bundle(args.bundle)
     if "calibrate" in given:
         ids = options.ids_from_file(arguments.file_name(given["calibrate"]))
-        given["calibrate"] = checked_ids(ids, before.manifest.config)
+        given["calibrate"] = checked_ids(ids, before.manifest.model)
     target = target_from(args.target, given)
     try:
         from mythos_edge.exporter.targets.build import build

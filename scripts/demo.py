@@ -122,7 +122,7 @@ def _open(given: Path | None, console: Console) -> Session:
     if given is None:
         return Session.open(_cached_bundle(console))
     bundle = open_bundle(given)
-    vocab_size = bundle.manifest.config.vocab_size
+    vocab_size = bundle.manifest.model.vocab_size
     if vocab_size != addition.VOCAB_SIZE or bundle.manifest.tokenizer is not None:
         raise UsageError(
             f"{given}: is another model, of {vocab_size} tokens; the demo needs its own, of {addition.VOCAB_SIZE} "

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mythos_edge.model.bounded_files import open_regular, require_file
 from mythos_edge.model.bundle import Bundle, has_manifest, open_bundle
 from mythos_edge.model.errors import BackendUnavailable, BundleError, CheckpointError, UsageError, unavailable
+from mythos_edge.model.families.table import config_of
 from mythos_edge.model.foreign_files import foreign_kind
 from mythos_edge.model.manifest import manifest_to_dict
 from mythos_edge.runtime.caches import CachePlan, plan_cache
@@ -16,7 +17,7 @@ from mythos_edge.scripts import arguments
 from mythos_edge.scripts.console import Console
 
 if TYPE_CHECKING:
-    from mythos_edge.model.checkpoint import Checkpoint
+    from mythos_edge.model.stored_checkpoint import Checkpoint
 
 # No protobuf message is longer.
 _MOST_GRAPH_BYTES = 1 << 31
@@ -90,21 +91,18 @@ def _tokenizer_line(bundle: Bundle) -> str:
 
 def _cache_plan(bundle: Bundle) -> CachePlan:
     """Of the whole context at the trained depth, in float32."""
-    config = bundle.manifest.config
-    return plan_cache(config, config.max_loop_iters, bundle.manifest.max_context)
+    model = bundle.manifest.model
+    return plan_cache(model, model.max_depth, bundle.manifest.max_context)
 
 
 def _show_bundle(console: Console, bundle: Bundle) -> None:
-    manifest, config, plan = bundle.manifest, bundle.manifest.config, _cache_plan(bundle)
+    manifest, plan = bundle.manifest, _cache_plan(bundle)
     source, size = manifest.source, sum(record.bytes for record in manifest.files.values())
     step = "" if source.step is None else f", step {source.step}"
-    experts = f"{config.n_experts} of {config.expert_dim} values, {config.n_experts_per_tok} a token"
     cache = f"{plan.bytes_per_token / 1e3:.1f} kB a token, {plan.cache_bytes / 1e6:.1f} MB when full"
     for name, text in {
         "bundle": f"{bundle.path}, {size / 1e6:.1f} MB, from {source.name} ({source.kind}{step}), {manifest.created}",
-        "model": f"dim {config.dim}, vocabulary {config.vocab_size}, {config.attn_type} with {config.n_heads} heads",
-        "layers": f"prelude {config.prelude_layers}, loop 1 x {config.max_loop_iters}, coda {config.coda_layers}",
-        "experts": f"{experts}, {config.n_shared_experts} shared",
+        **config_of(manifest).described(),
         "stored as": manifest.dtype,
         "context": f"{manifest.max_context} tokens; caches of {cache}",
         "rotary": _ROPE_TABLES[manifest.rope_table],

@@ -89,7 +89,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def demo_ids(args: argparse.Namespace, bundle: Bundle) -> NDArray[np.int64]:
     """Streams of random additions (streams, positions). Raises UsageError unless the bundle is the demo model."""
-    vocab_size = bundle.manifest.config.vocab_size
+    vocab_size = bundle.manifest.model.vocab_size
     if vocab_size != addition.VOCAB_SIZE:
         raise UsageError(
             f"--demo-streams is for the demo model of {addition.VOCAB_SIZE} tokens, this one has {vocab_size}: "
@@ -216,10 +216,10 @@ class _Traced:
 
     def trace(self, ids: NDArray[np.int64]) -> Trace:
         """What the target makes of one sequence ``ids (1, S)``."""
-        config = self._session.config
-        shape = (config.max_loop_iters, ids.shape[1])
-        h = self._recorder.h = np.empty((*shape, config.dim), np.float32)
-        chosen = self._recorder.chosen = np.empty((*shape, config.n_experts_per_tok), np.int64)
+        model = self._session.model
+        shape = (model.max_depth, ids.shape[1])
+        h = self._recorder.h = np.empty((*shape, model.dim), np.float32)
+        chosen = self._recorder.chosen = np.empty((*shape, model.experts_per_token), np.int64)
         tied = self._recorder.tied = np.empty(shape, np.bool_)
         score = self._session.score(ids, policy="full")
         return Trace(score.logits[0], score.depth[0], h, chosen, tied)

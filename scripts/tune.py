@@ -77,7 +77,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if not args.save:
         raise UsageError("--save is empty, expected a name for the preset")
     bundle = open_bundle(args.bundle)
-    ids = checked_ids(options.ids_from_file(args.data), bundle.manifest.config)
+    ids = checked_ids(options.ids_from_file(args.data), bundle.manifest.model)
     if ids.shape[1] < _LEAST_POSITIONS:
         raise UsageError(f"{args.data}: has {ids.shape[1]} positions a row, expected at least {_LEAST_POSITIONS}")
     settings = settings_of(args, bundle)
@@ -118,8 +118,8 @@ def _check_outputs(bundle: Bundle, folder: Path, files: Sequence[str]) -> None:
 
 def settings_of(args: argparse.Namespace, bundle: Bundle) -> list[Setting]:
     """Every combination asked for, and each target as trained. Raises UsageError, BundleError."""
-    config = bundle.manifest.config
-    own, trained = config.act_threshold, config.max_loop_iters
+    model = bundle.manifest.model
+    own, trained = model.threshold, model.max_depth
     thresholds = _numbers(args.thresholds, "--thresholds", float) or [own * share for share in _THRESHOLD_SHARES]
     depths = _numbers(args.max_depths, "--max-depths", int) or [max(1, round(trained * s)) for s in _DEPTH_SHARES]
     default = bundle.manifest.default_target
@@ -252,7 +252,7 @@ def _tell_knee(
 ) -> None:
     """The preset, in figures of the table above."""
     one = knee.setting
-    own = Setting(one.target, manifest.config.act_threshold, manifest.config.max_loop_iters)
+    own = Setting(one.target, manifest.model.threshold, manifest.model.max_depth)
     as_trained = next(point.speedup for point in points if point.setting == own)
     console.say(
         f"\n* the knee: {knee.speedup:.2f}x the speed of full depth at KL <= {args.max_kl:g}; the model's own depth on "

@@ -22,8 +22,8 @@ from mythos_edge.scripts import arguments, options, quality_gate
 from mythos_edge.scripts.console import Console
 
 if TYPE_CHECKING:
-    from mythos_edge.model.checkpoint import Checkpoint
     from mythos_edge.model.network import Scored
+    from mythos_edge.model.stored_checkpoint import Checkpoint
 
 HELP = "check a bundle's files and self-test, and compare it with its checkpoint or a target with the fp32 one"
 EXAMPLE = "mythos-edge validate model.bundle --against step_0001000.pt"
@@ -116,7 +116,7 @@ def _comparison(
     )
     for note in checkpoint.notes:
         console.note(f"note: {note}")
-    if checkpoint.config != bundle.manifest.config:
+    if checkpoint.config.to_dict() != bundle.manifest.config:
         raise UsageError(
             f"{args.against}: has another config than the bundle: validate against the checkpoint it was made from"
         )
@@ -230,12 +230,12 @@ def _routes(session: Session, ids: NDArray[np.int64]) -> dict[str, tuple[NDArray
         for chunk in (None, min(_SECOND_CHUNK, ids.shape[1])):
             score = session.score(ids, prefill=chunk, policy=policy)
             made[f"{policy}, prefill {chunk or 'all'}"] = (score.logits, score.depth)
-    bundle, config = session.bundle, session.config
+    bundle, config = session.bundle, session.model
     run_graph = graph_runner(bundle, "model")
     feeds = {
         "input_ids": ids,
-        "max_depth": np.array(config.max_loop_iters),
-        "threshold": np.array(config.act_threshold, np.float32),
+        "max_depth": np.array(config.max_depth),
+        "threshold": np.array(config.threshold, np.float32),
     }
     logits, depth = run_graph(feeds)
     made["model.onnx"] = (logits, depth)
@@ -244,7 +244,7 @@ def _routes(session: Session, ids: NDArray[np.int64]) -> dict[str, tuple[NDArray
 
 def _tokens(args: argparse.Namespace, bundle: Bundle) -> NDArray[np.int64]:
     if args.ids is not None:
-        return checked_ids(options.ids_from_file(args.ids), bundle.manifest.config)
+        return checked_ids(options.ids_from_file(args.ids), bundle.manifest.model)
     if args.demo_streams is not None:
         return quality_gate.demo_ids(args, bundle)
     if args.positions < 1:
@@ -255,7 +255,7 @@ def _tokens(args: argparse.Namespace, bundle: Bundle) -> NDArray[np.int64]:
 def _random_ids(args: argparse.Namespace, bundle: Bundle, seed: int) -> NDArray[np.int64]:
     positions = min(args.positions, bundle.manifest.max_context)
     random = np.random.default_rng(seed)
-    return random.integers(0, bundle.manifest.config.vocab_size, (1, positions))
+    return random.integers(0, bundle.manifest.model.vocab_size, (1, positions))
 
 
 def _reference(

@@ -15,7 +15,7 @@ from mythos_edge.exporter import kept_graphs, tracing
 from mythos_edge.exporter.export import export_bundle
 from mythos_edge.exporter.portable import inline_bundle
 from mythos_edge.model.checkpoint import open_checkpoint
-from mythos_edge.model.config import VARIANTS
+from mythos_edge.model.families.openmythos.config import VARIANTS
 from mythos_edge.scripts.lab import train_text
 
 ROOT = Path(__file__).parent.parent

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from mythos_edge.model.config import MythosConfig
+from mythos_edge.model.families.openmythos.config import MythosConfig
 
 Arrays = dict[str, np.ndarray]
 # Runs the graph in a file of the bundle; feeds that the graph does not ask for are left out.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mythos_edge.model.bundle_writer import BundleWriter
-from mythos_edge.model.config import VARIANTS
+from mythos_edge.model.families.openmythos.config import VARIANTS
 from mythos_edge.model.manifest import (
     EndToken,
     FileRecord,

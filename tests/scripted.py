@@ -2,7 +2,7 @@
 
 from fakes.scripted_backend import ScriptedBackend
 
-from mythos_edge.model.config import MythosConfig
+from mythos_edge.model.families.openmythos.config import MythosConfig
 from mythos_edge.runtime.backends.packing import Array, Arrays
 from mythos_edge.runtime.backends.protocol import Backend
 from mythos_edge.runtime.halting import Policy, ResolvedDepth

@@ -17,8 +17,8 @@ from conftest import SMALL
 
 from mythos_edge.exporter.lowering.tensorrt import DTYPES, LAYOUTS, WEIGHTS
 from mythos_edge.exporter.targets.tensorrt import THIS_GPU
-from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import BackendUnavailable
+from mythos_edge.model.families.openmythos.config import MythosConfig
 from mythos_edge.plugins import trt_bindings
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.plugins.kernels import variants

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mythos_edge.model.checkpoint import Checkpoint, open_checkpoint
+from mythos_edge.model.checkpoint import open_checkpoint
+from mythos_edge.model.stored_checkpoint import Checkpoint
 from mythos_edge.scripts.lab.reference import open_mythos
 
 TINY: dict[str, Any] = {

@@ -16,8 +16,9 @@ from mythos_edge.exporter.lowering.tensorrt_weights import attach, write_engine_
 from mythos_edge.exporter.tracing import traced_stages
 from mythos_edge.exporter.weights import STORAGE_TYPES, bytes_read, is_unwritten
 from mythos_edge.model.bundle import Bundle
-from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import BuildError, ExportError
+from mythos_edge.model.families.family import Config
+from mythos_edge.model.families.table import config_of
 from mythos_edge.model.layout import recipes
 from mythos_edge.plugins import ops
 from mythos_edge.plugins.torch_ops import add_functions
@@ -73,7 +74,7 @@ def lower_for_tensorrt(
     attention is used, ``past`` is (1, 1, max_context + max_rows, W) and ``past_next`` takes the place of ``rows``.
     Raises BuildError.
     """
-    config = bundle.manifest.config
+    config = config_of(bundle.manifest)
     if options.max_context > bundle.manifest.max_context:
         raise BuildError(
             f"max_context is {options.max_context}, but {bundle.path} was exported for {bundle.manifest.max_context}: "
@@ -86,7 +87,7 @@ def lower_for_tensorrt(
         raise BuildError(str(error)) from error
     for model in stages.values():
         _lower(model, config, options, bundle.manifest.max_context)
-    models = dict(stages) if options.layout == "step" else {"model": loop_model(stages, config)}
+    models = dict(stages) if options.layout == "step" else {"model": loop_model(stages, config.looped)}
     weights = {
         name: value
         for model in stages.values()
@@ -106,17 +107,21 @@ def lower_for_tensorrt(
     )
 
 
-def attention_is_native(config: MythosConfig, options: EngineOptions) -> bool:
+def attention_is_native(config: Config, options: EngineOptions) -> bool:
     """Whether TensorRT's own attention computes it: of 16 bits, with heads it has kernels for, outside a Loop.
 
     Latent attention is multi-query attention to it, with the whole cache row as key and as value.
     """
-    head = config.cache_width if config.is_mla else config.head_dim
+    head = config.looped.cache_width if _is_latent(config) else config.looped.head_dim
     fits = head <= _LARGEST_HEAD and head % _HEAD_STEP == 0
     return options.layout == "step" and options.dtype != "fp32" and fits
 
 
-def _lower(model: ir.Model, config: MythosConfig, options: EngineOptions, positions: int) -> None:
+def _is_latent(config: Config) -> bool:
+    return config.looped.attention == "latent"
+
+
+def _lower(model: ir.Model, config: Config, options: EngineOptions, positions: int) -> None:
     tensorrt_passes.for_engine(model, positions)
     tensorrt_passes.part_shared_experts(model)
     if options.weights != "none":
@@ -126,7 +131,7 @@ def _lower(model: ir.Model, config: MythosConfig, options: EngineOptions, positi
         tensorrt_passes.rotate_by_hand(model)
     if attention_is_native(config, options):
         tensorrt_passes.attend_natively(model, options.max_context + options.max_rows)
-    elif not config.is_mla:
+    elif not _is_latent(config):
         tensorrt_passes.use_body(model, ops.GROUPED_QUERY_ATTENTION.name)
 
 

@@ -17,9 +17,9 @@ from mythos_edge.exporter.rounding import round_symmetrically
 from mythos_edge.exporter.weight_file import Piece, StoredTensor, WeightFile, on_all_cores, plan_file
 from mythos_edge.exporter.weights import BY_ONNX, converted, is_unwritten, piece_of, row_pieces, weights_of
 from mythos_edge.model.bundle import Bundle
-from mythos_edge.model.checkpoint import Checkpoint
 from mythos_edge.model.errors import BuildError
 from mythos_edge.model.manifest import WEIGHTS_FILE
+from mythos_edge.model.stored_checkpoint import Checkpoint
 
 ENGINE_WEIGHTS_FILE = "engine.safetensors"
 _WHERE_IT_FITS = {

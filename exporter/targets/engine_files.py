@@ -13,8 +13,10 @@ from mythos_edge.exporter.targets.ort_files import forms_of
 from mythos_edge.exporter.targets.spec import Progress, Work, Written
 from mythos_edge.exporter.targets.tensorrt import Gpus, TensorRTTarget
 from mythos_edge.model.bundle_writer import require_free_space
-from mythos_edge.model.config import MOST_DEPTH, MythosConfig
 from mythos_edge.model.errors import BuildError
+from mythos_edge.model.families.family import Config
+from mythos_edge.model.families.table import config_of
+from mythos_edge.model.looped import MOST_DEPTH
 from mythos_edge.model.target_options import EngineSpec, Profile
 from mythos_edge.plugins import kernel_store
 
@@ -23,7 +25,7 @@ def write_engines(target: TensorRTTarget, work: Work) -> Written:
     """Lowers the stages and builds an engine for each, or one for all. Raises BuildError."""
     context, rows = target.sizes(work.bundle)
     options = EngineOptions(target.dtype, target.layout, target.weights, context, rows)
-    config, graphs = work.bundle.manifest.config, work.folder / "graphs"
+    config, graphs = config_of(work.bundle.manifest), work.folder / "graphs"
     graphs.mkdir()
     lowered = lower_for_tensorrt(work.bundle, graphs, options, work.progress)
     jobs = engine_jobs(target.gpus, options, lowered, work.name, work.folder, config)
@@ -56,10 +58,10 @@ def write_engines(target: TensorRTTarget, work: Work) -> Written:
 
 
 def engine_jobs(
-    gpus: Gpus, options: EngineOptions, lowered: LoweredForTensorRT, name: str, folder: Path, config: MythosConfig
+    gpus: Gpus, options: EngineOptions, lowered: LoweredForTensorRT, name: str, folder: Path, config: Config
 ) -> dict[str, EngineJob]:
     """A job for each graph; the plans go to ``folder``."""
-    depth = (1, config.max_loop_iters, MOST_DEPTH)
+    depth = (1, config.looped.max_depth, MOST_DEPTH)
     return {
         stage: EngineJob(
             graph=str(graph),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from mythos_edge.exporter.targets.spec import CUDA_GPU, EXPORT, Machine, Option, Packages, Work, Written
 from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.errors import BuildError
+from mythos_edge.model.families.table import config_of
 from mythos_edge.model.target_options import ONNXRUNTIME_GPU, OrtOptions
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class OrtCudaTarget:
         )
 
     def check(self, bundle: Bundle) -> None:
-        dim, block = bundle.manifest.config.dim, self.block or min(BLOCKS)
+        dim, block = bundle.manifest.model.dim, self.block or min(BLOCKS)
         if self.weights != "none" and dim % block:
             raise BuildError(
                 f"the experts' rows of {dim} values do not divide into blocks of {block}, which the CUDA kernel wants: "
@@ -97,11 +98,11 @@ class OrtCudaTarget:
         from mythos_edge.exporter.rounding import Rounding, plan_rounded
         from mythos_edge.exporter.targets import ort_files
 
-        config = work.bundle.manifest.config
+        config = config_of(work.bundle.manifest)
         matrices, roundings = [], {}
         if self.weights != "none":
             bits, method = _ROUNDINGS[self.weights]
-            wide = self.weights == "int8" and config.dim % 128 == 0
+            wide = self.weights == "int8" and config.looped.dim % 128 == 0
             roundings[self.weights] = Rounding(bits, self.block or (128 if wide else 64), method)
             matrices = ort_files.matrices_of(config, {"": roundings[self.weights]})
         packs = ort_files.rounded_packs(work, plan_rounded(matrices)) if matrices else {}

@@ -18,12 +18,14 @@ from mythos_edge.exporter.targets.ort_cpu import OrtCpuTarget
 from mythos_edge.exporter.targets.spec import Work, Written, form_of_parts, record_of
 from mythos_edge.exporter.weights import bytes_read
 from mythos_edge.model.bundle_writer import require_free_space
-from mythos_edge.model.checkpoint import Checkpoint
-from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import BuildError
-from mythos_edge.model.layout import Recipe, recipes
+from mythos_edge.model.families.family import Config
+from mythos_edge.model.families.table import config_of
+from mythos_edge.model.layout import recipes
 from mythos_edge.model.manifest import WEIGHTS_FILE, TargetRecord
+from mythos_edge.model.recipes import Recipe
 from mythos_edge.model.stages import MAX_TOGETHER, STAGES
+from mythos_edge.model.stored_checkpoint import Checkpoint
 from mythos_edge.model.tensor_files import read_tensor_file
 from mythos_edge.plugins.torch_ops import add_functions
 
@@ -56,7 +58,7 @@ def write_graphs(
     stages: Mapping[str, ir.Model],
     folder: Path,
     name: str,
-    config: MythosConfig,
+    config: Config,
     lower: Callable[[ir.Model], ir.Model] = lower_for_ort,
 ) -> Lowered:
     """Lowers the traced stages and writes them to ``folder`` as ``<stage>.<name>.onnx``.
@@ -78,7 +80,7 @@ def write_graphs(
 
 
 def exported_record(
-    stages: Mapping[str, ir.Model], folder: Path, config: MythosConfig, stored: str, identity: str
+    stages: Mapping[str, ir.Model], folder: Path, config: Config, stored: str, identity: str
 ) -> tuple[str, TargetRecord]:
     """The target that every export has, written to ``folder``: float32 weights that stay mapped in the bundle's file.
 
@@ -93,9 +95,9 @@ def exported_record(
 
 def write_cpu_target(target: OrtCpuTarget, work: Work) -> Written:
     """Writes a target for the CPU: rounded weights, if it has any, and the graphs that read them."""
-    config = work.bundle.manifest.config
+    config = config_of(work.bundle.manifest)
     forms = {EXPERTS: target.weights, "": target.dense_form()}
-    roundings = {form: target.rounding(form, config.dim) for form in forms.values() if form != "fp32"}
+    roundings = {form: target.rounding(form, config.looped.dim) for form in forms.values() if form != "fp32"}
     packs: dict[str, Pack] = {}
     matrices: list[Matrix] = []
     if roundings:
@@ -150,7 +152,7 @@ def rounded_packs(work: Work, plan: RoundedFile, importance: Importance | None =
     bundle, file = work.bundle, work.weights_file()
     require_free_space(bundle.path, plan.total_bytes)
     stored = read_tensor_file(bundle.file(WEIGHTS_FILE))
-    with Checkpoint(bundle.path, stored.kind, bundle.manifest.config, stored.entries) as reader:
+    with Checkpoint(bundle.path, stored.kind, config_of(bundle.manifest), stored.entries) as reader:
         write_rounded(plan, reader, work.folder / file, importance, lambda done: work.progress("rounding", done))
     return plan.packs(work.settled(file), work.folder)
 
@@ -163,9 +165,7 @@ def _importance(target: OrtCpuTarget, work: Work) -> Importance | None:
     return collect_importance(work.bundle, target.calibrate, work.progress).importance
 
 
-def matrices_of(
-    config: MythosConfig, roundings: Mapping[str, Rounding | None], keep: Sequence[str] = ()
-) -> list[Matrix]:
+def matrices_of(config: Config, roundings: Mapping[str, Rounding | None], keep: Sequence[str] = ()) -> list[Matrix]:
     """The matrices that a target rounds, without those it keeps.
 
     ``roundings`` are by part, "" for all other parts; None keeps a part. Raises BuildError for a name in ``keep`` that
@@ -197,7 +197,7 @@ def part_of(name: str) -> str:
     return next((part for part in _TABLE if fnmatch.fnmatch(name, PARTS[part])), "")
 
 
-def forms_of(config: MythosConfig, rounded: Sequence[Matrix], other: str) -> dict[str, str]:
+def forms_of(config: Config, rounded: Sequence[Matrix], other: str) -> dict[str, str]:
     """The table part -> form of a target with these ``rounded`` matrices, all ``other`` ones in one form."""
     known = {matrix.name: f"int{matrix.rounding.bits}" for matrix in rounded}
     forms: dict[str, set[str]] = {part: set() for part in _TABLE}

@@ -77,7 +77,7 @@ class MythosForCausalLM:
         self.session = session
         manifest = session.bundle.manifest
         self.config = transformers.PretrainedConfig(
-            **manifest.config.to_dict(), architectures=[type(self).__name__], name_or_path=str(session.bundle.path)
+            **manifest.config, architectures=[type(self).__name__], name_or_path=str(session.bundle.path)
         )
         self.end_ids = tuple(token.id for token in manifest.end_tokens)
         self.generation_config = transformers.GenerationConfig(
@@ -125,7 +125,7 @@ class MythosForCausalLM:
         _refuse_unknown(arguments)
         prompts, first = self._prompts(input_ids, attention_mask)
         shape = _numpy(input_ids).shape
-        logits = np.zeros((*shape, self.session.config.vocab_size), np.float32)
+        logits = np.zeros((*shape, self.session.model.vocab_size), np.float32)
         depth = np.zeros(shape, np.int64)
         for rows, length in _of_equal_length(prompts):
             score = self.session.score([prompts[row] for row in rows], **depth_options)
@@ -214,7 +214,7 @@ class MythosForCausalLM:
         """The tokens of every row without its padding, and the column that each begins in."""
         if input_ids is None:
             raise UsageError("input_ids are missing: give token ids (batch, positions)")
-        ids = checked_ids(_numpy(input_ids), self.session.config)
+        ids = checked_ids(_numpy(input_ids), self.session.model)
         if attention_mask is None:
             return ids.tolist(), [0] * len(ids)
         mask = _numpy(attention_mask)

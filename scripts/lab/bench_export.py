@@ -27,9 +27,9 @@ from mythos_edge.exporter.targets.build import build
 from mythos_edge.exporter.targets.table import target_from
 from mythos_edge.model.bounded_files import size_text
 from mythos_edge.model.bundle_writer import require_free_space
-from mythos_edge.model.config import VARIANTS, MythosConfig
+from mythos_edge.model.families.openmythos.config import VARIANTS, MythosConfig
+from mythos_edge.model.families.openmythos.shapes import expected_shapes
 from mythos_edge.model.machine import cores
-from mythos_edge.model.shapes import expected_shapes
 from mythos_edge.scripts.doctor import processor
 
 _DEMO = Path(__file__).parent / "assets" / "carry_adder.pt"

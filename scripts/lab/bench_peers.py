@@ -29,7 +29,7 @@ from mythos_edge.exporter.export import export_bundle
 from mythos_edge.exporter.targets.build import build
 from mythos_edge.exporter.targets.ort_cpu import OrtCpuTarget
 from mythos_edge.model.checkpoint import open_checkpoint
-from mythos_edge.model.config import VARIANTS, MythosConfig
+from mythos_edge.model.families.openmythos.config import VARIANTS, MythosConfig
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import measuring
 from mythos_edge.scripts.bench import threshold_of_mean_depth

@@ -18,8 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mythos_edge.model.config import VARIANTS
 from mythos_edge.model.errors import MythosEdgeError
+from mythos_edge.model.families.openmythos.config import VARIANTS
 from mythos_edge.model.output_files import check_output_folder, writing
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.plugins.trt_bindings import rtx_compute_capabilities

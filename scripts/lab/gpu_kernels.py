@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mythos_edge.model.config import VARIANTS
 from mythos_edge.model.errors import MythosEdgeError
+from mythos_edge.model.families.openmythos.config import VARIANTS
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.scripts.lab import gpu_bench
 from mythos_edge.scripts.lab.gpu_bench import MeasuredGpu

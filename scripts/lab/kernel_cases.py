@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from mythos_edge.model.config import MythosConfig
+from mythos_edge.model.families.openmythos.config import MythosConfig
 from mythos_edge.plugins import reference
 
 Array = NDArray[Any]

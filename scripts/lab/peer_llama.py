@@ -34,11 +34,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mythos_edge.model.config import VARIANTS, MythosConfig
 from mythos_edge.model.errors import BackendUnavailable, UsageError
+from mythos_edge.model.families.openmythos.config import VARIANTS, MythosConfig
+from mythos_edge.model.families.openmythos.shapes import expected_shapes
 from mythos_edge.model.machine import cores
 from mythos_edge.model.output_files import writing
-from mythos_edge.model.shapes import expected_shapes
 
 INSTALL = "pip install llama-cpp-python gguf"
 # On processors with AMX, the llama.cpp of llama-cpp-python 0.3.36 gives attn_k_b to AMX, which refuses the inputs that

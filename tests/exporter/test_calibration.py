@@ -15,8 +15,8 @@ from mythos_edge.exporter.calibration import Calibration, _Tally, collect_import
 from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.checkpoint import open_checkpoint
 from mythos_edge.model.errors import CapacityError
+from mythos_edge.model.families.openmythos.network import Network
 from mythos_edge.model.layout import load_network, recipes
-from mythos_edge.model.network import Network
 
 
 class _Watching(TorchFunctionMode):

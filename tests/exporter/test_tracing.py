@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mythos_edge.exporter import tracing
 from mythos_edge.exporter.weights import is_unwritten
 from mythos_edge.model.errors import ExportError
-from mythos_edge.model.network import Network
+from mythos_edge.model.families.openmythos.network import Network
 from mythos_edge.model.stages import STAGES
 
 

@@ -22,9 +22,9 @@ from tiny_checkpoint import (
 )
 
 from mythos_edge.model.bounded_files import open_regular, parse_json, read_bounded, read_json, size_text
-from mythos_edge.model.config import config_from_dict
 from mythos_edge.model.errors import ConfigError
-from mythos_edge.model.layers import rope_table
+from mythos_edge.model.families.openmythos.config import config_from_dict
+from mythos_edge.model.families.openmythos.layers import rope_table
 from mythos_edge.model.layout import recipes
 from mythos_edge.model.pickle_bounds import check_pickle
 

@@ -25,9 +25,10 @@ from tiny_checkpoint import (
     write_config,
 )
 
-from mythos_edge.model.checkpoint import expected_shapes, open_checkpoint
-from mythos_edge.model.config import FIELD_NAMES
+from mythos_edge.model.checkpoint import open_checkpoint
 from mythos_edge.model.errors import CheckpointError, ConfigError
+from mythos_edge.model.families.openmythos.config import FIELD_NAMES
+from mythos_edge.model.families.openmythos.shapes import expected_shapes
 from mythos_edge.scripts.lab.reference import open_mythos
 
 # --- every kind of file -------------------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from mythos_edge.model.config import FIELD_NAMES, VARIANTS, MythosConfig, config_from_dict, read_config_dict
 from mythos_edge.model.errors import ConfigError
+from mythos_edge.model.families.openmythos.config import FIELD_NAMES, VARIANTS, MythosConfig, config_from_dict
+from mythos_edge.model.json_files import read_config_dict
 from mythos_edge.scripts.lab.reference import open_mythos
 
 MLA = VARIANTS["1b"].to_dict()

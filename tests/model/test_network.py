@@ -6,9 +6,9 @@ import jaxtyping
 import pytest
 import torch
 
-from mythos_edge.model.config import VARIANTS, MythosConfig
-from mythos_edge.model.layers import chosen_experts, swiglu
-from mythos_edge.model.network import Network
+from mythos_edge.model.families.openmythos.config import VARIANTS, MythosConfig
+from mythos_edge.model.families.openmythos.layers import chosen_experts, swiglu
+from mythos_edge.model.families.openmythos.network import Network
 
 CONFIG = dataclasses.replace(
     VARIANTS["1b"], vocab_size=50, dim=32, n_heads=4, n_kv_heads=2, kv_lora_rank=16, q_lora_rank=24,

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from mythos_edge.model.config import VARIANTS, MythosConfig
 from mythos_edge.model.errors import BundleError, ConfigError
+from mythos_edge.model.families.openmythos.config import VARIANTS, MythosConfig
 from mythos_edge.model.typed_json import dataclass_from_json
 
 

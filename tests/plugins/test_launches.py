@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
-from mythos_edge.model.config import VARIANTS as MODELS
 from mythos_edge.model.errors import BuildError
+from mythos_edge.model.families.openmythos.config import VARIANTS as MODELS
 from mythos_edge.plugins.kernels.variants import VARIANTS, grid_size
 from mythos_edge.plugins.launches import Integer, Pointer, Program, Workspace, program, variants
 

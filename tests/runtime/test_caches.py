@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from numpy.typing import NDArray
 
-from mythos_edge.model.config import VARIANTS, config_from_dict
 from mythos_edge.model.errors import CapacityError
+from mythos_edge.model.families.openmythos.config import VARIANTS, config_from_dict
 from mythos_edge.runtime.caches import CachePlan, ColumnBuffer, plan_cache, require_memory
 
 LIMIT = 400

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from mythos_edge.model.bundle import open_bundle
-from mythos_edge.model.config import VARIANTS
 from mythos_edge.model.errors import ConfigError, UsageError
+from mythos_edge.model.families.openmythos.config import VARIANTS
 from mythos_edge.model.manifest import Preset
 from mythos_edge.runtime.halting import Depth, Policy, ResolvedDepth, depth_of_preset
 

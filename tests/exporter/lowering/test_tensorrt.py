@@ -19,10 +19,10 @@ from mythos_edge.exporter.lowering.tensorrt_weights import ENGINE_WEIGHTS_FILE
 from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.checkpoint import open_checkpoint
 from mythos_edge.model.errors import BuildError
+from mythos_edge.model.families.openmythos.network import Network
 from mythos_edge.model.layout import load_network
-from mythos_edge.model.loop import Halting, LoopState
 from mythos_edge.model.manifest import WEIGHTS_FILE
-from mythos_edge.model.network import Network
+from mythos_edge.model.network import Halting, LoopState
 from mythos_edge.runtime.backends.ort_session import ort_session
 
 Arrays = dict[str, np.ndarray]
@@ -81,7 +81,7 @@ def eager(network: Network, head: torch.Tensor | None = None) -> tuple[np.ndarra
 
 
 def network_window() -> Any:
-    from mythos_edge.model.layers import Window
+    from mythos_edge.model.network import Window
 
     return Window(torch.tensor(0), torch.zeros(1, dtype=torch.int64))
 
@@ -469,7 +469,7 @@ def test_a_weight_beyond_fp16_is_named(
     exported: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = open_bundle(exported(FIXTURES / "mla-small"))
-    from mythos_edge.model.checkpoint import Checkpoint
+    from mythos_edge.model.stored_checkpoint import Checkpoint
 
     read = Checkpoint.read
     monkeypatch.setattr(Checkpoint, "read", lambda self, *where: read(self, *where) + 1e6)

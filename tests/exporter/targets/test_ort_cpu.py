@@ -20,8 +20,8 @@ from mythos_edge.exporter.targets.ort_cpu import OrtCpuTarget
 from mythos_edge.model.bundle import open_bundle, verify_hashes
 from mythos_edge.model.bundle_writer import update_manifest
 from mythos_edge.model.errors import BackendUnavailable, BuildError, BundleError
+from mythos_edge.model.families.openmythos.shapes import expected_shapes
 from mythos_edge.model.manifest import Preset
-from mythos_edge.model.shapes import expected_shapes
 from mythos_edge.plugins import processor
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import addition

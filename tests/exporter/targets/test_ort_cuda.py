@@ -14,9 +14,9 @@ from conftest import ROOT
 from mythos_edge.exporter.lowering.ort_cuda import CUDA_KERNELS
 from mythos_edge.exporter.lowering.ort_kernels import MICROSOFT
 from mythos_edge.model.bundle import open_bundle, verify_hashes
-from mythos_edge.model.checkpoint import Checkpoint
 from mythos_edge.model.errors import BuildError
 from mythos_edge.model.stages import STAGES
+from mythos_edge.model.stored_checkpoint import Checkpoint
 from mythos_edge.model.target_options import ON_SHAPES
 from mythos_edge.plugins import ops
 from mythos_edge.runtime.backends.ort_cpu import OrtCpuBackend

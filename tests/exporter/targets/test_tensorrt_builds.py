@@ -23,7 +23,7 @@ from mythos_edge.exporter.targets.build import Built, build
 from mythos_edge.exporter.targets.table import target_from
 from mythos_edge.model.bundle import Bundle, open_bundle, verify_hashes
 from mythos_edge.model.checkpoint import open_checkpoint
-from mythos_edge.model.config import VARIANTS, MythosConfig, config_from_dict
+from mythos_edge.model.families.openmythos.config import VARIANTS, MythosConfig, config_from_dict
 from mythos_edge.model.target_options import EngineSpec, options_of
 from mythos_edge.scripts.lab.bench_export import write_checkpoint
 

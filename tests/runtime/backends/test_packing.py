@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mythos_edge.model.bundle import open_bundle
-from mythos_edge.model.config import MythosConfig
+from mythos_edge.model.families.openmythos.config import MythosConfig
 from mythos_edge.model.stages import MAX_TOGETHER
 from mythos_edge.runtime.backends.device import DeviceMemory
 from mythos_edge.runtime.backends.gpu import Gpu

@@ -10,8 +10,8 @@ from conftest import SMALL
 from fakes.driver import BrokenDriver, FakeDriver
 from fakes.kernels import fake_kernel
 
-from mythos_edge.model.config import VARIANTS
 from mythos_edge.model.errors import MythosEdgeError
+from mythos_edge.model.families.openmythos.config import VARIANTS
 from mythos_edge.plugins import kernel_store
 from mythos_edge.plugins.launches import program
 from mythos_edge.scripts.lab import gpu_bench, gpu_check, gpu_kernels, kernel_cases, torch_kernels

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mythos_edge.model.config import VARIANTS
 from mythos_edge.model.errors import BackendUnavailable, UsageError
-from mythos_edge.model.shapes import expected_shapes
+from mythos_edge.model.families.openmythos.config import VARIANTS
+from mythos_edge.model.families.openmythos.shapes import expected_shapes
 from mythos_edge.scripts.lab import peer_llama
 
 ONE_B = VARIANTS["1b"]

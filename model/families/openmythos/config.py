@@ -3,17 +3,11 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from mythos_edge.model.bounded_files import parse_json, read_bounded
-from mythos_edge.model.errors import ConfigError, MythosEdgeError
-from mythos_edge.model.foreign_files import foreign_kind
+from mythos_edge.model.errors import ConfigError
+from mythos_edge.model.looped import MOST_DEPTH, LoopedModel
 
-# Every loop step is a cache slot of its own, so that a mistyped number would fill the memory with empty slots. The
-# deepest published model takes 64 loop steps.
-MOST_DEPTH = 4096
-_MOST_CONFIG_BYTES = 1_000_000
 # Far beyond every model there is: what is made one by one must come to an end. Others are held to the weights.
 _LARGEST = {
     "max_loop_iters": MOST_DEPTH,
@@ -24,6 +18,7 @@ _LARGEST = {
 }
 _LARGEST_SIZE = (1 << 31) - 1
 _LARGEST_NUMBER = 1e38  # of float32, about
+FAMILY = "openmythos"
 # Fields of the reference's config that change nothing at inference; accepted and dropped.
 INERT_FIELDS = frozenset({"dropout", "max_output_tokens"})
 
@@ -108,8 +103,40 @@ class MythosConfig:
         """Leading channels that carry the loop table."""
         return self.dim // 8
 
+    @property
+    def family(self) -> str:
+        """The name of its family."""
+        return FAMILY
+
+    @property
+    def looped(self) -> LoopedModel:
+        """The sizes that the runtime knows."""
+        return LoopedModel(
+            vocab_size=self.vocab_size,
+            dim=self.dim,
+            cache_width=self.cache_width,
+            prelude_slots=self.prelude_layers,
+            step_slots=1,
+            coda_slots=self.coda_layers,
+            max_depth=self.max_loop_iters,
+            threshold=self.act_threshold,
+            attention="latent" if self.is_mla else "grouped",
+            head_dim=self.head_dim,
+            experts_per_token=self.n_experts_per_tok,
+        )
+
     def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values."""
         return dataclasses.asdict(self)
+
+    def described(self) -> dict[str, str]:
+        """The model in words, line by line."""
+        experts = f"{self.n_experts} of {self.expert_dim} values, {self.n_experts_per_tok} a token"
+        return {
+            "model": f"dim {self.dim}, vocabulary {self.vocab_size}, {self.attn_type} with {self.n_heads} heads",
+            "layers": f"prelude {self.prelude_layers}, loop 1 x {self.max_loop_iters}, coda {self.coda_layers}",
+            "experts": f"{experts}, {self.n_shared_experts} shared",
+        }
 
 
 _FIELDS = {field.name: field.type for field in dataclasses.fields(MythosConfig)}
@@ -167,33 +194,6 @@ def config_from_dict(values: Mapping[str, Any], *, origin: str) -> MythosConfig:
         return MythosConfig(**known)
     except ConfigError as error:
         raise ConfigError(f"{origin}: {error}") from None
-
-
-def read_config_dict(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``; ConfigError when it is missing or not one."""
-    return read_json_object(path, "the config", ConfigError)
-
-
-def read_json_object(
-    path: Path, what: str, error: type[MythosEdgeError], most: int = _MOST_CONFIG_BYTES
-) -> dict[str, Any]:
-    """The JSON object in a file of at most ``most`` bytes, with or without a byte order mark.
-
-    Raises ``error``, which calls the file's content ``what``, when it is missing or holds anything else.
-    """
-    try:
-        content = read_bounded(path, most, what)
-    except OSError as fault:
-        raise error(f"{path}: cannot read {what}: {fault.strerror or fault}") from fault
-    try:
-        values = parse_json(content)
-    except ValueError as fault:
-        if (known := foreign_kind(content[:512])) is not None:
-            raise error(f"{path}: is {known}") from fault
-        raise error(f"{path}: not valid JSON: {fault}") from fault
-    if not isinstance(values, dict):
-        raise error(f"{path}: expected a JSON object, got {type(values).__name__}")
-    return values
 
 
 def _variant(

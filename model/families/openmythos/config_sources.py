@@ -8,14 +8,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mythos_edge.model.config import FIELD_NAMES, INERT_FIELDS, MythosConfig, check_field, config_from_dict
 from mythos_edge.model.errors import ConfigError
-from mythos_edge.model.shapes import few
+from mythos_edge.model.families.openmythos.config import (
+    FIELD_NAMES,
+    INERT_FIELDS,
+    MythosConfig,
+    check_field,
+    config_from_dict,
+)
+from mythos_edge.model.json_files import few
+from mythos_edge.model.tensor_choice import CONFIG_KEYS
 
-# Under these a trainer's file, or a config.json of several sections, keeps the model's fields.
-CONFIG_KEYS = (
-    "cfg", "config", "model_config", "model_cfg", "mythos_config", "model_args", "hyper_parameters", "hparams", "args",
-)  # fmt: skip
 # What transformers' ``save_pretrained`` and huggingface_hub write beside a model's own fields. None of it changes what
 # is computed: it tells how to load, generate or label. Names that other models use for our fields are not among them.
 # ``tie_word_embeddings`` is judged by the weights: an untied head is refused there, and the reference always ties.

@@ -4,37 +4,14 @@ Source: OpenMythos 8c68c1f, ``RecurrentBlock``, ``LoRAAdapter``, ``LTIInjection`
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mythos_edge.model.config import MythosConfig
-from mythos_edge.model.layers import Block, Ops, RMSNorm, Rope, Window
-
-
-class LoopState(NamedTuple):
-    """What the loop carries, in the order of the ONNX Loop's carried values.
-
-    ``h`` holds S rows; the other fields the last A <= S of them: earlier rows of a chunk have halted before and
-    only move on, so nothing but ``h`` is needed of them.
-    """
-
-    h: Float[Tensor, "B S D"]
-    out: Float[Tensor, "B A D"]
-    halt_mass: Float[Tensor, "B A"]
-    depth: Int[Tensor, "B A"]
-
-
-class Halting(NamedTuple):
-    """The halting rule of a request: mass counts from loop step ``min_depth`` on and halts at ``threshold``.
-
-    Differs: the reference has no ``min_depth``; with 1 the rule is the reference's.
-    """
-
-    threshold: Float[Tensor, ""]
-    min_depth: Int[Tensor, ""]
+from mythos_edge.model.families.openmythos.config import MythosConfig
+from mythos_edge.model.families.openmythos.layers import Block, RMSNorm, Rope
+from mythos_edge.model.network import Halting, LoopState, Ops, Window
 
 
 class LoopTable(nn.Module):

@@ -2,75 +2,20 @@
 
 Rows are flat: ``x (N, D)`` with N = B * S, because only attention needs to know which rows form a sequence.
 Weights that are multiplied with the same input are one matrix, the key/value up-projection is kept as the two
-absorbed matrices, and the experts are stacked; ``model/layout.py`` makes these from a checkpoint's tensors.
-Not here: the loop (``loop.py``), the stages (``network.py``), training.
+absorbed matrices, and the experts are stacked; ``layout`` makes these from a checkpoint's tensors.
+Not here: the loop (``loop``), the stages (``network``), training.
 
 Source: OpenMythos 8c68c1f, ``open_mythos/main.py``.
 """
-
-from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from mythos_edge.model.config import MythosConfig
+from mythos_edge.model.families.openmythos.config import MythosConfig
+from mythos_edge.model.network import Ops, Window
 
 RMS_EPS = 1e-6
-
-
-class Window(NamedTuple):
-    """Which positions a chunk of S new rows may look at: columns ``first[b] .. length`` of the cache, then itself.
-
-    ``first`` is the number of padding columns at the left of each sequence (0 for a single sequence).
-    """
-
-    length: Int[Tensor, ""]
-    first: Int[Tensor, "B"]
-
-
-@runtime_checkable
-class Ops(Protocol):
-    """The operations that become custom ops; ``EagerOps`` computes them, ``plugins.torch_ops`` traces them."""
-
-    def latent_attention(
-        self,
-        q: Float[Tensor, "B S H W"],
-        rows: Float[Tensor, "B S W"],
-        past: Float[Tensor, "B C W"],
-        window: Window,
-        value_dim: int,
-        scale: float,
-    ) -> Float[Tensor, "B S H R"]: ...
-
-    def grouped_query_attention(
-        self,
-        q: Float[Tensor, "B S H F"],
-        rows: Float[Tensor, "B S W"],
-        past: Float[Tensor, "B C W"],
-        window: Window,
-        kv_heads: int,
-        scale: float,
-    ) -> Float[Tensor, "B S H F"]: ...
-
-    def sparse_moe(
-        self,
-        x: Float[Tensor, "N D"],
-        router: Float[Tensor, "E D"],
-        router_bias: Float[Tensor, "E"],
-        fc1: Float[Tensor, "E F2 D"],
-        fc2: Float[Tensor, "E D F"],
-        shared: "tuple[Tensor, Tensor] | None",
-        top_k: int,
-    ) -> Float[Tensor, "N D"]: ...
-
-    def rotate(
-        self,
-        x: Float[Tensor, "B S H P"],
-        cos: Float[Tensor, "M F"],
-        sin: Float[Tensor, "M F"],
-        positions: Int[Tensor, "B S"],
-    ) -> Float[Tensor, "B S H P"]: ...
 
 
 class EagerOps:

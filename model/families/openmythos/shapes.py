@@ -1,11 +1,12 @@
 """The tensors a config implies, and the config fields that tensors imply. Reads no files and no weights."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from mythos_edge.model.config import MythosConfig
 from mythos_edge.model.errors import CheckpointError
+from mythos_edge.model.families.openmythos.config import MythosConfig
+from mythos_edge.model.json_files import few
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -81,13 +82,6 @@ def inferred_fields(shapes: Shapes, known: Mapping[str, Any]) -> dict[str, Any]:
     }
     fields |= _mla_fields(shapes) if _is_mla(shapes) else _gqa_fields(shapes, dim, known)
     return {name: value for name, value in fields.items() if value is not None}
-
-
-def few(found: Iterable[str], most: int = 5) -> str:
-    """The first names, and how many more there are; one that would not stay on its line is quoted."""
-    names = [name if name.isprintable() else repr(name) for name in found]
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more if names else "no tensors"
 
 
 def table_length(shapes: Shapes) -> int | None:

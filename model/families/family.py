@@ -1,0 +1,75 @@
+"""A family of looped models as data: how a checkpoint of it is told, read, laid out and computed. Import-light.
+
+What needs torch is imported when it is asked for, so that ``inspect`` can tell of a bundle without it.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from mythos_edge.model.looped import LoopedModel
+
+
+class Config(Protocol):
+    """The config of a model with the checkpoint's own field names, a frozen dataclass."""
+
+    @property
+    def max_seq_len(self) -> int:
+        """Positions that the model was made for."""
+        ...
+
+    @property
+    def family(self) -> str:
+        """The name of its family."""
+        ...
+
+    @property
+    def looped(self) -> LoopedModel:
+        """The sizes that the runtime knows."""
+        ...
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        ...
+
+    def described(self) -> dict[str, str]:
+        """The model in words, line by line."""
+        ...
+
+
+@dataclass(frozen=True)
+class Opening:
+    """A checkpoint's tensors as they are stored, and what the caller said about it; see ``open_checkpoint``."""
+
+    path: Path
+    stored: Any  # tensor_files.TensorFile
+    config_path: Path | None
+    rope_table: str | None
+    tolerate: Collection[str]
+
+
+class Family(Protocol):
+    """A family; see ``table`` for those that are known."""
+
+    name: str
+
+    def recognises(self, names: Collection[str]) -> bool:
+        """Whether a checkpoint with tensors of these names is one of the family."""
+        ...
+
+    def config_from(self, values: Mapping[str, Any], origin: str) -> Config:
+        """The config with these fields. Raises ConfigError, which names the ``origin``."""
+        ...
+
+    def open(self, opening: Opening) -> Any:
+        """The ``stored_checkpoint.Checkpoint``, checked tensor by tensor. Raises CheckpointError and ConfigError."""
+        ...
+
+    def recipes(self, config: Any, max_context: int) -> list[Any]:
+        """A ``recipes.Recipe`` for every stored tensor."""
+        ...
+
+    def network(self, config: Any, max_context: int, ops: Any = None) -> Any:
+        """The ``network.LoopedNetwork``; ``ops`` traces the custom ops, without it they are computed."""
+        ...

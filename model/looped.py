@@ -1,0 +1,52 @@
+"""The shape of a looped model, whatever its family: all that runtime and manifest need to know of it. Import-light."""
+
+from dataclasses import asdict, dataclass
+
+from mythos_edge.model.errors import BundleError
+
+# Every loop step has cache slots of its own, so that a mistyped number would fill the memory with empty slots. The
+# deepest published model takes 64 loop steps.
+MOST_DEPTH = 4096
+_MOST_SLOTS = 1 << 12
+_LARGEST = (1 << 31) - 1
+
+
+@dataclass(frozen=True)
+class LoopedModel:
+    """Sizes of a looped model.
+
+    ``cache_width`` values are kept by one position in one cache slot. ``step_slots`` are those of one loop step, one
+    for each inner layer. ``max_depth`` loop steps were trained, and ``threshold`` is the halting mass that ends a
+    position's loop. ``attention`` is latent or grouped, ``head_dim`` the size of a query, and
+    ``experts_per_token`` the routed experts that each loop step chooses, 0 without any.
+    Raises BundleError for numbers that no model has.
+    """
+
+    vocab_size: int
+    dim: int
+    cache_width: int
+    prelude_slots: int
+    step_slots: int
+    coda_slots: int
+    max_depth: int
+    threshold: float
+    attention: str
+    head_dim: int
+    experts_per_token: int
+
+    def __post_init__(self) -> None:
+        bounds = {"prelude_slots": (0, _MOST_SLOTS), "step_slots": (1, _MOST_SLOTS), "coda_slots": (0, _MOST_SLOTS)}
+        bounds |= {"max_depth": (1, MOST_DEPTH), "experts_per_token": (0, _MOST_SLOTS * 16)}
+        for name, value in asdict(self).items():
+            least, most = bounds.get(name, (1, _LARGEST))
+            if isinstance(value, int) and not least <= value <= most:
+                raise BundleError(f"model.{name} is {value}, expected {least} to {most}")
+        if not self.threshold > 0:
+            raise BundleError(f"model.threshold is {self.threshold}, expected a number above 0")
+        if self.attention not in ("latent", "grouped"):
+            raise BundleError(f"model.attention is {self.attention!r}, expected latent or grouped")
+
+    @property
+    def slots(self) -> dict[str, int]:
+        """Cache slots that one run of each stage reads and writes."""
+        return {"prelude": self.prelude_slots, "step": self.step_slots, "coda": self.coda_slots}

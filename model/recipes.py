@@ -1,0 +1,44 @@
+"""Recipes: how one stored tensor is made of a checkpoint's, piece by piece, so that none is ever whole in memory."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from mythos_edge.model.families.family import Config
+
+PIECE_BYTES = 16 << 20
+
+
+class TensorReader(Protocol):
+    """A checkpoint: its config and row ranges of its tensors by canonical name."""
+
+    @property
+    def config(self) -> Config: ...
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor: ...
+
+
+def stored_table_of(reader: TensorReader) -> Any:
+    """The rotary table that a reader brings along to compute with; None where it is the config's."""
+    return getattr(reader, "stored_table", None)
+
+
+Pieces = Callable[[TensorReader], Iterator[Tensor]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One stored tensor: its name in ``Network``, its shape and how its pieces are read.
+
+    ``narrow`` says that the tensor takes the bundle's dtype; the others stay float32 (norms, halting, router,
+    LoRA, injection, tables), because they are small and decide what is computed. ``share`` of it is read for one row,
+    as of experts the chosen.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    pieces: Pieces
+    narrow: bool = False
+    share: float = 1.0

@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 
 from mythos_edge.model.bounded_files import open_regular, parse_json, size_text
@@ -85,6 +86,10 @@ class TensorFile:
     notes: tuple[str, ...] = ()
 
 
+# numpy's codes of the types of a single number.
+_NUMBER_CODES = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
+
+
 class _Inert:
     """Stands for a pickled object of ``_INERT_NAMES``, which need not be installed: keeps its fields, does nothing."""
 
@@ -93,6 +98,25 @@ class _Inert:
     def __setstate__(self, state: object) -> None:
         if isinstance(state, dict):
             self.__dict__.update(state)
+
+
+class _OfNumpy(_Inert):
+    """Stands for a pickled object of numpy: keeps what it would be made of, of which a scalar is a number."""
+
+    def __init__(self, *parts: object) -> None:
+        self.parts, self.state = parts, None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def plain(self) -> int | float | bool | str:
+        """The number that a scalar is, as Python's; for any other object words that say what it is."""
+        match self.parts:
+            case (_OfNumpy(parts=(str(code), *_), state=(_, "<" | "|", *_)), bytes(data)) if code in _NUMBER_CODES:
+                if len(data) == np.dtype(code).itemsize:
+                    number: int | float | bool = np.frombuffer(data, f"<{code}")[0].item()
+                    return number
+        return "an object of numpy"
 
 
 # The reference's config, and what trainers store beside a model: their options, a best loss, a path, the state
@@ -105,6 +129,8 @@ _INERT_NAMES = (
     "pathlib.WindowsPath",
     "pathlib._local.PosixPath",
     "pathlib._local.WindowsPath",
+)
+_NUMPY_NAMES = (
     "numpy.ndarray",
     "numpy.core.multiarray._reconstruct",
     "numpy._core.multiarray._reconstruct",
@@ -256,6 +282,8 @@ def _read_torch(path: Path, key: str | None) -> TensorFile:
 
 def _plain(stored: Any) -> Any:
     """A stored config with the fields of objects, in it and of it, as mappings."""
+    if isinstance(stored, _OfNumpy):
+        return stored.plain()
     fields = vars(stored) if isinstance(stored, _Inert) else stored
     return {name: _plain(value) for name, value in fields.items()} if isinstance(fields, Mapping) else fields
 
@@ -274,6 +302,7 @@ def _quiet_torch() -> Iterator[None]:
 def _load_without_weights(path: Path) -> Any:
     """The pickled object with tensors on the device meta: shapes, strides and file offsets, but no tensor bytes."""
     allowed: list[Any] = [(_Inert, name) for name in _INERT_NAMES]
+    allowed += [(_OfNumpy, name) for name in _NUMPY_NAMES]
     try:
         with torch.serialization.safe_globals(allowed), _quiet_torch():
             return torch.load(path, weights_only=True, map_location="meta")

@@ -85,9 +85,8 @@ class Session:
         ``threads`` are by default one per core. ``trust`` takes TensorRT engines that are not the files the manifest
         lists, which are native code. Raises BundleError, BackendUnavailable, UsageError.
         """
-        if not isinstance(path, str | os.PathLike):
-            raise UsageError(f"path is {shown(path)}, expected the path of a bundle's folder")
-        bundle = open_bundle(Path(path), hashes=flag("hashes", hashes), trust_engines=flag("trust", trust))
+        path = _path(path, "a bundle's folder")
+        bundle = open_bundle(path, hashes=flag("hashes", hashes), trust_engines=flag("trust", trust))
         return cls.of(bundle, target=target, preset=preset, threads=threads, trust=trust)
 
     @classmethod
@@ -270,12 +269,16 @@ class Session:
 
     @in_turn
     def save(self, path: Path | str) -> None:
-        """Writes the present sequence (tokens, caches, random state) to ``path``; the file appears whole or not."""
+        """Writes the present sequence (tokens, caches, random state) to ``path``; the file appears whole or not.
+
+        Raises UsageError.
+        """
+        path = _path(path, "the file to write")
         sequence = self._only_sequence()
         # An interrupt may have fallen between the caches and the list of tokens.
         sequence.staircase.rollback(len(sequence.ids))
         saved_state.write(
-            Path(path), self.bundle.weights_identity(self._target), sequence.ids, sequence.sampler, sequence.staircase
+            path, self.bundle.weights_identity(self._target), sequence.ids, sequence.sampler, sequence.staircase
         )
 
     @in_turn
@@ -284,7 +287,7 @@ class Session:
 
         Raises UsageError when the file is damaged or belongs to other weights; the session is then as it was.
         """
-        path = Path(path)
+        path = _path(path, "a file that save wrote")
         saved = saved_state.read(path, self.bundle.weights_identity(self._target), self.config, self.max_context)
         sequence = TokenSequence(saved.ids, self._new_staircase(saved.depth, None), Sampler(saved.sampling))
         try:
@@ -429,3 +432,10 @@ class Session:
             what = f"{len(self._sequences)} sequences" if self._sequences else "no sequence yet"
             raise UsageError(f"this needs a session with one sequence, but it has {what}: generate from one prompt")
         return self._sequences[0]
+
+
+def _path(value: Any, of: str) -> Path:
+    """The place that ``value`` names, as a path. Raises UsageError for what names none."""
+    if not isinstance(value, str | os.PathLike):
+        raise UsageError(f"path is {shown(value)}, expected the path of {of}")
+    return Path(value)

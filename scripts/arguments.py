@@ -14,6 +14,11 @@ def path(text: str) -> Path:
     return Path(file_name(text))
 
 
+def add_bundle(parser: argparse.ArgumentParser) -> None:
+    """Adds the place of the bundle that a verb works on."""
+    parser.add_argument("bundle", type=path, help="a folder that mythos-edge export made")
+
+
 def file_name(text: str) -> str:
     """A name that is not empty. Raises UsageError."""
     if not text:

@@ -44,14 +44,17 @@ _UNITS = {
 _ONCE = {"load_ms": "ms", "resident_mb": "MB"}
 _BATCH = ("batch_one_by_one_tokens_per_s", "batch_together_tokens_per_s", "batch_ratio", "batch_equal_tokens")
 _DEPTH_ROUNDS = 6
+_PROMPT_TOKENS, _NEW_TOKENS = 512, 128
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=arguments.path)
-    parser.add_argument("-p", "--prompt-tokens", type=int, default=512, metavar="N")
-    parser.add_argument("-n", "--new-tokens", type=int, default=128, metavar="N")
+    arguments.add_bundle(parser)
+    parser.add_argument(
+        "-p", "--prompt-tokens", type=int, metavar="N", help=f"default: {_PROMPT_TOKENS}, or what the context holds"
+    )
+    parser.add_argument("-n", "--new-tokens", type=int, metavar="N", help=f"default: {_NEW_TOKENS}, or fewer likewise")
     parser.add_argument("-d", "--depth", type=float, metavar="X", help="set the threshold for this mean depth")
-    parser.add_argument("-r", "--repetitions", type=int, default=5, metavar="N")
+    parser.add_argument("-r", "--repetitions", type=int, default=5, metavar="N", help="default: 5")
     wanted = parser.add_mutually_exclusive_group()
     wanted.add_argument("--target", metavar="NAMES", help="one or more, separated by commas; or all")
     wanted.add_argument("--weights", metavar="KINDS", help="fp32, int8, int4: the targets that build makes of them")
@@ -73,7 +76,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
         raise UsageError(f"--depth {args.depth:g} looks for a threshold: expected 1 or more, and no --threshold")
     names = _targets(args, console)
     threads = thread_count(args.threads)
+    chosen = choose_lengths(args, open_bundle(args.bundle).manifest.max_context)
     _check_before(args, names)
+    if chosen is not None:
+        console.note(chosen)
     bandwidths = [measuring.stream_bandwidth(threads)]
     targets: dict[str, dict[str, Any]] = {}
     for name in names:
@@ -90,7 +96,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     }
     if args.loop_graph:
         report["loop_graph"] = _loop_graph(args)
-    console.say(_table(targets, args.format))
+    console.say(_csv(targets) if args.format == "csv" else _markdown(targets, console.width))
     for name, target in targets.items():
         if target["noise"] is not None:
             console.note(f"{name}: {target['noise']}")
@@ -114,6 +120,20 @@ def _targets(args: argparse.Namespace, console: Console) -> list[str]:
     if on_gpu:
         console.note(f"left out, as they are for a GPU: {', '.join(on_gpu)}")
     return [name for name in names if name not in on_gpu]
+
+
+def choose_lengths(args: argparse.Namespace, context: int) -> str | None:
+    """Puts defaults that fit the bundle's context in place of -p and -n that were not given; a note where smaller."""
+    asked = args.prompt_tokens, args.new_tokens
+    if args.new_tokens is None:
+        # A fifth, as where nothing is short; beside a prompt that was asked for, what it leaves.
+        args.new_tokens = max(1, min(_NEW_TOKENS, context - asked[0] if asked[0] else context // 5))
+    if args.prompt_tokens is None:
+        args.prompt_tokens = max(1, min(_PROMPT_TOKENS, context - args.new_tokens))
+    usual = asked[0] or _PROMPT_TOKENS, asked[1] or _NEW_TOKENS
+    if usual == (args.prompt_tokens, args.new_tokens):
+        return None
+    return f"note: this bundle's context is {context} tokens: measuring -p {args.prompt_tokens} -n {args.new_tokens}"
 
 
 def _measure(
@@ -276,43 +296,62 @@ def _loop_graph(args: argparse.Namespace) -> dict[str, Any]:
     return figures
 
 
-def _table(targets: dict[str, dict[str, Any]], form: str) -> str:
-    """A line for each figure; in Markdown a column for each target, as median (least to largest)."""
-    if form == "csv":
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["target", "figure", "unit", "median", "min", "max"])
-        for name, target in targets.items():
-            for figure in (*_ONCE, *_BATCH):
-                if figure in target:
-                    writer.writerow([name, figure, _ONCE.get(figure, ""), target[figure], "", ""])
-            for figure, unit in _UNITS.items():
-                writer.writerow([name, figure, unit, *(target[figure][part] for part in ("median", "min", "max"))])
-        return text.getvalue().rstrip("\n")
-    rows = [["", *targets]]
-    for figure, unit in (_ONCE | _UNITS).items():
-        label = figure.removesuffix("_ms").removesuffix("_mb").removesuffix("_percent").replace("_", " ")
-        cells = [_cell(target[figure]) for target in targets.values()]
-        rows.append([f"{label}, {unit}" if unit and not label.startswith("ms") else label, *cells])
-    for figure in _BATCH:
-        if any(figure in target for target in targets.values()):
-            rows.append([figure.replace("_", " "), *(_cell(target[figure]) for target in targets.values())])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [[rows[0][0].ljust(widths[0]), *_right(rows[0], widths)]]
-    lines += [["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]]
-    lines += [[row[0].ljust(widths[0]), *_right(row, widths)] for row in rows[1:]]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def _csv(targets: dict[str, dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["target", "figure", "unit", "median", "min", "max"])
+    for name, target in targets.items():
+        for figure in (*_ONCE, *_BATCH):
+            if figure in target:
+                writer.writerow([name, figure, _ONCE.get(figure, ""), target[figure], "", ""])
+        for figure, unit in _UNITS.items():
+            writer.writerow([name, figure, unit, *(target[figure][part] for part in ("median", "min", "max"))])
+    return text.getvalue().rstrip("\n")
+
+
+def _markdown(targets: dict[str, dict[str, Any]], width: int | None) -> str:
+    """A line for each figure and a column for each target, as median (least to largest).
+
+    Where a terminal has too few columns for all targets, the others follow in tables of their own.
+    """
+    columns = [["", *(_label(figure, unit) for figure, unit in _rows_of(targets).items())]]
+    for name, target in targets.items():
+        columns.append([name, *(_cell(target.get(figure, np.nan)) for figure in _rows_of(targets))])
+    widths = [max(map(len, column)) for column in columns]
+    tables, fits = [[0]], width or sum(widths) + 3 * len(widths) + 1
+    for number in range(1, len(columns)):
+        if len(tables[-1]) > 1 and sum(widths[one] + 3 for one in (*tables[-1], number)) + 1 > fits:
+            tables.append([0])
+        tables[-1].append(number)
+    return "\n\n".join(_lines([columns[one] for one in table], [widths[one] for one in table]) for table in tables)
+
+
+def _rows_of(targets: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """The figures of a table with their units; those of a batch where one was measured."""
+    batch = [figure for figure in _BATCH if any(figure in target for target in targets.values())]
+    return _ONCE | _UNITS | dict.fromkeys(batch, "")
+
+
+def _label(figure: str, unit: str) -> str:
+    label = (
+        figure.replace("_mb_", "_").removesuffix("_ms").removesuffix("_mb").removesuffix("_percent").replace("_", " ")
+    )
+    return f"{label}, {unit}" if unit and not label.startswith("ms") else label
+
+
+def _lines(columns: list[list[str]], widths: list[int]) -> str:
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    padded = [[cell.rjust(width) for cell in column] for column, width in zip(columns, widths, strict=True)]
+    padded[0] = [cell.ljust(widths[0]) for cell in columns[0]]
+    head, *rows = zip(*padded, strict=True)
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *rows))
 
 
 def _cell(figure: Any) -> str:
     if isinstance(figure, bool):
         return "yes" if figure else "no"
     if not isinstance(figure, dict):
-        return f"{figure:.4g}"
+        return "" if np.isnan(figure) else f"{figure:.4g}"
     if np.isnan(figure["median"]):
         return ""
     return f"{figure['median']:.4g} ({figure['min']:.4g} to {figure['max']:.4g})"
-
-
-def _right(row: list[str], widths: list[int]) -> list[str]:
-    return [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]

@@ -18,7 +18,7 @@ EXAMPLE = "mythos-edge build model.bundle --target rtx-sm89 --weights int4"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=arguments.path)
+    arguments.add_bundle(parser)
     default, wishes = KINDS[0].wishes, ", ".join(kind.wishes for kind in KINDS)
     parser.add_argument("--target", default=default, metavar="NAME", help=f"{wishes} (default: {default})")
     for field, declared in _declared().items():

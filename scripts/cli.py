@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 an expected error or a parity failure, 2 a command line th
 import argparse
 import os
 import sys
+import textwrap
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from typing import Any, NoReturn
 from mythos_edge.model.errors import MythosEdgeError, UsageError
 from mythos_edge.model.machine import processors
 from mythos_edge.scripts import interrupts
-from mythos_edge.scripts.console import CLOSED, Console, drop, printable, tell
+from mythos_edge.scripts.console import CLOSED, Console, drop, tell
 
 # What takes time to import is imported by main, so that Ctrl-C meanwhile is no traceback.
 _VERBS = {
@@ -31,6 +32,7 @@ _VERBS = {
     "bench": "bench",
     "demo": "demo",
 }
+_EXAMPLE = "example:\n  "
 _INTERRUPTED = "interrupted; nothing was left half-written"
 # Options with one of these may have a value that begins with a dash.
 _TEXTS = ("TEXT", "TOKEN", "1,2,3")
@@ -95,11 +97,25 @@ class _UnreadableCommand(Exception):
     """A command line that argparse refuses."""
 
 
+class _Formatter(argparse.HelpFormatter):
+    """Breaks help between words alone, and examples nowhere, so that they can be copied."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith(_EXAMPLE) else "\n".join(self._split_lines(indent + text, width))
+
+
 class _Parser(argparse.ArgumentParser):
     """Raises _UnreadableCommand instead of ending, and takes texts that begin with a dash."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"formatter_class": _Formatter, **options})
+
     def error(self, message: str) -> NoReturn:
-        tell(printable(self.format_usage()))
+        # Not all options, which are a dozen lines: what is wrong should be the first that is seen.
+        tell(f"usage: {self.prog} ..., as {self.prog} --help tells\n")
         raise _UnreadableCommand(message)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -134,7 +150,12 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     from importlib import metadata
 
-    parser = _Parser(prog="mythos-edge", description="Export OpenMythos checkpoints to ONNX and run them locally.")
+    parser = _Parser(
+        prog="mythos-edge",
+        description="Export OpenMythos checkpoints to ONNX and run them locally.",
+        epilog="mythos-edge VERB --help shows the options of a verb and an example; help is text, with --json, too. "
+        "Exit codes: 0 done, 1 an error that is told in one line or a failed comparison, 2 an unreadable command line.",
+    )
     parser.add_argument("--version", action="version", version=f"mythos-edge {metadata.version('mythos-edge')}")
     common = _Parser(add_help=False)
     add_common(common)
@@ -145,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
             name,
             help=module.HELP,
             description=module.HELP,
-            epilog=f"example: {module.EXAMPLE}",
+            epilog=f"{_EXAMPLE}{module.EXAMPLE}",
             parents=[common],
             allow_abbrev=False,
         )

@@ -1,13 +1,17 @@
 """Where the CLI speaks: results on stdout, everything else on stderr, JSON when asked.
 
 What is shown may come from a file or from the command line: characters that steer a terminal are written as escapes,
-and so is what the stream's encoding lacks. A stderr that takes nothing is no reason to end; a stdout is.
+and so is what the stream's encoding lacks. A stderr that takes nothing is no reason to end; a stdout is. Only a
+terminal gets lines that are wrapped to its width and a clock that moves; ``NO_COLOR`` and ``TERM=dumb`` are honoured.
 """
 
 import json
 import math
 import os
+import shutil
 import sys
+import textwrap
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +22,9 @@ from mythos_edge.model.output_files import is_standard_output
 
 CLOSED = "stdout is closed, and results go there: leave it open, or send them away with > /dev/null"
 _EVERY_S = 5.0
+# How often the clock of a live line moves, and how soon news may follow others there.
+_TICK_S = 1.0
+_LIVE_PAUSE_S = 0.1
 # C0 but tab and newline, DEL and C1: they move the cursor, change colours and titles, or answer as if typed.
 _CONTROLS = [*range(0x09), *range(0x0B, 0x20), *range(0x7F, 0xA0)]
 # They begin lines for some readers, or turn the order in which the rest of a line is shown.
@@ -43,12 +50,20 @@ class Console:
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
         self._started = time.monotonic()
-        self._phase, self._told_at, self._open_line = "", 0.0, False
+        self._phase, self._told_at, self._words = "", 0.0, ""
+        # Set when the live line has ended; None where there is none.
+        self._clock: threading.Event | None = None
+        self._writing = threading.Lock()
         self._result_given, self._lacking_told, self._people_on_stderr = False, False, False
 
     @property
     def colour(self) -> bool:
-        return not self.as_json and _is_terminal(sys.stdout)
+        return not self.as_json and _moves_the_cursor(sys.stdout) and not os.environ.get("NO_COLOR")
+
+    @property
+    def width(self) -> int | None:
+        """The columns of the terminal that results go to; None where they go elsewhere, and no line is too long."""
+        return shutil.get_terminal_size().columns if _is_terminal(sys.stdout) else None
 
     def say(self, text: str = "", end: str = "\n", coloured: bool = False) -> None:
         """Part of the result for people; not shown with --json. ``coloured`` text has escape codes of our own."""
@@ -57,6 +72,15 @@ class Console:
         elif not self.as_json:
             self.end_progress()
             self._print((text if coloured else printable(text)) + end)
+
+    def field(self, name: str, text: str, indent: int) -> None:
+        """A named fact, whose text begins at the column ``indent`` and goes on there when a terminal is too narrow."""
+        text = printable(text)
+        if self.width is not None:
+            room = max(20, self.width - indent)
+            lines = textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False)
+            text = f"\n{' ' * indent}".join(lines)
+        self.say(f"{name:{indent - 1}} {text}".rstrip())
 
     def text(self, text: str) -> None:
         """Text that a model made, as it comes: exact in a file or pipe, without control characters on a terminal."""
@@ -94,20 +118,39 @@ class Console:
             self._people_on_stderr = True
 
     def progress(self, phase: str, fraction: float) -> None:
-        """Phase, share and elapsed time on stderr: a live line on a terminal, else a line now and then."""
-        now, live = time.monotonic(), _is_terminal(sys.stderr)
-        pause = 0.1 if live else _EVERY_S
-        if phase == self._phase and now - self._told_at < pause:
+        """Elapsed time, phase and share on stderr: a line with a moving clock on a terminal, else one now and then."""
+        now, live = time.monotonic(), _moves_the_cursor(sys.stderr)
+        if phase == self._phase and now - self._told_at < (_LIVE_PAUSE_S if live else _EVERY_S):
             return
         self._phase, self._told_at = phase, now
-        line = f"{now - self._started:7.1f} s  {printable_line(phase)}" + (f" {fraction:.0%}" if fraction else "")
-        tell(f"\r{line:<60}" if live else f"{line}\n")
-        self._open_line = live
+        self._words = printable_line(phase) + (f" {fraction:.0%}" if fraction else "")
+        if not live:
+            tell(f"{self._progress_line()}\n")
+            return
+        if self._clock is None:
+            self._clock = threading.Event()
+            threading.Thread(target=self._tick, args=(self._clock,), daemon=True).start()
+        self._show_live(self._clock)
 
     def end_progress(self) -> None:
-        if self._open_line:
-            tell("\n")
-            self._open_line = False
+        clock, self._clock = self._clock, None
+        if clock is not None:
+            with self._writing:
+                clock.set()
+                tell("\n")
+
+    def _tick(self, clock: threading.Event) -> None:
+        while not clock.wait(_TICK_S):
+            self._show_live(clock)
+
+    def _show_live(self, clock: threading.Event) -> None:
+        with self._writing:
+            if not clock.is_set():
+                room = shutil.get_terminal_size().columns - 1
+                tell(f"\r{self._progress_line():<{min(60, room)}}"[: room + 1])
+
+    def _progress_line(self) -> str:
+        return f"{time.monotonic() - self._started:7.1f} s  {self._words}"
 
     def _print(self, text: str) -> None:
         """Writes to stdout; the first character that its encoding lacks is told.
@@ -159,6 +202,11 @@ def _encodable(text: str, stream: TextIO) -> str:
 
 def _is_terminal(stream: TextIO | None) -> bool:
     return stream is not None and stream.isatty()
+
+
+def _moves_the_cursor(stream: TextIO | None) -> bool:
+    """Whether a stream is a terminal that understands more than text."""
+    return _is_terminal(stream) and os.environ.get("TERM") != "dumb"
 
 
 def _without_nan(value: Any) -> Any:

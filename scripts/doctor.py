@@ -19,6 +19,8 @@ from mythos_edge.scripts.console import Console
 HELP = "show what this machine can export and run"
 EXAMPLE = "mythos-edge doctor --json"
 
+# The column at which the text of each line begins.
+_INDENT = 16
 _FACTS = (
     "mythos_edge",
     "python",
@@ -38,21 +40,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> int:
     report = examine(Driver.load)
     for name in _FACTS:
-        console.say(f"{name:15} {report[name]}{_limit(report, name)}")
+        console.field(name, f"{report[name]}{_limit(report, name)}", _INDENT)
     can: dict[str, dict[str, Any]] = report["can"]
     for purpose, found in can.items():
         versions = ", ".join(f"{name} {version or 'missing'}" for name, version in found["packages"].items())
-        console.say(f"{purpose:15} {'yes' if found['ok'] else 'no'}: {versions}")
+        console.field(purpose, f"{'yes' if found['ok'] else 'no'}: {versions}", _INDENT)
         if not found["ok"]:
-            console.say(f"{'':15} mend: {found['install']}")
+            # Not broken, so that it can be copied.
+            console.say(f"  mend: {found['install']}")
     if report["no_gpu"]:
-        console.say(f"{'gpu':15} {report['no_gpu']}")
+        console.field("gpu", report["no_gpu"], _INDENT)
     for gpu in report["gpus"]:
         targets = ", ".join(gpu["targets"]) or f"none but {KINDS[0].wishes}"
-        console.say(f"{'gpu':15} {gpu['name']}, sm{gpu['compute_capability']}, {gpu['memory_gb']} GB -> {targets}")
+        text = f"{gpu['name']}, sm{gpu['compute_capability']}, {gpu['memory_gb']} GB -> {targets}"
+        console.field("gpu", text, _INDENT)
     for target, found in report["targets"].items():
-        answers = ", ".join(f"{verb}: {found[verb]}" for verb in ("build", "run"))
-        console.say(f"{target:22} {answers}")
+        console.field(target, ", ".join(f"{verb}: {found[verb]}" for verb in ("build", "run")), _INDENT)
     console.result(report)
     return 0 if can["run"]["ok"] else 1
 

@@ -14,7 +14,7 @@ find_python() {
 
 # A stamp over everything the install depends on: strict editable installs must be renewed when a module is added.
 environment_stamp() {
-    { cat pyproject.toml constraints.txt; ls model plugins plugins/kernels exporter runtime runtime/integrations scripts scripts/optimum_command; echo "$1"; } | cksum
+    { cat pyproject.toml constraints.txt; find model plugins exporter runtime scripts -name '*.py' | LC_ALL=C sort; echo "$1"; } | cksum
 }
 
 make_environment() {
@@ -27,11 +27,20 @@ make_environment() {
     echo "== installing mythos-edge[$extra] into $folder (the first time this takes a few minutes)"
     [ -x "$folder/bin/python" ] || "$(find_python)" -m venv "$folder"
     "$folder/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$extra]"
-    if [ "$extra" = dev ]; then
-        # The reference asks for transformers and datasets, which nothing here uses.
-        "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps open-mythos==0.5.0
-    fi
+    # The reference, which train_text trains. It asks for transformers and datasets, which nothing here uses.
+    "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps open-mythos==0.5.0
     echo "$stamp" >"$folder/stamp"
+}
+
+# The last lines of a script that made a bundle: how to use it.
+say_where_to_go_on() {
+    local bundle=$1
+    shift
+    echo
+    echo "To go on, from this folder (or after: . .venv-demo/bin/activate, as mythos-edge everywhere):"
+    echo "  ./mythos-edge generate $bundle $*"
+    echo "  ./mythos-edge inspect $bundle"
+    echo "  ./mythos-edge --help"
 }
 
 # ONNX Runtime for browsers, which tests run under node. A machine without npm does without those tests.

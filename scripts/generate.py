@@ -11,7 +11,7 @@ EXAMPLE = 'mythos-edge generate model.bundle -p "Once upon a time" --max-new-tok
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=arguments.path)
+    arguments.add_bundle(parser)
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument(
         "-p", "--prompt", metavar="TEXT", help="may begin with a dash; one that is an option: -p=--json"

@@ -12,7 +12,7 @@ EXAMPLE = "mythos-edge inline model.bundle"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=arguments.path)
+    arguments.add_bundle(parser)
 
 
 def run(args: argparse.Namespace, console: Console) -> int:

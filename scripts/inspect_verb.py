@@ -27,7 +27,7 @@ _ROPE_TABLES = {"config": "angles computed from the config", "stored": "the chec
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=arguments.path)
+    parser.add_argument("path", type=arguments.path, help="a checkpoint, an .onnx file or a bundle's folder")
     arguments.add_checkpoint(parser, None)
 
 
@@ -113,21 +113,19 @@ def _show_bundle(console: Console, bundle: Bundle) -> None:
         "presets": ", ".join(f"{name} ({one.target})" for name, one in manifest.presets.items()) or "none",
         "graphs": ", ".join(manifest.graphs),
     }.items():
-        console.say(f"{name:9}  {text}")
-    console.say()
-    heads = ("target", "weights", "MB a token", "MB a loop step", "MB of files")
-    rows = [heads, *(_row(bundle, name) for name in manifest.targets)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        texts = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
-        console.say("  ".join([*texts, *(cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True))]))
+        console.field(name, text, 11)
+    width = max(len("target"), *map(len, manifest.targets))
+    console.say(f"\n{'target':{width}}  MB a token  MB a loop step  MB of files")
+    for name in manifest.targets:
+        _show_target(console, bundle, name, width)
 
 
-def _row(bundle: Bundle, name: str) -> tuple[str, ...]:
-    """A target's line: the bytes are those of weights read, and of files that the target does not share."""
+def _show_target(console: Console, bundle: Bundle, name: str, width: int) -> None:
+    """A target's two lines: the bytes are those of weights read, and of files that the target does not share."""
     spec, files = bundle.manifest.targets[name], bundle.manifest.files
     own = sum(files[file].bytes for file in {*spec.graphs.values(), *bundle.own_weights(name)})
-    return name, spec.summary, *(f"{size / 1e6:.1f}" for size in (spec.fixed_bytes, spec.step_bytes, own))
+    console.say(f"{name:{width}}  {spec.fixed_bytes / 1e6:10.1f}  {spec.step_bytes / 1e6:14.1f}  {own / 1e6:11.1f}")
+    console.field("", spec.summary, 4)
 
 
 def _checkpoint(args: argparse.Namespace, console: Console) -> dict[str, Any]:

@@ -21,7 +21,7 @@ _SCORES = "the scores"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=arguments.path)
+    arguments.add_bundle(parser)
     parser.add_argument(
         "--ids", type=arguments.file_name, required=True, metavar="NPY", help="int64 array (batch, positions)"
     )

@@ -6,10 +6,10 @@ a time. The fastest point within a budget of KL divergence becomes a preset of t
 
 import argparse
 import itertools
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from mythos_edge.model.bundle import Bundle, open_bundle
 from mythos_edge.model.bundle_writer import update_manifest
 from mythos_edge.model.errors import UsageError, unavailable
-from mythos_edge.model.manifest import MANIFEST_FILE, Manifest, Preset
+from mythos_edge.model.manifest import MANIFEST_FILE, Manifest
 from mythos_edge.model.output_files import check_output, check_output_folder
 from mythos_edge.runtime.backends.opening import open_backend
 from mythos_edge.runtime.halting import Depth
@@ -28,56 +28,22 @@ from mythos_edge.runtime.quality import kl_divergence
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import arguments, measuring, options
 from mythos_edge.scripts.console import Console
+from mythos_edge.scripts.tune_points import Point, Setting, knee_of
 
 HELP = "measure quality against speed over thresholds, depths and targets, and save the best point as a preset"
-EXAMPLE = "mythos-edge tune model.bundle --data ids.npy --targets ort-cpu,ort-cpu-int4 --max-kl 0.01 -o tuned"
+EXAMPLE = "mythos-edge tune model.bundle --data ids.npy --targets ort-cpu,ort-cpu-int4"
 
 # Shares of the model's own threshold: halting mass adds up to about 1, so lower ones end loops earlier.
 _THRESHOLD_SHARES = (0.3, 0.5, 0.7, 0.9, 0.95, 1.0)
 _DEPTH_SHARES = (0.5, 0.75, 1.0)
 _LEAST_POSITIONS = 8
-_MOST_TIMED_TOKENS = 64
-# Medians this close are equally fast; then the better quality decides.
-_TIMING_NOISE = 0.03
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A target and how deep it thinks."""
-
-    target: str
-    threshold: float
-    max_depth: int
-
-    @property
-    def depth(self) -> dict[str, Any]:
-        return {"threshold": self.threshold, "max_depth": self.max_depth}
-
-
-@dataclass(frozen=True)
-class Point:
-    """What a setting gave: mean KL divergence to full depth in nats, share of equal top tokens, mean depth in loop
-    steps, median milliseconds per decoded token, and the time of full depth over that."""
-
-    setting: Setting
-    kl: float
-    top1_agreement: float
-    mean_depth: float
-    ms_per_token: float
-    speedup: float
-
-    def to_dict(self) -> dict[str, Any]:
-        values = asdict(self)
-        return {**values.pop("setting"), **values}
-
-    def preset(self) -> Preset:
-        values = self.to_dict()
-        del values["ms_per_token"]  # of this machine alone
-        return Preset(**values)
+_REPETITIONS, _LEAST_REPETITIONS = 5, 3
+# Of every repetition, spread over some rows: each does the same work, so that only the machine tells them apart.
+_MOST_TIMED_TOKENS, _MOST_TIMED_ROWS = 64, 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=arguments.path)
+    arguments.add_bundle(parser)
     parser.add_argument(
         "--data",
         type=arguments.file_name,
@@ -99,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-kl", type=float, default=0.01, metavar="NATS", help="budget of the knee (default: 0.01)")
     parser.add_argument("--save", default="knee", metavar="NAME", help="the preset's name (default: knee)")
-    parser.add_argument("-r", "--repetitions", type=int, default=5, metavar="N")
+    parser.add_argument("-r", "--repetitions", type=int, default=_REPETITIONS, metavar="N", help="default: 5")
     options.add_threads(parser)
 
 
@@ -117,14 +83,18 @@ def run(args: argparse.Namespace, console: Console) -> int:
     settings = settings_of(args, bundle)
     folder = args.output or args.bundle.with_name(f"{args.bundle.name}-tune")
     _check_outputs(bundle, folder, report.FILES)
-    points, full_ms = _measure(bundle, settings, ids, args, console)
-    knee = knee_of(points, args.max_kl)
+    points, full = _measure(bundle, settings, ids, args, console)
+    full_ms = full.median
+    knee = knee_of(points, args.max_kl) if full.share <= measuring.NOISY_SHARE else None
     files = report.write(folder, points, knee, full_ms, args.max_kl, f"{args.bundle}, {args.data}")
-    _tell(points, knee, full_ms, args, bundle.manifest, console)
+    _tell_points(points, knee, full_ms, bundle.manifest.default_target, console)
+    for note in notes_of(points, knee, full, args.max_kl, args.repetitions):
+        console.note(note)
     if knee is not None:
         # Measuring takes minutes, in which others may have changed the bundle, or built this target again.
         preset = {args.save: knee.preset()}
         update_manifest(bundle, held_to=knee.setting.target, presets=lambda presets: {**presets, **preset})
+        _tell_knee(points, knee, args, bundle.manifest, console)
     console.result(
         {
             "full_depth_ms_per_token": full_ms,
@@ -164,18 +134,9 @@ def settings_of(args: argparse.Namespace, bundle: Bundle) -> list[Setting]:
     return sorted(set(wanted), key=lambda one: (targets.index(one.target), -one.max_depth, -one.threshold))
 
 
-def knee_of(points: Sequence[Point], max_kl: float) -> Point | None:
-    """The fastest point within the budget; of those as fast, the one nearest to full depth."""
-    good = [point for point in points if point.kl <= max_kl]
-    if not good:
-        return None
-    limit = min(point.ms_per_token for point in good) * (1 + _TIMING_NOISE)
-    return min((point for point in good if point.ms_per_token <= limit), key=lambda point: point.kl)
-
-
 def _measure(
     bundle: Bundle, settings: list[Setting], ids: NDArray[np.int64], args: argparse.Namespace, console: Console
-) -> tuple[list[Point], float]:
+) -> tuple[list[Point], measuring.Spread]:
     """The points of all settings, and the milliseconds per token of the fp32 target at full depth."""
     with ExitStack() as stack:
         names = dict.fromkeys([bundle.manifest.default_target, *(setting.target for setting in settings)])
@@ -184,8 +145,8 @@ def _measure(
         }
         quality = _quality(sessions, settings, ids, console)
         ms = _times(sessions, settings, ids, args.repetitions, console)
-    full_ms = ms[None]
-    return [Point(one, *quality[one], ms_per_token=ms[one], speedup=full_ms / ms[one]) for one in settings], full_ms
+    full = ms[None]
+    return [Point(s, *quality[s], ms[s].median, ms[s].share, full.median / ms[s].median) for s in settings], full
 
 
 def _reference(sessions: dict[str, Session]) -> Session:
@@ -211,31 +172,31 @@ def _quality(
 
 def _times(
     sessions: dict[str, Session], settings: list[Setting], ids: NDArray[np.int64], repetitions: int, console: Console
-) -> dict[Setting | None, float]:
-    """Median milliseconds per token of each setting; None stands for the fp32 target at full depth.
+) -> dict[Setting | None, measuring.Spread]:
+    """Milliseconds per token of each setting; None stands for the fp32 target at full depth.
 
-    Every round times all of them on the same tokens, each in another order, so that a machine that slows down or
-    speeds up favours none.
+    Every repetition times all of them on the same tokens, each time in another order, so that a machine that slows down
+    or speeds up favours none, and what repetitions of one setting differ by is the machine's doing.
     """
     random = np.random.default_rng(0)
     runs: list[Setting | None] = [None, *settings]
     times: dict[Setting | None, list[float]] = {one: [] for one in runs}
-    prefill = ids.shape[1] // 2
+    prefill, rows = ids.shape[1] // 2, ids[:_MOST_TIMED_ROWS]
+    rows = rows[:, : prefill + _MOST_TIMED_TOKENS // len(rows)]
     for number in range(repetitions + 1):
-        row = ids[number % len(ids), : prefill + _MOST_TIMED_TOKENS]
         for index, place in enumerate(random.permutation(len(runs))):
             console.progress("timing", (number + index / len(runs)) / (repetitions + 1))
             one = runs[place]
-            if one is None:
-                ms = _decode_ms(_reference(sessions), row, prefill, policy="full")
-            else:
-                ms = _decode_ms(sessions[one.target], row, prefill, **one.depth)
-            times[one].append(ms)
+            session = _reference(sessions) if one is None else sessions[one.target]
+            depth = {"policy": "full"} if one is None else one.depth
+            times[one].append(statistics.fmean(_decode_ms(session, row, prefill, **depth) for row in rows))
     # The first round warms caches and is left out.
-    spreads = {one: measuring.spread_of(spent[1:]) for one, spent in times.items()}
-    if spreads[None].share > measuring.NOISY_SHARE:  # full depth is the same work in every round
-        console.note(f"full depth took times {spreads[None].share:.0%} apart: the machine was noisy, measure again")
-    return {one: spread.median for one, spread in spreads.items()}
+    return {one: _spread(spent[1:]) for one, spent in times.items()}
+
+
+def _spread(times: list[float]) -> measuring.Spread:
+    """The spread of repetitions; of five and more without the fastest and the slowest, which one hiccup may be."""
+    return measuring.spread_of(sorted(times)[1:-1] if len(times) >= _REPETITIONS else times)
 
 
 def _decode_ms(session: Session, row: NDArray[np.int64], prefill: int, **depth: Any) -> float:
@@ -247,35 +208,56 @@ def _decode_ms(session: Session, row: NDArray[np.int64], prefill: int, **depth: 
     return (ended - started) * 1e3 / ((end - begin) * len(row))
 
 
-def _tell(
-    points: list[Point],
-    knee: Point | None,
-    full_ms: float,
-    args: argparse.Namespace,
-    manifest: Manifest,
-    console: Console,
-) -> None:
-    console.say(f"full depth of {manifest.default_target}: {full_ms:.3g} ms per token\n")
-    columns = ("target", "threshold", "max depth", "KL", "top-1", "mean depth", "ms/token", "speedup")
-    console.say("| " + " | ".join(f"{name:>12}" for name in columns) + " |")
-    console.say("|" + "|".join("-" * 13 + ":" for _ in columns) + "|")
+def notes_of(
+    points: Sequence[Point], knee: Point | None, full: measuring.Spread, max_kl: float, repetitions: int
+) -> list[str]:
+    """Why there is no knee, or how far the measuring can be trusted; nothing where all was steady."""
+    limit, again = f"{measuring.NOISY_SHARE:.0%}", "measure again when the machine has nothing else to do"
+    if full.share > measuring.NOISY_SHARE:
+        return [
+            f"no preset is saved: full depth is the same work every time, and its times are {full.share:.0%} apart, "
+            f"more than {limit}: {again}"
+        ]
+    noisy = sum(not point.steady for point in points)
+    if knee is None and any(point.kl <= max_kl for point in points):
+        return [f"no preset is saved: the times of each point with KL <= {max_kl:g} are over {limit} apart: {again}"]
+    if knee is None:
+        return [f"no point has KL <= {max_kl:g}: allow a larger --max-kl or try more --thresholds"]
+    if repetitions < _LEAST_REPETITIONS:
+        return [
+            f"note: whether the machine was steady shows from -r {_LEAST_REPETITIONS} on, this was -r {repetitions}"
+        ]
+    return (
+        [f"note: points marked ~ cannot be the knee, as their times are over {limit} apart: {again}"] if noisy else []
+    )
+
+
+def _tell_points(points: list[Point], knee: Point | None, full_ms: float, target: str, console: Console) -> None:
+    console.say(f"full depth of {target}: {full_ms:.3g} ms per token\n")
+    rows = [("  target", "threshold", "max", "KL", "top-1", "depth", "ms/token", "speedup")]
     for point in points:
         one = point.setting
-        mark = " <- knee" if point is knee else ""
-        console.say(
-            f"| {one.target:>12} | {one.threshold:12.4g} | {one.max_depth:12} | {point.kl:12.2g} "
-            f"| {point.top1_agreement:12.1%} | {point.mean_depth:12.2f} | {point.ms_per_token:12.3g} "
-            f"| {point.speedup:11.2f}x |{mark}"
-        )
-    if knee is None:
-        console.note(f"no point has KL <= {args.max_kl:g}: allow a larger --max-kl or try more --thresholds")
-        return
-    own = Setting(knee.setting.target, manifest.config.act_threshold, manifest.config.max_loop_iters)
-    gain = next(point.ms_per_token for point in points if point.setting == own) / knee.ms_per_token - 1
+        mark = "*" if point is knee else " " if point.steady else "~"
+        depths = f"{one.threshold:.4g}", str(one.max_depth)
+        quality = f"{point.kl:.2g}", f"{point.top1_agreement:.1%}", f"{point.mean_depth:.2f}"
+        rows.append((f"{mark} {one.target}", *depths, *quality, f"{point.ms_per_token:.3g}", f"{point.speedup:.2f}x"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
+        console.say("  ".join((row[0].ljust(widths[0]), *cells)))
+
+
+def _tell_knee(
+    points: list[Point], knee: Point, args: argparse.Namespace, manifest: Manifest, console: Console
+) -> None:
+    """The preset, in figures of the table above."""
+    one = knee.setting
+    own = Setting(one.target, manifest.config.act_threshold, manifest.config.max_loop_iters)
+    as_trained = next(point.speedup for point in points if point.setting == own)
     console.say(
-        f"\n{gain:.0%} faster than the model's own depth at KL <= {args.max_kl:g}: --threshold "
-        f"{knee.setting.threshold:.4g} --max-depth {knee.setting.max_depth} on {knee.setting.target}, "
-        f"saved as preset {args.save!r}"
+        f"\n* the knee: {knee.speedup:.2f}x the speed of full depth at KL <= {args.max_kl:g}\n"
+        f"  (the model's own depth on {one.target}: {as_trained:.2f}x), saved as preset {args.save!r}:\n"
+        f"  --target {one.target} --threshold {one.threshold:.4g} --max-depth {one.max_depth}"
     )
 
 

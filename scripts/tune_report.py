@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from mythos_edge.model.errors import UsageError
 from mythos_edge.model.output_files import writing
-from mythos_edge.scripts.tune import Point
+from mythos_edge.scripts.tune_points import Point
 
 # KL of 0 is drawn, too: below this the axis is linear.
 _LINEAR_KL = 1e-6
@@ -103,7 +103,7 @@ def _row(point: Point, is_knee: bool) -> str:
         f"{point.top1_agreement:.1%}",
         f"{point.mean_depth:.2f}",
         f"{point.ms_per_token:.3g}",
-        f"{point.speedup:.2f}x",
+        f"{point.speedup:.2f}x" + ("" if point.steady else ", noisy"),
     )
     opening = '<tr class="knee">' if is_knee else "<tr>"
     return opening + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"

@@ -43,7 +43,7 @@ _SEQUENCES = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=arguments.path)
+    arguments.add_bundle(parser)
     parser.add_argument(
         "--against",
         type=arguments.file_name,
@@ -186,11 +186,13 @@ def _compare_on(
     ties = {(tie.row, tie.position): tie for route in routes.values() for tie in route.near_ties}
     for name, route in routes.items():
         verdict = "DIFFERS" if not parity.passes(route, allowed) else "ok" if route.compared else "tie"
-        console.say(
-            f"{name:22} {verdict:8} max abs {route.max_abs:.2g}, max rel l2 {route.max_rel_l2:.2g}, "
+        console.field(
+            f"{name:22} {verdict:8}",
+            f"max abs {route.max_abs:.2g}, max rel l2 {route.max_rel_l2:.2g}, "
             f"top-1 {route.top1_agreement:.1%}, depth {route.depth_agreement:.1%}"
             + (f", {route.compared:.1%} of positions compared" if route.compared < 1 else "")
-            + (f", {route.inconclusive:.1%} inconclusive" if route.inconclusive else "")
+            + (f", {route.inconclusive:.1%} inconclusive" if route.inconclusive else ""),
+            32,
         )
     console.say(f"allowed max abs {allowed:.2g}: the reference's own float32 error is {own_error:.2g}")
     console.say(f"near ties of halting: {len(ties)}")

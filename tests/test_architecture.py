@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import mythos_edge
+
 ROOT = Path(__file__).parent.parent
 FOLDERS = (
     "model",
@@ -23,8 +25,8 @@ FOLDERS = (
     "scripts",
     "scripts/lab",
 )
-# What is installed into the namespace of another package.
-FOREIGN = {"scripts/optimum_command": "optimum.commands.register"}
+# What is not installed under the name of its folder: the root package, and one in a namespace of another package.
+RENAMED = {"scripts/package": "mythos_edge", "scripts/optimum_command": "optimum.commands.register"}
 MAY_IMPORT = {
     "model": set(),
     "plugins": {"model"},
@@ -38,6 +40,7 @@ MAY_IMPORT = {
     "scripts": {"exporter", "runtime", "plugins", "model"},
     "scripts/lab": {"exporter", "runtime", "plugins", "model"},
     "scripts/optimum_command": set(),
+    "scripts/package": {"runtime", "model"},
 }
 # What the base install can run: neither torch nor onnx.
 NEED_TORCH = {
@@ -56,7 +59,7 @@ IMPORT_LIGHT = [
     "scripts.cli",
     "scripts.addition",
 ]
-MODULES = [(folder, path.stem) for folder in (*FOLDERS, *FOREIGN) for path in sorted((ROOT / folder).glob("*.py"))]
+MODULES = [(folder, path.stem) for folder in (*FOLDERS, *RENAMED) for path in sorted((ROOT / folder).glob("*.py"))]
 
 
 # The only modules that may need Triton; no process that runs a model imports them.
@@ -64,7 +67,7 @@ TRITON_SOURCES = {path for path in (ROOT / "plugins" / "kernels").glob("*.py") i
 
 
 def _package(folder: str) -> str:
-    return FOREIGN.get(folder, f"mythos_edge.{folder.replace('/', '.')}")
+    return RENAMED.get(folder, f"mythos_edge.{folder.replace('/', '.')}")
 
 
 def _imported_folders(path: Path) -> set[str]:
@@ -128,9 +131,37 @@ def test_no_module_bears_a_name_of_the_standard_library(folder: str, module: str
     assert module not in sys.stdlib_module_names
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
-def test_types_are_published(folder: str) -> None:
-    assert (resources.files(_package(folder)) / "py.typed").is_file()
+def test_types_are_published() -> None:
+    assert (resources.files("mythos_edge") / "py.typed").is_file()
+
+
+def test_the_root_package_costs_nothing_until_it_is_used() -> None:
+    script = "import sys, mythos_edge\nassert not {'numpy', 'importlib.metadata', 'onnxruntime'} & set(sys.modules)\n"
+    script += "assert len(mythos_edge.__all__) == len({id(getattr(mythos_edge, n)) for n in mythos_edge.__all__})\n"
+    script += "from mythos_edge import Session, __version__\nprint(Session.__module__, __version__)\n"
+    ran = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert ran.stdout.split() == ["mythos_edge.runtime.session", metadata.version("mythos-edge")]
+
+
+def test_the_root_package_tells_type_checkers_the_names_it_gives() -> None:
+    """It resolves them lazily by a table of its own, which must say what its imports for type checkers say."""
+    tree = ast.parse((ROOT / "scripts" / "package" / "__init__.py").read_text(encoding="utf-8"))
+    declared = {
+        alias.name: node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("mythos_edge.")
+        for alias in node.names
+    }
+    assert {*declared, "__version__"} == {*mythos_edge.__all__}
+    assert declared == {name: getattr(mythos_edge, name).__module__ for name in declared}
+    assert "Session" in dir(mythos_edge)
+    with pytest.raises(AttributeError, match="module 'mythos_edge' has no attribute 'Sessions'"):
+        _ = mythos_edge.Sessions
+
+
+def test_the_module_is_the_command() -> None:
+    ran = subprocess.run([sys.executable, "-m", "mythos_edge", "--version"], check=True, capture_output=True, text=True)
+    assert ran.stdout == f"mythos-edge {metadata.version('mythos-edge')}\n"
 
 
 def test_light_modules_import_without_torch_and_onnx() -> None:

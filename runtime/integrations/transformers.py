@@ -48,6 +48,9 @@ _NEUTRAL = {
     "length_penalty": 1.0,
     "encoder_repetition_penalty": 1.0,
     "return_dict": True,
+    "torch_dtype": "auto",
+    "dtype": "auto",
+    "device_map": "cpu",
 }
 # They say nothing about what follows a prompt.
 _OF_FILES = ("bos_token_id", "transformers_version")
@@ -94,9 +97,15 @@ class MythosForCausalLM:
         threads: int = 0,
         hashes: bool = False,
         trust: bool = False,
+        **arguments: Any,
     ) -> Self:
-        """The model in a bundle's folder; parameters and errors as in ``Session.open``."""
+        """The model in a bundle's folder; parameters and errors as in ``Session.open``.
+
+        Of the other ``arguments`` of transformers those are taken that ask for nothing (``torch_dtype="auto"``, say);
+        a UsageError names the first that does.
+        """
         _libraries()
+        _refuse_unknown(arguments)
         return cls(Session.open(bundle, target=target, preset=preset, threads=threads, hashes=hashes, trust=trust))
 
     def __call__(self, input_ids: Any = None, **arguments: Any) -> Any:

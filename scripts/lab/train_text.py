@@ -2,9 +2,10 @@
 
     python -m mythos_edge.scripts.lab.train_text -o FOLDER
 
-Writes ``text.pt``, a trainer checkpoint of the unmodified reference network, and ``tokenizer.json``. It gives text
-to tests and examples without a download; it knows the look of English, not its meaning, and every token takes
-all loop steps: the demo model is the one whose halting means something. Needs the dev extra.
+Writes ``text.pt``, a trainer checkpoint of the unmodified reference network, ``tokenizer.json``, and ``ids.npy``,
+tokens to score, tune and calibrate with. It gives text to tests and examples without a download; it knows the look
+of English, not its meaning, and every token takes all loop steps: the demo model's halting means something.
+Needs the extra ``export`` and ``pip install --no-deps open-mythos==0.5.0``; ``./scripts/text_model`` has both.
 """
 
 import argparse
@@ -46,6 +47,7 @@ _TOKENS = 512  # a step, in one row or more: short rows teach soon, and only lon
 _LENGTHS = (64, 128, 64, 512)
 _HELD_OUT_EVERY = 16
 _MIN_BYTES = 100_000
+_SAVED_ROWS, _SAVED_POSITIONS = 4, 64
 # With more equal shares than this, the last but one would reach the halting threshold.
 _MOST_LOOPS = 99
 _MARGIN = 0.2  # nats per token below the unigram entropy
@@ -168,7 +170,7 @@ def train(train_ids: Ids, held_out: Ids, steps: int, seed: int, loops: int = LOO
 
 
 def train_text_model(folder: Path, *, steps: int = STEPS, seed: int = 0, loops: int = LOOPS) -> tuple[Path, Path]:
-    """Checkpoint and tokenizer, written into ``folder``, which is made when it is not there.
+    """Checkpoint and tokenizer, written with some held-out ids into ``folder``, which is made when it is not there.
 
     Raises SystemExit when the model did not learn to use context, or without sources to learn from; then nothing
     is written.
@@ -201,6 +203,8 @@ def train_text_model(folder: Path, *, steps: int = STEPS, seed: int = 0, loops: 
         torch.save(saved, file)
         with writing(tokenizer, "the tokenizer") as text:
             text.write(byte_tokenizer().to_str(pretty=True).encode())
+        with writing(folder / "ids.npy", "the tokens") as ids:
+            np.save(ids, held_out[: _SAVED_ROWS * _SAVED_POSITIONS].reshape(_SAVED_ROWS, _SAVED_POSITIONS))
     print(f"{checkpoint}: {checkpoint.stat().st_size / 1e3:.0f} kB, loss {loss:.3f}, unigram entropy {entropy:.3f}")
     return checkpoint, tokenizer
 

@@ -332,6 +332,10 @@ def test_it_moves_nowhere_and_keeps_its_numbers(model: MythosForCausalLM) -> Non
 def test_it_opens_targets_and_refuses_what_is_no_bundle(rounded_bundle: Path, tmp_path: Path) -> None:
     with MythosForCausalLM.from_pretrained(rounded_bundle, target="ort-cpu-int4", threads=1) as model:
         assert model.generate(torch.tensor([[1, 2]]), max_new_tokens=2).shape == (1, 4)
+    for name, value in {"torch_dtype": torch.float16, "device_map": "cuda", "low_cpu_mem_usage": True}.items():
+        with pytest.raises(UsageError, match=f"{name} is .*: a bundle's session cannot do this: leave it out"):
+            MythosForCausalLM.from_pretrained(rounded_bundle, **{name: value})
+    MythosForCausalLM.from_pretrained(rounded_bundle, torch_dtype="auto", device_map=None).session.close()
     with pytest.raises(BundleError, match="does not exist: make a bundle"):
         MythosForCausalLM.from_pretrained(tmp_path / "none")
 

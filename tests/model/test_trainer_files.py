@@ -142,6 +142,22 @@ def test_options_and_numbers_of_trainers_are_no_code(tmp_path: Path) -> None:
     assert _opens(path) == (f"args of {path}: left out inner, lr, out, which tells nothing of the model",)
 
 
+@pytest.mark.parametrize(("whole", "real"), [(np.int64, np.float64), (np.uint16, np.float32)])
+def test_a_config_of_numpy_scalars_is_one_of_numbers(whole: type, real: type, tmp_path: Path) -> None:
+    kinds = {int: whole, float: real}
+    numbers = {name: kinds.get(type(value), str)(value) for name, value in config_fields().items()}
+    with open_checkpoint(saved(tmp_path, {"model": stored_weights(), "config": numbers})) as opened:
+        found = opened.config.to_dict()
+    assert found == {name: numbers[name] for name in found}
+    assert {type(value) for value in found.values()} == {int, float, str}
+
+
+@pytest.mark.parametrize("value", [np.arange(3), np.dtype("int64"), np.array([7], ">i8")[0], np.str_("8")])
+def test_a_config_of_other_objects_of_numpy_is_refused_in_words(value: Any, tmp_path: Path) -> None:
+    path = saved(tmp_path, {"model": stored_weights(), "config": config_fields() | {"dim": value}})
+    assert_refused(ConfigError, "dim", path)
+
+
 # --- where the config is ------------------------------------------------------------------------------------------
 
 

@@ -341,6 +341,18 @@ def test_refusals(prompt: Any, options: dict[str, Any], kind: type[Exception], m
     with pytest.raises(kind, match=message.replace("(", r"\(")) as caught:
         session.generate(prompt, **options)
     assert "\n" not in str(caught.value)
+    with pytest.raises(kind) as streamed:
+        session.stream(prompt, **options)  # by the call itself, not when the first token is asked for
+    assert str(streamed.value) == str(caught.value) or prompt == [[1], [2]]
+
+
+@pytest.mark.parametrize("path", [None, 3, ["a"]])
+def test_a_place_that_is_none_is_refused(path: Any, session: Session) -> None:
+    session.generate([1], max_new_tokens=1)
+    with pytest.raises(UsageError, match=r"path is .*, expected the path of the file to write"):
+        session.save(path)
+    with pytest.raises(UsageError, match=r"path is .*, expected the path of a file that save wrote"):
+        session.restore(path)
 
 
 def test_resume_refuses_other_depth_parameters_and_overlong_prompts(session: Session) -> None:

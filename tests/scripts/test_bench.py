@@ -1,5 +1,6 @@
 """The bench: its report, its tables, and when it says that its figures should not be trusted."""
 
+import argparse
 import csv
 import io
 import json
@@ -18,7 +19,7 @@ from command_line import Ran, refused
 from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.bundle_writer import update_manifest
 from mythos_edge.runtime.session import Session
-from mythos_edge.scripts import cli, measuring
+from mythos_edge.scripts import bench, cli, measuring
 from mythos_edge.scripts.bench import threshold_of_mean_depth
 from mythos_edge.scripts.measuring import noise, spread_of
 
@@ -64,6 +65,59 @@ def test_tables_to_paste(bundle: Path) -> None:
     rows = list(csv.DictReader(io.StringIO(_bench(str(bundle), "--format", "csv"))))
     assert {row["target"] for row in rows} == {"ort-cpu"}
     assert float(next(row for row in rows if row["figure"] == "ms_per_token")["median"]) > 0
+
+
+def _target(figure: dict[str, float]) -> dict[str, Any]:
+    return {"load_ms": 12.5, "resident_mb": 99.0, "noise": None, **dict.fromkeys(bench._UNITS, figure)}
+
+
+def test_targets_that_a_terminal_has_no_room_for_follow_in_tables_of_their_own() -> None:
+    figure = {"median": 1234.5, "min": 1.234e-5, "max": 9.876e5}
+    targets = {f"ort-cpu-{number}": _target(figure) for number in range(3)} | {"with a batch": _target(figure)}
+    targets["with a batch"]["batch_ratio"] = 1.5
+    whole = bench._markdown(targets, None)
+    assert "\n\n" not in whole
+    tables = bench._markdown(targets, 80).split("\n\n")
+    assert all(len(line) <= 80 for table in tables for line in table.splitlines())
+    cells = [[line.split("|") for line in table.splitlines()] for table in (whole, *tables)]
+    together = [line[:2] + [cell for table in cells[1:] for cell in table[row][2:-1]] + [""] for row, line in
+                enumerate(cells[0])]  # fmt: skip
+    assert together == cells[0]
+    assert cells[0][-1][1].strip() == "batch ratio"
+    assert [cell.strip() for cell in cells[0][-1][2:-1]] == ["", "", "", "1.5"]
+    # A terminal too narrow for any gets one target a table.
+    assert len(bench._markdown(targets, 20).split("\n\n")) == 4
+
+
+@pytest.mark.parametrize(
+    ("context", "prompt", "new", "wanted"),
+    [
+        (4096, None, None, (512, 128)),
+        (640, None, None, (512, 128)),
+        (512, None, None, (410, 102)),
+        (100, None, None, (80, 20)),
+        (2, None, None, (1, 1)),
+        (512, 500, None, (500, 12)),
+        (512, None, 8, (504, 8)),
+        (512, 64, None, (64, 128)),
+        (512, 64, 32, (64, 32)),
+    ],
+)
+def test_lengths_by_default_fit_the_bundle(
+    context: int, prompt: int | None, new: int | None, wanted: tuple[int, int]
+) -> None:
+    args = argparse.Namespace(prompt_tokens=prompt, new_tokens=new)
+    note = bench.choose_lengths(args, context)
+    assert (args.prompt_tokens, args.new_tokens) == wanted
+    smaller = wanted != (prompt or 512, new or 128)
+    assert note == (f"note: this bundle's context is {context} tokens: measuring -p {wanted[0]} -n {wanted[1]}"
+                    if smaller else None)  # fmt: skip
+
+
+def test_the_defaults_run_on_a_small_model(mla_bundle: Path, run: Callable[..., Ran]) -> None:
+    ran = run("bench", mla_bundle, "-r", 1, "--max-depth", 1)
+    assert ran.code == 0
+    assert "note: this bundle's context is 256 tokens: measuring -p 205 -n 51" in ran.err
 
 
 def test_the_loop_graph_can_be_measured_too(bundle: Path) -> None:

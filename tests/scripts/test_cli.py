@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,10 +11,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from command_line import CHECKPOINT, PROGRAM, Ran, refused
+from conftest import ROOT
 
 from mythos_edge.exporter.kept_graphs import VARIABLE
 
@@ -48,7 +51,41 @@ def test_wrong_usage_is_exit_code_2(argv: tuple[str, ...], run: Callable[..., Ra
     ran = run(*argv)
     assert ran.code == 2
     assert ran.out == ""
-    assert "usage: mythos-edge" in ran.err
+    usage, error = ran.err.splitlines()
+    assert usage.startswith("usage: mythos-edge")
+    assert usage.endswith("--help tells")
+    assert error.startswith("error: ")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_an_example_stands_on_a_line_of_a_terminal(verb: str, run: Callable[..., Ran], monkeypatch: Any) -> None:
+    """However narrow it is, to be copied; and no option of the help is broken."""
+    monkeypatch.setenv("COLUMNS", "80")
+    wide = run(verb, "--help").out.splitlines()
+    assert max(map(len, wide)) <= 80
+    monkeypatch.setenv("COLUMNS", "40")
+    narrow = run(verb, "--help").out.splitlines()
+    assert narrow[-1] == wide[-1]
+    assert wide[-1].startswith(f"  mythos-edge {verb}")
+    assert not [line for line in narrow if line.endswith("-")]
+
+
+def test_a_name_at_the_root_runs_what_is_installed_beside_it(tmp_path: Path) -> None:
+    wrapper = shutil.copy(ROOT / "mythos-edge", tmp_path)
+    link = tmp_path / "elsewhere"
+    link.mkdir()
+
+    def ran() -> Ran:
+        done = subprocess.run([wrapper, "a b", "*"], cwd=link, capture_output=True, text=True, check=False)
+        return Ran(done.returncode, done.stdout, done.stderr)
+
+    refused(ran(), "has no environment with mythos-edge: run ./scripts/demo")
+    for environment in (".venv-demo", ".venv"):
+        command = tmp_path / environment / "bin" / "mythos-edge"
+        command.parent.mkdir(parents=True)
+        command.write_text(f"#!/bin/sh\nprintf '%s,' {environment} \"$@\"\nexit 7\n")
+        command.chmod(0o755)
+        assert ran() == Ran(7, f"{environment},a b,*,", "")
 
 
 # --- processes ----------------------------------------------------------------------------------------------------

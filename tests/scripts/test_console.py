@@ -3,11 +3,13 @@
 import io
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from mythos_edge.model.errors import UsageError, raise_interrupt, unavailable
+from mythos_edge.scripts import console as console_module
 from mythos_edge.scripts import interrupts
 from mythos_edge.scripts.console import Console, printable, printable_line
 
@@ -30,6 +32,17 @@ def _bytes(stream: io.TextIOWrapper) -> bytes:
     made = stream.buffer
     assert isinstance(made, io.BytesIO)
     return made.getvalue()
+
+
+def _terminal(monkeypatch: pytest.MonkeyPatch) -> _Terminal:
+    """Makes stdout and stderr those of a terminal of 40 columns."""
+    made = _Terminal()
+    monkeypatch.setattr(sys, "stdout", made)
+    monkeypatch.setattr(sys, "stderr", made)
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    return made
 
 
 def test_what_steers_a_terminal_is_written_as_escapes() -> None:
@@ -123,6 +136,57 @@ def test_an_output_that_is_stdout_moves_what_is_for_people(
     assert capsys.readouterr() == ("", "done\n")
     with pytest.raises(UsageError, match="is where --json writes, too"):
         Console(as_json=True).leave_stdout_to(Path("/dev/stdout"))
+
+
+# --- terminals ----------------------------------------------------------------------------------------------------
+
+
+def test_the_clock_of_a_terminal_moves_while_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = _terminal(monkeypatch)
+    monkeypatch.setattr(console_module, "_TICK_S", 0.02)
+    console = Console(as_json=False)
+    console.progress("a phase without any news whose name is long", 0.0)
+    deadline = time.monotonic() + 30
+    while terminal.getvalue().count("\r") < 12 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    console.say("done")
+    shown = terminal.getvalue()
+    *lines, end = shown.split("\r")[1:]
+    assert len({line.partition(" s  ")[0] for line in lines}) > 1, "the clock moved"
+    assert max(map(len, lines)) < 40
+    assert end.endswith("\ndone\n")
+    time.sleep(0.1)
+    assert terminal.getvalue() == shown, "it goes on after its end"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "colour", "live"), [("NO_COLOR", "1", False, True), ("NO_COLOR", "", True, True),
+                                          ("TERM", "dumb", False, False), ("TERM", "xterm", True, True)]
+)  # fmt: skip
+def test_what_the_environment_says_of_a_terminal(
+    name: str, value: str, colour: bool, live: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = _terminal(monkeypatch)
+    monkeypatch.setenv(name, value)
+    console = Console(as_json=False)
+    assert console.colour is colour
+    console.progress("graphs", 0.0)
+    console.end_progress()
+    assert ("\r" in terminal.getvalue()) is live
+
+
+def test_facts_are_wrapped_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = _terminal(monkeypatch)
+    text = "a few words that take more than one line, and pip install 'mythos-edge[tensorrt-rtx,a-long-name]'"
+    Console(as_json=False).field("name", text, 10)
+    lines = terminal.getvalue().splitlines()
+    assert lines[0].startswith("name      a few words")
+    assert all(line.startswith(" " * 10) for line in lines[1:])
+    assert [line.split() for line in lines if len(line) > 40] == [["'mythos-edge[tensorrt-rtx,a-long-name]'"]]
+    file = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", file)
+    Console(as_json=False).field("name", text, 10)
+    assert file.getvalue() == f"name      {text}\n"
 
 
 # --- imports ------------------------------------------------------------------------------------------------------

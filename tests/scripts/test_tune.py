@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from mythos_edge.runtime.halting import depth_of_preset
 from mythos_edge.runtime.quality import kl_divergence
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import addition, tune
-from mythos_edge.scripts.tune import Point, Setting, knee_of, settings_of
+from mythos_edge.scripts.measuring import spread_of
+from mythos_edge.scripts.tune import notes_of, settings_of
+from mythos_edge.scripts.tune_points import Point, Setting, knee_of
 
 
 @pytest.fixture
@@ -25,8 +28,8 @@ def data(tmp_path: Path, random: np.random.Generator) -> Path:
     return tmp_path / "ids.npy"
 
 
-def _point(ms: float, kl: float, threshold: float = 0.5) -> Point:
-    return Point(Setting("ort-cpu", threshold, 8), kl, 1.0, 2.0, ms, 1.0)
+def _point(ms: float, kl: float, spread: float = 0.0) -> Point:
+    return Point(Setting("ort-cpu", 0.5, 8), kl, 1.0, 2.0, ms, spread, 1.0)
 
 
 def test_a_run_measures_draws_and_saves(
@@ -97,7 +100,8 @@ def test_a_budget_nothing_meets_saves_nothing(
     ran = run(*argv)
     assert ran.code == 1
     assert "no point has KL <= 0" in ran.err
-    assert "<- knee" not in ran.out
+    assert "the knee" not in ran.out
+    assert not re.search(r"^\*", ran.out, re.MULTILINE)
     assert open_bundle(rounded_bundle).manifest.presets == {}
     assert (tmp_path / "out" / "curve.html").is_file()
 
@@ -107,9 +111,14 @@ def test_people_are_told_the_knee(rounded_bundle: Path, data: Path, tmp_path: Pa
     ran = run(*argv)
     assert ran.code == 0
     shown = ran.out
-    assert shown.count("<- knee") == 1
-    assert re.search(r"% faster than the model's own depth at KL <= 0\.01: --threshold 0\.9\d* --max-depth \d", shown)
-    assert "saved as preset 'knee'" in shown
+    (row,) = re.findall(r"^\* ort-cpu +.* ([0-9.]+x)$", shown, re.MULTILINE)
+    (own,) = re.findall(r"^. ort-cpu +0\.99 +8 .* ([0-9.]+x)$", shown, re.MULTILINE)
+    told = f"* the knee: {row} the speed of full depth at KL <= 0.01\n  (the model's own depth on ort-cpu: {own}), "
+    assert told in shown, "the figures of the table"
+    assert re.search(r"--target ort-cpu --threshold 0\.9\d* --max-depth \d$", shown.rstrip())
+    assert "note: whether the machine was steady shows from -r 3 on, this was -r 1\n" in ran.err
+    assert "saved as preset 'knee':\n" in shown
+    assert max(map(len, shown.splitlines())) <= 80
 
 
 def test_the_knee_is_the_fastest_within_the_budget() -> None:
@@ -123,6 +132,64 @@ def test_the_knee_is_the_fastest_within_the_budget() -> None:
 def test_among_equally_fast_points_quality_decides() -> None:
     points = [_point(5.0, 0.009), _point(5.1, 0.001), _point(5.5, 0.0)]
     assert knee_of(points, 0.01) is points[1]
+
+
+def test_points_within_the_noise_of_the_fastest_are_as_fast() -> None:
+    points = [_point(5.0, 0.009, 0.15), _point(5.3, 0.001), _point(5.5, 0.0)]
+    assert knee_of(points, 0.01) is points[1]
+
+
+def test_a_spike_is_no_knee() -> None:
+    """Its repetitions lie further apart than those of what it would beat."""
+    points = [_point(4.0, 0.009, 0.4), _point(5.0, 0.008)]
+    assert knee_of(points, 0.01) is points[1]
+    assert knee_of(points[:1], 0.01) is None
+
+
+def test_how_far_the_measuring_can_be_trusted_is_told() -> None:
+    steady, spike, beyond = _point(5.0, 0.0), _point(4.0, 0.0, 0.4), _point(3.0, 1.0, 0.4)
+    quiet, loud = spread_of([1.0, 1.1]), spread_of([1.0, 1.0, 1.5])
+    assert notes_of([steady, steady], steady, quiet, 0.01, 5) == []
+    (noisy,) = notes_of([steady], None, loud, 0.01, 5)
+    assert noisy.startswith("no preset is saved: full depth is the same work every time, and its times are 50% apart")
+    (none,) = notes_of([spike, beyond], None, quiet, 0.01, 5)
+    assert none.startswith("no preset is saved: the times of each point with KL <= 0.01 are over 20% apart")
+    assert notes_of([beyond], None, quiet, 0.01, 5)[0].startswith("no point has KL <= 0.01")
+    assert notes_of([steady, spike], steady, quiet, 0.01, 5)[0].startswith("note: points marked ~ cannot be the knee")
+    assert notes_of([steady], steady, quiet, 0.01, 2)[0].endswith("shows from -r 3 on, this was -r 2")
+
+
+@pytest.mark.parametrize("noisy", ["full depth", "one point", "nothing"])
+def test_a_noisy_machine_saves_nothing_it_cannot_know(
+    noisy: str,
+    rounded_bundle: Path,
+    data: Path,
+    tmp_path: Path,
+    run: Callable[..., Ran],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With times that are made up: a target that is fast half of the time, or a machine that is."""
+    calls: dict[str, int] = {}
+
+    def decode_ms(session: Session, row: np.ndarray, prefill: int, **depth: Any) -> float:
+        run_of = "full depth" if "policy" in depth else "one point" if depth["max_depth"] == 2 else "another"
+        calls[run_of] = calls.get(run_of, 0) + 1
+        spike = run_of == noisy and calls[run_of] // len(np.load(data)) % 2
+        return {"full depth": 10.0, "one point": 4.0, "another": 6.0}[run_of] * (0.5 if spike else 1)
+
+    monkeypatch.setattr(tune, "_decode_ms", decode_ms)
+    argv = (rounded_bundle, "--data", data, "-o", tmp_path / "out", "--thresholds", "0.99", "--max-depths", "2")
+    ran = run("tune", *argv, "--max-kl", 100)
+    presets = open_bundle(rounded_bundle).manifest.presets
+    if noisy == "full depth":
+        assert ran.code == 1
+        assert "no preset is saved: full depth is the same work" in ran.err
+        assert presets == {}
+    else:
+        assert ran.code == 0
+        assert presets["knee"].max_depth == (8 if noisy == "one point" else 2)
+        assert ("points marked ~" in ran.err) is (noisy == "one point")
+        assert bool(re.search(r"^~ ort-cpu .* 2 ", ran.out, re.MULTILINE)) is (noisy == "one point")
 
 
 def test_settings_always_hold_the_model_as_trained(demo_bundle: Path) -> None:

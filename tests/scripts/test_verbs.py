@@ -36,12 +36,12 @@ def test_inspect_reads_a_checkpoint_a_graph_and_a_bundle(mla_bundle: Path, run: 
     with Session.open(mla_bundle) as session:
         assert bundle["cache"]["bytes_at_max_context"] == session.plan().cache_bytes
     shown = run("inspect", mla_bundle).out.splitlines()
-    assert max(map(len, shown)) < 200
     assert any(line.split() == ["stored", "as", "fp32"] for line in shown)
-    assert shown[-2].split()[:1] == ["target"]
+    assert shown[-3].split()[:1] == ["target"]
     spec = bundle["manifest"]["targets"]["ort-cpu"]
     sizes = [f"{spec[name] / 1e6:.1f}" for name in ("fixed_bytes", "step_bytes")]
-    assert shown[-1].split()[:-1] == ["ort-cpu", "ONNX", "Runtime:", "CPU", "fp32", *sizes]
+    assert shown[-2].split()[:-1] == ["ort-cpu", *sizes]
+    assert shown[-1] == "    fp32"
 
 
 def test_export_says_what_it_wrote(tmp_path: Path, run: Callable[..., Ran]) -> None:

@@ -105,7 +105,9 @@ def test_short_training_beats_unigrams(text_model: tuple[Path, Path]) -> None:
 @pytest.mark.slow
 def test_checkpoint_opens(text_model: tuple[Path, Path]) -> None:
     checkpoint, tokenizer = text_model
-    assert sorted(path.name for path in checkpoint.parent.iterdir()) == ["text.pt", "tokenizer.json"]
+    assert sorted(path.name for path in checkpoint.parent.iterdir()) == ["ids.npy", "text.pt", "tokenizer.json"]
+    ids = np.load(checkpoint.parent / "ids.npy")
+    assert ids.tolist() == train_text.corpus()[1][: ids.size].reshape(4, 64).tolist()
     assert Tokenizer.from_file(str(tokenizer)).get_vocab_size() == 257
     with open_checkpoint(checkpoint) as opened:
         assert opened.step == 80

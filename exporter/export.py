@@ -11,6 +11,8 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
+
 from mythos_edge.exporter.kept_graphs import LIBRARIES, Graphs, kept
 from mythos_edge.exporter.sample import golden_sample
 from mythos_edge.exporter.tokenizer_files import TOKENIZER_FILE, tokenizer_for
@@ -171,7 +173,7 @@ def _biased(plan: WeightsPlan, weights: Path) -> dict[str, bool]:
         for name, entry in plan.file.entries.items():
             if name.endswith("router_bias"):
                 file.seek(entry.offset)
-                found[name] = any(file.read(entry.n_bytes))
+                found[name] = bool(np.frombuffer(file.read(entry.n_bytes), np.float32).any())
     return found
 
 

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from mythos_edge.model.errors import MythosEdgeError, UsageError
 from mythos_edge.model.machine import processors
 from mythos_edge.scripts import interrupts
-from mythos_edge.scripts.console import CLOSED, Console, drop, printable, tell
+from mythos_edge.scripts.console import CLOSED, Console, drop, tell
 
 # What takes time to import is imported by main, so that Ctrl-C meanwhile is no traceback.
 _VERBS = {
@@ -114,7 +114,8 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(**{"formatter_class": _Formatter, **options})
 
     def error(self, message: str) -> NoReturn:
-        tell(printable(self.format_usage()))
+        # Not all options, which are a dozen lines: what is wrong should be the first that is seen.
+        tell(f"usage: {self.prog} ..., as {self.prog} --help tells\n")
         raise _UnreadableCommand(message)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:

@@ -255,10 +255,9 @@ def _tell_knee(
     own = Setting(one.target, manifest.model.threshold, manifest.model.max_depth)
     as_trained = next(point.speedup for point in points if point.setting == own)
     console.say(
-        f"\n* the knee: {knee.speedup:.2f}x the speed of full depth at KL <= {args.max_kl:g}; the model's own depth on "
-        f"{one.target} is {as_trained:.2f}x\n"
-        f"  --target {one.target} --threshold {one.threshold:.4g} --max-depth {one.max_depth}, "
-        f"saved as preset {args.save!r}"
+        f"\n* the knee: {knee.speedup:.2f}x the speed of full depth at KL <= {args.max_kl:g}\n"
+        f"  (the model's own depth on {one.target}: {as_trained:.2f}x), saved as preset {args.save!r}:\n"
+        f"  --target {one.target} --threshold {one.threshold:.4g} --max-depth {one.max_depth}"
     )
 
 

@@ -51,7 +51,10 @@ def test_wrong_usage_is_exit_code_2(argv: tuple[str, ...], run: Callable[..., Ra
     ran = run(*argv)
     assert ran.code == 2
     assert ran.out == ""
-    assert "usage: mythos-edge" in ran.err
+    usage, error = ran.err.splitlines()
+    assert usage.startswith("usage: mythos-edge")
+    assert usage.endswith("--help tells")
+    assert error.startswith("error: ")
 
 
 @pytest.mark.parametrize("verb", VERBS)

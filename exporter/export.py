@@ -64,9 +64,12 @@ def export_bundle(
         raise ExportError(f"dtype is {dtype!r}, expected one of {', '.join(STORAGE_TYPES)}")
     config = checkpoint.config
     context = config.max_seq_len if max_context is None else max_context
-    for name in ("prelude_layers", "coda_layers"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{name} is {getattr(config, name)}: a model without these layers cannot be exported")
+    looped = config.looped
+    for name, layers in (("prelude_layers", looped.prelude_slots), ("coda_layers", looped.coda_slots)):
+        if layers < 1:
+            raise ConfigError(f"{name} is {layers}: a model without these layers cannot be exported")
+    if looped.step_slots != 1:
+        raise ConfigError(f"a loop step has {looped.step_slots} inner layers: this version exports models with one")
     if not 1 <= context <= MOST_CONTEXT:
         raise ExportError(
             f"max_context is {context}, expected at least 1 and at most {MOST_CONTEXT}: lower it with --max-context"

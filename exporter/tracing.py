@@ -28,7 +28,6 @@ from mythos_edge.exporter.kept_graphs import Graphs, kept
 from mythos_edge.exporter.weights import STORAGE_TYPES, name_weights
 from mythos_edge.model.errors import ExportError, raise_interrupt
 from mythos_edge.model.families.family import Config
-from mythos_edge.model.families.openmythos.layers import Rope
 from mythos_edge.model.layout import network_of
 from mythos_edge.model.looped import LoopedModel
 from mythos_edge.model.network import Halting, LoopedNetwork, LoopState, Window, in_dtype
@@ -126,7 +125,7 @@ class _Stages(nn.Module):
 
 
 def _call_attention(
-    attention: nn.Module, x: Tensor, rope: Rope, positions: Tensor, past: Tensor, window: Window
+    attention: nn.Module, x: Tensor, rope: nn.Module, positions: Tensor, past: Tensor, window: Window
 ) -> tuple[Tensor, ...]:
     inputs = (x, positions, past, *window, *rope.parameters(), *attention.parameters())
     shapes = (x.shape, (*positions.shape, past.shape[-1]))
@@ -256,10 +255,15 @@ def _subtract_from(x: Any, other: float, alpha: float = 1) -> Any:
     return _OP.Sub(_OP.CastLike(_OP.Constant(value_float=float(other)), x), x)
 
 
+def _both(x: Any, y: Any) -> Any:
+    return _OP.And(x, y)
+
+
 # Ops that the exporter knows only decomposed.
 _TRANSLATIONS: dict[Any, Any] = {
     torch.ops.aten.to.dtype: _cast,
     torch.ops.aten.rsub.Scalar: _subtract_from,
+    torch.ops.aten.__and__.Tensor: _both,
 }
 
 

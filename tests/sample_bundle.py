@@ -36,7 +36,9 @@ def sample_manifest(files: dict[str, FileRecord] = RECORDS, **changes: Any) -> M
     """One of everything, with ``changes`` to its fields."""
     engine = EngineSpec("rtx", "1.7.1", (86, 89), "", "step", 64, 16, (Profile(1, 1),), {"step": 2}, "ef" * 32)
     values: dict[str, Any] = {
-        "config": VARIANTS["1b"],
+        "family": VARIANTS["1b"].family,
+        "model": VARIANTS["1b"].looped,
+        "config": VARIANTS["1b"].to_dict(),
         "dtype": "fp16",
         "max_context": 512,
         "graphs": {

@@ -2,7 +2,7 @@
 
 from fakes.scripted_backend import ScriptedBackend
 
-from mythos_edge.model.families.openmythos.config import MythosConfig
+from mythos_edge.model.looped import LoopedModel
 from mythos_edge.runtime.backends.packing import Array, Arrays
 from mythos_edge.runtime.backends.protocol import Backend
 from mythos_edge.runtime.halting import Policy, ResolvedDepth
@@ -12,40 +12,20 @@ LOOPS = 5
 VOCAB = 9
 # Token v halts at loop step DEPTHS[v]; 99 never does.
 DEPTHS = {0: 1, 1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 6: 99, 7: 1, 8: 2}
-CONFIG = MythosConfig(
+# The scripted network's cache rows are one value wide.
+ONE_WIDE = LoopedModel(
     vocab_size=VOCAB,
     dim=2,
-    n_heads=1,
-    n_kv_heads=1,
-    max_seq_len=200,
-    max_loop_iters=LOOPS,
-    prelude_layers=1,
-    coda_layers=1,
-    attn_type="mla",
-    kv_lora_rank=1,
-    q_lora_rank=1,
-    qk_rope_head_dim=2,
-    qk_nope_head_dim=1,
-    v_head_dim=1,
-    n_experts=1,
-    n_shared_experts=0,
-    n_experts_per_tok=1,
-    expert_dim=1,
-    act_threshold=0.99,
-    rope_theta=1e4,
-    lora_rank=1,
+    cache_width=1,
+    prelude_slots=1,
+    step_slots=1,
+    coda_slots=1,
+    max_depth=LOOPS,
+    threshold=0.99,
+    attention="latent",
+    head_dim=3,
+    experts_per_token=1,
 )
-
-
-class OneWide(MythosConfig):
-    """The scripted network's cache rows are one value wide."""
-
-    @property
-    def cache_width(self) -> int:
-        return 1
-
-
-ONE_WIDE = OneWide(**CONFIG.to_dict())
 
 
 def staircase(

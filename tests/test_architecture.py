@@ -14,6 +14,8 @@ import mythos_edge
 ROOT = Path(__file__).parent.parent
 FOLDERS = (
     "model",
+    "model/families",
+    "model/families/openmythos",
     "plugins",
     "plugins/kernels",
     "exporter",
@@ -29,6 +31,8 @@ FOLDERS = (
 RENAMED = {"scripts/package": "mythos_edge", "scripts/optimum_command": "optimum.commands.register"}
 MAY_IMPORT = {
     "model": set(),
+    "model/families": set(),
+    "model/families/openmythos": set(),
     "plugins": {"model"},
     "plugins/kernels": {"plugins"},
     "exporter": {"plugins", "model"},
@@ -44,11 +48,13 @@ MAY_IMPORT = {
 }
 # What the base install can run: neither torch nor onnx.
 NEED_TORCH = {
-    *("checkpoint", "entry_reader", "layers", "layout", "loop", "network", "rope_tables", "tensor_choice"),
+    *("checkpoint", "entry_reader", "layout", "network", "recipes", "stored_checkpoint", "tensor_choice"),
     "tensor_files",
 }
 IMPORT_LIGHT = [
     *(f"model.{path.stem}" for path in sorted((ROOT / "model").glob("*.py")) if path.stem not in NEED_TORCH),
+    "model.families.family",
+    "model.families.table",
     "plugins.processor",
     "plugins.kernel_store",
     "plugins.kernels.variants",
@@ -99,6 +105,17 @@ def test_targets_are_named_where_they_are_declared(folder: str, module: str) -> 
     for node in ast.walk(ast.parse((ROOT / folder / f"{module}.py").read_text(encoding="utf-8"))):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             assert not KIND_OF_TARGET.fullmatch(node.value), node.value
+
+
+@pytest.mark.parametrize(("folder", "module"), MODULES)
+def test_families_are_named_where_they_are_declared(folder: str, module: str) -> None:
+    """Benches and training in the laboratory are of OpenMythos, whose package is the reference."""
+    if folder.startswith("model/families") or folder == "scripts/lab":
+        return
+    for node in ast.walk(ast.parse((ROOT / folder / f"{module}.py").read_text(encoding="utf-8"))):
+        named = isinstance(node, ast.ImportFrom) and "families.openmythos" in str(node.module)
+        named |= isinstance(node, ast.Constant) and node.value in ("openmythos", "open_mythos")
+        assert not named, ast.unparse(node)
 
 
 def test_nothing_imports_the_integrations() -> None:

@@ -13,6 +13,7 @@ import torch
 from conftest import FIXTURES
 
 from mythos_edge.model.checkpoint import open_checkpoint
+from mythos_edge.model.families.table import config_of
 from mythos_edge.model.layout import load_network
 from mythos_edge.model.network import Scored
 from mythos_edge.runtime import parity
@@ -31,7 +32,7 @@ def model_onnx(bundle: Path, ids: np.ndarray, max_depth: int, threshold: float) 
 
 def model_with_past(session: Session, ids: np.ndarray, chunks: list[int]) -> Run:
     """The graph for other languages, fed in chunks, its new rows appended to its past."""
-    config = session.config
+    config = config_of(session.bundle.manifest)
     graph = ort_session(session.bundle.path / "model_with_past.onnx")
     slots = config.prelude_layers + config.max_loop_iters + config.coda_layers
     past = np.zeros((slots, len(ids), 0, config.cache_width), np.float32)
@@ -54,7 +55,7 @@ def runtime_runs(session: Session, ids: np.ndarray, max_depth: int, prefills: li
 
 def chunked(session: Session, ids: np.ndarray, max_depth: int, chunk: int) -> Run:
     """The staircase of every sequence fed in equal chunks."""
-    logits, depth = np.zeros((*ids.shape, session.config.vocab_size)), np.zeros(ids.shape, np.int64)
+    logits, depth = np.zeros((*ids.shape, config_of(session.bundle.manifest).vocab_size)), np.zeros(ids.shape, np.int64)
     for row in range(len(ids)):
         session.score(ids[row : row + 1, :1], max_depth=max_depth)
         staircase = session._sequences[0].staircase
@@ -71,11 +72,11 @@ def test_goldens(golden_bundle: Path, golden: dict[str, np.ndarray], golden_name
     allowed = parity.NOISE_FACTOR * golden["upstream_fp32_error"].max()
     runs: dict[str, Run] = {}
     with Session.open(golden_bundle) as session, open_checkpoint(FIXTURES / golden_name) as checkpoint:
-        threshold, positions = session.config.act_threshold, ids.shape[1]
+        threshold, positions = config_of(session.bundle.manifest).act_threshold, ids.shape[1]
         eager = load_network(checkpoint)(torch.from_numpy(ids), loops)
         runs["eager"] = (eager.logits.numpy(), eager.depth.numpy())
         runs["model.onnx"] = model_onnx(golden_bundle, ids, loops, threshold)
-        assert loops == session.config.max_loop_iters
+        assert loops == config_of(session.bundle.manifest).max_loop_iters
         runs["model_with_past.onnx"] = model_with_past(session, ids, [prefill, 1, 1, positions - prefill - 2])
         runs |= dict(runtime_runs(session, ids, loops, [0, 1, 7, prefill, positions]))
         runs |= {f"chunks of {size}": chunked(session, ids, loops, size) for size in (1, 7, positions)}
@@ -173,7 +174,7 @@ def test_random_configs_against_the_pypi_model(
     with Session.open(bundle) as session, open_checkpoint(checkpoint) as opened, torch.no_grad():
         double = load_network(opened, dtype=torch.float64)
         for loops in depths:
-            with pytest.warns() if loops > session.config.max_loop_iters else _no_warning():
+            with pytest.warns() if loops > config_of(session.bundle.manifest).max_loop_iters else _no_warning():
                 truth: Scored = double(torch.from_numpy(ids), loops)
                 exact = truth.logits.numpy()
                 references = reference_runs(model, torch.from_numpy(ids), loops, 9)
@@ -182,9 +183,9 @@ def test_random_configs_against_the_pypi_model(
                 assert own_error < 1e-3 * np.abs(exact).max()
                 allowed = parity.tolerance(own_error, float(np.abs(exact).max()))
                 runs = dict(runtime_runs(session, ids, loops, [1, 7, positions]))
-                runs["model.onnx"] = model_onnx(bundle, ids, loops, session.config.act_threshold)
+                runs["model.onnx"] = model_onnx(bundle, ids, loops, config_of(session.bundle.manifest).act_threshold)
                 runs["chunks of 7"] = chunked(session, ids, loops, 7)
-                if loops == session.config.max_loop_iters:
+                if loops == config_of(session.bundle.manifest).max_loop_iters:
                     runs["model_with_past.onnx"] = model_with_past(session, ids, [9, 1, 7])
                 for route, (logits, depth) in runs.items():
                     report = parity.compare(exact, logits, truth.depth.numpy(), depth, truth.margin.numpy())
@@ -208,7 +209,12 @@ def test_narrow_bundles_are_in_parity_with_the_rounded_weights(dtype: str, expor
         single = load_network(opened, stored=stored)(torch.from_numpy(ids))
         score = session.score(ids, prefill=5)
         assert session.bundle.manifest.targets["ort-cpu"].compute_dtype == "fp32"
-        logits, depth = model_onnx(bundle, ids, session.config.max_loop_iters, session.config.act_threshold)
+        logits, depth = model_onnx(
+            bundle,
+            ids,
+            config_of(session.bundle.manifest).max_loop_iters,
+            config_of(session.bundle.manifest).act_threshold,
+        )
     golden = np.load(checkpoint / "golden.npz")
     own_error = max(float((single.logits - double.logits).abs().max()), float(golden["upstream_fp32_error"].max()))
     for made in ((score.logits, score.depth), (logits, depth)):

@@ -41,6 +41,8 @@ PARTS = {
 }
 # In a table of forms a matrix belongs to the first of these that fits.
 _TABLE = ("head", "prelude", "coda", EXPERTS, "shared", "attention")
+# Where none fits.
+_OTHERS = "others"
 # Multiplied head by head, which no kernel for rounded weights does; about a hundredth of a step's weights.
 _NEVER_ROUNDED = ("*.key_up", "*.value_up")
 
@@ -194,17 +196,17 @@ def matrices_of(config: Config, roundings: Mapping[str, Rounding | None], keep: 
 
 def part_of(name: str) -> str:
     """The part of a model that a matrix belongs to."""
-    return next((part for part in _TABLE if fnmatch.fnmatch(name, PARTS[part])), "")
+    return next((part for part in _TABLE if fnmatch.fnmatch(name, PARTS[part])), _OTHERS)
 
 
 def forms_of(config: Config, rounded: Sequence[Matrix], other: str) -> dict[str, str]:
     """The table part -> form of a target with these ``rounded`` matrices, all ``other`` ones in one form."""
     known = {matrix.name: f"int{matrix.rounding.bits}" for matrix in rounded}
-    forms: dict[str, set[str]] = {part: set() for part in _TABLE}
+    forms: dict[str, set[str]] = defaultdict(set)
     for recipe in recipes(config, 1):
         if recipe.narrow and not any(fnmatch.fnmatch(recipe.name, pattern) for pattern in _NEVER_ROUNDED):
             forms[part_of(recipe.name)].add(known.get(recipe.name, other))
-    return form_of_parts({part: found for part, found in forms.items() if found})
+    return form_of_parts(forms) or {_OTHERS: other}
 
 
 def _matrix(recipe: Recipe, rounding: Rounding) -> Matrix:

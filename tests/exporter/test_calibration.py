@@ -16,6 +16,7 @@ from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.checkpoint import open_checkpoint
 from mythos_edge.model.errors import CapacityError
 from mythos_edge.model.families.openmythos.network import Network
+from mythos_edge.model.families.table import config_of
 from mythos_edge.model.layout import load_network, recipes
 
 
@@ -52,7 +53,7 @@ def _ids(vocab_size: int, random: np.random.Generator, shape: tuple[int, int] = 
 
 def test_equals_what_torch_sees(golden_bundle: Path, golden_name: str, random: np.random.Generator) -> None:
     bundle = open_bundle(golden_bundle)
-    config = bundle.manifest.config
+    config = config_of(bundle.manifest)
     ids = _ids(config.vocab_size, random)
     found = collect_importance(bundle, ids)
     with open_checkpoint(FIXTURES / golden_name) as checkpoint, torch.no_grad():
@@ -76,7 +77,7 @@ def test_equals_what_torch_sees(golden_bundle: Path, golden_name: str, random: n
 
 def test_experts_see_their_own_rows(golden_bundle: Path, golden_name: str, random: np.random.Generator) -> None:
     bundle = open_bundle(golden_bundle)
-    config = bundle.manifest.config
+    config = config_of(bundle.manifest)
     ids = _ids(config.vocab_size, random)
     importance = collect_importance(bundle, ids).importance["step.block.ffn.fc2"]
     assert importance.shape == (config.n_experts, config.expert_dim)
@@ -115,7 +116,7 @@ def test_loop_steps_count_by_their_rows_and_what_was_never_seen_is_even() -> Non
 def test_rows_add_up(mla_bundle: Path, random: np.random.Generator) -> None:
     """Two sequences give the average of both, weighed by nothing but their equal lengths, where levels are equal."""
     bundle = open_bundle(mla_bundle)
-    ids = _ids(bundle.manifest.config.vocab_size, random, (2, 9))
+    ids = _ids(config_of(bundle.manifest).vocab_size, random, (2, 9))
     told: list[float] = []
     both = collect_importance(bundle, ids, lambda phase, fraction: told.append(fraction))
     first, second = (collect_importance(bundle, row[None]) for row in ids)
@@ -129,7 +130,7 @@ def test_narrow_storage_gives_the_same(
     exported: Callable[..., Path], mla_bundle: Path, random: np.random.Generator
 ) -> None:
     narrow = open_bundle(exported(FIXTURES / "mla-small", dtype="bf16"))
-    ids = _ids(narrow.manifest.config.vocab_size, random, (1, 40))
+    ids = _ids(config_of(narrow.manifest).vocab_size, random, (1, 40))
     found: list[Calibration] = [collect_importance(bundle, ids) for bundle in (open_bundle(mla_bundle), narrow)]
     for name, importance in found[0].importance.items():
         if not name.endswith("fc2"):  # an expert more or less near a tie

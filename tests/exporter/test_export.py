@@ -22,6 +22,7 @@ from mythos_edge.model import bundle_writer
 from mythos_edge.model.bundle import open_bundle, verify_hashes
 from mythos_edge.model.checkpoint import open_checkpoint
 from mythos_edge.model.errors import CheckpointError, ConfigError, ExportError
+from mythos_edge.model.families.table import config_of
 from mythos_edge.model.layout import load_network
 
 CHECKPOINT = FIXTURES / "mla-small"
@@ -105,7 +106,7 @@ def test_the_weights_are_one_safetensors_file_in_network_layout(golden_bundle: P
 
 def test_max_context_sizes_the_rope_tables(exported: Callable[..., Path]) -> None:
     bundle = open_bundle(exported(CHECKPOINT, dtype="bf16"))
-    assert bundle.manifest.max_context == bundle.manifest.config.max_seq_len
+    assert bundle.manifest.max_context == config_of(bundle.manifest).max_seq_len
     with open_checkpoint(CHECKPOINT) as checkpoint:
         plan = plan_weights(checkpoint.config, 19, "fp32")
     assert {entry.shape[0] for name, entry in plan.file.entries.items() if name.startswith("rope")} == {19}

@@ -15,6 +15,7 @@ from mythos_edge.exporter import portable
 from mythos_edge.exporter.portable import inline_bundle
 from mythos_edge.model.bundle import open_bundle, verify_hashes
 from mythos_edge.model.errors import BundleError
+from mythos_edge.model.families.table import config_of
 from mythos_edge.runtime.backends.ort_session import ort_session
 from mythos_edge.runtime.session import Session
 
@@ -65,7 +66,7 @@ def _model(path: Path, vocabulary: int) -> list[np.ndarray]:
 
 
 def _same_numbers(bundle: Path) -> None:
-    vocabulary = open_bundle(bundle).manifest.config.vocab_size
+    vocabulary = config_of(open_bundle(bundle).manifest).vocab_size
     made = [_model(bundle / f"model{form}.onnx", vocabulary) for form in ("", ".portable")]
     for one, other in zip(*made, strict=True):
         assert np.array_equal(one, other)

@@ -11,12 +11,13 @@ from conftest import FIXTURES
 from mythos_edge.exporter.probes import ROUTER, Probe, Router, router_of, stored_weights
 from mythos_edge.model.bundle import Bundle, open_bundle
 from mythos_edge.model.errors import BundleError, MythosEdgeError
+from mythos_edge.model.families.table import config_of
 
 Feeds = dict[str, np.ndarray]
 
 
 def _feeds(bundle: Bundle, random: np.random.Generator, rows: int = 5) -> Feeds:
-    config = bundle.manifest.config
+    config = config_of(bundle.manifest)
     wide, flat = (1, rows, config.dim), (1, rows)
     return {
         "h": random.normal(size=wide).astype(np.float32),
@@ -49,8 +50,8 @@ def test_what_matrices_are_multiplied_with(bundle: Bundle, file: str, random: np
     stored = {name: np.asarray(tensor.numpy()) for name, tensor in stored_weights(bundle, "step").items()}
     found = Probe(bundle.path / file, [ROUTER, "step.block.attn.qkv_down"], kept=["h_next"]).run(feeds)
     assert set(found) == {ROUTER, "step.block.attn.qkv_down", "h_next"}
-    assert found[ROUTER].shape == (5, bundle.manifest.config.dim)
-    table = np.zeros(bundle.manifest.config.dim)
+    assert found[ROUTER].shape == (5, config_of(bundle.manifest).dim)
+    table = np.zeros(config_of(bundle.manifest).dim)
     sines = len(stored["step.table.sin_frequency"])
     table[sines : sines + len(stored["step.table.cos_frequency"])] = 1.0  # loop step 0
     x = _normalised(feeds["h"][0].astype(np.float64) + feeds["e"][0] + table) * stored["step.norm.weight"]
@@ -96,7 +97,7 @@ def test_the_router_of_a_bundle_is_the_graphs(mla_bundle: Path, random: np.rando
     """Experts by numpy equal the experts of the portable graph's own TopK."""
     bundle = open_bundle(mla_bundle)
     router = router_of(bundle)
-    config = bundle.manifest.config
+    config = config_of(bundle.manifest)
     assert router.weight.shape == (config.n_experts, config.dim)
     assert router.weight.dtype == router.bias.dtype == np.float32
     assert np.any(router.bias), "the fixture's bias is what this test is about"

@@ -8,6 +8,7 @@ import pytest
 from engines import Arrays, Engine, model_in, openvino_engine, stages_in, web_engine
 
 from mythos_edge.model.bundle import open_bundle
+from mythos_edge.model.families.table import config_of
 from mythos_edge.runtime import parity
 
 
@@ -36,14 +37,14 @@ def in_browser(portable_bundle: Path) -> Iterator[Engine]:
 def test_openvino_runs_the_portable_model(
     in_openvino: Engine, portable_bundle: Path, golden: dict[str, np.ndarray]
 ) -> None:
-    config = open_bundle(portable_bundle).manifest.config
+    config = config_of(open_bundle(portable_bundle).manifest)
     _in_parity(*model_in(in_openvino, "model.portable.onnx", config, golden["ids"]), golden)
 
 
 def test_openvino_runs_the_portable_stages(
     in_openvino: Engine, portable_bundle: Path, golden: dict[str, np.ndarray]
 ) -> None:
-    config = open_bundle(portable_bundle).manifest.config
+    config = config_of(open_bundle(portable_bundle).manifest)
     _in_parity(*stages_in(in_openvino, ".portable", config, golden["ids"], _chunks(golden)), golden)
 
 
@@ -72,7 +73,7 @@ def test_a_browser_reads_every_graph(in_browser: Engine, portable_bundle: Path) 
 def test_a_browser_runs_the_model(
     form: str, in_browser: Engine, portable_bundle: Path, golden: dict[str, np.ndarray]
 ) -> None:
-    config = open_bundle(portable_bundle).manifest.config
+    config = config_of(open_bundle(portable_bundle).manifest)
     _in_parity(*model_in(in_browser, f"model{form}.onnx", config, golden["ids"]), golden)
 
 
@@ -80,7 +81,7 @@ def test_a_browser_runs_the_model(
 def test_a_browser_runs_the_stages(
     form: str, in_browser: Engine, portable_bundle: Path, golden: dict[str, np.ndarray]
 ) -> None:
-    config = open_bundle(portable_bundle).manifest.config
+    config = config_of(open_bundle(portable_bundle).manifest)
     _in_parity(*stages_in(in_browser, form, config, golden["ids"], _chunks(golden)), golden)
 
 

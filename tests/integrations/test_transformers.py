@@ -25,6 +25,7 @@ from transformers import (
 from transformers.utils import logging
 
 from mythos_edge.model.errors import BackendUnavailable, BundleError, UsageError
+from mythos_edge.model.families.table import config_of
 from mythos_edge.runtime.integrations.transformers import MythosForCausalLM
 from mythos_edge.runtime.sampling import Sampler, SamplingParams
 from mythos_edge.runtime.session import Session
@@ -324,7 +325,7 @@ def test_it_moves_nowhere_and_keeps_its_numbers(model: MythosForCausalLM) -> Non
     assert model.can_generate()
     assert model.to("cpu") is model.to(torch.device("cpu")) is model
     assert model.device == torch.device("cpu")
-    assert model.config.vocab_size == model.session.config.vocab_size
+    assert model.config.vocab_size == config_of(model.session.bundle.manifest).vocab_size
     with pytest.raises(UsageError, match=r"to torch\.float16: a bundle computes as its target does"):
         model.to(torch.float16)
 

@@ -131,7 +131,7 @@ def test_hostile_configs_are_one_line_in_little_memory_and_time(tmp_path: Path) 
         str(tmp_path): "Is a directory",
     }
     good = write_config(tmp_path)
-    found = measured("mythos_edge.model.config", "read_config_dict", list(words), warm=good)
+    found = measured("mythos_edge.model.json_files", "read_config_dict", list(words), warm=good)
     for path, word in words.items():
         assert word in found["messages"][path]
     assert found["grown"] < 100e6
@@ -200,7 +200,7 @@ def test_a_damaged_pickle_is_a_value_error_or_left_to_torch(data: bytes) -> None
 
 
 def test_the_rotary_table_is_made_in_pieces_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mythos_edge.model.layout.PIECE_BYTES", 1 << 12)
+    monkeypatch.setattr("mythos_edge.model.families.openmythos.layout.PIECE_BYTES", 1 << 12)
     config = config_from_dict({**TINY, **OPEN_FIELDS, "attn_type": "mla"}, origin="here")
     made = {
         recipe.name: list(recipe.pieces(None)) for recipe in recipes(config, 5000) if recipe.name.startswith("rope")

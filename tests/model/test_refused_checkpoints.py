@@ -79,7 +79,7 @@ def test_wrong_tensor(tmp_path: Path, changes: dict[str, Any], words: str) -> No
 
 def test_head_that_differs_in_one_late_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Two rows a piece, so that the comparison has to go on past the first piece.
-    monkeypatch.setattr("mythos_edge.model.checkpoint._COMPARE_BYTES", 2 * 24 * 8)
+    monkeypatch.setattr("mythos_edge.model.families.openmythos.opening._COMPARE_BYTES", 2 * 24 * 8)
     head = stored_weights()["embed.weight"].clone()
     with open_checkpoint(_changed(tmp_path, head__weight=head)):
         pass

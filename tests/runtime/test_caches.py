@@ -187,18 +187,18 @@ def test_columns_that_are_not_there_are_an_assertion(start: int, end: int) -> No
 
 def test_a_plan_by_hand() -> None:
     # 1b: MLA rows of 256 + 32 floats; 2 + 5 + 2 slots; h and e of 2048 floats.
-    plan = plan_cache(VARIANTS["1b"], max_depth=5, context=1000, batch=3)
+    plan = plan_cache(VARIANTS["1b"].looped, max_depth=5, context=1000, batch=3)
     assert plan == CachePlan(9, 9 * 288 * 4, 2 * 2048 * 4, 1000, 3)
     assert plan.cache_bytes == 9 * 288 * 4 * 3000
     assert plan.worst_bytes == (9 * 288 * 4 + 16384) * 3000
     # GQA: keys and values of 4 heads of 2048 / 16.
     gqa = dataclasses.replace(VARIANTS["1b"], attn_type="gqa", prelude_layers=0, coda_layers=1)
-    assert plan_cache(gqa, 2, 7) == CachePlan(3, 3 * 2 * 4 * 128 * 4, 16384, 7, 1)
+    assert plan_cache(gqa.looped, 2, 7) == CachePlan(3, 3 * 2 * 4 * 128 * 4, 16384, 7, 1)
 
 
 def test_a_plan_is_what_buffers_take() -> None:
     config = config_from_dict(VARIANTS["1b"].to_dict() | {"dim": 64, "kv_lora_rank": 12}, origin="test")
-    plan = plan_cache(config, 3, 100, 2)
+    plan = plan_cache(config.looped, 3, 100, 2)
     buffers = [ColumnBuffer(config.cache_width, 100) for _ in range(2 * plan.slots)]
     for buffer in buffers:
         buffer.append(np.zeros((1, 100, config.cache_width), np.float32))

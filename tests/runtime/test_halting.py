@@ -18,14 +18,14 @@ CONFIG = dataclasses.replace(VARIANTS["1b"], max_loop_iters=6, act_threshold=0.9
 
 
 def test_blanks_are_what_the_model_was_trained_with() -> None:
-    assert Depth().resolve(CONFIG) == ResolvedDepth(Policy.EXACT, 6, 1, 0.9)
+    assert Depth().resolve(CONFIG.looped) == ResolvedDepth(Policy.EXACT, 6, 1, 0.9)
 
 
 def test_given_values_are_kept() -> None:
     given = Depth(Policy.LAST, max_depth=4, min_depth=2, threshold=1e-9)
-    assert given.resolve(CONFIG) == ResolvedDepth(Policy.LAST, 4, 2, 1e-9)
+    assert given.resolve(CONFIG.looped) == ResolvedDepth(Policy.LAST, 4, 2, 1e-9)
     # A threshold that is never reached is a way to ask for full depth.
-    assert Depth(threshold=5).resolve(CONFIG).threshold == 5
+    assert Depth(threshold=5).resolve(CONFIG.looped).threshold == 5
 
 
 @pytest.mark.parametrize("name", ["exact", "full", "last"])
@@ -55,20 +55,20 @@ def test_a_value_out_of_range_is_named(name: str, value: Any) -> None:
 
 
 def test_min_depth_is_at_most_max_depth() -> None:
-    assert Depth(max_depth=3, min_depth=3).resolve(CONFIG).min_depth == 3
-    assert Depth(min_depth=6).resolve(CONFIG).min_depth == 6
+    assert Depth(max_depth=3, min_depth=3).resolve(CONFIG.looped).min_depth == 3
+    assert Depth(min_depth=6).resolve(CONFIG.looped).min_depth == 6
     with pytest.raises(UsageError, match="min_depth is 4, expected at most max_depth 3"):
-        Depth(max_depth=3, min_depth=4).resolve(CONFIG)
+        Depth(max_depth=3, min_depth=4).resolve(CONFIG.looped)
     with pytest.raises(UsageError, match="min_depth is 7, expected at most max_depth 6"):
-        Depth(min_depth=7).resolve(CONFIG)
+        Depth(min_depth=7).resolve(CONFIG.looped)
 
 
 def test_depth_beyond_training_warns() -> None:
     with pytest.warns(UserWarning, match="max_depth 7 is beyond the 6 loop steps"):
-        assert Depth(max_depth=7).resolve(CONFIG).max_depth == 7
+        assert Depth(max_depth=7).resolve(CONFIG.looped).max_depth == 7
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Depth(max_depth=6).resolve(CONFIG)
+        Depth(max_depth=6).resolve(CONFIG.looped)
 
 
 def test_a_preset_sets_depth_and_an_unknown_one_names_the_known(demo_bundle: Path) -> None:
@@ -78,7 +78,7 @@ def test_a_preset_sets_depth_and_an_unknown_one_names_the_known(demo_bundle: Pat
     presets = {name: Preset("ort-cpu", 4, 0.5, 0.01, 0.99, 1.5, 2.0) for name in ("knee", "calm")}
     tuned = dataclasses.replace(manifest, presets=presets)
     fields = depth_of_preset(tuned, "knee")
-    assert Depth(**fields).resolve(manifest.config) == ResolvedDepth(Policy.EXACT, 4, 1, 0.5)
+    assert Depth(**fields).resolve(manifest.model) == ResolvedDepth(Policy.EXACT, 4, 1, 0.5)
     with pytest.raises(UsageError, match="no preset 'fast', only calm, knee"):
         depth_of_preset(tuned, "fast")
 

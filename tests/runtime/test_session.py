@@ -15,6 +15,7 @@ from conftest import ROOT
 from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.bundle_writer import update_manifest
 from mythos_edge.model.errors import CapacityError, UsageError
+from mythos_edge.model.families.table import config_of
 from mythos_edge.model.manifest import Preset
 from mythos_edge.runtime.backends import memory
 from mythos_edge.runtime.session import Session
@@ -194,7 +195,7 @@ def test_threshold_and_bounds_steer_depth(session: Session) -> None:
 
 def test_the_planner_is_right_about_a_full_context(session: Session) -> None:
     plan = session.plan(context=64)
-    config = session.config
+    config = config_of(session.bundle.manifest)
     assert plan.bytes_per_token == (config.prelude_layers + 6 + config.coda_layers) * config.cache_width * 4
     session.score(np.ones((1, 64), np.int64), policy="full")
     staircase = session._sequences[0].staircase

@@ -18,6 +18,7 @@ from command_line import Ran, refused
 
 from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.bundle_writer import update_manifest
+from mythos_edge.model.families.table import config_of
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import bench, cli, measuring
 from mythos_edge.scripts.bench import threshold_of_mean_depth
@@ -129,7 +130,7 @@ def test_the_threshold_for_a_mean_depth_is_found(bundle: Path) -> None:
     prompt = [0, 90, 81, 72, 63, 54, 45, 36]
     with Session.open(bundle) as session:
         shallow, deep = (threshold_of_mean_depth(session, prompt, 6, depth) for depth in (1.0, 8.0))
-        assert 0 < shallow <= deep <= session.config.act_threshold
+        assert 0 < shallow <= deep <= config_of(session.bundle.manifest).act_threshold
 
 
 def test_when_not_to_trust_figures() -> None:

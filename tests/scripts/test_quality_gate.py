@@ -9,6 +9,7 @@ from command_line import Ran, refused
 
 from mythos_edge.exporter.probes import ROUTER, Probe, router_of
 from mythos_edge.model.bundle import open_bundle
+from mythos_edge.model.families.table import config_of
 from mythos_edge.runtime.backends.ort_cpu import OrtCpuBackend
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import addition
@@ -27,7 +28,7 @@ def test_a_rounded_target_passes_the_gate_of_its_weights(rounded_bundle: Path, r
     assert quality["positions"] == 20 * 14
     assert 0 < quality["kl_mean"] <= quality["kl_p99"] <= quality["kl_max"] < 0.01
     assert quality["top1_agreement"] > 0.99
-    assert len(quality["loop_steps"]) == open_bundle(rounded_bundle).manifest.config.max_loop_iters
+    assert len(quality["loop_steps"]) == config_of(open_bundle(rounded_bundle).manifest).max_loop_iters
     for step in quality["loop_steps"]:
         assert 0.005 < step["h_error_mean"] <= step["h_error_p99"] < 0.6
         assert 0.8 < step["common_experts"] <= 1.0
@@ -64,7 +65,7 @@ def test_a_trace_is_what_the_bundle_computes(demo_bundle: Path) -> None:
         score = Session(bundle, backend).score(ids, policy="full")
     np.testing.assert_array_equal(trace.logits, score.logits[0])
     np.testing.assert_array_equal(trace.depth, score.depth[0])
-    config = bundle.manifest.config
+    config = config_of(bundle.manifest)
     probe = Probe(bundle.path / "step.onnx", [ROUTER], kept=["h_next"])
     prelude = Probe(bundle.path / "prelude.onnx", [], kept=["e"])
     window = {"length": np.array(0), "first": np.zeros(1, np.int64)}

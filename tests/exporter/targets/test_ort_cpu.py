@@ -21,6 +21,7 @@ from mythos_edge.model.bundle import open_bundle, verify_hashes
 from mythos_edge.model.bundle_writer import update_manifest
 from mythos_edge.model.errors import BackendUnavailable, BuildError, BundleError
 from mythos_edge.model.families.openmythos.shapes import expected_shapes
+from mythos_edge.model.families.table import config_of
 from mythos_edge.model.manifest import Preset
 from mythos_edge.plugins import processor
 from mythos_edge.runtime.session import Session
@@ -138,7 +139,7 @@ def test_kept_parts_stay_float32(bundle: Path, keep: list[str], rounded_parts: s
 
 def test_bytes_a_token_reads(bundle: Path) -> None:
     """In float32: every tensor of the checkpoint, of the experts the chosen share, and the embedding as the head."""
-    target, config = open_bundle(bundle).manifest.targets["ort-cpu"], open_bundle(bundle).manifest.config
+    target, config = open_bundle(bundle).manifest.targets["ort-cpu"], config_of(open_bundle(bundle).manifest)
     fixed = step = 0.0
     for name, shape in expected_shapes(config).items():
         size = 4.0 * np.prod(shape)
@@ -267,7 +268,7 @@ def test_bundles_stored_narrow_are_rounded_too(exported: Callable[..., Path], tm
         build(path, target)
         graphs = [ir.load(path / f"{stage}.{target.name}.onnx").graph for stage in ("prelude", "step", "coda")]
         kinds[f"{weights}, dense {dense}"] = Counter(node.op_type for graph in graphs for node in graph.all_nodes())
-    config = open_bundle(path).manifest.config
+    config = config_of(open_bundle(path).manifest)
     # Down, up and out of attention, and gate-up and down of a feed-forward: in every block.
     linears = 5 * (config.prelude_layers + 1 + config.coda_layers) + 1
     assert kinds["int8, dense int8"]["QGemm"] == linears + 2 * config.n_experts

@@ -24,6 +24,7 @@ from mythos_edge.exporter.targets.table import target_from
 from mythos_edge.model.bundle import Bundle, open_bundle, verify_hashes
 from mythos_edge.model.checkpoint import open_checkpoint
 from mythos_edge.model.families.openmythos.config import VARIANTS, MythosConfig, config_from_dict
+from mythos_edge.model.families.table import config_of
 from mythos_edge.model.target_options import EngineSpec, options_of
 from mythos_edge.scripts.lab.bench_export import write_checkpoint
 
@@ -93,7 +94,7 @@ def _check(built: Built, watched: Watched, plugins: dict[str, int], native: bool
     That no engine of a step layout reads an input on the host needs no check: it would not have been built.
     """
     bundle, target = built.bundle, built.bundle.manifest.targets[built.name]
-    config = bundle.manifest.config
+    config = config_of(bundle.manifest)
     verify_hashes(bundle)
     assert options_of(target, EngineSpec).plugin_layers == plugins
     for stage, count in plugins.items():
@@ -156,7 +157,7 @@ def test_one_and_sixteen_loops_of_either_attention(
     bundles: Callable[[str], Path], tmp_path: Path, checkpoint: str, wish: str, options: Any
 ) -> None:
     built, watched = _built(bundles(checkpoint), tmp_path, wish, max_context=64, **options)
-    config = built.bundle.manifest.config
+    config = config_of(built.bundle.manifest)
     blocks = config.prelude_layers + 1 + config.coda_layers
     if options.get("layout") == "loop":
         _check(built, watched, {"model": (blocks if config.is_mla else 0) + 1}, native=False)

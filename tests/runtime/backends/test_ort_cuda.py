@@ -22,6 +22,7 @@ from mythos_edge.exporter.targets.ort_cuda import OrtCudaTarget
 from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.bundle_writer import update_manifest
 from mythos_edge.model.errors import BackendUnavailable, BundleError, CapacityError, MythosEdgeError, UsageError
+from mythos_edge.model.families.table import config_of
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.runtime import parity
 from mythos_edge.runtime.backends.ort_cpu import OrtCpuBackend
@@ -35,7 +36,7 @@ PROMPT = [90, 90, 91, 15]
 
 
 def random_prompt(session: Session, count: int) -> list[int]:
-    return np.random.default_rng(3).integers(0, session.config.vocab_size, count).tolist()
+    return np.random.default_rng(3).integers(0, config_of(session.bundle.manifest).vocab_size, count).tolist()
 
 
 @pytest.mark.parametrize("policy", ["exact", "full", "last"])

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.families.openmythos.config import MythosConfig
+from mythos_edge.model.families.table import config_of
 from mythos_edge.model.stages import MAX_TOGETHER
 from mythos_edge.runtime.backends.device import DeviceMemory
 from mythos_edge.runtime.backends.gpu import Gpu
@@ -37,7 +38,7 @@ def backend(
         build_cpu(path, "int4", block=32)
     bundle = open_bundle(path)
     with OrtCpuBackend(bundle, request.param) as opened:
-        opened.name, opened.config = request.param, bundle.manifest.config
+        opened.name, opened.config = request.param, config_of(bundle.manifest)
         yield opened
 
 
@@ -143,7 +144,7 @@ def _moved(call: Call, memory: Any) -> Call:
 
 
 def test_rows_go_back_to_their_sequence(random: np.random.Generator, mla_bundle: Path, memory: Any) -> None:
-    config = open_bundle(mla_bundle).manifest.config
+    config = config_of(open_bundle(mla_bundle).manifest)
     on_host = [_step(config, random, rows, active, 3, 0) for rows, active in ((2, 1), (1, 1), (3, 0))]
     calls = [_moved(call, memory) for call in on_host]
     whole = packed("step", calls, MAX_TOGETHER, memory)

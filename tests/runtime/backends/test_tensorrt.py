@@ -16,6 +16,7 @@ from fakes.tensorrt import VERSION, FakeTensorRT
 from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.checkpoint import open_checkpoint
 from mythos_edge.model.errors import BackendUnavailable, BundleError, CapacityError, MythosEdgeError, UsageError
+from mythos_edge.model.families.table import config_of
 from mythos_edge.model.layout import load_network
 from mythos_edge.model.stages import STAGES
 from mythos_edge.plugins import kernel_store
@@ -56,7 +57,7 @@ def own_engines(engines: Path, tmp_path: Path) -> Path:
 
 
 def _prompt(session: Session, count: int) -> list[int]:
-    return np.random.default_rng(3).integers(0, session.config.vocab_size, count).tolist()
+    return np.random.default_rng(3).integers(0, config_of(session.bundle.manifest).vocab_size, count).tolist()
 
 
 def _in_float16(checkpoint: Path, golden: dict[str, np.ndarray]) -> np.ndarray:
@@ -302,7 +303,7 @@ def test_a_gpu_that_runs_out_of_room_in_between_leaves_the_sequence_as_it_was(
     with _session(engines, "fp32", driver) as session:
         # What a shallow sequence has, and room for a few slots more, but not for all.
         session.generate(_prompt(session, 4), max_new_tokens=1, max_depth=1)
-        stairs = Staircase(session.backend, session.config, Depth("full").resolve(session.config), MAX_CONTEXT)
+        stairs = Staircase(session.backend, session.model, Depth("full").resolve(session.model), MAX_CONTEXT)
         driver.total_bytes = driver.device_memory.live_bytes + 80_000
         with pytest.raises(CapacityError, match=r"MB of GPU memory are needed, .* MB are free: shorten the context"):
             stairs.feed(np.array([_prompt(session, 4)]), np.array([3]))

@@ -439,7 +439,8 @@ def _inputs_of(stage: Stage, sizes: _Sizes) -> _Inputs:
         free: Any = sizes.axes(*tensor.axes) or None
         if tensor.slot and not stage.one_slot:
             slots = sizes.looped.slots[stage.name]
-            value, free = [value] * slots, [free] * slots
+            # Tensors of their own: one that is given twice would be one input.
+            value, free = [sizes.example(tensor) for _ in range(slots)], [free] * slots
         values[tensor.name], axes[tensor.name] = value, free
     return _Inputs(values, axes)
 

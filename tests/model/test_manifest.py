@@ -123,9 +123,9 @@ def test_unknown_and_missing_fields_are_refused_at_every_level(path: tuple[str |
         (("rope_table",), "guessed"),
         (("created",), 20250101),
         (("config",), []),
-        (("config", "dim"), "2048"),
-        (("config", "n_experts_per_tok"), 1000),
-        (("config", "surprise"), 1),
+        (("model", "dim"), "2048"),
+        (("model", "experts_per_token"), -1),
+        (("model", "surprise"), 1),
     ],
 )
 def test_a_wrong_type_is_named_with_its_place(path: tuple[str | int, ...], value: Any) -> None:
@@ -229,7 +229,7 @@ def test_a_file_in_a_subfolder_is_fine() -> None:
         (("sample", "tie"), "draw", "sample has tie 'draw', expected one of '', 'router', 'halting'"),
         (("max_context",), 0, "max_context is 0, expected 1 to 16777216"),
         (("max_context",), 10**12, "max_context is 1000000000000, expected 1 to 16777216"),
-        (("config", "max_loop_iters"), 10**7, "max_loop_iters is 10000000, expected at most 4096"),
+        (("model", "max_depth"), 10**7, "model.max_depth is 10000000, expected 1 to 4096"),
         (("presets", "knee", "max_depth"), 10**7, "presets.knee.max_depth is 10000000, expected 1 to 4096"),
         (("presets", "knee", "kl"), float("nan"), "presets.knee.kl is nan, expected a finite number"),
         (("created",), list(range(10**5)), "manifest.created is [0, 1, 2, 3, 4, 5, ...], expected str"),

@@ -67,16 +67,16 @@ def eager(network: Network, head: torch.Tensor | None = None) -> tuple[np.ndarra
     if head is None:
         scored = network(torch.from_numpy(IDS))
         return scored.logits.numpy(), scored.depth.numpy()
-    config = network.config
+    model = network.looped
     window, rows = network_window(), torch.arange(IDS.shape[1])
     no_past = [network._no_past(1)]
-    e, _ = network.prelude(torch.from_numpy(IDS), window, *no_past * config.prelude_layers)
+    e, _ = network.prelude(torch.from_numpy(IDS), window, *no_past * model.prelude_slots)
     state = LoopState(e, torch.zeros_like(e), torch.zeros(IDS.shape, dtype=e.dtype), torch.zeros(IDS.shape, dtype=int))
-    halting = Halting(torch.tensor(config.act_threshold), torch.tensor(1))
-    for index in range(config.max_loop_iters):
+    halting = Halting(torch.tensor(model.threshold), torch.tensor(1))
+    for index in range(model.max_depth):
         state, _ = network.loop_step(state, e, torch.full(IDS.shape, index), halting, window, *no_past)
     network.embed.data = head
-    logits, _ = network.coda(state.out, rows, window, *no_past * config.coda_layers)
+    logits, _ = network.coda(state.out, rows, window, *no_past * model.coda_slots)
     return logits.numpy(), state.depth.numpy()
 
 
@@ -93,12 +93,12 @@ class Driver:
     """
 
     def __init__(self, lowered: LoweredForTensorRT, network: Network, spare: int) -> None:
-        self.config = network.config
+        self.model = network.looped
         self.stages = {stage: ort_session(path) for stage, path in lowered.graphs.items()}
         self.float = {"tensor(float)": np.float32, "tensor(float16)": np.float16}[self._type("step", "h")]
         self.in_place = len(self._input("step", "past").shape) == 4
         columns = CONTEXT + ROWS if self.in_place else IDS.shape[1] + spare
-        shape = (1, 1, columns, self.config.cache_width) if self.in_place else (1, columns, self.config.cache_width)
+        shape = (1, 1, columns, self.model.cache_width) if self.in_place else (1, columns, self.model.cache_width)
         slots = [*self._slots("prelude"), *self._slots("step"), *self._slots("coda")]
         self.caches = {slot: np.full(shape, 7, self.float) for slot in slots}
 
@@ -121,8 +121,8 @@ class Driver:
             "halt_mass": np.zeros(rows, np.float32),
             "depth": np.zeros(rows, np.int64),
         }
-        halting = {"threshold": np.float32(self.config.act_threshold), "min_depth": np.int64(1)}
-        for index in range(self.config.max_loop_iters):
+        halting = {"threshold": np.float32(self.model.threshold), "min_depth": np.int64(1)}
+        for index in range(self.model.max_depth):
             feeds = {**state, **halting, "e": e, "step_index": np.full(rows, index)}
             made = self._run("step", length, feeds, index)
             state = {name: made[f"{name}_next"] for name in state}
@@ -147,9 +147,9 @@ class Driver:
 
     def _slots(self, stage: str) -> list[str]:
         counts = {
-            "prelude": self.config.prelude_layers,
-            "step": self.config.max_loop_iters,
-            "coda": self.config.coda_layers,
+            "prelude": self.model.prelude_slots,
+            "step": self.model.max_depth,
+            "coda": self.model.coda_slots,
         }
         return [f"{stage}@{index}" for index in range(counts[stage])]
 
@@ -161,11 +161,11 @@ class Driver:
 
 
 def run_loop(lowered: LoweredForTensorRT, network: Network) -> tuple[np.ndarray, np.ndarray]:
-    config = network.config
+    model = network.looped
     feeds = {
         "input_ids": IDS,
-        "max_depth": np.array(config.max_loop_iters),
-        "threshold": np.array(config.act_threshold, np.float32),
+        "max_depth": np.array(model.max_depth),
+        "threshold": np.array(model.threshold, np.float32),
     }
     logits, depth = ort_session(lowered.graphs["model"]).run(None, feeds)
     return logits, depth

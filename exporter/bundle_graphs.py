@@ -3,7 +3,8 @@
 Imports torch's exporter, so an export that finds its graphs kept does not import this.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -11,7 +12,9 @@ import onnx_ir as ir
 
 from mythos_edge.exporter import loop_graph
 from mythos_edge.exporter.portable import write_portable
-from mythos_edge.exporter.targets.ort_files import exported_record
+from mythos_edge.exporter.targets.ort_cpu import OrtCpuTarget
+from mythos_edge.exporter.targets.ort_files import forms_of, summary_of, write_graphs
+from mythos_edge.exporter.targets.spec import record_of
 from mythos_edge.exporter.tracing import traced_stages
 from mythos_edge.exporter.weights import WeightsPlan, attach_weights
 from mythos_edge.model.families.family import Config
@@ -52,7 +55,21 @@ def write_bundle_graphs(
     if portable:
         graphs = write_portable(graphs, folder, folder)
     stages = {stage: ir.load(folder / f"{stage}.onnx") for stage in STAGES}
-    return graphs, *exported_record(stages, folder, config, dtype, "")
+    return graphs, *_exported_target(stages, folder, config, dtype)
+
+
+def _exported_target(
+    stages: Mapping[str, ir.Model], folder: Path, config: Config, stored: str
+) -> tuple[str, TargetRecord]:
+    """The target that every export has: float32 weights that stay mapped in the bundle's file.
+
+    ``stored`` is the dtype of the large weights there.
+    """
+    target, weights = OrtCpuTarget(), forms_of(config, [], "fp32")
+    lowered = write_graphs(stages, folder, target.name, config)
+    written = target.written(lowered, weights, summary_of(weights, {}), {})
+    note = f"weights are stored in {stored}; the CPU has no fast {stored} and computes in fp32"
+    return target.name, record_of(target.kind, replace(written, note="" if stored == "fp32" else note), "")
 
 
 def _tensor_specs(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:

@@ -66,7 +66,7 @@ class EngineJob:
 
 @dataclass(frozen=True)
 class EngineReport:
-    """What became of a job; ``peak_bytes`` is the most memory the process held, ``layers`` the network had."""
+    """The result of a job; ``peak_bytes`` is the most memory the process held, ``layers`` the network had."""
 
     version: str
     layers: int

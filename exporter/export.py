@@ -4,10 +4,11 @@ The bundle appears whole or not at all. Memory does not grow with the model: no 
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -24,7 +25,6 @@ from mythos_edge.model.families.family import Config
 from mythos_edge.model.manifest import (
     MOST_CONTEXT,
     WEIGHTS_FILE,
-    FileRecord,
     GraphSpec,
     Manifest,
     Source,
@@ -60,22 +60,9 @@ def export_bundle(
     of the bundle. ``portable`` adds the graphs in standard ops alone.
     Raises ExportError, CheckpointError (a weight that is not finite) and ConfigError.
     """
-    if dtype not in STORAGE_TYPES:
-        raise ExportError(f"dtype is {dtype!r}, expected one of {', '.join(STORAGE_TYPES)}")
     config = checkpoint.config
     context = config.max_seq_len if max_context is None else max_context
-    looped = config.looped
-    for name, layers in (("prelude_layers", looped.prelude_slots), ("coda_layers", looped.coda_slots)):
-        if layers < 1:
-            raise ConfigError(f"{name} is {layers}: a model without these layers cannot be exported")
-    if looped.step_slots != 1:
-        raise ConfigError(f"a loop step has {looped.step_slots} inner layers: this version exports models with one")
-    if not 1 <= context <= MOST_CONTEXT:
-        raise ExportError(
-            f"max_context is {context}, expected at least 1 and at most {MOST_CONTEXT}: lower it with --max-context"
-        )
-    if checkpoint.stored_table is not None:
-        checkpoint.stored_table.check_length(context, str(checkpoint.path))
+    _check(checkpoint, dtype, context)
     text = tokenizer_for(tokenizer, end_tokens, config.looped.vocab_size)
     plan = plan_weights(config, context, dtype)
     writer = BundleWriter(output, force=force)
@@ -89,34 +76,51 @@ def export_bundle(
             (folder / TOKENIZER_FILE).write_bytes(text.data)
         progress("self-test sample", 0.0)
         sample = golden_sample(config, plan, folder, context)
-
         source = _source(checkpoint, hashes)
-        identity = bundle_identity(source, dtype, context, config.family, config.to_dict())
-
-        def manifest(files: Mapping[str, FileRecord]) -> Manifest:
-            return Manifest(
-                family=config.family,
-                model=config.looped,
-                config=config.to_dict(),
-                dtype=dtype,
-                max_context=context,
-                graphs=made.graphs,
-                targets={made.target: replace(made.record, bundle=identity)},
-                files=dict(files),
-                versions={name: metadata.version(name) for name in LIBRARIES},
-                source=source,
-                sample=sample,
-                tokenizer=None if text.data is None else TOKENIZER_FILE,
-                end_tokens=text.end_tokens,
-                rope_table=checkpoint.rope_table,
-                presets={},
-                created=datetime.now(UTC).isoformat(timespec="seconds"),
-            )
-
-        writer.finish(manifest, known={WEIGHTS_FILE: hashes.file})
+        manifest = partial(
+            Manifest,
+            family=config.family,
+            model=config.looped,
+            config=config.to_dict(),
+            dtype=dtype,
+            max_context=context,
+            graphs=made.graphs,
+            targets={made.target: replace(made.record, bundle=_identity(config, source, dtype, context))},
+            versions={name: metadata.version(name) for name in LIBRARIES},
+            source=source,
+            sample=sample,
+            tokenizer=None if text.data is None else TOKENIZER_FILE,
+            end_tokens=text.end_tokens,
+            rope_table=checkpoint.rope_table,
+            presets={},
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        writer.finish(lambda files: manifest(files=files), known={WEIGHTS_FILE: hashes.file})
     for line in text.notes:
         note(line)
     return open_bundle(output)
+
+
+def _identity(config: Config, source: Source, dtype: str, context: int) -> str:
+    return bundle_identity(source, dtype, context, config.family, config.to_dict())
+
+
+def _check(checkpoint: Checkpoint, dtype: str, context: int) -> None:
+    """Raises ExportError and ConfigError for what cannot be exported."""
+    looped = checkpoint.config.looped
+    if dtype not in STORAGE_TYPES:
+        raise ExportError(f"dtype is {dtype!r}, expected one of {', '.join(STORAGE_TYPES)}")
+    for name, layers in (("prelude_layers", looped.prelude_slots), ("coda_layers", looped.coda_slots)):
+        if layers < 1:
+            raise ConfigError(f"{name} is {layers}: a model without these layers cannot be exported")
+    if looped.step_slots != 1:
+        raise ConfigError(f"a loop step has {looped.step_slots} inner layers: this version exports models with one")
+    if not 1 <= context <= MOST_CONTEXT:
+        raise ExportError(
+            f"max_context is {context}, expected at least 1 and at most {MOST_CONTEXT}: lower it with --max-context"
+        )
+    if checkpoint.stored_table is not None:
+        checkpoint.stored_table.check_length(context, str(checkpoint.path))
 
 
 @contextmanager

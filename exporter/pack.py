@@ -14,7 +14,6 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
-from onnx.external_data_helper import ExternalDataInfo, set_external_data
 
 from mythos_edge.exporter.weight_file import Piece, StoredTensor, WeightFile, plan_file
 from mythos_edge.model.bundle import Bundle, open_bundle, verify_hashes
@@ -81,26 +80,29 @@ def pack_bundle(
     return open_bundle(output)
 
 
-def _tensors(model: onnx.ModelProto) -> Iterator[tuple[onnx.TensorProto, ExternalDataInfo]]:
-    """The initializers of a graph that lie in the shared weights."""
-    for tensor in model.graph.initializer:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            place = ExternalDataInfo(tensor)
-            if place.location == WEIGHTS_FILE:
-                yield tensor, place
+def _places(graph: onnx.GraphProto) -> Iterator[dict[str, onnx.StringStringEntryProto]]:
+    """The places in the shared weights that a graph names, bodies of branches and loops included."""
+    for tensor in graph.initializer:
+        place = {entry.key: entry for entry in tensor.external_data}
+        if "location" in place and place["location"].value == WEIGHTS_FILE:
+            yield place
+    for attribute in (attribute for node in graph.node for attribute in node.attribute):
+        for body in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
+            yield from _places(body)
 
 
-def _entry_at(offset: int, entries: Mapping[str, TensorEntry]) -> TensorEntry:
-    """The stored tensor that has a byte; graphs also name parts of one, such as a single expert."""
+def _entry_of(place: Mapping[str, onnx.StringStringEntryProto], entries: Mapping[str, TensorEntry]) -> TensorEntry:
+    """The stored tensor that a place lies in; graphs also name parts of one, such as a single expert."""
+    start, length = int(place["offset"].value), int(place["length"].value)
     for entry in entries.values():
-        if entry.offset <= offset < entry.offset + entry.n_bytes:
+        if entry.offset <= start and start + length <= entry.offset + entry.n_bytes:
             return entry
-    raise BundleError(f"a graph reads byte {offset} of {WEIGHTS_FILE}, where no tensor is: export the bundle again")
+    raise BundleError(f"a graph reads byte {start} of {WEIGHTS_FILE}, where no tensor is: export the bundle again")
 
 
 def _plan(graphs: Iterable[onnx.ModelProto], entries: Mapping[str, TensorEntry]) -> WeightFile:
     """The file of all tensors that ``graphs`` read."""
-    read = {_entry_at(place.offset or 0, entries).name for model in graphs for _, place in _tensors(model)}
+    read = {_entry_of(place, entries).name for model in graphs for place in _places(model.graph)}
     return plan_file(
         StoredTensor(name, _TYPES[entry.dtype], entry.shape) for name, entry in entries.items() if name in read
     )
@@ -108,10 +110,9 @@ def _plan(graphs: Iterable[onnx.ModelProto], entries: Mapping[str, TensorEntry])
 
 def _move(model: onnx.ModelProto, entries: Mapping[str, TensorEntry], plan: WeightFile) -> None:
     """Puts the places of the new file into a graph."""
-    for tensor, place in _tensors(model):
-        entry = _entry_at(place.offset or 0, entries)
-        offset = plan.entries[entry.name].offset + (place.offset or 0) - entry.offset
-        set_external_data(tensor, WEIGHTS_FILE, offset=offset, length=place.length)
+    for place in _places(model.graph):
+        entry = _entry_of(place, entries)
+        place["offset"].value = str(plan.entries[entry.name].offset + int(place["offset"].value) - entry.offset)
 
 
 def _pieces(plan: WeightFile, entries: Mapping[str, TensorEntry]) -> Iterator[Piece]:

@@ -73,7 +73,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Router:
-    """What chooses experts: ``weight (E, D)``, and ``bias (E,)`` that counts for the choice only."""
+    """The weights that choose experts: ``weight (E, D)``, and ``bias (E,)`` that counts for the choice only."""
 
     weight: NDArray[np.float32]
     bias: NDArray[np.float32]

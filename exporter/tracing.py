@@ -10,7 +10,6 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -25,35 +24,22 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 
 from mythos_edge.exporter.kept_graphs import Graphs, kept
+from mythos_edge.exporter.stage_inputs import ATTENTION, PIECE, Inputs, Sizes, inputs_of, names_of_inputs, output_names
 from mythos_edge.exporter.weights import STORAGE_TYPES, name_weights
 from mythos_edge.model.errors import ExportError, raise_interrupt
 from mythos_edge.model.families.family import Config
 from mythos_edge.model.layout import network_of
-from mythos_edge.model.looped import LoopedModel
 from mythos_edge.model.network import Halting, LoopedNetwork, LoopState, Window, in_dtype
 from mythos_edge.model.stages import (
-    ACTIVE,
-    BATCH,
-    CACHE_WIDTH,
-    CHUNK,
-    CONTEXT,
-    DIM,
-    LOGITS,
-    OWN,
     STAGES,
-    Stage,
-    StageTensor,
 )
 from mythos_edge.plugins import ops
 from mythos_edge.plugins.torch_ops import TracedOps
 
-Axes = dict[int, Any]
 _OP: Any = opset23
 # torch's exporter changes torch for all threads while it traces.
 _ONE_AT_A_TIME = threading.Lock()
 # The name of the piece that is traced once for all blocks.
-_ATTENTION = "attention"
-_FREE = frozenset([BATCH, CHUNK, ACTIVE, CONTEXT, LOGITS])
 # Loggers that tell of what torch's exporter and its passes leave alone, which is meant.
 _TALKATIVE = ("torch.onnx", "onnx_ir", "onnxscript")
 
@@ -131,17 +117,9 @@ def _call_attention(
     shapes = (x.shape, (*positions.shape, past.shape[-1]))
     return tuple(
         torch.onnx.ops.symbolic_multi_out(
-            f"{ops.DOMAIN}::{_ATTENTION}", inputs, dtypes=(x.dtype, x.dtype), shapes=shapes, version=ops.VERSION
+            f"{ops.DOMAIN}::{ATTENTION}", inputs, dtypes=(x.dtype, x.dtype), shapes=shapes, version=ops.VERSION
         )
     )
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """Example inputs of a stage by name, and which of their axes are symbolic."""
-
-    values: dict[str, Any]
-    axes: dict[str, Any]
 
 
 def traced_stages(
@@ -175,19 +153,19 @@ def _trace(config: Config, max_context: int, dtype: torch.dtype, one_sequence: b
     try:
         with _ONE_AT_A_TIME, _undisturbed(), mode:
             network = in_dtype(network_of(config, max_context, TracedOps()), dtype).requires_grad_(False).eval()
-            stages = dict(STAGES) | ({_ATTENTION: _PIECE} if network.attentions() else {})
+            stages = dict(STAGES) | ({ATTENTION: PIECE} if network.attentions() else {})
             inputs = {
-                name: _inputs_of(stage, _Sizes(name, config.looped, dtype, one_sequence))
+                name: inputs_of(stage, Sizes(name, config.looped, dtype, one_sequence))
                 for name, stage in stages.items()
             }
             values, axes = ({stage: getattr(one, kind) for stage, one in inputs.items()} for kind in ("values", "axes"))
             exported = torch.export.export(_Stages(network), (), values, dynamic_shapes=axes)
             model = _in_onnx(
                 exported,
-                [f"{stage}/{name}" for stage, one in inputs.items() for name in _names_of_inputs(one.values)],
-                [f"{stage}/{name}" for stage in inputs for name in _output_names(stage, config.looped.slots)],
+                [f"{stage}/{name}" for stage, one in inputs.items() for name in names_of_inputs(one.values)],
+                [f"{stage}/{name}" for stage in inputs for name in output_names(stage, config.looped.slots)],
             )
-            attention = _function(model, network, inputs[_ATTENTION]) if _ATTENTION in inputs else None
+            attention = _function(model, network, inputs[ATTENTION]) if ATTENTION in inputs else None
             return {stage: _tidy(_inlined(model, stage, attention), inputs[stage]) for stage in STAGES}
     except Exception as error:  # torch's exporter can fail in any way
         raise_interrupt(error)
@@ -281,9 +259,9 @@ def _part(model: ir.Model, stage: str) -> ir.Model:
     return part
 
 
-def _function(model: ir.Model, network: LoopedNetwork, inputs: _Inputs) -> ir.Function:
+def _function(model: ir.Model, network: LoopedNetwork, inputs: Inputs) -> ir.Function:
     """The attention of all blocks as a function of what ``_call_attention`` gives, its weights among it."""
-    graph = _part(model, _ATTENTION).graph
+    graph = _part(model, ATTENTION).graph
     _rename_all_axes(graph, inputs)
     x, *others = graph.inputs
     for node, index in tuple(x.uses()):
@@ -304,7 +282,7 @@ def _function(model: ir.Model, network: LoopedNetwork, inputs: _Inputs) -> ir.Fu
     ]
     graph.inputs.clear()
     graph.inputs.extend([rows, *others, *weights])
-    return ir.Function(ops.DOMAIN, _ATTENTION, graph=graph, attributes=[])
+    return ir.Function(ops.DOMAIN, ATTENTION, graph=graph, attributes=[])
 
 
 def _inlined(model: ir.Model, stage: str, attention: ir.Function | None) -> ir.Model:
@@ -316,7 +294,7 @@ def _inlined(model: ir.Model, stage: str, attention: ir.Function | None) -> ir.M
     return part
 
 
-def _tidy(model: ir.Model, inputs: _Inputs) -> ir.Model:
+def _tidy(model: ir.Model, inputs: Inputs) -> ir.Model:
     """The stage with the names of this project, constants folded, and nothing of the tracer left."""
     graph = model.graph
     for value in list(graph.initializers.values()):
@@ -336,7 +314,7 @@ def _tidy(model: ir.Model, inputs: _Inputs) -> ir.Model:
     return model
 
 
-def _rename_all_axes(graph: ir.Graph, inputs: _Inputs) -> None:
+def _rename_all_axes(graph: ir.Graph, inputs: Inputs) -> None:
     names = _axis_names(graph, inputs)
     # Of what was inlined, the axes are named already.
     names |= {name: name for name in names.values()}
@@ -344,7 +322,7 @@ def _rename_all_axes(graph: ir.Graph, inputs: _Inputs) -> None:
         _rename_axes(value, names)
 
 
-def _axis_names(graph: ir.Graph, inputs: _Inputs) -> dict[str, str]:
+def _axis_names(graph: ir.Graph, inputs: Inputs) -> dict[str, str]:
     """The exporter's symbol of each dynamic axis -> the name the axis was given."""
     flat: list[Any] = []
     for axes in inputs.axes.values():
@@ -366,95 +344,3 @@ def _rename_axes(value: ir.Value, names: Mapping[str, str]) -> None:
             for axis, size in enumerate(value.shape)
         ]
     )
-
-
-def _names_of_inputs(values: Mapping[str, Any]) -> list[str]:
-    names: list[str] = []
-    for name, value in values.items():
-        names += [f"{name}_{index}" for index in range(len(value))] if isinstance(value, list) else [name]
-    return names
-
-
-def _output_names(stage: str, slots: Mapping[str, int]) -> list[str]:
-    if stage == _ATTENTION:
-        return ["attended", "new_rows"]
-    return [name for name, _ in STAGES[stage].names_of(STAGES[stage].outputs, slots[stage])]
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    """Example sizes of the free axes of a stage, distinct so that none is tied to another, and their symbols.
-
-    Every stage has symbols of its own, or it would ask for the sizes of another one's inputs. A batch that is free
-    must not be one in the example either, or it would be specialised.
-    """
-
-    stage: str
-    looped: LoopedModel
-    dtype: torch.dtype
-    one_sequence: bool
-    chunk: int = 5
-    context: int = 7
-    logit_count: int = 4
-
-    @property
-    def batch(self) -> int:
-        return 1 if self.one_sequence else 2
-
-    @property
-    def active(self) -> int:
-        return self.chunk if self.one_sequence else 3
-
-    def axes(self, *names: str) -> Axes:
-        """The symbols of the leading axes, none for a batch of one."""
-        if self.one_sequence:
-            names = tuple(CHUNK if name == ACTIVE else name for name in names)
-        return {
-            axis: torch.export.Dim(f"{self.stage}_{name}")
-            for axis, name in enumerate(names)
-            if name in _FREE and not (self.one_sequence and name == BATCH)
-        }
-
-    def example(self, tensor: StageTensor) -> Tensor:
-        """A tensor of that declaration."""
-        sizes = {
-            BATCH: self.batch,
-            CHUNK: self.chunk,
-            ACTIVE: self.active,
-            CONTEXT: self.context,
-            LOGITS: self.logit_count,
-            DIM: self.looped.dim,
-            CACHE_WIDTH: self.looped.cache_width,
-        }
-        dtype = self.dtype if tensor.dtype == OWN else getattr(torch, tensor.dtype)
-        return torch.zeros([sizes[axis] for axis in tensor.axes], dtype=dtype)
-
-
-def _inputs_of(stage: Stage, sizes: _Sizes) -> _Inputs:
-    """The inputs of a stage as ``stages`` declares them; those of several slots are a list."""
-    values: dict[str, Any] = {}
-    axes: dict[str, Any] = {}
-    for tensor in stage.inputs:
-        value: Any = sizes.example(tensor)
-        free: Any = sizes.axes(*tensor.axes) or None
-        if tensor.slot and not stage.one_slot:
-            slots = sizes.looped.slots[stage.name]
-            # Tensors of their own: one that is given twice would be one input.
-            value, free = [sizes.example(tensor) for _ in range(slots)], [free] * slots
-        values[tensor.name], axes[tensor.name] = value, free
-    return _Inputs(values, axes)
-
-
-# Attention is a piece that every block calls, on rows that are flat already but for it.
-_PIECE = Stage(
-    _ATTENTION,
-    rows="x",
-    inputs=(
-        StageTensor("x", (BATCH, CHUNK, DIM)),
-        StageTensor("positions", (BATCH, CHUNK), "int64"),
-        StageTensor("past", (BATCH, CONTEXT, CACHE_WIDTH)),
-        StageTensor("length", (), "int64"),
-        StageTensor("first", (BATCH,), "int64"),
-    ),
-    outputs=(),
-)

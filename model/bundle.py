@@ -57,7 +57,8 @@ class Bundle:
         targets, identity = self.manifest.targets, self.manifest.identity
         if name not in targets:
             known = ", ".join(targets) or "none"
-            raise BundleError(f"{self.path}: has no target {name!r}, only {known}: mythos-edge build makes one")
+            mend = "pack it from the full bundle" if self.manifest.is_packed else "mythos-edge build makes one"
+            raise BundleError(f"{self.path}: has no target {name!r}, only {known}: {mend}")
         if targets[self.manifest.default_target].bundle != identity:
             raise BundleError(
                 f"{self.path / MANIFEST_FILE}: config, dtype, max_context or source are not those of the export: "
@@ -69,6 +70,12 @@ class Bundle:
             )
         self._check_files(name)
         return targets[name]
+
+    def require_whole(self, purpose: str) -> None:
+        """Raises BundleError for a bundle that was packed, from which nothing else can be made or told."""
+        if self.manifest.is_packed:
+            targets = ", ".join(self.manifest.targets)
+            raise BundleError(f"{self.path}: was packed for {targets}: {purpose} with the bundle it was packed from")
 
     def at_absolute_path(self) -> "Bundle":
         """The same bundle, for work to come: another working folder does not move it."""
@@ -269,6 +276,8 @@ def _size(file: Path) -> int | None:
 def _mend(bundle: Bundle, name: str) -> str:
     """How a file is brought back, in words."""
     manifest = bundle.manifest
+    if manifest.is_packed:
+        return "pack the bundle again"
     exported = name in manifest.shared_files | manifest.files_of(manifest.default_target)
     return "export the bundle again" if exported else "build the target again"
 

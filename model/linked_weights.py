@@ -25,9 +25,10 @@ def weights_apart(bundle: Bundle, graph: Path | None, target: str | None) -> Apa
     bundle's folder.
     """
     folder = bundle.path.resolve() if graph is None else graph.resolve().parent
-    files = {
-        name: bundle.file(name) for name in (WEIGHTS_FILE, *(() if target is None else bundle.own_weights(target)))
-    }
+    names = [] if target is None else list(bundle.own_weights(target))
+    # One that was packed for engines has no weights to share.
+    shared = [WEIGHTS_FILE] if WEIGHTS_FILE in bundle.manifest.files else []
+    files = {name: bundle.file(name) for name in (*shared, *names)}
     return {name: file for name, file in files.items() if not file.resolve().is_relative_to(folder)}
 
 

@@ -200,9 +200,15 @@ class Manifest:
         """The files that belong to no target, and that every target may read."""
         return set(self.files).difference(*map(self.files_of, self.targets)) | self._named()
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether it holds some targets alone, without the graphs and weights that others are built from."""
+        return not self.graphs
+
     def _named(self) -> set[str]:
         tokenizer = () if self.tokenizer is None else (self.tokenizer,)
-        return {WEIGHTS_FILE, *(graph.file for graph in self.graphs.values()), *tokenizer}
+        weights = () if self.is_packed else (WEIGHTS_FILE,)
+        return {*weights, *(graph.file for graph in self.graphs.values()), *tokenizer}
 
     def __post_init__(self) -> None:
         if self.dtype not in STORAGE_DTYPES:

@@ -34,7 +34,7 @@ class CarriedKernel:
 
 @dataclass(frozen=True)
 class Carried:
-    """What one plugin of a plan needs at run time: its op, the attributes of its node, and its kernels."""
+    """Everything that one plugin of a plan needs at run time: its op, the attributes of its node, and its kernels."""
 
     op: str
     attributes: dict[str, int | float]
@@ -104,7 +104,7 @@ def encode(carried: Carried) -> bytes:
 
 
 def decode(blob: bytes) -> Carried:
-    """What ``encode`` was given. Raises BundleError for a blob that is damaged or of another version."""
+    """The value that ``encode`` was given. Raises BundleError for a blob that is damaged or of another version."""
     start = len(MAGIC) + _LENGTH_BYTES + _HASH_BYTES
     if not blob.startswith(MAGIC) or len(blob) < start:
         found = blob[: len(MAGIC)]

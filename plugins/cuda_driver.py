@@ -1,4 +1,4 @@
-"""What the runtime and the plugins ask of the CUDA driver, called through ctypes: no CUDA toolkit, no compiler.
+"""The part of the CUDA driver that runtime and plugins use, called through ctypes: no CUDA toolkit, no compiler.
 
 Handles and device pointers are plain integers. Nothing is freed behind the caller's back. Entry points carry the
 version suffix they have in the library (``cuMemAlloc`` is a macro for ``cuMemAlloc_v2`` in cuda.h).

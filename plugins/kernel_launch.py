@@ -18,7 +18,7 @@ _SHARED_BYTES_WITHOUT_ASKING = 48 << 10
 
 
 class CompiledKernel(Protocol):
-    """What is needed to load and launch a kernel."""
+    """Everything that is needed to load and launch a kernel."""
 
     @property
     def name(self) -> str: ...

@@ -74,7 +74,7 @@ class Program:
 
 
 def program(op: str, shapes: Shapes, dtypes: Dtypes, attributes: Attributes) -> Program:
-    """What to launch for one call; shapes and dtypes are keyed by the formal inputs, shapes of int4 are logical.
+    """The launches of one call; shapes and dtypes are keyed by the formal inputs, shapes of int4 are logical.
 
     Raises BuildError for an op, shapes or dtypes no kernel serves.
     """

@@ -1,4 +1,4 @@
-"""What this processor can compute, as far as targets depend on it. Import-light."""
+"""Finds out which integer products this processor has, as far as targets depend on it. Import-light."""
 
 import platform
 from pathlib import Path

@@ -53,7 +53,10 @@ def names_gpus(trt: ModuleType) -> bool:
 
 
 def known_compute_capabilities(trt: ModuleType) -> tuple[int, ...]:
-    """What engines can be built for, 89 for SM 8.9; empty where that is the GPU at hand (see ``names_gpus``)."""
+    """The compute capabilities that engines can be built for, 89 for SM 8.9; empty where that is the GPU at hand.
+
+    See ``names_gpus``.
+    """
     if not names_gpus(trt):
         return ()
     numbers = (re.fullmatch(r"SM(\d+)", name) for name in trt.ComputeCapability.__members__)
@@ -61,7 +64,7 @@ def known_compute_capabilities(trt: ModuleType) -> tuple[int, ...]:
 
 
 def rtx_compute_capabilities() -> tuple[int, ...]:
-    """What TensorRT for RTX builds for, also on a machine without it."""
+    """The compute capabilities that TensorRT for RTX builds for, also on a machine without it."""
     try:
         return known_compute_capabilities(load("rtx")) or _RTX_GPUS
     except BackendUnavailable:
@@ -143,7 +146,7 @@ def _logger_and_messages(trt: ModuleType) -> tuple[Any, Messages]:
 
 
 def library_path_for_plugins(trt: ModuleType) -> dict[str, str]:
-    """What the environment of a process must have before it starts, for its ONNX parser to meet plugins.
+    """The environment variables with which a process must start so that its ONNX parser can meet plugins.
 
     The parser of TensorRT for RTX opens ``libtensorrt_rtx.so``, which its wheel lacks, and aborts the process at the
     first plugin. So a folder in the user's cache gets a link of that name to the library these bindings use: another

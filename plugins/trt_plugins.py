@@ -49,7 +49,7 @@ _BLOB_FIELD = "kernels"
 
 @dataclass(frozen=True)
 class _Build:
-    """What the plugins of one build carry kernels for."""
+    """The GPUs and types that the plugins of one build carry kernels for."""
 
     compute_capabilities: tuple[int, ...]
     max_rows: int
@@ -79,7 +79,7 @@ def carrying(compute_capabilities: Sequence[int], max_rows: int) -> Iterator[Non
 
 
 def take_failures() -> tuple[str, ...]:
-    """What callbacks raised since the last time, one line each; the first is the cause of what TensorRT reports."""
+    """The errors that callbacks raised since the last time, one line each; the first is the cause of the others."""
     taken = tuple(_failures)
     _failures.clear()
     return taken
@@ -139,7 +139,7 @@ def _remembered(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class OpPlugin:
-    """What a plugin does, without TensorRT's base classes; see ``plugin_class``."""
+    """The work of a plugin, without TensorRT's base classes; see ``plugin_class``."""
 
     def __init__(self, trt: ModuleType, spec: OpSpec, attributes: Mapping[str, int | float], gpu: GpuKernels) -> None:
         self.trt, self.spec, self.gpu = trt, spec, gpu
@@ -357,7 +357,7 @@ def _attributes(spec: OpSpec, data: Mapping[str, Any]) -> dict[str, int | float]
 
 
 def _from_plan(spec: OpSpec, data: Mapping[str, Any]) -> Carried:
-    """What a plan carries for one node."""
+    """The data that a plan carries for one node."""
     if _BLOB_FIELD not in data:
         raise BundleError("the plan carries no kernels: it was not built by mythos-edge: build the target again")
     carried = decode(np.asarray(data[_BLOB_FIELD]).tobytes())

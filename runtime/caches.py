@@ -1,4 +1,4 @@
-"""What one sequence keeps: a growing buffer per slot, and one for the pending states of lagging positions.
+"""The caches of one sequence: a growing buffer per slot, and one for the pending states of lagging positions.
 
 Columns are positions. A range of them is one piece of memory, so cached rows are passed on by pointer, and new ones
 are written in their place.
@@ -19,7 +19,7 @@ _FIRST_CAPACITY = 64
 
 @dataclass(frozen=True)
 class CachePlan:
-    """What a context costs before anything is allocated.
+    """The cache memory that a context costs, known before anything is allocated.
 
     ``bytes_per_token``: rows of all slots; ``pending_bytes_per_token``: h and e of a position below full depth.
     """
@@ -140,7 +140,7 @@ class ColumnBuffer:
         self._data, self._origin = data, self.start
 
     def state(self) -> dict[str, Any]:
-        """What ``restore`` needs, as arrays."""
+        """The arrays that ``restore`` needs."""
         data = self._memory.to_host(self.view(self.start, self.end))
         return {"columns": np.array([self.start, self.end]), "data": data}
 

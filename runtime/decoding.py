@@ -36,7 +36,7 @@ class Token:
 
 @dataclass
 class Generation:
-    """What one prompt gave. ``finish_reason``: ``length``, ``stop_id``, ``stop_string`` or ``context``.
+    """The result of one prompt. ``finish_reason``: ``length``, ``stop_id``, ``stop_string`` or ``context``.
 
     ``block_calls`` counts the calls of the recurrent block that this sequence took part in, ``block_rows`` its rows
     in them, prompt included; ``batch_runs`` the runs of the block for all prompts given together, a shared one

@@ -124,7 +124,7 @@ class DraftTuner:
         return float(success / (self._tried[depth] + _PRIOR_WEIGHT))
 
     def _fixed_seconds(self) -> float:
-        """What a token costs besides its loop steps."""
+        """Seconds that a token costs besides its loop steps."""
         return self._seconds["prelude"].at(1) + self._seconds["coda"].at(1)
 
     def _plain_seconds(self) -> float:

@@ -16,7 +16,7 @@ THRESHOLD = Within(above=1e-37, most=3e38, says="a finite number above 0 (more t
 
 
 class Policy(StrEnum):
-    """What becomes of the loop steps a position does not need itself."""
+    """The fate of the loop steps that a position does not need itself."""
 
     EXACT = "exact"
     """They run when a later position needs their cache rows: output equals ``full``, cost follows depth."""

@@ -18,6 +18,8 @@ NOISE_FACTOR = 3.0
 NOISE_FLOOR = 3e-6
 # A bundle's self-test compares with logits that another machine's float32 gave at export: a share of the largest logit.
 SELF_TEST_SHARE = 1e-4
+# Rounded weights take rounded activations, and another machine may round one to the next code.
+ROUNDED_SELF_TEST_SHARE = 0.05
 # Where the self-test meets a tie, other experts give other logits: this share of the run's largest at most.
 TIED_SELF_TEST_SHARE = 0.5
 

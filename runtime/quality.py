@@ -18,7 +18,7 @@ Float64 = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Trace:
-    """What one run made of a sequence: ``logits (S, V)``, ``depth (S,)``, and at each of the loop steps L the states
+    """The record of a run of one sequence: ``logits (S, V)``, ``depth (S,)``, and at each of the loop steps L states
     ``h (L, S, D)`` after it, the experts ``chosen (L, S, k)`` in it and whether others were as good (``tied (L, S)``)
     as them."""
 
@@ -102,7 +102,7 @@ class Gate:
     max_sums_lost: float
 
     def failures(self, report: QualityReport, sums_lost: float = 0.0) -> list[str]:
-        """What does not pass, by name; ``sums_lost`` is the share of exact sums that were right in fp32 alone."""
+        """The checks that fail, by name; ``sums_lost`` is the share of exact sums that were right in fp32 alone."""
         worst = np.max([step.h_error_mean for step in report.loop_steps])
         # Written so that NaN fails.
         good = {

@@ -45,7 +45,7 @@ _DAMAGE = (
 
 @dataclass(frozen=True)
 class Saved:
-    """What a file written by ``write`` holds."""
+    """The content of a file that ``write`` made."""
 
     ids: list[int]
     depth: ResolvedDepth

@@ -36,7 +36,7 @@ class Drawn(NamedTuple):
 
 
 class Round(NamedTuple):
-    """What one round gave: ``drawn`` tokens, and how many of the ``drafted`` were ``accepted``."""
+    """The result of one round: ``drawn`` tokens, and how many of the ``drafted`` were ``accepted``."""
 
     drawn: list[Drawn]
     drafted: int

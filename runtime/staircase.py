@@ -34,7 +34,7 @@ _FIRST_ROW = np.zeros(1, np.int64)
 
 @dataclass(frozen=True)
 class Fed:
-    """What feeding a chunk gave: ``logits (1, L, V)`` of the rows asked for, ``depth (1, S)`` of every row."""
+    """The result of feeding a chunk: ``logits (1, L, V)`` of the rows asked for, ``depth (1, S)`` of every row."""
 
     logits: Float32
     depth: Int64

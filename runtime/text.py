@@ -214,7 +214,7 @@ class StopStrings:
         return shown, False
 
     def flush(self) -> str:
-        """What was held back because it might have become a stop string."""
+        """The text that was held back because it might have become a stop string."""
         held, self._held = self._held, ""
         return held
 

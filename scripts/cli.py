@@ -24,6 +24,7 @@ _VERBS = {
     "inspect": "inspect_verb",
     "export": "export_verb",
     "build": "build",
+    "pack": "pack",
     "inline": "inline_verb",
     "generate": "generate",
     "score": "score",
@@ -71,7 +72,7 @@ def _parsed(words: list[str]) -> argparse.Namespace:
         raise UsageError(CLOSED)
     if any("\0" in word for word in words):
         raise UsageError("an argument has a zero byte in it, which no file name and no text can have")
-    return _parser().parse_args(words)
+    return parser().parse_args(words)
 
 
 def _message(error: BaseException) -> str:
@@ -147,19 +148,20 @@ class _Parser(argparse.ArgumentParser):
         Console(as_json=False).say(message, end="", coloured=True)
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
     from importlib import metadata
 
-    parser = _Parser(
+    command = _Parser(
         prog="mythos-edge",
         description="Export OpenMythos checkpoints to ONNX and run them locally.",
         epilog="mythos-edge VERB --help shows the options of a verb and an example; help is text, with --json, too. "
         "Exit codes: 0 done, 1 an error that is told in one line or a failed comparison, 2 an unreadable command line.",
     )
-    parser.add_argument("--version", action="version", version=f"mythos-edge {metadata.version('mythos-edge')}")
+    command.add_argument("--version", action="version", version=f"mythos-edge {metadata.version('mythos-edge')}")
     common = _Parser(add_help=False)
     add_common(common)
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    verbs = command.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, module_name in _VERBS.items():
         module = import_module(f"mythos_edge.scripts.{module_name}")
         verb = verbs.add_parser(
@@ -172,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         module.add_arguments(verb)
         verb.set_defaults(run=module.run)
-    return parser
+    return command
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from mythos_edge.model.bundle import open_bundle
+from mythos_edge.model.bundle import Bundle, open_bundle
 from mythos_edge.model.bundle_writer import BundleWriter
 from mythos_edge.model.errors import BundleError, unavailable
 from mythos_edge.scripts import arguments
@@ -62,7 +62,6 @@ def run(args: argparse.Namespace, console: Console) -> int:
 def _export(args: argparse.Namespace, console: Console) -> int:
     try:
         from mythos_edge.exporter.export import export_bundle
-        from mythos_edge.exporter.tokenizer_files import tokenizer_beside
         from mythos_edge.model.checkpoint import open_checkpoint
     except ImportError as error:
         raise unavailable(error, "exporting", "pip install 'mythos-edge[export]'") from error
@@ -88,7 +87,13 @@ def _export(args: argparse.Namespace, console: Console) -> int:
             progress=console.progress,
             note=lambda text: console.note(f"note: {text}"),
         )
-    seconds = time.perf_counter() - started
+    _tell(bundle, args, time.perf_counter() - started, console)
+    return 0
+
+
+def _tell(bundle: Bundle, args: argparse.Namespace, seconds: float, console: Console) -> None:
+    from mythos_edge.exporter.tokenizer_files import tokenizer_beside
+
     manifest = bundle.manifest
     size = sum(record.bytes for record in manifest.files.values())
     note = manifest.targets[manifest.default_target].note
@@ -121,7 +126,6 @@ def _export(args: argparse.Namespace, console: Console) -> int:
             "seconds": seconds,
         }
     )
-    return 0
 
 
 def _built_targets(path: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""What benches share: memory bandwidth and memory of this machine, spread, and whether a run was quiet enough."""
+"""Measurements that benches share: memory and its bandwidth, spread, and whether a run was quiet enough."""
 
 import statistics
 import time

@@ -29,8 +29,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if not names:
         raise UsageError(f"--target is {args.target!r}, expected names of targets, with commas between")
     bundle = open_bundle(args.bundle)
-    if args.output.exists() and args.output.samefile(args.bundle):
-        raise UsageError(f"{args.output}: is the bundle to pack from: choose another folder")
+    if args.output.resolve().is_relative_to(args.bundle.resolve()):
+        raise UsageError(f"{args.output}: is in the bundle to pack from: choose another folder")
     for name in names:
         bundle.target(name)
     try:

@@ -215,7 +215,7 @@ class _Traced:
         self._session = Session(bundle, self._recorder)
 
     def trace(self, ids: NDArray[np.int64]) -> Trace:
-        """What the target makes of one sequence ``ids (1, S)``."""
+        """Runs the target on one sequence ``ids (1, S)``."""
         model = self._session.model
         shape = (model.max_depth, ids.shape[1])
         h = self._recorder.h = np.empty((*shape, model.dim), np.float32)

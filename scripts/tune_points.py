@@ -26,7 +26,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Point:
-    """What a setting gave: mean KL divergence to full depth in nats, share of equal top tokens, mean depth in loop
+    """Measurements of a setting: mean KL divergence to full depth in nats, part of equal top tokens, mean depth in loop
     steps, median milliseconds per decoded token, how far its repetitions lie apart as a share of that, and the time of
     full depth over it."""
 

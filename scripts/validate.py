@@ -72,7 +72,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         session = opened.enter_context(Session(bundle, open_backend(bundle, bundle.manifest.default_target)))
         sample = bundle.manifest.sample
         sample_error, largest = _self_test(session, sample)
-        allowed = parity.SELF_TEST_SHARE * max(1.0, *map(abs, sample.top_logits))
+        allowed = _self_test_share(bundle) * max(1.0, *map(abs, sample.top_logits))
         # With a tie, another kernel than the export's may rightly come to other numbers, but not to any.
         tied = sample.tie != "" and allowed < sample_error <= parity.TIED_SELF_TEST_SHARE * largest
         tie, passed = sample.tie if tied else "", sample_error <= allowed or tied
@@ -98,6 +98,7 @@ def _comparison(
         if ignored:
             raise UsageError(f"--{ignored[0].replace('_', '-')} is about a checkpoint: add --against CHECKPOINT")
         return None
+    bundle.require_whole("compare")
     if args.against == quality_gate.FP32:
         rounded = open_backend(bundle, args.target, trust=args.trust)
         opened.callback(rounded.close)
@@ -127,6 +128,13 @@ def _comparison(
             "use a larger machine, or validate without --against"
         )
     return lambda session: _compare(args, checkpoint, session, ids, console)
+
+
+def _self_test_share(bundle: Bundle) -> float:
+    """The share of the largest logit by which the self-test of the default target may be off."""
+    record = bundle.manifest.targets[bundle.manifest.default_target]
+    rounded = {*record.weights.values(), record.compute_dtype} != {"fp32"}
+    return parity.ROUNDED_SELF_TEST_SHARE if rounded else parity.SELF_TEST_SHARE
 
 
 def _self_test(session: Session, sample: GoldenSample) -> tuple[float, float]:

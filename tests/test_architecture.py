@@ -1,6 +1,7 @@
 """The rules of the house: who imports whom, what imports light, and that every module is packaged."""
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -46,6 +47,8 @@ MAY_IMPORT = {
     "scripts/optimum_command": set(),
     "scripts/package": {"runtime", "model"},
 }
+# A function that is longer wants to be two; Triton kernels cannot be cut.
+MOST_LINES, MOST_LINES_OF_FUNCTION = 450, 60
 # What the base install can run: neither torch nor onnx.
 NEED_TORCH = {
     *("checkpoint", "entry_reader", "layout", "network", "recipes", "stored_checkpoint", "tensor_choice"),
@@ -94,6 +97,46 @@ def test_imports_point_one_way(folder: str, module: str) -> None:
     assert foreign <= MAY_IMPORT[folder]
 
 
+def _imported_modules(path: Path, known: set[str]) -> set[str]:
+    """The modules of ours that a file imports anywhere, inside functions, too."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {str(node.module)} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names & known
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    paths = {f"{_package(folder)}.{module}": ROOT / folder / f"{module}.py" for folder, module in MODULES}
+    imports = {name: _imported_modules(path, set(paths)) - {name} for name, path in paths.items()}
+    try:
+        graphlib.TopologicalSorter(imports).prepare()
+    except graphlib.CycleError as circle:
+        pytest.fail(" <- ".join(circle.args[1]))
+
+
+@pytest.mark.parametrize(("folder", "module"), MODULES)
+def test_no_file_and_no_function_is_too_long_to_read(folder: str, module: str) -> None:
+    text = (ROOT / folder / f"{module}.py").read_text(encoding="utf-8")
+    assert text.count("\n") <= MOST_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef) and folder != "plugins/kernels":
+            assert (node.end_lineno or 0) - node.lineno < MOST_LINES_OF_FUNCTION, node.name
+
+
+@pytest.mark.parametrize(("folder", "module"), MODULES)
+def test_docstrings_stand_alone(folder: str, module: str) -> None:
+    """A first sentence is read without the file around it, in the reference and in tooltips."""
+    tree = ast.parse((ROOT / folder / f"{module}.py").read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree), "the module has no docstring"
+    # The sources of kernels are as they were when they were compiled, to the letter.
+    for node in ast.walk(tree) if folder != "plugins/kernels" else ():
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module)) and (told := ast.get_docstring(node)):
+            assert not told.startswith(("What ", "See ")), told
+
+
 KIND_OF_TARGET = re.compile(r"(ort-cpu|ort-cuda|rtx-sm|trt-sm|trt-this-gpu)[\w+.-]*")
 
 
@@ -121,7 +164,7 @@ def test_families_are_named_where_they_are_declared(folder: str, module: str) ->
 def test_nothing_imports_the_integrations() -> None:
     for folder, module in MODULES:
         text = (ROOT / folder / f"{module}.py").read_text(encoding="utf-8")
-        assert folder == "runtime/integrations" or "integrations" not in text, f"{folder}/{module}.py"
+        assert folder in ("runtime/integrations", "scripts/lab") or "integrations" not in text, f"{folder}/{module}.py"
 
 
 def test_triton_is_imported_by_kernel_sources_alone() -> None:

@@ -50,6 +50,7 @@ def files_beside(bundle: Bundle, name: str, progress: Progress) -> Iterator[Path
     Raises BundleError when the export is not what it was: nothing sound can be built from it; and for a bundle of
     links.
     """
+    bundle.require_whole("build")
     bundle.target(bundle.manifest.default_target)
     bundle.require_own_files()
     verify_hashes(bundle, lambda file: progress("hashing the export", 0.0), bundle.manifest.shared_files)

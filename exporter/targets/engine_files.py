@@ -9,9 +9,9 @@ from pathlib import Path
 from mythos_edge.exporter.engine import EngineJob, EngineReport, Range
 from mythos_edge.exporter.engine_process import build_engine, plan_bytes, require_memory, weight_bytes
 from mythos_edge.exporter.lowering.tensorrt import EngineOptions, LoweredForTensorRT, lower_for_tensorrt
+from mythos_edge.exporter.targets.gpus import Gpus
 from mythos_edge.exporter.targets.ort_files import forms_of
 from mythos_edge.exporter.targets.spec import Progress, Work, Written
-from mythos_edge.exporter.targets.tensorrt import Gpus, TensorRTTarget
 from mythos_edge.model.bundle_writer import require_free_space
 from mythos_edge.model.errors import BuildError
 from mythos_edge.model.families.family import Config
@@ -21,34 +21,32 @@ from mythos_edge.model.target_options import EngineSpec, Profile
 from mythos_edge.plugins import kernel_store
 
 
-def write_engines(target: TensorRTTarget, work: Work) -> Written:
+def write_engines(gpus: Gpus, options: EngineOptions, work: Work) -> Written:
     """Lowers the stages and builds an engine for each, or one for all. Raises BuildError."""
-    context, rows = target.sizes(work.bundle)
-    options = EngineOptions(target.dtype, target.layout, target.weights, context, rows)
     config, graphs = config_of(work.bundle.manifest), work.folder / "graphs"
     graphs.mkdir()
     lowered = lower_for_tensorrt(work.bundle, graphs, options, work.progress)
-    jobs = engine_jobs(target.gpus, options, lowered, work.name, work.folder, config)
+    jobs = engine_jobs(gpus, options, lowered, work.name, work.folder, config)
     reports = _build_all(jobs, work.folder, work.log_file, work.progress)
     shutil.rmtree(graphs)
     version = next(iter(reports.values())).version
-    form = target.dtype if target.weights == "none" else target.weights
+    form = options.dtype if options.weights == "none" else options.weights
     return Written(
         graphs={stage: f"{stage}.{work.name}.engine" for stage in lowered.graphs},
-        compute_dtype=target.dtype,
+        compute_dtype=options.dtype,
         # Blocks, and what does not divide into them, differ between matrices: see tensorrt_passes.round_weights.
         weights=dict.fromkeys(forms_of(config, [], form), form),
         fixed_bytes=lowered.fixed_bytes,
         step_bytes=lowered.step_bytes,
-        summary=f"{form}; {target.gpus.builder} {version}, layout {target.layout}, context {context}",
+        summary=f"{form}; {gpus.builder} {version}, layout {options.layout}, context {options.max_context}",
         options=EngineSpec(
-            flavour=target.gpus.flavour,
+            flavour=gpus.flavour,
             version=version,
-            compute_capabilities=target.gpus.compute_capabilities,
-            device=target.gpus.device,
-            layout=target.layout,
-            max_context=context,
-            max_rows=rows,
+            compute_capabilities=gpus.compute_capabilities,
+            device=gpus.device,
+            layout=options.layout,
+            max_context=options.max_context,
+            max_rows=options.max_rows,
             profiles=profiles_of(options),
             plugin_layers={stage: report.plugin_layers for stage, report in reports.items()},
             kernels=kernel_store.manifest_sha256(),

@@ -25,7 +25,8 @@ from mythos_edge.model.target_options import OrtOptions
 from mythos_edge.plugins.processor import has_integer_dot_products
 
 if TYPE_CHECKING:
-    from mythos_edge.exporter.rounding import Rounding
+    from mythos_edge.exporter.rounding import Importance, Rounding
+    from mythos_edge.exporter.targets.ort_files import Lowered
 
 _KIND = "ort-cpu"
 FORMS = ("fp32", "int8", "int4")
@@ -112,9 +113,45 @@ class OrtCpuTarget:
         del bundle  # whether blocks fit the matrices is known when they are planned
 
     def write(self, work: Work) -> Written:
-        from mythos_edge.exporter.targets.ort_files import write_cpu_target
+        from functools import partial
 
-        return write_cpu_target(self, work)
+        from mythos_edge.exporter.lowering.ort_cpu import lower_for_ort
+        from mythos_edge.exporter.rounding import plan_rounded
+        from mythos_edge.exporter.targets import ort_files
+        from mythos_edge.model.families.table import config_of
+
+        config = config_of(work.bundle.manifest)
+        forms = {ort_files.EXPERTS: self.weights, "": self.dense_form()}
+        roundings = {form: self._rounding(form, config.looped.dim) for form in forms.values() if form != "fp32"}
+        by_part = {part: roundings.get(form) for part, form in forms.items()}
+        matrices = ort_files.matrices_of(config, by_part, self.keep) if roundings else []
+        packs = ort_files.rounded_packs(work, plan_rounded(matrices), self._importance(work)) if matrices else {}
+        work.progress("graphs", 0.0)
+        lower = partial(lower_for_ort, packs=packs)
+        lowered = ort_files.write_graphs(ort_files.stages_of(work), work.folder, work.name, config, lower)
+        weights = ort_files.forms_of(config, matrices, "fp32")
+        return self.written(lowered, weights, ort_files.summary_of(weights, roundings), roundings)
+
+    def written(
+        self, lowered: "Lowered", weights: dict[str, str], summary: str, roundings: Mapping[str, "Rounding"]
+    ) -> Written:
+        """The result of writing it, with the roundings by form."""
+        main = roundings.get(self.weights)
+        return Written(
+            graphs=lowered.graphs,
+            compute_dtype="fp32",
+            weights=weights,
+            fixed_bytes=lowered.fixed_bytes,
+            step_bytes=lowered.step_bytes,
+            summary=summary,
+            options=OrtOptions(
+                asked=self.weights,
+                block=0 if main is None else main.block,
+                method="none" if main is None else main.method,
+                prepacked=self.weights != MAPPED,
+                integer_rows=any(rounding.block == 0 for rounding in roundings.values()),
+            ),
+        )
 
     def dense_form(self) -> str:
         """The form of what is no routed expert.
@@ -126,7 +163,7 @@ class OrtCpuTarget:
             return self.dense
         return "int8" if self.weights == "int4" and has_integer_dot_products() else self.weights
 
-    def rounding(self, form: str, dim: int) -> "Rounding":
+    def _rounding(self, form: str, dim: int) -> "Rounding":
         """The rounding of matrices of a form, in a model of width ``dim``. Raises BuildError."""
         from mythos_edge.exporter.rounding import Rounding
 
@@ -134,16 +171,12 @@ class OrtCpuTarget:
         asked = self.block if form == self.weights else None
         return Rounding(_BITS[form], _default_block(form, dim) if asked is None else asked, method)
 
-    def recorded(self, blocks: Mapping[str, "Rounding"]) -> OrtOptions:
-        """The options of the record, with the roundings by form."""
-        main = blocks.get(self.weights)
-        return OrtOptions(
-            asked=self.weights,
-            block=0 if main is None else main.block,
-            method="none" if main is None else main.method,
-            prepacked=self.weights != MAPPED,
-            integer_rows=any(rounding.block == 0 for rounding in blocks.values()),
-        )
+    def _importance(self, work: Work) -> "Importance | None":
+        if self.calibrate is None:
+            return None
+        from mythos_edge.exporter.calibration import collect_importance
+
+        return collect_importance(work.bundle, self.calibrate, work.progress).importance
 
 
 def _default_block(form: str, dim: int) -> int:

@@ -3,8 +3,7 @@
 import fnmatch
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
@@ -13,16 +12,15 @@ from mythos_edge.exporter.graph_checks import check_graph
 from mythos_edge.exporter.lowering.ort_cpu import lower_for_ort
 from mythos_edge.exporter.lowering.ort_kernels import Pack
 from mythos_edge.exporter.lowering.sequences import for_many_sequences, for_one_sequence
-from mythos_edge.exporter.rounding import ROW, Importance, Matrix, RoundedFile, Rounding, plan_rounded, write_rounded
-from mythos_edge.exporter.targets.ort_cpu import OrtCpuTarget
-from mythos_edge.exporter.targets.spec import Work, Written, form_of_parts, record_of
+from mythos_edge.exporter.rounding import ROW, Importance, Matrix, RoundedFile, Rounding, write_rounded
+from mythos_edge.exporter.targets.spec import Work, form_of_parts
 from mythos_edge.exporter.weights import bytes_read
 from mythos_edge.model.bundle_writer import require_free_space
 from mythos_edge.model.errors import BuildError
 from mythos_edge.model.families.family import Config
 from mythos_edge.model.families.table import config_of
 from mythos_edge.model.layout import recipes
-from mythos_edge.model.manifest import WEIGHTS_FILE, TargetRecord
+from mythos_edge.model.manifest import WEIGHTS_FILE
 from mythos_edge.model.recipes import Recipe
 from mythos_edge.model.stages import MAX_TOGETHER, STAGES
 from mythos_edge.model.stored_checkpoint import Checkpoint
@@ -81,49 +79,6 @@ def write_graphs(
     return Lowered(graphs, sizes["prelude"] + sizes["coda"], sizes["step"])
 
 
-def exported_record(
-    stages: Mapping[str, ir.Model], folder: Path, config: Config, stored: str, identity: str
-) -> tuple[str, TargetRecord]:
-    """The target that every export has, written to ``folder``: float32 weights that stay mapped in the bundle's file.
-
-    ``stored`` is the dtype of the bundle's large weights, ``identity`` the bundle's.
-    """
-    target = OrtCpuTarget()
-    lowered = write_graphs(stages, folder, target.name, config)
-    note = f"weights are stored in {stored}; the CPU has no fast {stored} and computes in fp32"
-    written = _written(target, lowered, forms_of(config, [], "fp32"), {})
-    return target.name, record_of(target.kind, replace(written, note="" if stored == "fp32" else note), identity)
-
-
-def write_cpu_target(target: OrtCpuTarget, work: Work) -> Written:
-    """Writes a target for the CPU: rounded weights, if it has any, and the graphs that read them."""
-    config = config_of(work.bundle.manifest)
-    forms = {EXPERTS: target.weights, "": target.dense_form()}
-    roundings = {form: target.rounding(form, config.looped.dim) for form in forms.values() if form != "fp32"}
-    packs: dict[str, Pack] = {}
-    matrices: list[Matrix] = []
-    if roundings:
-        matrices = matrices_of(config, {part: roundings.get(form) for part, form in forms.items()}, target.keep)
-        packs = rounded_packs(work, plan_rounded(matrices), _importance(target, work))
-    work.progress("graphs", 0.0)
-    lowered = write_graphs(stages_of(work), work.folder, work.name, config, partial(lower_for_ort, packs=packs))
-    return _written(target, lowered, forms_of(config, matrices, "fp32"), roundings)
-
-
-def _written(
-    target: OrtCpuTarget, lowered: Lowered, weights: dict[str, str], roundings: Mapping[str, Rounding]
-) -> Written:
-    return Written(
-        graphs=lowered.graphs,
-        compute_dtype="fp32",
-        weights=weights,
-        fixed_bytes=lowered.fixed_bytes,
-        step_bytes=lowered.step_bytes,
-        summary=summary_of(weights, roundings),
-        options=target.recorded(roundings),
-    )
-
-
 def summary_of(weights: Mapping[str, str], roundings: Mapping[str, Rounding]) -> str:
     """The forms of the parts in one line, as in ``experts int4 (blocks of 64, search), rest int8 (a row, rtn)``."""
 
@@ -157,14 +112,6 @@ def rounded_packs(work: Work, plan: RoundedFile, importance: Importance | None =
     with Checkpoint(bundle.path, stored.kind, config_of(bundle.manifest), stored.entries) as reader:
         write_rounded(plan, reader, work.folder / file, importance, lambda done: work.progress("rounding", done))
     return plan.packs(work.settled(file), work.folder)
-
-
-def _importance(target: OrtCpuTarget, work: Work) -> Importance | None:
-    if target.calibrate is None:
-        return None
-    from mythos_edge.exporter.calibration import collect_importance
-
-    return collect_importance(work.bundle, target.calibrate, work.progress).importance
 
 
 def matrices_of(config: Config, roundings: Mapping[str, Rounding | None], keep: Sequence[str] = ()) -> list[Matrix]:

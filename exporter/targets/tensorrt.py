@@ -13,56 +13,23 @@ import re
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+from mythos_edge.exporter.targets.gpus import THIS_GPU, Gpus, capabilities_in, check_gpus
 from mythos_edge.exporter.targets.spec import CUDA_GPU, EXPORT, GpuNeed, Machine, Option, Packages, Work, Written
 from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.errors import BuildError
-from mythos_edge.plugins import kernel_store, trt_bindings
+from mythos_edge.plugins import trt_bindings
 from mythos_edge.plugins.cuda_driver import Driver
 
-THIS_GPU = "trt-this-gpu"
 DTYPES = ("fp16", "bf16", "fp32")
 LAYOUTS = ("step", "loop")
 WEIGHTS = ("none", "int8", "int4", "fp8")
 # Rows of the longest chunk of a step layout, unless asked for otherwise.
 DEFAULT_MAX_ROWS = 64
-_FLAVOURS = {"rtx": "TensorRT for RTX", "trt": "TensorRT"}
-# Machines that people try, and that only full TensorRT serves.
-_ELSEWHERE = {87: "Jetson Orin", 90: "Hopper", 100: "data centre Blackwell", 110: "Jetson Thor"}
-# The least compute capability on which TensorRT has a type; TensorRT for RTX has no float32 products on Turing.
-_LEAST = {"bf16": 80, "int4": 86, "fp8": 89}
-_LEAST_OF = {"rtx": {**_LEAST, "fp32": 80}, "trt": _LEAST}
 _RTX = Packages("tensorrt-rtx", {"tensorrt-rtx-cu13": "tensorrt_rtx"}, "pip install 'mythos-edge[tensorrt-rtx]'")
 _TRT = Packages("tensorrt", {"tensorrt": "tensorrt"}, "pip install 'mythos-edge[tensorrt]'")
 _RTX_GPU = GpuNeed(
     "a GPU of TensorRT for RTX", lambda capability: capability in trt_bindings.rtx_compute_capabilities()
 )
-
-
-@dataclass(frozen=True)
-class Gpus:
-    """The GPUs that a target is for: the TensorRT, and the compute capabilities in ascending order (89 for SM 8.9).
-
-    ``device`` is the name of this machine's GPU where the engines are for it alone, "" where they are not.
-    """
-
-    flavour: str
-    compute_capabilities: tuple[int, ...]
-    device: str = ""
-
-    @property
-    def name(self) -> str:
-        """The GPUs as the name of a target begins with them."""
-        return f"{self.flavour}-{'+'.join(f'sm{number}' for number in self.compute_capabilities)}"
-
-    @property
-    def wish(self) -> str:
-        """The name by which they are asked for."""
-        return THIS_GPU if self.flavour == "trt" else self.name
-
-    @property
-    def builder(self) -> str:
-        """The TensorRT that builds for them, in words."""
-        return _FLAVOURS[self.flavour]
 
 
 @dataclass(frozen=True)
@@ -111,7 +78,7 @@ class TensorRTTarget:
             return cls(Gpus("trt", (driver.compute_capability(0),), driver.device_name(0)), **given)
         if not re.fullmatch(r"rtx-sm\d+(\+sm\d+)*", wish):
             return None
-        return cls(Gpus("rtx", _capabilities(wish)), **given)
+        return cls(Gpus("rtx", capabilities_in(wish)), **given)
 
     @classmethod
     def from_name(cls, name: str) -> Self | None:
@@ -121,7 +88,7 @@ class TensorRTTarget:
         if found is None:
             return None
         layout = "loop" if found[5] else "step"
-        return cls(Gpus(found[1], _capabilities(found[2])), found[3], found[4] or "none", layout)
+        return cls(Gpus(found[1], capabilities_in(found[2])), found[3], found[4] or "none", layout)
 
     @property
     def name(self) -> str:
@@ -154,30 +121,8 @@ class TensorRTTarget:
         return context, min(DEFAULT_MAX_ROWS, context) if self.max_rows is None else self.max_rows
 
     def write(self, work: Work) -> Written:
+        from mythos_edge.exporter.lowering.tensorrt import EngineOptions
         from mythos_edge.exporter.targets.engine_files import write_engines
 
-        return write_engines(self, work)
-
-
-def _capabilities(text: str) -> tuple[int, ...]:
-    return tuple(sorted({int(number) for number in re.findall(r"\d+", text)}))
-
-
-def check_gpus(gpus: Gpus, types: tuple[str, ...]) -> None:
-    """Raises BuildError for a GPU that TensorRT or our kernels do not know, or without the ``types`` asked for."""
-    known = trt_bindings.known_compute_capabilities(trt_bindings.load(gpus.flavour))
-    for number in gpus.compute_capabilities:
-        if known and number not in known:
-            mend = f": for {_ELSEWHERE[number]} use {THIS_GPU} there" if number in _ELSEWHERE else ""
-            raise BuildError(
-                f"sm{number} is not among those {gpus.builder} builds for ({' '.join(map(str, known))}){mend}"
-            )
-        for kind in types:
-            least = _LEAST_OF[gpus.flavour].get(kind, 0)
-            if number < least:
-                raise BuildError(
-                    f"sm{number} has no {kind}, which begins with sm{least}: choose another dtype or weights"
-                )
-        if number not in kernel_store.compute_capabilities():
-            kernels = " ".join(map(str, kernel_store.compute_capabilities()))
-            raise BuildError(f"there are no kernels for sm{number}, expected one of {kernels}")
+        context, rows = self.sizes(work.bundle)
+        return write_engines(self.gpus, EngineOptions(self.dtype, self.layout, self.weights, context, rows), work)

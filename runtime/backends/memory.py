@@ -97,7 +97,7 @@ class Memory(Protocol):
         ...
 
     def free_bytes(self) -> int | None:
-        """What can be allocated now; None where that is not known."""
+        """Bytes that can be allocated now; None where that is not known."""
         ...
 
 

@@ -106,6 +106,7 @@ def session_options(ort: Any, threads: int, prepack: bool) -> Any:
 
 def graph_runner(bundle: Bundle, graph: str, threads: int = 0) -> Callable[[Arrays], list[Array]]:
     """Runs a portable graph of a bundle, such as ``model``: inputs by name -> all outputs in order."""
+    bundle.require_whole("run its portable graphs")
     path = bundle.file(bundle.manifest.graphs[graph].file)
     with bundle.unchanged():
         session = ort_session(path, threads, apart=weights_apart(bundle, path, None))

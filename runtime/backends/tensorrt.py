@@ -28,7 +28,7 @@ _MOST_GRAPHS = 512
 
 
 class _Key(NamedTuple):
-    """What a CUDA graph is for: fixed places but for the caches, by their addresses."""
+    """The key of a CUDA graph: fixed places but for the caches, by their addresses."""
 
     stage: str
     rows: int

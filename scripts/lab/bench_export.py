@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _checkpoint(shape: str, folder: Path) -> tuple[Path, Path]:
-    """What is exported, and the file that has its weights."""
+    """The checkpoint of a shape, and the file that has its weights."""
     if shape == "demo":
         return _DEMO, _DEMO
     config = VARIANTS[shape]

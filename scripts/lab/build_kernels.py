@@ -66,7 +66,7 @@ def build(gpus: Iterable[int], output: Path) -> dict[str, Any]:
 
 
 def differences(gpus: Iterable[int], shipped: Path, sources: Path = SOURCES) -> list[str]:
-    """What in ``shipped`` is not what ``sources`` make, one phrase each; compiles only when the sources match."""
+    """The differences of ``shipped`` from what ``sources`` make, one phrase each; compiles only if sources match."""
     manifest = json.loads((shipped / MANIFEST_NAME).read_text())
     found = metadata.version("triton")
     if manifest["triton"] != found:
@@ -90,7 +90,7 @@ def differences(gpus: Iterable[int], shipped: Path, sources: Path = SOURCES) -> 
 
 
 def _described(variant: Variant, made: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """What is the same on every GPU."""
+    """The properties of a variant that are the same on every GPU."""
     hidden = {kernels[variant.name][0].pop("hidden_pointers") for kernels in made.values() if variant.name in kernels}
     assert len(hidden) <= 1, f"{variant.name} takes different arguments on different GPUs"
     return {
@@ -196,7 +196,7 @@ def _compiled(variant: Variant, gpu: int, output: Path) -> dict[str, Any]:
 
 
 def _hints(variant: Variant) -> dict[tuple[int], list[list[Any]]]:
-    """What the compiler may take for granted of each argument, by its place."""
+    """Facts that the compiler may take for granted of each argument, by its place."""
     hints: dict[tuple[int], list[list[Any]]] = {}
     for place, (name, kind) in enumerate(variant.arguments):
         multiple = 16 if variant.multiples and kind.startswith("*") else variant.multiples.get(name)

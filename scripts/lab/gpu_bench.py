@@ -92,7 +92,7 @@ class MeasuredGpu:
             yield pointer
 
     def fetched(self, pointer: int, shape: tuple[int, ...], dtype: Any) -> Array:
-        """What device memory holds once all work is done."""
+        """The content of device memory once all work is done."""
         made = np.empty(shape, dtype)
         self.driver.copy_to_host(made.ctypes.data, pointer, made.nbytes, self.stream)
         self.driver.synchronize(self.stream)
@@ -129,7 +129,7 @@ class Prepared:
         self._program.run(self._pointers | pointers, self._workspace, self._gpu.stream)
 
     def output(self) -> Array:
-        """What the last run made."""
+        """The output of the last run."""
         kind = NUMPY[self._case.dtype]
         return self._gpu.fetched(self._pointers[self._case.output], self._case.output_shape, kind)
 
@@ -199,7 +199,7 @@ def _seconds_of_graph(gpu: MeasuredGpu, queue: Any) -> float:
 
 
 def one_line(error: Exception) -> str:
-    """What went wrong, for a cell of the report."""
+    """The message of an error, for a cell of the report."""
     return (
         str(error) if isinstance(error, MythosEdgeError) else f"{type(error).__name__}: {' '.join(str(error).split())}"
     )

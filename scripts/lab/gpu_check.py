@@ -212,7 +212,7 @@ def _number(text: str) -> int:
 
 
 def _plan(driver: Driver, args: argparse.Namespace) -> Iterator[Planned]:
-    """What is to be done. Raises MythosEdgeError without a GPU."""
+    """The plan of all sections. Raises MythosEdgeError without a GPU."""
     capability = driver.compute_capability(0)
     facts = doctor.examine(lambda: driver)
     gpus = [{**gpu, "targets": ", ".join(gpu["targets"])} for gpu in facts["gpus"]]
@@ -311,7 +311,7 @@ def _planned_tests(run: Runner) -> Planned:
 
 
 def _targets(capability: int) -> Iterator[tuple[str, str | None, str, list[str]]]:
-    """What its packages are called, what is built, what that is called in the bundle, and options."""
+    """Each target: its packages, the name to build, the name in the bundle, and its options."""
     for weights in ("none", "int4"):
         suffix = "" if weights == "none" else f"-{weights}"
         chosen = ["--dtype", "fp16", "--weights", weights]

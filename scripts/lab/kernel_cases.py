@@ -164,7 +164,7 @@ def attention(
 
 
 def stored_bytes(array: Array, dtype: str) -> int:
-    """What an input takes on the GPU: two int4 codes are a byte."""
+    """The bytes that an input takes on the GPU: two int4 codes are a byte."""
     return array.size // 2 if dtype == "int4" else array.nbytes
 
 

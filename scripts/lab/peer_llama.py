@@ -1,4 +1,4 @@
-"""What llama.cpp reaches on this machine: decode speed of a DeepSeek-2 network of random weights, batch 1, CPU only.
+"""Measures llama.cpp on this machine: decode speed of a DeepSeek-2 network of random weights, batch 1, CPU only.
 
     python -m mythos_edge.scripts.lab.peer_llama --shape 1b --experts 16 --weights int4 --depth 4 -p 64 -n 16
 

@@ -17,8 +17,9 @@ from fakes.tensorrt import VERSION, FakeTensorRT, plan_of
 
 from mythos_edge.exporter.lowering.tensorrt import EngineOptions, lower_for_tensorrt
 from mythos_edge.exporter.targets import spec as spec_module
+from mythos_edge.exporter.targets.gpus import Gpus
 from mythos_edge.exporter.targets.spec import Written
-from mythos_edge.exporter.targets.tensorrt import Gpus, TensorRTTarget
+from mythos_edge.exporter.targets.tensorrt import TensorRTTarget
 from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.bundle_writer import record_of, update_manifest
 from mythos_edge.model.target_options import EngineSpec, Profile

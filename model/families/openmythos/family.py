@@ -10,7 +10,7 @@ _PARTS = (".recurrent.", ".prelude.", ".coda.", ".blocks.", ".embed.")
 
 
 class OpenMythos:
-    """See ``families.family.Family``."""
+    """The family of OpenMythos, as the table of families knows it."""
 
     name = FAMILY
 

@@ -17,8 +17,9 @@ from mythos_edge.exporter.lowering.tensorrt import EngineOptions, LoweredForTens
 from mythos_edge.exporter.targets import build as build_module
 from mythos_edge.exporter.targets import engine_files
 from mythos_edge.exporter.targets.build import Built
+from mythos_edge.exporter.targets.gpus import Gpus
 from mythos_edge.exporter.targets.table import target_from
-from mythos_edge.exporter.targets.tensorrt import Gpus, TensorRTTarget
+from mythos_edge.exporter.targets.tensorrt import TensorRTTarget
 from mythos_edge.model import bundle_writer
 from mythos_edge.model.bundle import Bundle, open_bundle, verify_hashes
 from mythos_edge.model.errors import BackendUnavailable, BuildError, BundleError, ExportError

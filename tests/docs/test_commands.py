@@ -1,0 +1,74 @@
+"""Every command and every Python example of README and guides, run in order as written, in one folder."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+# Later pages use the files that earlier ones made.
+PAGES = ("README", "guides/export", "guides/run", "guides/quantise", "guides/parity", "guides/deploy")
+PAGES += ("guides/other-engines", "guides/gpu")
+
+
+def blocks_of(page: str) -> list[tuple[str, str]]:
+    """The fenced blocks of a page, each with its language."""
+    path = ROOT / "README.md" if page == "README" else ROOT / "docs" / f"{page}.md"
+    return re.findall(r"```(\w+)\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def commands_of(page: str) -> list[list[str]]:
+    """The command lines of ``sh`` blocks and the programs of ``python`` blocks; ``console`` blocks are for reading."""
+    commands = []
+    for language, text in blocks_of(page):
+        if language == "python":
+            commands.append([sys.executable, "-c", text])
+        elif language == "sh":
+            lines = [line for line in text.splitlines() if line.startswith("mythos-edge ")]
+            commands += [shlex.split(line, comments=True) for line in lines]
+    return commands
+
+
+@pytest.mark.slow
+def test_commands_and_examples_work_as_written(text_model: tuple[Path, Path], tmp_path: Path) -> None:
+    checkpoint, tokenizer = text_model
+    shutil.copy(checkpoint, tmp_path / "checkpoint.pt")
+    shutil.copy(tokenizer, tmp_path / "tokenizer.json")
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    ran = set()
+    for page in PAGES:
+        for command in commands_of(page):
+            done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, (page, command, done.stderr)
+            ran.add(command[1])
+    assert {
+        "export",
+        "validate",
+        "generate",
+        "score",
+        "inspect",
+        "build",
+        "pack",
+        "tune",
+        "bench",
+        "inline",
+        "-c",
+    } <= ran
+    assert (tmp_path / "scores.npz").is_file()
+
+
+def test_every_guide_is_run() -> None:
+    guides = {f"guides/{path.stem}" for path in (ROOT / "docs" / "guides").glob("*.md")}
+    # These show pieces of modules, which tests/ has whole.
+    assert guides - set(PAGES) == {"guides/add-a-family", "guides/add-a-target"}
+
+
+def test_the_two_scripts_are_there() -> None:
+    for name in ("demo", "test"):
+        assert any(f"./scripts/{name}" in text for _, text in blocks_of("README"))
+        assert os.access(ROOT / "scripts" / name, os.X_OK)

@@ -53,7 +53,7 @@ def cli_page() -> str:
             for action in verb._actions
             if action.help != argparse.SUPPRESS and not every & {*action.option_strings}
         ]
-        lines += [*_HEADER, *map(_row, own), ""]
+        lines += [*_HEADER, *map(_row, own), ""] if own else []
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -104,6 +104,9 @@ def _signature(name: str, thing: Any, home: str) -> list[str]:
     if isinstance(thing, type):
         return prefix
     signature = re.sub(r"mythos_edge\.[\w.]+\.|pathlib\.|collections\.abc\.|numpy\.|typing\.", "", str(_plain(thing)))
+    # A function as a default is known by its place in memory, which no two runs share.
+    signature = re.sub(r"<function [^@]*? at 0x[0-9a-f]+>", "...", signature)
+    signature = re.sub(r"\*<class '(\w+)'>", r"Unpack[\1]", signature)
     return [*prefix, f"{name}{signature}"]
 
 

@@ -14,6 +14,8 @@ from conftest import ROOT
 # Later pages use the files that earlier ones made.
 PAGES = ("README", "guides/export", "guides/run", "guides/quantise", "guides/parity", "guides/deploy")
 PAGES += ("guides/other-engines", "guides/gpu")
+# What ``tune`` says on a machine whose times cannot be trusted, as one that runs tests is.
+BUSY = "measure again when the machine has nothing else to do"
 
 
 def blocks_of(page: str) -> list[tuple[str, str]]:
@@ -41,11 +43,17 @@ def test_commands_and_examples_work_as_written(text_model: tuple[Path, Path], tm
     shutil.copy(tokenizer, tmp_path / "tokenizer.json")
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     ran = set()
+    busy = False
     for page in PAGES:
         for command in commands_of(page):
+            if busy and "--preset" in command:
+                continue
             done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-            assert done.returncode == 0, (page, command, done.stderr)
             ran.add(command[1])
+            if command[1] == "tune" and BUSY in done.stderr:
+                busy = True  # by design it then saves no preset
+                continue
+            assert done.returncode == 0, (page, command, done.stderr)
     assert {
         "export",
         "validate",

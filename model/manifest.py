@@ -9,11 +9,13 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import PurePosixPath
 from typing import Any
 
 from mythos_edge.model.errors import BundleError, ConfigError
 from mythos_edge.model.looped import MOST_DEPTH, LoopedModel
+from mythos_edge.model.stages import OWN, STAGES, StageTensor
 from mythos_edge.model.typed_json import dataclass_from_json
 
 SCHEMA_VERSION = 6
@@ -35,6 +37,8 @@ NEAR_TIE_MARGIN = 1e-4
 EXACT_TIE_MARGIN = 1e-6
 MOST_MANIFEST_BYTES = 4_000_000
 _MOST_SAMPLE_TOKENS = 64
+# What states and cached rows can be computed in; all of a bundle are of one.
+_COMPUTED = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -218,6 +222,7 @@ class Manifest:
         if not 1 <= self.max_context <= MOST_CONTEXT:
             raise BundleError(f"max_context is {self.max_context}, expected 1 to {MOST_CONTEXT}")
         _check_sample(self.sample, self.model, self.max_context)
+        _check_stages(self.graphs, self.model)
         if not self.targets:
             raise BundleError("targets is empty, expected at least one target")
         for name, preset in self.presets.items():
@@ -258,6 +263,33 @@ def _check_sample(sample: GoldenSample, model: LoopedModel, max_context: int) ->
     wrong = next((what for what, good in checks.items() if not good), None)
     if wrong is not None:
         raise BundleError(f"sample has {wrong}: it was damaged or edited")
+
+
+def _check_stages(graphs: Mapping[str, GraphSpec], model: LoopedModel) -> None:
+    """Raises BundleError for a graph of a stage whose inputs and outputs are not those that ``STAGES`` declares."""
+    present = [graphs[name] for name in STAGES if name in graphs]
+    own = next((one.dtype for graph in present for one in graph.inputs if one.name.startswith("past")), "float32")
+    if own not in _COMPUTED:
+        raise BundleError(f"graphs compute in {own!r}, expected one of {', '.join(_COMPUTED)}")
+    for stage in (STAGES[name] for name in graphs if name in STAGES):
+        graph, slots = graphs[stage.name], model.slots[stage.name]
+        for kind, found, tensors in (("input", graph.inputs, stage.inputs), ("output", graph.outputs, stage.outputs)):
+            expected = [_spec(name, tensor, model, own) for name, tensor in stage.names_of(tensors, slots)]
+            for one, wanted in zip_longest(found, expected):
+                if one != wanted:
+                    raise BundleError(
+                        f"graphs.{stage.name} has {_told(one)} where the {kind} {_told(wanted)} is expected: "
+                        "it was damaged or edited"
+                    )
+
+
+def _spec(name: str, tensor: StageTensor, model: LoopedModel, own: str) -> TensorSpec:
+    shape = tuple(getattr(model, axis) if hasattr(model, axis) else axis for axis in tensor.axes)
+    return TensorSpec(name, own if tensor.dtype == OWN else tensor.dtype, shape)
+
+
+def _told(spec: TensorSpec | None) -> str:
+    return "nothing" if spec is None else f"{spec.name} ({spec.dtype}, {list(spec.shape)})"
 
 
 def bundle_identity(source: Source, dtype: str, max_context: int, family: str, config: Mapping[str, Any]) -> str:

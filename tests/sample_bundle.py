@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,12 @@ CONTENTS = {
     "weights.safetensors": bytes(range(256)),
     "tok.json": b"{}",
 }
+STATE = (
+    TensorSpec("h", "float32", ("batch", "chunk", 2048)),
+    TensorSpec("out", "float32", ("batch", "active", 2048)),
+    TensorSpec("halt_mass", "float32", ("batch", "active")),
+    TensorSpec("depth", "int64", ("batch", "active")),
+)
 RECORDS = {name: FileRecord(len(data), hashlib.sha256(data).hexdigest()) for name, data in CONTENTS.items()}
 
 
@@ -44,8 +50,20 @@ def sample_manifest(files: dict[str, FileRecord] = RECORDS, **changes: Any) -> M
         "graphs": {
             "step": GraphSpec(
                 "step.onnx",
-                (TensorSpec("h", "float32", ("B", "S", 2048)), TensorSpec("length", "int64", ())),
-                (TensorSpec("h_next", "float32", ("B", "S", 2048)),),
+                (
+                    *STATE,
+                    TensorSpec("e", "float32", ("batch", "chunk", 2048)),
+                    TensorSpec("step_index", "int64", ("batch", "chunk")),
+                    TensorSpec("threshold", "float32", ()),
+                    TensorSpec("min_depth", "int64", ()),
+                    TensorSpec("length", "int64", ()),
+                    TensorSpec("first", "int64", ("batch",)),
+                    TensorSpec("past", "float32", ("batch", "context", 288)),
+                ),
+                (
+                    *(replace(tensor, name=f"{tensor.name}_next") for tensor in STATE),
+                    TensorSpec("rows", "float32", ("batch", "chunk", 288)),
+                ),
             )
         },
         "targets": {

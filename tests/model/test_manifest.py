@@ -240,3 +240,27 @@ def test_edited_values_are_one_short_line(path: tuple[str, ...], value: Any, wor
         _read(json.loads(json.dumps(_changed(*path, value=value))))
     assert words in str(caught.value)
     assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "told"),
+    [
+        (("inputs", 0, "name"), "state", "state (float32, ['batch', 'chunk', 2048]) where the input h"),
+        (("inputs", 3, "dtype"), "int32", "depth (int32"),
+        (("inputs",), None, "nothing where the input past"),
+        (("outputs", 4, "shape"), ["batch", "chunk", 576], "rows (float32, ['batch', 'chunk', 576])"),
+        (("outputs", 1, "shape", 1), "chunk", "where the output out_next"),
+        (("outputs", 4, "dtype"), "float16", "where the output rows (float32"),
+        (("inputs", 10, "dtype"), "float8", "graphs compute in 'float8'"),
+    ],
+)
+def test_a_graph_of_a_stage_has_what_the_stage_declares(path: tuple[Any, ...], value: Any, told: str) -> None:
+    """The table of stages is what runtime and targets are written against."""
+    if value is None:
+        inputs = _as_json(sample_manifest())["graphs"]["step"]["inputs"][:-1]
+        values = _changed("graphs", "step", "inputs", value=inputs)
+    else:
+        values = _changed("graphs", "step", *path, value=value)
+    with pytest.raises(BundleError) as caught:
+        _read(values)
+    assert told in str(caught.value)

@@ -1,7 +1,7 @@
 """The three stages of a looped model as data: every tensor that goes in or comes out, declared once.
 
 What is traced, which axes are free, how several sequences are packed, what the host writes and what stays on a device,
-and the types an engine must have are derived from this table; opening a bundle checks its graphs against it (``manifest``).
+and the types an engine must have are derived from this table; opening a bundle checks its graphs against it.
 
     prelude   once, before the loop: tokens to ``e``
     step      one loop step: the state of every row that lags or runs, and what of it is still active

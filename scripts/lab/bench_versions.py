@@ -2,7 +2,7 @@
 
     before=../before/.venv/bin/mythos-edge
     python -m mythos_edge.scripts.lab.bench_versions --before $before scripts/assets/carry_adder.pt
-    python -m mythos_edge.scripts.lab.bench_versions --before $before --shape d1024 -p 128 -n 32
+    python -m mythos_edge.scripts.lab.bench_versions --before $before --shape d1024 -p 128 -n 32 --weights int8
 
 Each version exports the checkpoint (or random weights of a shape of ``bench_peers``) itself, then both run
 ``mythos-edge bench`` on their own bundle in turn, the first in each round changing. Prints a table of medians over the
@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--before", type=Path, required=True, metavar="COMMAND", help="mythos-edge of the old version")
     after = Path(sys.executable).with_name("mythos-edge")
     parser.add_argument("--after", type=Path, default=after, metavar="COMMAND", help="default: the one installed here")
+    parser.add_argument("--weights", metavar="FORM", help="build and measure the target with these weights: int8")
     parser.add_argument("-p", "--prompt-tokens", type=int, default=64)
     parser.add_argument("-n", "--new-tokens", type=int, default=64)
     parser.add_argument("-r", "--rounds", type=int, default=5)
@@ -46,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
         commands = {"before": args.before, "after": args.after}
         for version, command in commands.items():
             _run(command, "export", str(checkpoint), "-o", str(folder / version), "--max-context", str(_CONTEXT))
+            if args.weights is not None:
+                _run(command, "build", str(folder / version), "--weights", args.weights)
         rounds: dict[str, list[dict[str, float]]] = {version: [] for version in commands}
         for index in range(args.rounds):
             for version in list(commands)[:: 1 if index % 2 else -1]:
@@ -54,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         version: {figure: statistics.median(one[figure] for one in made) for figure in _FIGURES}
         for version, made in rounds.items()
     }
-    print(f"| {args.shape or args.checkpoint.name} | before | after | after / before |")
+    print(f"| {args.shape or args.checkpoint.name}, {args.weights or 'fp32'} | before | after | after / before |")
     print("|---|---:|---:|---:|")
     for figure in _FIGURES:
         before, later = (medians[version][figure] for version in commands)
@@ -75,8 +78,9 @@ def _random_checkpoint(shape: str, folder: Path) -> Path:
 
 def _figures(command: Path, bundle: Path, args: argparse.Namespace) -> dict[str, float]:
     """The medians that one run of ``bench`` gives."""
-    lengths = ["-p", str(args.prompt_tokens), "-n", str(args.new_tokens), "-r", "3"]
-    (target,) = json.loads(_run(command, "bench", str(bundle), *lengths, "--json"))["targets"].values()
+    options = ["-p", str(args.prompt_tokens), "-n", str(args.new_tokens), "-r", "3"]
+    options += [] if args.weights is None else ["--target", f"ort-cpu-{args.weights}"]
+    (target,) = json.loads(_run(command, "bench", str(bundle), *options, "--json"))["targets"].values()
     return {name: found["median"] if isinstance(found := target[name], dict) else found for name in _FIGURES}
 
 

@@ -107,7 +107,7 @@ def test_engines_whose_runs_are_captured_take_memory_from_who_runs_them(work: Pa
     assert config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION) == wanted
 
 
-def test_a_node_that_can_not_be_parsed_is_named(work: Path, log: Path) -> None:
+def test_a_node_that_cannot_be_parsed_is_named(work: Path, log: Path) -> None:
     nodes = [*_scores()[:2], helper.make_node("Nonsense", ["q", "columns"], ["y"], name="the_odd_one")]
     message = refused(_job(_graph(work, nodes)), log)
     assert message.startswith("small.onnx: TensorRT cannot parse node 'the_odd_one' (Nonsense): ")
@@ -231,7 +231,7 @@ def test_too_little_memory_is_refused_before_a_process_starts(
     assert build_engine(_job(graph), log).plan_bytes
 
 
-def test_a_place_that_can_not_be_written_is_one_line(work: Path, log: Path) -> None:
+def test_a_place_that_cannot_be_written_is_one_line(work: Path, log: Path) -> None:
     graph = _graph(work, _scores())
     job = _job(graph)
     elsewhere = EngineJob(**{**vars(job), "plan": str(work / "absent" / "small.engine")})

@@ -134,7 +134,7 @@ class _Poisoned:
         (1e6, "fp16", ExportError, r"a weight of 1e\+06 does not fit fp16 .*--dtype bf16"),
     ],
 )
-def test_weights_that_can_not_be_stored_are_named(
+def test_weights_that_cannot_be_stored_are_named(
     value: float, dtype: str, kind: type[Exception], message: str, tmp_path: Path
 ) -> None:
     with open_checkpoint(CHECKPOINT) as checkpoint:

@@ -276,7 +276,7 @@ def test_a_file_that_was_added_is_named_by_the_change(made: Path) -> None:
     assert update_manifest(bundle, **changes).file("step.new.onnx").read_bytes() == b"new"
 
 
-def test_a_manifest_that_can_not_be_written_leaves_the_old_one(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_manifest_that_cannot_be_written_leaves_the_old_one(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = tree(made)
 
     def full(path: Path) -> None:

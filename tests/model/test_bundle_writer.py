@@ -217,7 +217,7 @@ def test_a_leftover_with_an_impossible_pid_is_no_error(tmp_path: Path) -> None:
     write_bundle(tmp_path / "b")
 
 
-def test_a_place_that_can_not_be_written_is_one_line(tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(ExportError, match="cannot write there") as caught, BundleWriter(tmp_path / "file" / "b"):
         pass

@@ -187,7 +187,7 @@ def _blob_in(plan: bytes) -> bytes:
     return plan[start : end + sum(size for _, size in json.loads(plan[header:end])["cubins"])]
 
 
-def test_what_rtx_can_not_build_is_one_clear_error(builds: Any) -> None:
+def test_what_rtx_cannot_build_is_one_clear_error(builds: Any) -> None:
     _, results, _ = builds
     not_built, no_attribute, too_many = results[-3:]
     assert not not_built["has_plan"]

@@ -285,7 +285,7 @@ def test_memory_of_arrays_stays_flat_while_decoding(draft: dict[str, Any]) -> No
 BOUNDS = ResolvedDepth(Policy.EXACT, LOOPS, 2, 0.99)
 
 
-def test_what_can_not_be_drafted_is_refused_in_one_line() -> None:
+def test_what_cannot_be_drafted_is_refused_in_one_line() -> None:
     check_draft(None, ResolvedDepth(Policy.LAST, 1, 1, 0.99))
     check_draft(4, BOUNDS)
     check_draft("auto", BOUNDS)

@@ -110,7 +110,7 @@ def test_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
         assert Tokenizer(path).encode("a") == Tokenizer(FIXTURES / "tokenizers" / "t5.json").encode("a")
 
 
-def test_text_that_can_not_be_encoded_is_one_line(tmp_path: Path, byte_level: Tokenizer) -> None:
+def test_text_that_cannot_be_encoded_is_one_line(tmp_path: Path, byte_level: Tokenizer) -> None:
     from tokenizers import Tokenizer as Library
     from tokenizers import models
 

@@ -128,14 +128,14 @@ def test_the_demo_adds_numbers_only(word: str, run: Callable[..., Ran]) -> None:
     assert "internal error" not in ran.err
 
 
-def test_requests_that_can_not_fit_are_one_line(mla_bundle: Path, run: Callable[..., Ran]) -> None:
+def test_requests_that_cannot_fit_are_one_line(mla_bundle: Path, run: Callable[..., Ran]) -> None:
     refused(run("bench", mla_bundle, "-p", 200, "-n", 100), "200 prompt and 100 new tokens are 300; this bundle was")
     refused(run("demo", "add", "9" * 5000, 1), "a number has 5000 digits, the demo adds up to 200")
     short = run("validate", mla_bundle, "--against", CHECKPOINT, "--positions", 5, "--json")
     assert short.code == 0, short.err
 
 
-def test_what_can_not_be_compared_is_refused_before_the_hashing(
+def test_what_cannot_be_compared_is_refused_before_the_hashing(
     damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., Ran]
 ) -> None:
     def with_loop(manifest: dict[str, Any]) -> None:

@@ -67,15 +67,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_arguments(args: argparse.Namespace) -> None:
-    """Raises UsageError for options that do not go together."""
+def check_arguments(args: argparse.Namespace, bundle: Bundle) -> None:
+    """Raises UsageError for options that do not go together, or not with the bundle."""
     if args.against != FP32:
         stray = next((name for name in _OPTIONS if getattr(args, name) is not None), None)
         if stray is not None:
             raise UsageError(f"--{stray.replace('_', '-')} is for quality: add --against {FP32}")
         return
-    if args.target is None:
-        raise UsageError(f"--against {FP32} compares a target with the bundle's fp32 one: name it with --target")
+    default = bundle.manifest.default_target
+    if args.target in (None, default):
+        raise UsageError(f"--against {FP32} compares another target with {default}: name it with --target")
     if args.demo_streams is not None and args.ids is not None:
         raise UsageError("--ids and --demo-streams both say which tokens to compare on: give one of them")
     if args.demo_streams is not None and args.demo_streams < 1:
@@ -104,8 +105,6 @@ def compare(
     """The report of ``args.target``, opened as ``rounded``, against fp32 on ``ids (B, S)``, told on ``console`` too."""
     spec = bundle.target(args.target)
     default = bundle.manifest.default_target
-    if args.target == default:
-        raise UsageError(f"--against {FP32} compares another target with {default}: name it with --target")
     weights = _coarsest(spec)
     gate = _gate(args, weights)
     with closing(open_backend(bundle, default)) as fp32:

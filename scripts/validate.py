@@ -60,9 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    quality_gate.check_arguments(args)
     options.check_seed(args.seed)
     bundle = open_bundle(args.bundle, trust_engines=args.trust)
+    quality_gate.check_arguments(args, bundle)
     ids = _tokens(args, bundle)
     with ExitStack() as opened:
         compare = _comparison(args, bundle, ids, console, opened)  # before minutes of hashing

@@ -61,7 +61,7 @@ def test_a_build_that_is_ended_leaves_the_target_before(rounded_bundle: Path, se
     assert process.returncode != 0
     assert open_bundle(bundle, hashes=True) == before
     after = build_cpu(bundle, "fp32").manifest
-    assert after.targets["ort-cpu-int4"].block == 64
+    assert after.targets["ort-cpu-int4"].options["block"] == 64
     assert set(tree(bundle)) == {*after.files, MANIFEST_FILE}
 
 

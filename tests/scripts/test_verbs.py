@@ -147,8 +147,9 @@ def test_build_and_what_uses_it(mla_bundle: Path, tmp_path: Path, run: Callable[
         "build", bundle, "--weights", "int4", "--calibrate", tmp_path / "ids.npy", "--keep", "head,coda", "--json"
     )
     assert ran.code == 0, ran.err
-    assert (ran.json["target"], ran.json["method"], ran.json["block"]) == ("ort-cpu-int4", "calibrated", 32)
-    assert ran.json["kept"] == ["head", "coda"]
+    assert ran.json["target"] == "ort-cpu-int4"
+    assert (ran.json["options"]["method"], ran.json["options"]["block"]) == ("calibrated", 32)
+    assert {part for part, form in ran.json["weights"].items() if form == "fp32"} == {"head", "coda"}
     plain = run("generate", bundle, "--ids", "1,2,3", "--max-new-tokens", 4, "--json").json
     rounded = run(
         "generate", bundle, "--ids", "1,2,3", "--max-new-tokens", 4, "--target", "ort-cpu-int4", "--json"
@@ -158,7 +159,7 @@ def test_build_and_what_uses_it(mla_bundle: Path, tmp_path: Path, run: Callable[
     assert run("validate", bundle).code == 0
     assert ran.json["replaced"] is False
     again = run("build", bundle, "--weights", "int4").out
-    assert "replaces the one before (int4, blocks of 32, calibrated, head kept, coda kept)" in again
+    assert "replaces the one before (head fp32, coda fp32, experts int4 (blocks of 32, calibrated)" in again
     lost = run("export", tmp_path / "absent.pt", "-o", bundle, "--force").err
     assert f"note: --force discards what was built in {bundle}, too: ort-cpu-int4" in lost
 
@@ -169,7 +170,11 @@ def test_build_for_tensorrt(mla_bundle: Path, tmp_path: Path, run: Callable[...,
     ran = run("build", bundle, "--target", "rtx-sm89", "--max-context", 64, "--max-rows", 8, "--json")
     assert ran.code == 0, ran.err
     assert ran.json["target"] == "rtx-sm89-fp16"
-    assert ran.json["engine"]["plugin_layers"] == {"prelude": 0, "step": 1, "coda": 0}
+    assert {stage: report["plugin_layers"] for stage, report in ran.json["engines"].items()} == {
+        "prelude": 0,
+        "step": 1,
+        "coda": 0,
+    }
     assert all(ran.json["engines"][stage]["plan_bytes"] > 0 for stage in ("prelude", "step", "coda"))
     assert "step: building" in ran.err
     assert (bundle / "build.rtx-sm89-fp16.log").is_file()

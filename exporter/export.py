@@ -102,7 +102,7 @@ def export_bundle(
 
 
 def _identity(config: Config, source: Source, dtype: str, context: int) -> str:
-    return bundle_identity(source, dtype, context, config.family, config.to_dict())
+    return bundle_identity(source, dtype, context, config.family, config.to_dict(), config.looped)
 
 
 def _check(checkpoint: Checkpoint, dtype: str, context: int) -> None:

@@ -128,6 +128,7 @@ def plan_file(tensors: Iterable[StoredTensor]) -> WeightFile:
         end = offset + entry.n_bytes
         # The format has no 4-bit numbers: their bytes, two numbers each, are a vector.
         shape = entry.shape if entry.dtype in _NAMES else (entry.n_bytes,)
+        assert entry.dtype in _NAMES or entry.dtype.itemsize < 1, entry.dtype
         kind = _NAMES.get(entry.dtype, "U8")
         header[entry.name] = {"dtype": kind, "shape": list(shape), "data_offsets": [offset, end]}
         offsets.append(offset)

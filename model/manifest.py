@@ -186,7 +186,7 @@ class Manifest:
     @property
     def identity(self) -> str:
         """Equal for bundles whose caches mean the same: same weights as stored, config and longest context."""
-        return bundle_identity(self.source, self.dtype, self.max_context, self.family, self.config)
+        return bundle_identity(self.source, self.dtype, self.max_context, self.family, self.config, self.model)
 
     @property
     def default_target(self) -> str:
@@ -292,9 +292,11 @@ def _told(spec: TensorSpec | None) -> str:
     return "nothing" if spec is None else f"{spec.name} ({spec.dtype}, {list(spec.shape)})"
 
 
-def bundle_identity(source: Source, dtype: str, max_context: int, family: str, config: Mapping[str, Any]) -> str:
+def bundle_identity(
+    source: Source, dtype: str, max_context: int, family: str, config: Mapping[str, Any], model: LoopedModel
+) -> str:
     """A hash that is equal for bundles whose caches mean the same; see ``Manifest.identity``."""
-    parts = [source.sha256, dtype, max_context, family, dict(config)]
+    parts = [source.sha256, dtype, max_context, family, dict(config), dataclasses.asdict(model)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -15,7 +15,7 @@ from mythos_edge.plugins import ops
 
 
 class TracedOps:
-    """``model.layers.Ops`` as nodes; shapes as there."""
+    """``model.network.Ops`` as nodes; shapes as there."""
 
     def latent_attention(
         self, q: Tensor, rows: Tensor, past: Tensor, window: Window, value_dim: int, scale: float

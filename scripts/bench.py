@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from mythos_edge.exporter.targets.ort_cpu import OrtCpuTarget
 from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.errors import UsageError
 from mythos_edge.model.machine import free_memory_bytes
@@ -108,11 +109,11 @@ def _targets(args: argparse.Namespace, console: Console) -> list[str]:
     bundle = open_bundle(args.bundle)
     manifest, default = bundle.manifest, bundle.manifest.default_target
     if args.weights is not None:
-        return [f"{default}-{weights}" for weights in args.weights.split(",")]
+        return [OrtCpuTarget(weights).name for weights in args.weights.split(",")]
     asked = default if args.target is None else args.target
     names = list(manifest.targets) if asked == "all" else [name for name in asked.split(",") if name]
     # There runs are queued: what a graph takes is not seen from here.
-    on_gpu = [name for name in names if bundle.target(name).kind != manifest.targets[default].kind]
+    on_gpu = [name for name in names if bundle.target(name).kind != OrtCpuTarget.kind]
     if on_gpu and args.target != "all":
         raise UsageError(
             f"bench compares with the memory of a CPU, and {on_gpu[0]!r} is for a GPU: run scripts/gpu_check"

@@ -64,7 +64,7 @@ def add_drafts(parser: argparse.ArgumentParser) -> None:
 
 
 def add_target(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--target", metavar="NAME", help="what mythos-edge build made (default: ort-cpu)")
+    parser.add_argument("--target", metavar="NAME", help="what mythos-edge build made (default: the bundle's first)")
     parser.add_argument("--preset", metavar="NAME", help="target and depth that mythos-edge tune found")
     add_trust(parser)
 

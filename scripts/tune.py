@@ -80,6 +80,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     ids = checked_ids(options.ids_from_file(args.data), bundle.manifest.model)
     if ids.shape[1] < _LEAST_POSITIONS:
         raise UsageError(f"{args.data}: has {ids.shape[1]} positions a row, expected at least {_LEAST_POSITIONS}")
+    _check_reference(bundle)
     settings = settings_of(args, bundle)
     folder = args.output or args.bundle.with_name(f"{args.bundle.name}-tune")
     _check_outputs(bundle, folder, report.FILES)
@@ -147,6 +148,17 @@ def _measure(
         ms = _times(sessions, settings, ids, args.repetitions, console)
     full = ms[None]
     return [Point(s, *quality[s], ms[s].median, ms[s].share, full.median / ms[s].median) for s in settings], full
+
+
+def _check_reference(bundle: Bundle) -> None:
+    """Raises UsageError where the target that others are compared with, the first, is rounded itself."""
+    name = bundle.manifest.default_target
+    weights = bundle.target(name).weights
+    if {"int8", "int4", "fp8"} & set(weights.values()):
+        raise UsageError(
+            f"{bundle.path}: tune compares with the first target, and {name} is rounded: "
+            "tune the full bundle, and pack it then, as presets are packed too"
+        )
 
 
 def _reference(sessions: dict[str, Session]) -> Session:

@@ -12,7 +12,7 @@ provider, so that a test can run the graph without a GPU.
     a product with a rounded matrix    com.microsoft::MatMulNBits between two Casts
     rows of a rounded embedding        com.microsoft::GatherBlockQuantized
 
-Not here: whether the installed ONNX Runtime has those kernels (``runtime.ort_cuda_backend`` asks it).
+Not here: whether the installed ONNX Runtime has those kernels (``runtime.backends.ort_cuda`` asks it).
 """
 
 from collections.abc import Mapping

@@ -61,6 +61,9 @@ def for_many_sequences(model: ir.Model, jobs: int) -> ir.Model:
     graph = made.graph
     counts = ir.Value(name="row_counts", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([jobs]))
     graph.inputs.append(counts)
+    for value in graph.inputs:
+        if value.name == "positions":  # also where nothing reads them, as in families without a rotation
+            value.shape = ir.Shape(["chunk", 1])
     used: list[ir.Value] = []
     for node in list(graph):
         if node.op_type in _ATTENTIONS:
@@ -112,10 +115,8 @@ def _has_weight(node: ir.Node) -> bool:
 
 def _rotate_each_row(writer: GraphWriter, node: ir.Node) -> None:
     """Makes every row a sequence of one for the rotation: its kernel takes no chunk beyond the longest context."""
-    x, positions = node.inputs[0], node.inputs[3]
+    x = node.inputs[0]
     assert x is not None
-    assert positions is not None
-    positions.shape = ir.Shape(["chunk", 1])
     width = shape_of(x)[-1]
     apart = writer.add("Reshape", [x, writer.integers([-1, 1, width])])
     apart.type = x.type

@@ -125,18 +125,33 @@ class OrtCpuTarget:
         roundings = {form: self._rounding(form, config.looped.dim) for form in forms.values() if form != "fp32"}
         by_part = {part: roundings.get(form) for part, form in forms.items()}
         matrices = ort_files.matrices_of(config, by_part, self.keep) if roundings else []
+        if roundings and not matrices:
+            raise BuildError(
+                f"nothing of this model is left to round to {self.weights}: leave parts out of --keep, "
+                "or build with --weights fp32"
+            )
+        weights = ort_files.forms_of(config, matrices, "fp32")
+        if self.block and self.weights not in weights.values():
+            raise BuildError(f"--block is {self.block}, and no matrix left is {self.weights}: leave --block out")
         packs = ort_files.rounded_packs(work, plan_rounded(matrices), self._importance(work)) if matrices else {}
         work.progress("graphs", 0.0)
         lower = partial(lower_for_ort, packs=packs)
         lowered = ort_files.write_graphs(ort_files.stages_of(work), work.folder, work.name, config, lower)
-        weights = ort_files.forms_of(config, matrices, "fp32")
         return self.written(lowered, weights, ort_files.summary_of(weights, roundings), roundings)
 
     def written(
         self, lowered: "Lowered", weights: dict[str, str], summary: str, roundings: Mapping[str, "Rounding"]
     ) -> Written:
         """The result of writing it, with the roundings by form."""
-        main = roundings.get(self.weights)
+        # Without experts, or with them kept, what is rounded is the dense matrices alone.
+        main = next(
+            (
+                roundings[form]
+                for form in (self.weights, self.dense_form())
+                if form in weights.values() and form in roundings
+            ),
+            None,
+        )
         return Written(
             graphs=lowered.graphs,
             compute_dtype="fp32",

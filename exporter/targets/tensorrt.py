@@ -76,14 +76,14 @@ class TensorRTTarget:
             if not driver.device_count():
                 raise BuildError(f"{THIS_GPU}: this machine has no GPU: build there, or for known GPUs as in rtx-sm89")
             return cls(Gpus("trt", (driver.compute_capability(0),), driver.device_name(0)), **given)
-        if not re.fullmatch(r"rtx-sm\d+(\+sm\d+)*", wish):
+        if not re.fullmatch(r"rtx-sm\d{2,3}(\+sm\d{2,3})*", wish):
             return None
         return cls(Gpus("rtx", capabilities_in(wish)), **given)
 
     @classmethod
     def from_name(cls, name: str) -> Self | None:
         rounded = "|".join(WEIGHTS[1:])
-        pattern = rf"(rtx|trt)-(sm\d+(?:\+sm\d+)*)-({'|'.join(DTYPES)})(?:-({rounded}))?(-loop)?"
+        pattern = rf"(rtx|trt)-(sm\d{2, 3}(?:\+sm\d{2, 3})*)-({'|'.join(DTYPES)})(?:-({rounded}))?(-loop)?"
         found = re.fullmatch(pattern, name)
         if found is None:
             return None

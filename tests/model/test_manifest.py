@@ -264,3 +264,17 @@ def test_a_graph_of_a_stage_has_what_the_stage_declares(path: tuple[Any, ...], v
     with pytest.raises(BundleError) as caught:
         _read(values)
     assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("max_depth", 12), ("threshold", 0.5), ("head_dim", 7), ("attention", "grouped")]
+)
+def test_another_model_is_another_bundle(field: str, value: Any) -> None:
+    """The runtime goes by ``model``, so targets and saved sessions of another are not this bundle's."""
+    other = _read(_changed("model", field, value=value) | ({"sample": _of(value)} if field == "threshold" else {}))
+    assert other.identity != sample_manifest().identity
+
+
+def _of(threshold: float) -> dict[str, Any]:
+    sample: dict[str, Any] = _as_json(sample_manifest())["sample"]
+    return {**sample, "threshold": threshold}

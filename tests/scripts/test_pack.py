@@ -118,3 +118,12 @@ def test_the_tokenizer_stays(run: Callable[..., Ran], text_bundle: Path, tmp_pat
     assert run("pack", text_bundle, "--target", "ort-cpu", "-o", output).code == 0
     texts = [run("generate", bundle, "-p", "def ", "--max-new-tokens", 8).out for bundle in (text_bundle, output)]
     assert texts[0] == texts[1] != ""
+
+
+def test_tune_wants_a_reference_that_is_not_rounded(
+    run: Callable[..., Ran], rounded_bundle: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "small.bundle"
+    assert run("pack", rounded_bundle, "--target", "ort-cpu-int4", "-o", output).code == 0
+    np.save(tmp_path / "ids.npy", np.arange(64).reshape(2, 32))
+    refused(run("tune", output, "--data", tmp_path / "ids.npy"), "ort-cpu-int4 is rounded", "tune the full bundle")

@@ -55,7 +55,7 @@ class DepthLoRA(nn.Module):
 
 
 class LoopStep(nn.Module):
-    """One pass of the recurrent block over a chunk."""
+    """One loop step of the recurrent block over a chunk."""
 
     def __init__(self, config: MythosConfig, ops: Ops) -> None:
         super().__init__()

@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from built import build_cpu
+from command_line import Ran, refused
 from conftest import ROOT
 
 from mythos_edge.exporter.targets import ort_cpu, ort_files
@@ -290,3 +291,12 @@ def test_grouped_query_attention_rounded(exported: Callable[..., Path], tmp_path
         wanted, found = exact.score(ids, policy="full").logits, rounded.score(ids, policy="full", prefill=3).logits
     # This network is random and sensitive on purpose; rows in wrong places would make it 1 and more.
     assert np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 0.5
+
+
+def test_a_target_that_would_round_nothing_is_refused(run: Callable[..., Ran], rounded_bundle: Path) -> None:
+    kept = "head,attention,experts,shared,prelude,coda"
+    refused(run("build", rounded_bundle, "--weights", "int8", "--keep", kept), "nothing of this model is left to round")
+    refused(
+        run("build", rounded_bundle, "--weights", "int4", "--keep", "experts", "--block", 32), "--block is 32", "int4"
+    )
+    assert "ort-cpu-int8" not in open_bundle(rounded_bundle).manifest.targets

@@ -27,7 +27,7 @@ def test_a_toy_family_is_a_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     save_file(tensors, toy)
     assert run("export", toy, "-o", bundle).code == 0
     assert "4 loop steps of 8 values" in run("inspect", bundle).out
-    ids = np.arange(1, 25)[None]
+    ids = np.arange(1, 49).reshape(2, 24) % 25
     with Session.open(bundle) as session, open_checkpoint(toy) as checkpoint, torch.no_grad():
         wanted, found = load_network(checkpoint)(torch.tensor(ids)), session.score(ids, prefill=7)
     assert 1 == found.depth.min() < found.depth.max() == 4

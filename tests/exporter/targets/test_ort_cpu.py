@@ -130,10 +130,10 @@ def test_bad_wishes_are_refused_in_one_line(bundle: Path, options: dict[str, Any
 def test_kept_parts_stay_float32(bundle: Path, keep: list[str], rounded_parts: set[str]) -> None:
     from safetensors.numpy import load_file
 
-    build_cpu(bundle, "int4", block=32, keep=tuple(keep))
-    stored = load_file(bundle / "weights.ort-cpu-int4.safetensors")
+    build_cpu(bundle, "int4", dense="int4", block=32, keep=tuple(keep))
+    stored = load_file(bundle / "weights.ort-cpu-int4-dense-int4.safetensors")
     assert {name.partition(".")[0] for name in stored} == rounded_parts
-    with Session.open(bundle, target="ort-cpu-int4") as session, Session.open(bundle) as exact:
+    with Session.open(bundle, target="ort-cpu-int4-dense-int4") as session, Session.open(bundle) as exact:
         ids = np.array([[1, 25, 99, 4, 58]])
         assert np.abs(session.score(ids).logits - exact.score(ids).logits).max() < 10
 
@@ -213,9 +213,10 @@ def demo_targets(demo_bundle: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.mark.parametrize(("weights", "block"), [("int8", 32), ("int8", 0), ("int4", 32), ("int4", 64), ("int4", 128)])
 def test_every_kind_of_rounding_runs(bundle: Path, weights: str, block: int) -> None:
     """Rows of 64 values in blocks of 128 are padded, of the embedding too; its experts then stay float32."""
-    build_cpu(bundle, weights, block=block, keep=("experts",) if block == 128 else ())
+    more: dict[str, Any] = {"keep": ("experts",), "dense": "int4"} if block == 128 else {}
+    target = list(build_cpu(bundle, weights, block=block, **more).manifest.targets)[-1]
     ids = addition.random_columns(np.random.default_rng(2), 1, 30)
-    with Session.open(bundle) as exact, Session.open(bundle, target=f"ort-cpu-{weights}") as rounded:
+    with Session.open(bundle) as exact, Session.open(bundle, target=target) as rounded:
         wanted, found = (one.score(ids, policy="full").logits for one in (exact, rounded))
     assert (found.argmax(-1) == wanted.argmax(-1)).mean() > 0.95
     assert np.abs(found - wanted).max() > 0

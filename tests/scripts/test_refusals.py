@@ -196,6 +196,7 @@ def test_build_for_tensorrt_refuses_in_one_line(mla_bundle: Path, run: Callable[
         (("--target", "trt-sm87-bf16-loop"), "with --target trt-this-gpu --dtype bf16 --layout loop"),
         (("--target", "trt-sm87-fp16-aot"), "target is 'trt-sm87-fp16-aot', expected ort-cpu"),
         (("--target", "rtx-sm89-quick"), "target is 'rtx-sm89-quick', expected ort-cpu"),
+        (("--target", "rtx-sm" + "9" * 5000), "expected ort-cpu"),
         (("--target", "rtx-sm87"), "for Jetson Orin use trt-this-gpu there"),
         (("--target", "rtx-sm75", "--dtype", "bf16"), "sm75 has no bf16, which begins with sm80"),
         (("--target", "rtx-sm80", "--weights", "int4"), "sm80 has no int4, which begins with sm86"),

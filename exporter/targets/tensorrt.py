@@ -83,7 +83,7 @@ class TensorRTTarget:
     @classmethod
     def from_name(cls, name: str) -> Self | None:
         rounded = "|".join(WEIGHTS[1:])
-        pattern = rf"(rtx|trt)-(sm\d{2, 3}(?:\+sm\d{2, 3})*)-({'|'.join(DTYPES)})(?:-({rounded}))?(-loop)?"
+        pattern = rf"(rtx|trt)-(sm\d{{2,3}}(?:\+sm\d{{2,3}})*)-({'|'.join(DTYPES)})(?:-({rounded}))?(-loop)?"
         found = re.fullmatch(pattern, name)
         if found is None:
             return None

@@ -84,11 +84,16 @@ class OrtCudaTarget:
         )
 
     def check(self, bundle: Bundle) -> None:
-        dim, block = bundle.manifest.model.dim, self.block or min(BLOCKS)
-        if self.weights != "none" and dim % block:
+        model, block = bundle.manifest.model, self.block or min(BLOCKS)
+        if self.weights == "none":
+            return
+        if not model.experts_per_token:
+            raise BuildError(f"this model has no experts, and {_KIND} rounds nothing else: build with --weights none")
+        if model.dim % block:
+            fits = next((f"--block {each}" for each in BLOCKS if model.dim % each == 0), "--weights none")
             raise BuildError(
-                f"the experts' rows of {dim} values do not divide into blocks of {block}, which the CUDA kernel wants: "
-                "build with --weights none"
+                f"the experts' rows of {model.dim} values do not divide into blocks of {block}, which the CUDA kernel "
+                f"wants: build with {fits}"
             )
 
     def write(self, work: Work) -> Written:

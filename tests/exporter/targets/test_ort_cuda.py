@@ -197,7 +197,10 @@ def test_built_again_it_replaces_its_files(bundle: Path) -> None:
         ({"dtype": "fp32", "weights": "int4"}, "no fp32 form: build int4 with --dtype fp16"),
         ({"block": 64}, "weights none rounds nothing: leave it out"),
         ({"weights": "int8", "block": 32}, "block is 32, expected one of 64, 128"),
-        ({"weights": "int8", "block": 128}, "rows of 64 values do not divide into blocks of 128"),
+        (
+            {"weights": "int8", "block": 128},
+            "rows of 64 values do not divide into blocks of 128, which the CUDA kernel wants: build with --block 64",
+        ),
     ],
 )
 def test_bad_wishes_are_refused_in_one_line(bundle: Path, options: dict[str, Any], message: str) -> None:

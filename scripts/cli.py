@@ -27,6 +27,7 @@ _VERBS = {
     "pack": "pack",
     "inline": "inline_verb",
     "generate": "generate",
+    "chat": "chat",
     "score": "score",
     "validate": "validate",
     "tune": "tune",

@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mythos_edge.model.bundle import open_bundle
+from mythos_edge.model.bundle import Bundle, open_bundle
 from mythos_edge.model.errors import UsageError
 from mythos_edge.model.output_files import check_output, writing
 from mythos_edge.runtime.loop_engine import LoopEngine
 from mythos_edge.runtime.scoring import Score
 from mythos_edge.runtime.session import Session
-from mythos_edge.scripts import arguments, options
+from mythos_edge.scripts import arguments, given_tokens, options
 from mythos_edge.scripts.console import Console
 
 HELP = "write the logits and depth of given tokens"
@@ -22,9 +22,10 @@ _SCORES = "the scores"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_bundle(parser)
-    parser.add_argument(
-        "--ids", type=arguments.file_name, required=True, metavar="NPY", help="int64 array (batch, positions)"
-    )
+    tokens = parser.add_mutually_exclusive_group(required=True)
+    tokens.add_argument("--ids", type=arguments.file_name, metavar="NPY", help="int64 array (batch, positions)")
+    given_tokens.add_text(tokens)
+    given_tokens.add_row_tokens(parser)
     parser.add_argument("-o", "--output", type=arguments.path, required=True, metavar="NPZ")
     parser.add_argument("--prefill", type=int, metavar="N", help="positions fed as one chunk (default: all)")
     options.add_depth(parser)
@@ -33,13 +34,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    ids = options.ids_from_file(args.ids)
+    given_tokens.are_given(args, "--ids", args.ids)
+    bundle = open_bundle(args.bundle, trust_engines=args.trust)
+    ids = given_tokens.tokens_of(args, args.ids, bundle).ids
     check_output(args.output, _SCORES)
     console.leave_stdout_to(args.output)
-    score = _score(args, ids, console)
+    score = _score(args, bundle, ids, console)
     with writing(args.output, _SCORES) as file:
         np.savez(
             file,
+            ids=ids,
             logits=score.logits,
             depth=score.depth,
             block_calls=np.array(score.block_calls),
@@ -61,8 +65,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _score(args: argparse.Namespace, ids: NDArray[Any], console: Console) -> Score:
-    bundle = open_bundle(args.bundle, trust_engines=args.trust)
+def _score(args: argparse.Namespace, bundle: Bundle, ids: NDArray[Any], console: Console) -> Score:
     spec = None if args.target is None else bundle.target(args.target)
     if spec is not None and spec.has_loop_inside:
         if args.prefill is not None:

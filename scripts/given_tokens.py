@@ -39,13 +39,13 @@ _NO_ARRAY = (ValueError, EOFError, TypeError, SyntaxError, TokenError, Recursion
 class Tokens:
     """Tokens ``ids (B, S)``, the name of their file, and of a text its UTF-8 bytes.
 
-    ``fresh`` is the first position of every row that no row before predicted: 1, but for the last row of a text, which
-    repeats as much of the row before as makes it a whole one.
+    ``seen`` are the first tokens of every row that belong to the row before, too: none for ids. A row of a text begins
+    with the last token of the one before, and the last row with as many as make it a whole one.
     """
 
     ids: NDArray[np.int64]
     file: str
-    fresh: NDArray[np.int64]
+    seen: NDArray[np.int64]
     text_bytes: int | None = None
 
 
@@ -76,7 +76,7 @@ def tokens_of(args: argparse.Namespace, ids_file: str | None, bundle: Bundle) ->
         return _of_text(args.text, args.row_tokens, bundle)
     assert ids_file is not None
     ids = checked_ids(ids_from_file(arguments.file_name(ids_file)), bundle.manifest.model)
-    return Tokens(ids, ids_file, np.ones(len(ids), np.int64))
+    return Tokens(ids, ids_file, np.zeros(len(ids), np.int64))
 
 
 def _of_text(file: str, row_tokens: int | None, bundle: Bundle) -> Tokens:
@@ -88,20 +88,20 @@ def _of_text(file: str, row_tokens: int | None, bundle: Bundle) -> Tokens:
     ids = np.array(tokenizer.encode(text), np.int64)
     if len(ids) < _LEAST_ROW_TOKENS:
         raise UsageError(f"{file}: has {len(ids)} tokens, expected at least {_LEAST_ROW_TOKENS}: give a longer text")
-    rows, fresh = rows_of(checked_ids(ids[None], bundle.manifest.model)[0], row_tokens or min(_ROW_TOKENS, longest))
-    return Tokens(rows, file, fresh, len(text.encode()))
+    rows, seen = rows_of(checked_ids(ids[None], bundle.manifest.model)[0], row_tokens or min(_ROW_TOKENS, longest))
+    return Tokens(rows, file, seen, len(text.encode()))
 
 
 def rows_of(ids: NDArray[np.int64], length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows (B, S) of at most ``length`` tokens with all of ``ids (N,)``, and ``fresh (B,)`` as in ``Tokens``.
+    """Rows (B, S) of at most ``length`` tokens with all of ``ids (N,)``, and ``seen (B,)`` as in ``Tokens``.
 
     Each row begins with the last token of the one before, so that every token but the first follows another.
     """
     length = min(length, len(ids))
     last = len(ids) - length
     starts = [*range(0, last, length - 1), last]
-    repeated = [0, *(before + length - 1 - start for before, start in itertools.pairwise(starts))]
-    return np.stack([ids[start : start + length] for start in starts]), 1 + np.array(repeated, np.int64)
+    seen = [0, *(before + length - start for before, start in itertools.pairwise(starts))]
+    return np.stack([ids[start : start + length] for start in starts]), np.array(seen, np.int64)
 
 
 def tokenizer_of(bundle: Bundle) -> Tokenizer:

@@ -77,8 +77,9 @@ def check_arguments(args: argparse.Namespace, bundle: Bundle) -> None:
     default = bundle.manifest.default_target
     if args.target in (None, default):
         raise UsageError(f"--against {FP32} compares another target with {default}: name it with --target")
-    if args.demo_streams is not None and args.ids is not None:
-        raise UsageError("--ids and --demo-streams both say which tokens to compare on: give one of them")
+    given = next((name for name in ("ids", "text") if getattr(args, name) is not None), None)
+    if args.demo_streams is not None and given is not None:
+        raise UsageError(f"--{given} and --demo-streams both say which tokens to compare on: give one of them")
     if args.demo_streams is not None and args.demo_streams < 1:
         raise UsageError(f"--demo-streams is {args.demo_streams}, expected at least 1")
     if args.max_kl is not None:

@@ -43,7 +43,7 @@ def test_every_verb_has_help_with_an_example(verb: str, run: Callable[..., Ran])
         ("generate", "b", "--ids", "1", "--max-depth", "two"),
         ("export", "a.pt"),
         ("doctor", "--no-such-option"),
-        ("score", "b", "--ids", "x.npy"),
+        ("score", "b", "-o", "x.npz"),
         ("demo",),
     ],
 )

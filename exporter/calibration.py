@@ -14,24 +14,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mythos_edge.exporter.probes import ROUTER, Probe, router_of, stored_weights
+from mythos_edge.exporter.probes import Probe, Router, multiplied_in, router_of, stored_weights
 from mythos_edge.exporter.targets.spec import Progress
 from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.errors import CapacityError
-from mythos_edge.model.families.family import Config
 from mythos_edge.model.families.table import config_of
-from mythos_edge.model.layout import recipes
+from mythos_edge.model.layout import experts_of, recipes
 from mythos_edge.model.linked_weights import weights_apart
 from mythos_edge.model.network import LoopState
+from mythos_edge.model.stages import STAGES
 
 Array = NDArray[Any]
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
-See = Callable[[int, Mapping[str, Array]], None]
-
-_FC1, _FC2 = "step.block.ffn.fc1", "step.block.ffn.fc2"
-# What each stage's matrices begin with. The fp32 target holds fc1 in pieces; the router has the same input.
-_PREFIXES = {"prelude": ("prelude_blocks.",), "step": ("step.block.",), "coda": ("coda_blocks.", "embed")}
+# Told a stage, its loop step, and what each matrix was multiplied with.
+See = Callable[[str, int, Mapping[str, Array]], None]
 
 
 @dataclass(frozen=True)
@@ -58,18 +55,21 @@ def collect_importance(
     if ids.shape[1] > limit:
         raise CapacityError(f"the ids have {ids.shape[1]} positions; this bundle was exported for {limit}: cut them")
     with bundle.unchanged():
-        network = _Network(bundle)
-        experts = _Experts(bundle)
+        names, router = experts_of(config), router_of(bundle)
+        network = _Network(bundle, router)
+        experts = None if names is None or router is None else _Experts(bundle, router, names.fc1)
     tallies: dict[str, _Tally] = {}
 
-    def see(step: int, activations: Mapping[str, Array]) -> None:
+    def see(stage: str, step: int, activations: Mapping[str, Array]) -> None:
+        steps = config.looped.max_depth if stage == "step" else 1
         for name, x in activations.items():
-            steps = config.looped.max_depth if name.startswith("step.") else 1
-            tallies.setdefault(name, _Tally((steps, x.shape[-1]))).add(step, x)
-        if _FC1 in activations:
-            tally = tallies.setdefault(_FC2, _Tally((config.looped.max_depth, *experts.sizes)))
-            for expert, hidden in experts.hidden(activations[_FC1]):
-                tally.add((step, expert), hidden)
+            # The fp32 target holds the first matrices of experts in pieces; the router has the same input.
+            own = names.fc1 if names is not None and name == names.router else name
+            tallies.setdefault(own, _Tally((steps, x.shape[-1]))).add(step, x)
+            if names is not None and experts is not None and own == names.fc1:
+                tally = tallies.setdefault(names.fc2, _Tally((steps, *experts.sizes)))
+                for expert, hidden in experts.hidden(x):
+                    tally.add((step, expert), hidden)
 
     for row in range(len(ids)):
         progress("calibration", row / len(ids))
@@ -83,17 +83,21 @@ def collect_importance(
 class _Network:
     """The fp32 target that tells what every matrix is multiplied with."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, router: Router | None) -> None:
         self._config = config_of(bundle.manifest)
         target = bundle.manifest.default_target
         graphs = bundle.target(target).graphs
         kept = {"prelude": ["e"], "step": [f"{name}_next" for name in LoopState._fields], "coda": []}
-        matrices = [*_matrices(self._config), ROUTER]
+        matrices = [recipe.name for recipe in recipes(self._config, 1) if recipe.parts]
+        if router is not None:
+            matrices.append(router.name)
         apart = weights_apart(bundle, None, target)
-        self._probes = {}
-        for stage, prefixes in _PREFIXES.items():
-            probed = [name for name in matrices if name.startswith(prefixes)]
-            self._probes[stage] = Probe(bundle.file(graphs[stage]), probed, kept[stage], apart=apart)
+        self._probed, self._probes = {}, {}
+        for stage in STAGES:
+            path = bundle.file(graphs[stage])
+            self._probed[stage] = multiplied_in(path, matrices)
+            if self._probed[stage] or kept[stage]:
+                self._probes[stage] = Probe(path, self._probed[stage], kept[stage], apart=apart)
 
     def run(self, ids: NDArray[np.int64], see: See) -> None:
         """Runs one sequence ``ids (1, S)`` through all stages; ``see`` is told each loop step's activations."""
@@ -113,21 +117,21 @@ class _Network:
             made = self._run("step", feeds, index, see)
             state = {name: made[f"{name}_next"] for name in state}
         last = {"out": state["out"], "logit_rows": np.arange(rows[1])}
-        self._run("coda", last | window | _slots(past, c.coda_slots), 0, see)
+        if "coda" in self._probes:
+            self._run("coda", last | window | _slots(past, c.coda_slots), 0, see)
 
     def _run(self, stage: str, feeds: dict[str, Array], index: int, see: See) -> dict[str, Array]:
         made = self._probes[stage].run(feeds)
-        seen = {name: x for name, x in made.items() if name.startswith(_PREFIXES[stage])}
-        see(index, {_FC1 if name == ROUTER else name: x for name, x in seen.items()})
+        see(stage, index, {name: made[name] for name in self._probed[stage]})
         return made
 
 
 class _Experts:
     """The first matrices of the routed experts, mapped from the file and read one at a time."""
 
-    def __init__(self, bundle: Bundle) -> None:
-        self._router = router_of(bundle)
-        self._fc1 = stored_weights(bundle, "step")[_FC1].numpy()
+    def __init__(self, bundle: Bundle, router: Router, fc1: str) -> None:
+        self._router = router
+        self._fc1 = stored_weights(bundle, "step")[fc1].numpy()
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -171,11 +175,6 @@ class _Tally:
         squares = self._squares.reshape(steps, -1).sum(1) / self._squares.shape[-1]
         mean: Float64 = squares / self._rows.reshape(steps, -1).sum(1)
         return mean
-
-
-def _matrices(config: Config) -> list[str]:
-    """Names of the matrices that all rows of activations are multiplied with, as the layout has them."""
-    return [recipe.name for recipe in recipes(config, max_context=1) if recipe.narrow and len(recipe.shape) == 2]
 
 
 def _slots(past: Float32, layers: int) -> dict[str, Array]:

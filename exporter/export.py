@@ -177,8 +177,9 @@ def _biased(plan: WeightsPlan, weights: Path) -> dict[str, bool]:
     """Whether each selection bias is other than zeros, which lowering leaves out: all that a graph has of values."""
     found = {}
     with weights.open("rb") as file:
-        for name, entry in plan.file.entries.items():
-            if name.endswith("router_bias"):
+        for name, recipe in plan.recipes.items():
+            if recipe.role == "router_bias":
+                entry = plan.file.entries[name]
                 file.seek(entry.offset)
                 found[name] = bool(np.frombuffer(file.read(entry.n_bytes), np.float32).any())
     return found

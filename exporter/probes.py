@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 
 from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.errors import BundleError, MythosEdgeError, unavailable
+from mythos_edge.model.families.table import config_of
+from mythos_edge.model.layout import experts_of
 from mythos_edge.model.linked_weights import NONE_APART, Apart, lent_weights
 from mythos_edge.model.machine import cores
 from mythos_edge.model.manifest import EXACT_TIE_MARGIN
 
 Array = NDArray[Any]
-# Every target multiplies it in float32 with what the experts see, too.
-ROUTER = "step.block.ffn.router"
 
 
 class Probe:
@@ -73,8 +73,12 @@ class Probe:
 
 @dataclass(frozen=True)
 class Router:
-    """The weights that choose experts: ``weight (E, D)``, and ``bias (E,)`` that counts for the choice only."""
+    """The weights that choose experts: ``weight (E, D)``, and ``bias (E,)`` that counts for the choice only.
 
+    Every target multiplies ``weight``, which it knows by ``name``, in float32 with what the experts see, too.
+    """
+
+    name: str
     weight: NDArray[np.float32]
     bias: NDArray[np.float32]
     top_k: int
@@ -97,11 +101,20 @@ class Router:
         return tied
 
 
-def router_of(bundle: Bundle) -> Router:
-    """The router as the bundle stores it; every target keeps it in float32."""
+def router_of(bundle: Bundle) -> Router | None:
+    """The router as the bundle stores it; None of a model without experts."""
+    experts = experts_of(config_of(bundle.manifest))
+    if experts is None:
+        return None
     stored = stored_weights(bundle, "step")
-    weight, bias = (np.array(stored[name].numpy()) for name in (ROUTER, f"{ROUTER}_bias"))
-    return Router(weight, bias, bundle.manifest.model.experts_per_token)
+    weight, bias = (np.array(stored[name].numpy()) for name in (experts.router, experts.router_bias))
+    return Router(experts.router, weight, bias, bundle.manifest.model.experts_per_token)
+
+
+def multiplied_in(path: Path, matrices: Sequence[str]) -> list[str]:
+    """Those of ``matrices`` that the graph at ``path`` multiplies something with."""
+    graph = ir.load(path).graph
+    return [matrix for matrix in matrices if _users(graph, matrix)]
 
 
 def stored_weights(bundle: Bundle, stage: str) -> dict[str, ir.TensorProtocol]:
@@ -120,11 +133,14 @@ def _followed(bundle: Bundle, tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     return ir.ExternalTensor(*place, shape=tensor.shape, name=str(tensor.name), base_dir=file.parent)
 
 
-def _multiplied(graph: ir.Graph, matrix: str, path: Path) -> ir.Value:
-    # A matrix that is stored narrower is used as its float32 copy.
+def _users(graph: ir.Graph, matrix: str) -> list[ir.Node]:
+    # A matrix that is stored narrower is used as its float32 copy. The first input is what is looked up in or cast.
     names = (matrix, f"{matrix}.fp32")
-    nodes = [node for node in graph if any(value is not None and value.name in names for value in node.inputs)]
-    users = [node for node in nodes if node.op_type != "Cast"]
+    return [node for node in graph if any(value is not None and value.name in names for value in node.inputs[1:])]
+
+
+def _multiplied(graph: ir.Graph, matrix: str, path: Path) -> ir.Value:
+    users = _users(graph, matrix)
     if len(users) != 1:
         raise BundleError(f"{path.name}: {len(users)} nodes use {matrix!r}, expected one: build the target again")
     x = users[0].inputs[0]

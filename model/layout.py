@@ -9,13 +9,19 @@ import torch
 from mythos_edge.model.families.family import Config
 from mythos_edge.model.families.table import family_named
 from mythos_edge.model.network import LoopedNetwork, Ops, in_dtype
-from mythos_edge.model.recipes import Recipe, TensorReader
+from mythos_edge.model.recipes import Experts, Recipe, TensorReader
 
 
 def recipes(config: Config, max_context: int) -> list[Recipe]:
     """Every stored tensor of a model, in no particular order."""
     found: list[Recipe] = family_named(config.family).recipes(config, max_context)
     return found
+
+
+def experts_of(config: Config) -> Experts | None:
+    """The names of the tensors of the routed experts; None of a model without any."""
+    roles = {recipe.role: recipe.name for recipe in recipes(config, 1) if recipe.role}
+    return Experts(**roles) if roles else None
 
 
 def network_of(config: Config, max_context: int, ops: Ops | None = None) -> LoopedNetwork:

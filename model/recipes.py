@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -35,6 +35,10 @@ class Recipe:
     ``narrow`` says that the tensor takes the bundle's dtype; the others stay float32 (norms, halting, router,
     LoRA, injection, tables), because they are small and decide what is computed. ``share`` of it is read for one row,
     as of experts the chosen.
+
+    A matrix that targets may round, because flat rows ``x (N, D)`` are multiplied with it, names the ``parts`` of the
+    model that it belongs to: head, prelude, coda, experts, shared, attention, or others. The first is the one that it
+    is counted in. ``role`` is the field of ``Experts`` that it is.
     """
 
     name: str
@@ -42,3 +46,14 @@ class Recipe:
     pieces: Pieces
     narrow: bool = False
     share: float = 1.0
+    parts: tuple[str, ...] = ()
+    role: str = ""
+
+
+class Experts(NamedTuple):
+    """The stored tensors of a model's routed experts by name, as the op SparseMoE calls them."""
+
+    router: str
+    router_bias: str
+    fc1: str
+    fc2: str

@@ -60,12 +60,12 @@ class Difference:
 @dataclass(frozen=True)
 class LoopStepQuality:
     """One loop step: relative error of ``h``, share of chosen experts in common, share of positions that chose the
-    same set."""
+    same set; None of a model without experts."""
 
     h_error_mean: float
     h_error_p99: float
-    common_experts: float
-    same_experts: float
+    common_experts: float | None
+    same_experts: float | None
 
 
 @dataclass(frozen=True)
@@ -143,9 +143,7 @@ def quality_report(differences: Sequence[Difference]) -> QualityReport:
         depth_agreement=float((depth == 0).mean()),
         depth_difference=float(np.abs(depth).mean()),
         loop_steps=tuple(
-            LoopStepQuality(
-                float(error.mean()), float(np.percentile(error, 99)), float(share.mean()), float((share == 1).mean())
-            )
+            LoopStepQuality(float(error.mean()), float(np.percentile(error, 99)), *_of_experts(share))
             for error, share in steps
         ),
     )
@@ -166,10 +164,17 @@ def relative_error(reference: Float, other: Float) -> Float64:
 
 
 def common_share(reference: Integer, other: Integer) -> Float64:
-    """The share of the experts ``(..., k)`` that are in both sets, whatever their order."""
+    """The share of the experts ``(..., k)`` that are in both sets, whatever their order; NaN of sets of none."""
+    if not reference.shape[-1]:
+        return np.full(reference.shape[:-1], np.nan)
     common = (reference[..., :, None] == other[..., None, :]).any(-1)
     share: Float64 = common.mean(-1)
     return share
+
+
+def _of_experts(common: Float64) -> tuple[float | None, float | None]:
+    """The mean share, and how many are all."""
+    return (None, None) if np.isnan(common).any() else (float(common.mean()), float((common == 1).mean()))
 
 
 def _kl(reference: Float, logits: Float) -> float:

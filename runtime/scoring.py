@@ -10,6 +10,9 @@ from mythos_edge.runtime.decoding import TokenSequence
 from mythos_edge.runtime.staircase import Fed
 from mythos_edge.runtime.together import Work
 
+# Positions whose logits are held in float64.
+_NATS_AT_ONCE = 64
+
 
 @dataclass(frozen=True)
 class Score:
@@ -38,6 +41,19 @@ def score_of(scored: Sequence[Fed], sequences: Sequence[TokenSequence], batch_ru
         sum(one.catch_up_calls for one in stairs),
         batch_runs,
     )
+
+
+def nats_of(logits: NDArray[np.float32], ids: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Minus the natural-log probability (B, S - 1) that ``logits (B, S, V)`` give to all ``ids (B, S)`` but the first
+    of a row, which nothing predicts. NaN where logits are not finite."""
+    nats = np.empty((len(ids), ids.shape[1] - 1))
+    with np.errstate(invalid="ignore"):
+        for row, start in np.ndindex(len(ids), -(-nats.shape[1] // _NATS_AT_ONCE)):
+            at = slice(start * _NATS_AT_ONCE, min((start + 1) * _NATS_AT_ONCE, nats.shape[1]))
+            wide = logits[row, at].astype(np.float64)
+            wide -= wide.max(axis=-1, keepdims=True)
+            nats[row, at] = np.log(np.exp(wide).sum(axis=-1)) - wide[np.arange(len(wide)), ids[row, 1:][at]]
+    return nats
 
 
 def spans_of(prefill: int, positions: int) -> Iterator[tuple[int, int]]:

@@ -9,8 +9,7 @@ from mythos_edge.exporter.targets.spec import Option, log_of
 from mythos_edge.exporter.targets.table import KINDS, target_from
 from mythos_edge.model.bundle import Bundle, open_bundle
 from mythos_edge.model.errors import unavailable
-from mythos_edge.runtime.prompts import checked_ids
-from mythos_edge.scripts import arguments, options
+from mythos_edge.scripts import arguments, given_tokens
 from mythos_edge.scripts.console import Console
 
 HELP = "add a target for a backend to a bundle: rounded or prepacked weights, TensorRT engines"
@@ -29,6 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             option.flag, dest=field, choices=choices, type=option.type, metavar=option.metavar, help=told
         )
+    given_tokens.add_text(parser)
+    given_tokens.add_row_tokens(parser)
 
 
 def _declared() -> dict[str, list[tuple[str, Option]]]:
@@ -42,11 +43,13 @@ def _declared() -> dict[str, list[tuple[str, Option]]]:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     given = {name: getattr(args, name) for name in _declared() if getattr(args, name) is not None}
+    calibrated = given_tokens.are_given(args, "--calibrate", args.calibrate)
+    if calibrated:
+        given["calibrate"] = args.calibrate or args.text
     target_from(args.target, given)  # refuses what no bundle could change
     before = open_bundle(args.bundle)
-    if "calibrate" in given:
-        ids = options.ids_from_file(arguments.file_name(given["calibrate"]))
-        given["calibrate"] = checked_ids(ids, before.manifest.model)
+    if calibrated:
+        given["calibrate"] = given_tokens.tokens_of(args, args.calibrate, before).ids
     target = target_from(args.target, given)
     try:
         from mythos_edge.exporter.targets.build import build

@@ -26,6 +26,7 @@ _VERBS = {
     "build": "build",
     "pack": "pack",
     "inline": "inline_verb",
+    "tokenize": "tokenize_verb",
     "generate": "generate",
     "chat": "chat",
     "score": "score",

@@ -3,7 +3,7 @@
 import argparse
 from dataclasses import asdict
 
-from mythos_edge.scripts import arguments, options
+from mythos_edge.scripts import arguments, given_tokens, options
 from mythos_edge.scripts.console import Console
 
 HELP = "generate text or token ids from a bundle"
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     if args.prompt is None:
-        prompt: str | list[int] = options.ids_from_text(args.ids)
+        prompt: str | list[int] = given_tokens.ids_from_text(args.ids)
     else:
         prompt = arguments.text_of(args.prompt, "--prompt")
     request = {

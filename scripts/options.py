@@ -1,33 +1,16 @@
 """Command-line options that several verbs share."""
 
 import argparse
-import io
 import math
-import os
-from collections.abc import Callable, Mapping
-from tokenize import TokenError
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from mythos_edge.model.bounded_files import open_regular, size_text
 from mythos_edge.model.errors import UsageError
-from mythos_edge.model.foreign_files import foreign_kind
 from mythos_edge.runtime.halting import Policy
 from mythos_edge.runtime.session import Session
 from mythos_edge.runtime.speculation import AUTO
 
 # What numpy and torch both take, and a few more after it.
 _LARGEST_SEED = (1 << 32) - 1
-# Of a .npy file: what numpy itself reads at most, and how, by version of the format.
-_MOST_HEADER_BYTES = 1 << 14
-_HEADER_READERS: Mapping[tuple[int, int], Callable[..., tuple[tuple[int, ...], bool, np.dtype[Any]]]] = {
-    (1, 0): np.lib.format.read_array_header_1_0,
-    (2, 0): np.lib.format.read_array_header_2_0,
-}
-# numpy reads a header as Python text, which can fail in each of these ways.
-_NO_ARRAY = (ValueError, EOFError, TypeError, SyntaxError, TokenError, RecursionError, MemoryError)
 _DEPTH = ("policy", "min_depth", "max_depth", "threshold")
 _DRAFTS = ("draft_depth", "draft_tokens")
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
@@ -114,52 +97,3 @@ def check_seed(seed: int) -> None:
     """Raises UsageError for a --seed that no generator of random numbers takes."""
     if not 0 <= seed <= _LARGEST_SEED:
         raise UsageError(f"--seed is {seed}, expected 0 to {_LARGEST_SEED}")
-
-
-def ids_from_text(text: str) -> list[int]:
-    """Token ids from ``1,2,3``; UsageError for anything else."""
-    try:
-        return [int(part) for part in text.split(",")] if text.strip() else []
-    except ValueError:
-        raise UsageError(f"--ids is {text!r}, expected numbers like 1,2,3") from None
-
-
-def ids_from_file(path: str) -> NDArray[Any]:
-    """The array in a .npy file; UsageError when it is missing, is not one, or is not as long as its header says."""
-    try:
-        with open_regular(path) as file:
-            _check_array_header(file, path)
-            array: NDArray[Any] = np.load(file, allow_pickle=False)
-            return array
-    except OSError as error:
-        raise UsageError(f"{path}: cannot read the ids: {error.strerror or error}") from error
-    except _NO_ARRAY as error:
-        with open_regular(path) as file:
-            known = foreign_kind(file.read(512))
-        # A .npy file that is damaged begins as one.
-        if known and not known.startswith("a NumPy"):
-            raise UsageError(f"{path}: is {known}") from error
-        raise UsageError(f"{path}: not a .npy file of numbers: save the ids with numpy.save") from error
-
-
-def _check_array_header(file: BinaryIO, path: str) -> None:
-    """Raises UsageError or ValueError unless an open .npy file holds the numbers that its header tells of."""
-    # A header may claim any length and any shape, and numpy would believe both.
-    head = io.BytesIO(file.read(_MOST_HEADER_BYTES))
-    if head.getvalue().startswith(b"PK"):
-        raise UsageError(f"{path}: expected a .npy file with one array, got an archive: save the ids with numpy.save")
-    version = np.lib.format.read_magic(head)
-    if version not in _HEADER_READERS:
-        raise ValueError(f"version {version}")
-    shape, _, dtype = _HEADER_READERS[version](head)
-    if dtype.kind not in "biufc":
-        raise ValueError(f"dtype {dtype}")
-    if min(shape, default=0) < 0:
-        raise ValueError(f"shape {shape}")
-    needed, found = math.prod(shape) * dtype.itemsize, os.fstat(file.fileno()).st_size - head.tell()
-    if needed != found:
-        raise UsageError(
-            f"{path}: {dtype} of shape {shape} takes {size_text(needed)}, the file holds {size_text(found)} of it: "
-            "save the ids with numpy.save again"
-        )
-    file.seek(0)

@@ -77,8 +77,9 @@ def check_arguments(args: argparse.Namespace, bundle: Bundle) -> None:
     default = bundle.manifest.default_target
     if args.target in (None, default):
         raise UsageError(f"--against {FP32} compares another target with {default}: name it with --target")
-    if args.demo_streams is not None and args.ids is not None:
-        raise UsageError("--ids and --demo-streams both say which tokens to compare on: give one of them")
+    given = next((name for name in ("ids", "text") if getattr(args, name) is not None), None)
+    if args.demo_streams is not None and given is not None:
+        raise UsageError(f"--{given} and --demo-streams both say which tokens to compare on: give one of them")
     if args.demo_streams is not None and args.demo_streams < 1:
         raise UsageError(f"--demo-streams is {args.demo_streams}, expected at least 1")
     if args.max_kl is not None:
@@ -175,10 +176,8 @@ def _tell(report: QualityReport, gate: Gate, sums: dict[str, float] | None, cons
     console.say(f"| loop step | {'h error':>9} | {'p99':>9} | {'experts in common':>17} | {'same experts':>12} |")
     console.say(f"|{'-' * 10}:|{'-' * 10}:|{'-' * 10}:|{'-' * 18}:|{'-' * 13}:|")
     for index, step in enumerate(report.loop_steps):
-        console.say(
-            f"| {index:9} | {step.h_error_mean:9.2g} | {step.h_error_p99:9.2g} | {step.common_experts:17.1%} "
-            f"| {step.same_experts:12.1%} |"
-        )
+        common, same = ("-" if share is None else f"{share:.1%}" for share in (step.common_experts, step.same_experts))
+        console.say(f"| {index:9} | {step.h_error_mean:9.2g} | {step.h_error_p99:9.2g} | {common:>17} | {same:>12} |")
 
 
 def _exact_sums(session: Session, streams: NDArray[np.int64]) -> float:
@@ -197,7 +196,7 @@ class _Traced:
 
     def __init__(self, bundle: Bundle, target: str, backend: Backend) -> None:
         try:
-            from mythos_edge.exporter.probes import ROUTER, Probe, router_of
+            from mythos_edge.exporter.probes import Probe, router_of
         except ImportError as error:
             raise unavailable(error, "comparing targets", "pip install 'mythos-edge[export]'") from error
 
@@ -208,9 +207,10 @@ class _Traced:
         with bundle.unchanged(target):
             apart = weights_apart(bundle, None, target)
             prepack = options_of(spec, OrtOptions).prepacked
-            probe = Probe(bundle.file(spec.graphs["step"]), [ROUTER], prepack=prepack, apart=apart)
             router = router_of(bundle)
-        self._recorder = _Recorder(backend, probe, router, ROUTER)
+            step = bundle.file(spec.graphs["step"])
+            probe = None if router is None else Probe(step, [router.name], prepack=prepack, apart=apart)
+        self._recorder = _Recorder(backend, probe, router)
         self._session = Session(bundle, self._recorder)
 
     def trace(self, ids: NDArray[np.int64]) -> Trace:
@@ -219,7 +219,7 @@ class _Traced:
         shape = (model.max_depth, ids.shape[1])
         h = self._recorder.h = np.empty((*shape, model.dim), np.float32)
         chosen = self._recorder.chosen = np.empty((*shape, model.experts_per_token), np.int64)
-        tied = self._recorder.tied = np.empty(shape, np.bool_)
+        tied = self._recorder.tied = np.zeros(shape, np.bool_)
         score = self._session.score(ids, policy="full")
         return Trace(score.logits[0], score.depth[0], h, chosen, tied)
 
@@ -231,8 +231,8 @@ class _Recorder:
     chosen: NDArray[np.int64]
     tied: NDArray[np.bool_]
 
-    def __init__(self, backend: Backend, probe: "Probe", router: "Router", matrix: str) -> None:
-        self._backend, self._probe, self._router, self._matrix = backend, probe, router, matrix
+    def __init__(self, backend: Backend, probe: "Probe | None", router: "Router | None") -> None:
+        self._backend, self._probe, self._router = backend, probe, router
         self.memory, self.max_context = backend.memory, backend.max_context
 
     def run(self, stage: str, feeds: Arrays, outputs: Arrays) -> None:
@@ -245,10 +245,12 @@ class _Recorder:
         index = host_array(feeds["step_index"])[0]
         positions = int(host_array(feeds["length"])) + np.arange(len(index))
         self.h[index, positions] = self.memory.to_floats(outputs["h_next"])[0]
+        if self._probe is None or self._router is None:
+            return
         # Portable graphs know positions by length and first, lowered ones by themselves.
-        seen = self._probe.run({**seen_by_host, "positions": positions[None]})
-        self.chosen[index, positions] = self._router.chosen(seen[self._matrix])
-        self.tied[index, positions] = self._router.tied(seen[self._matrix])
+        seen = self._probe.run({**seen_by_host, "positions": positions[None]})[self._router.name]
+        self.chosen[index, positions] = self._router.chosen(seen)
+        self.tied[index, positions] = self._router.tied(seen)
 
     def _on_host(self, name: str, rows: Rows) -> Array:
         """The values of an input of the loop step, states as float32."""

@@ -1,31 +1,46 @@
-"""``mythos-edge score``: logits and depth of given tokens, as a file."""
+"""``mythos-edge score``: how well a model predicts given tokens and how deep it thinks, and the logits as a file."""
 
 import argparse
-from typing import Any
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mythos_edge.model.bundle import open_bundle
+from mythos_edge.model.bundle import Bundle, open_bundle
 from mythos_edge.model.errors import UsageError
 from mythos_edge.model.output_files import check_output, writing
+from mythos_edge.model.stages import MAX_TOGETHER
 from mythos_edge.runtime.loop_engine import LoopEngine
-from mythos_edge.runtime.scoring import Score
+from mythos_edge.runtime.scoring import Score, nats_of
 from mythos_edge.runtime.session import Session
-from mythos_edge.scripts import arguments, options
+from mythos_edge.scripts import arguments, given_tokens, options
 from mythos_edge.scripts.console import Console
 
-HELP = "write the logits and depth of given tokens"
-EXAMPLE = "mythos-edge score model.bundle --ids ids.npy -o scores.npz --prefill 24"
+HELP = "perplexity, bits per byte and depth of a text or of given tokens, and their logits as a file"
+EXAMPLE = (
+    "mythos-edge score model.bundle --text notes.txt\n  mythos-edge score model.bundle --ids ids.npy -o scores.npz"
+)
 _SCORES = "the scores"
+# Of the rows that are scored together; a row alone may need more.
+_MOST_LOGITS_BYTES = 1 << 28
+# So that a line of the histogram has 80 columns at most.
+_BAR = 50
+Scorer: TypeAlias = Callable[[NDArray[np.int64], Callable[[float], None]], Score]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_bundle(parser)
-    parser.add_argument(
-        "--ids", type=arguments.file_name, required=True, metavar="NPY", help="int64 array (batch, positions)"
-    )
-    parser.add_argument("-o", "--output", type=arguments.path, required=True, metavar="NPZ")
+    tokens = parser.add_mutually_exclusive_group(required=True)
+    tokens.add_argument("--ids", type=arguments.file_name, metavar="NPY", help="int64 array (batch, positions)")
+    given_tokens.add_text(tokens)
+    given_tokens.add_row_tokens(parser)
+    text = "write ids, logits and depth of every position (default: print the figures alone)"
+    parser.add_argument("-o", "--output", type=arguments.path, metavar="NPZ", help=text)
     parser.add_argument("--prefill", type=int, metavar="N", help="positions fed as one chunk (default: all)")
     options.add_depth(parser)
     options.add_target(parser)
@@ -33,46 +48,136 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    ids = options.ids_from_file(args.ids)
-    check_output(args.output, _SCORES)
-    console.leave_stdout_to(args.output)
-    score = _score(args, ids, console)
-    with writing(args.output, _SCORES) as file:
-        np.savez(
-            file,
-            logits=score.logits,
-            depth=score.depth,
-            block_calls=np.array(score.block_calls),
-            block_rows=np.array(score.block_rows),
-        )
-    console.say(
-        f"{args.output}: {ids.shape[0]} x {ids.shape[1]} positions, mean depth {score.depth.mean():.2f}, "
-        f"{score.block_calls} block calls"
-    )
-    console.result(
-        {
-            "output": str(args.output),
-            "mean_depth": float(score.depth.mean()),
-            "block_calls": score.block_calls,
-            "block_rows": score.block_rows,
-            "catch_up_calls": score.catch_up_calls,
-        }
-    )
+    given_tokens.are_given(args, "--ids", args.ids)
+    bundle = open_bundle(args.bundle, trust_engines=args.trust)
+    tokens = given_tokens.tokens_of(args, args.ids, bundle)
+    if args.output is not None:
+        check_output(args.output, _SCORES)
+        console.leave_stdout_to(args.output)
+    figures, scores = _score(args, bundle, tokens, console)
+    if args.output is not None:
+        with writing(args.output, _SCORES) as file:
+            np.savez(
+                file,
+                ids=tokens.ids,
+                logits=np.concatenate([score.logits for score in scores]),
+                depth=np.concatenate([score.depth for score in scores]),
+                block_calls=np.array(figures.block_calls),
+                block_rows=np.array(figures.block_rows),
+            )
+    _tell(args, tokens, figures, console)
+    console.result({"output": None if args.output is None else str(args.output), **figures.to_dict(tokens)})
     return 0
 
 
-def _score(args: argparse.Namespace, ids: NDArray[Any], console: Console) -> Score:
-    bundle = open_bundle(args.bundle, trust_engines=args.trust)
+@dataclass
+class _Figures:
+    """Sums over the tokens, each counted once: ``nats`` of the ``predicted`` ones, positions by depth, block calls."""
+
+    nats: float = 0.0
+    predicted: int = 0
+    depths: Counter[int] = field(default_factory=Counter)
+    block_calls: int = 0
+    block_rows: int = 0
+    catch_up_calls: int = 0
+
+    def add(self, ids: NDArray[np.int64], seen: NDArray[np.int64], score: Score) -> None:
+        """Takes in rows of ids (B, S), of which the first ``seen (B,)`` positions are counted already."""
+        counted = np.arange(ids.shape[1]) >= seen[:, None]
+        self.nats += float(nats_of(score.logits, ids)[counted[:, 1:]].sum())
+        self.predicted += int(counted[:, 1:].sum())
+        self.depths.update(score.depth[counted].tolist())
+        self.block_calls += score.block_calls
+        self.block_rows += score.block_rows
+        self.catch_up_calls += score.catch_up_calls
+
+    @property
+    def mean_depth(self) -> float:
+        return sum(depth * count for depth, count in self.depths.items()) / self.depths.total()
+
+    @property
+    def nats_per_token(self) -> float:
+        """NaN where no token follows another."""
+        return self.nats / self.predicted if self.predicted else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        try:
+            return math.exp(self.nats_per_token)
+        except OverflowError:
+            return math.inf
+
+    def bits_per_byte(self, text_bytes: int) -> float:
+        return self.nats / math.log(2) / text_bytes
+
+    def to_dict(self, tokens: given_tokens.Tokens) -> dict[str, Any]:
+        """The figures by name, with bits per byte where the tokens are a text."""
+        text = tokens.text_bytes
+        of_text = {} if text is None else {"text_bytes": text, "bits_per_byte": self.bits_per_byte(text)}
+        return {
+            "tokens": self.depths.total(),
+            "predicted": self.predicted,
+            "nats_per_token": self.nats_per_token,
+            "perplexity": self.perplexity,
+            **of_text,
+            "mean_depth": self.mean_depth,
+            "depth_histogram": {str(depth): self.depths[depth] for depth in sorted(self.depths)},
+            "block_calls": self.block_calls,
+            "block_rows": self.block_rows,
+            "catch_up_calls": self.catch_up_calls,
+        }
+
+
+def _score(
+    args: argparse.Namespace, bundle: Bundle, tokens: given_tokens.Tokens, console: Console
+) -> tuple[_Figures, list[Score]]:
+    """The figures of all rows, and their scores where they are to be written."""
+    figures, scores, (rows, positions) = _Figures(), [], tokens.ids.shape
+    row_bytes = 4 * positions * bundle.manifest.model.vocab_size
+    together = max(1, min(MAX_TOGETHER, _MOST_LOGITS_BYTES // row_bytes))
+    with _scorer(args, bundle) as score_of:
+        for start in range(0, rows, together):
+            some = slice(start, start + together)
+
+            def tell(fraction: float, done: int = start, share: int = len(tokens.ids[some])) -> None:
+                console.progress("scoring", (done + share * fraction) / rows)
+
+            score = score_of(tokens.ids[some], tell)
+            figures.add(tokens.ids[some], tokens.seen[some], score)
+            if args.output is not None:
+                scores.append(score)
+    return figures, scores
+
+
+@contextmanager
+def _scorer(args: argparse.Namespace, bundle: Bundle) -> Iterator[Scorer]:
+    """How the target that was asked for scores rows of ids, which is told how much of them is done."""
+    depth = options.depth_of(args)
     spec = None if args.target is None else bundle.target(args.target)
     if spec is not None and spec.has_loop_inside:
         if args.prefill is not None:
             raise UsageError("--prefill is for a cache, and this target has none: leave it out")
         with LoopEngine(bundle, args.target, trust=args.trust) as engine:
-            return engine.score(ids, **options.depth_of(args))
+            yield lambda ids, _: engine.score(ids, **depth)
+        return
     with Session.of(bundle, target=args.target, preset=args.preset, threads=args.threads, trust=args.trust) as session:
-        return session.score(
-            ids,
-            prefill=args.prefill,
-            progress=lambda fraction: console.progress("scoring", fraction),
-            **options.depth_of(args),
-        )
+        yield lambda ids, tell: session.score(ids, prefill=args.prefill, progress=tell, **depth)
+
+
+def _tell(args: argparse.Namespace, tokens: given_tokens.Tokens, figures: _Figures, console: Console) -> None:
+    rows, positions = tokens.ids.shape
+    console.say(
+        f"tokens      {figures.depths.total()} in {rows} x {positions} positions, {figures.predicted} predicted"
+    )
+    if figures.predicted:
+        console.say(f"perplexity  {figures.perplexity:.4g} ({figures.nats_per_token:.4g} nats a token)")
+    if tokens.text_bytes is not None:
+        console.say(f"bits/byte   {figures.bits_per_byte(tokens.text_bytes):.4g} over {tokens.text_bytes} bytes")
+    console.say(f"depth       mean {figures.mean_depth:.2f} loop steps, {figures.block_calls} block calls")
+    most = max(figures.depths.values())
+    for depth in range(min(figures.depths), max(figures.depths) + 1):
+        count = figures.depths[depth]
+        bar = "#" * math.ceil(_BAR * count / most)
+        console.say(f"{depth:11} {count / figures.depths.total():6.1%} {bar}".rstrip())
+    if args.output is not None:
+        console.say(f"written     {args.output}")

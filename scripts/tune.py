@@ -23,10 +23,9 @@ from mythos_edge.model.manifest import MANIFEST_FILE, Manifest
 from mythos_edge.model.output_files import check_output, check_output_folder
 from mythos_edge.runtime.backends.opening import open_backend
 from mythos_edge.runtime.halting import Depth
-from mythos_edge.runtime.prompts import checked_ids
 from mythos_edge.runtime.quality import kl_divergence
 from mythos_edge.runtime.session import Session
-from mythos_edge.scripts import arguments, measuring, options
+from mythos_edge.scripts import arguments, given_tokens, measuring, options
 from mythos_edge.scripts.console import Console
 from mythos_edge.scripts.tune_points import Point, Setting, knee_of
 
@@ -44,13 +43,11 @@ _MOST_TIMED_TOKENS, _MOST_TIMED_ROWS = 64, 4
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_bundle(parser)
-    parser.add_argument(
-        "--data",
-        type=arguments.file_name,
-        required=True,
-        metavar="NPY",
-        help="tokens of the kind the model is for (rows, positions)",
-    )
+    tokens = parser.add_mutually_exclusive_group(required=True)
+    text = "tokens of the kind the model is for (rows, positions)"
+    tokens.add_argument("--data", type=arguments.file_name, metavar="NPY", help=text)
+    given_tokens.add_text(tokens)
+    given_tokens.add_row_tokens(parser)
     parser.add_argument(
         "-o",
         "--output",
@@ -76,10 +73,12 @@ def run(args: argparse.Namespace, console: Console) -> int:
     options.check_nats(args.max_kl)
     if not args.save:
         raise UsageError("--save is empty, expected a name for the preset")
+    given_tokens.are_given(args, "--data", args.data)
     bundle = open_bundle(args.bundle)
-    ids = checked_ids(options.ids_from_file(args.data), bundle.manifest.model)
+    tokens = given_tokens.tokens_of(args, args.data, bundle)
+    ids = tokens.ids
     if ids.shape[1] < _LEAST_POSITIONS:
-        raise UsageError(f"{args.data}: has {ids.shape[1]} positions a row, expected at least {_LEAST_POSITIONS}")
+        raise UsageError(f"{tokens.file}: has {ids.shape[1]} positions a row, expected at least {_LEAST_POSITIONS}")
     _check_reference(bundle)
     settings = settings_of(args, bundle)
     folder = args.output or args.bundle.with_name(f"{args.bundle.name}-tune")
@@ -87,7 +86,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     points, full = _measure(bundle, settings, ids, args, console)
     full_ms = full.median
     knee = knee_of(points, args.max_kl) if full.share <= measuring.NOISY_SHARE else None
-    files = report.write(folder, points, knee, full_ms, args.max_kl, f"{args.bundle}, {args.data}")
+    files = report.write(folder, points, knee, full_ms, args.max_kl, f"{args.bundle}, {tokens.file}")
     _tell_points(points, knee, full_ms, bundle.manifest.default_target, console)
     for note in notes_of(points, knee, full, args.max_kl, args.repetitions):
         console.note(note)

@@ -16,9 +16,8 @@ from mythos_edge.model.manifest import GoldenSample
 from mythos_edge.runtime import parity
 from mythos_edge.runtime.backends.opening import open_backend
 from mythos_edge.runtime.backends.ort_session import graph_runner
-from mythos_edge.runtime.prompts import checked_ids
 from mythos_edge.runtime.session import Session
-from mythos_edge.scripts import arguments, options, quality_gate
+from mythos_edge.scripts import arguments, given_tokens, options, quality_gate
 from mythos_edge.scripts.console import Console
 
 if TYPE_CHECKING:
@@ -54,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ids", type=arguments.file_name, metavar="NPY", help="tokens to compare on (default: random ones)"
     )
+    given_tokens.add_text(parser)
+    given_tokens.add_row_tokens(parser)
     parser.add_argument("--positions", type=int, default=48, metavar="N", help="length of the random sequence")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     quality_gate.add_arguments(parser)
@@ -160,7 +161,7 @@ def _compare(
     Where ties count on all sequences, one that failed is reported before one that passed.
     """
     undecided: list[dict[str, Any]] = []
-    for seed in range(args.seed, args.seed + (_SEQUENCES if args.ids is None else 1)):
+    for seed in range(args.seed, args.seed + (_SEQUENCES if args.ids is None and args.text is None else 1)):
         if undecided:
             console.say(f"undecided after ties of the router: comparing on the random tokens of seed {seed}")
             ids = _random_ids(args, session.bundle, seed)
@@ -212,7 +213,7 @@ def _compare_on(
     if any(route.inconclusive for route in routes.values()):
         console.say(
             "inconclusive: these positions differ after a near tie of the router, where float32 may choose either "
-            "expert: compare on other tokens, with another --seed, fewer --positions or other --ids"
+            "expert: compare on other tokens, with another --seed, fewer --positions, other --ids or another --text"
         )
     divergence = float(np.abs(last.logits - exact).max())
     console.say(f"policy last differs from exact by up to {divergence:.2g} (it is an approximation)")
@@ -251,8 +252,8 @@ def _routes(session: Session, ids: NDArray[np.int64]) -> dict[str, tuple[NDArray
 
 
 def _tokens(args: argparse.Namespace, bundle: Bundle) -> NDArray[np.int64]:
-    if args.ids is not None:
-        return checked_ids(options.ids_from_file(args.ids), bundle.manifest.model)
+    if given_tokens.are_given(args, "--ids", args.ids):
+        return given_tokens.tokens_of(args, args.ids, bundle).ids
     if args.demo_streams is not None:
         return quality_gate.demo_ids(args, bundle)
     if args.positions < 1:

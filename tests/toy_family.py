@@ -15,6 +15,7 @@ from mythos_edge.model.recipes import Recipe
 from mythos_edge.model.stored_checkpoint import Checkpoint
 
 SHAPES = {"embed": (40, 8), "mix.0": (16, 8), "mix.1": (16, 8), "mix.2": (16, 8)}
+PARTS = {"embed": ("head",), "mix.0": ("prelude",), "mix.1": ("attention",), "mix.2": ("coda",)}
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class ToyNetwork(LoopedNetwork):
         self.mix = nn.ParameterList(torch.empty(16, 8) for _ in range(3))
 
     def attend(self, part: int, x: Tensor, past: Tensor, window: Window) -> tuple[Tensor, Tensor]:
-        rows = nn.functional.linear(x, self.mix[part])
+        rows = nn.functional.linear(x.flatten(0, 1), self.mix[part]).unflatten(0, x.shape[:2])
         return x + self.ops.grouped_query_attention(x.unsqueeze(2), rows, past, window, 1, 0.3).squeeze(2), rows
 
     def prelude(self, input_ids: Tensor, window: Window, *past: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -56,7 +57,8 @@ class ToyNetwork(LoopedNetwork):
 
     def coda(self, out: Tensor, logit_rows: Tensor, window: Window, *past: Tensor) -> tuple[Tensor, list[Tensor]]:
         x, rows = self.attend(2, out, past[0], window)
-        return nn.functional.linear(x.index_select(1, logit_rows), self.embed), [rows]
+        logits = nn.functional.linear(x.index_select(1, logit_rows).flatten(0, 1), self.embed)
+        return logits.unflatten(0, (x.shape[0], -1)), [rows]
 
 
 class Toy:
@@ -72,5 +74,6 @@ class Toy:
 
     def recipes(self, config: ToyConfig, max_context: int) -> list[Recipe]:
         return [
-            Recipe(name, shape, lambda reader, name=name: iter([reader.read(name)])) for name, shape in SHAPES.items()
+            Recipe(name, shape, lambda reader, name=name: iter([reader.read(name)]), narrow=True, parts=PARTS[name])
+            for name, shape in SHAPES.items()
         ]

@@ -11,7 +11,7 @@ touched, so every lowered graph shares the bundle's weights file; rounded matric
     rows of a rounded embedding        com.microsoft::GatherBlockQuantized; one scale a row: Gather
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +34,7 @@ from mythos_edge.exporter.lowering.ort_kernels import (
     rounded,
     swiglu,
 )
+from mythos_edge.model.errors import BuildError
 from mythos_edge.plugins import ops
 
 Packs = Mapping[str, Pack]
@@ -49,7 +50,7 @@ def lower_for_ort(model: ir.Model, packs: Packs | None = None) -> ir.Model:
 
 
 def lowered_by(rules: Callable[[ir.Graph], "Lowering"], model: ir.Model) -> ir.Model:
-    """A copy of ``model`` after the ``rules`` made for its graph."""
+    """A copy of ``model`` after the ``rules`` made for its graph. Raises BuildError where they replace no matrix."""
     lowered = model.clone()
     lowering = rules(lowered.graph)
     for node in list(lowered.graph.all_nodes()):
@@ -57,6 +58,12 @@ def lowered_by(rules: Callable[[ir.Graph], "Lowering"], model: ir.Model) -> ir.M
     lowered.graph.opset_imports[MICROSOFT] = 1
     lowered.graph.name = f"{model.graph.name} for ONNX Runtime"
     RemoveUnusedNodesPass()(lowered)
+    left = sorted(lowering.replaced & lowered.graph.initializers.keys())
+    if left:
+        raise BuildError(
+            f"{left[0]}: {model.graph.name} reads it as it is stored, expected it rounded or narrowed: multiply flat "
+            "rows (N, D) with it in the family's network, or say in its recipe that it is of no part and not narrow"
+        )
     return lowered
 
 
@@ -93,6 +100,11 @@ class Lowering:
         self._graph, self._packs = graph, packs
         # Products with the same rows share their rounding.
         self._rounded: dict[str, Rounded] = {}
+
+    @property
+    def replaced(self) -> Set[str]:
+        """The matrices that no node reads afterwards as they are in the bundle."""
+        return self._packs.keys()
 
     def rules(self) -> dict[tuple[str, str], Rule]:
         """The rule for each (domain, op)."""

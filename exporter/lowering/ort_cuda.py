@@ -15,7 +15,7 @@ provider, so that a test can run the graph without a GPU.
 Not here: whether the installed ONNX Runtime has those kernels (``runtime.backends.ort_cuda`` asks it).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 import onnx_ir as ir
 
@@ -83,6 +83,10 @@ class _CudaLowering(Lowering):
         self._narrowed = narrowed
         # Products with the same rows share their Cast.
         self._casts: dict[str, ir.Value] = {}
+
+    @property
+    def replaced(self) -> Set[str]:
+        return super().replaced | (self._narrowed or {}).keys()
 
     def rules(self) -> dict[tuple[str, str], Rule]:
         return super().rules() | {

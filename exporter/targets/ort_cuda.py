@@ -85,11 +85,7 @@ class OrtCudaTarget:
 
     def check(self, bundle: Bundle) -> None:
         model, block = bundle.manifest.model, self.block or min(BLOCKS)
-        if self.weights == "none":
-            return
-        if not model.experts_per_token:
-            raise BuildError(f"this model has no experts, and {_KIND} rounds nothing else: build with --weights none")
-        if model.dim % block:
+        if self.weights != "none" and model.experts_per_token and model.dim % block:
             fits = next((f"--block {each}" for each in BLOCKS if model.dim % each == 0), "--weights none")
             raise BuildError(
                 f"the experts' rows of {model.dim} values do not divide into blocks of {block}, which the CUDA kernel "

@@ -28,21 +28,8 @@ from mythos_edge.model.tensor_files import read_tensor_file
 from mythos_edge.plugins.torch_ops import add_functions
 
 EXPERTS = "experts"
-# The parts of a model by the names of their matrices: what --keep understands beside the names of tensors.
-PARTS = {
-    "head": "embed",
-    "attention": "*.attn.*",
-    EXPERTS: "*.fc[12]",
-    "shared": "*.shared_*",
-    "prelude": "prelude_blocks.*",
-    "coda": "coda_blocks.*",
-}
-# In a table of forms a matrix belongs to the first of these that fits.
-_TABLE = ("head", "prelude", "coda", EXPERTS, "shared", "attention")
-# Where none fits.
+# Where a model has no matrices that may be rounded.
 _OTHERS = "others"
-# Multiplied head by head, which no kernel for rounded weights does; about a hundredth of a step's weights.
-_NEVER_ROUNDED = ("*.key_up", "*.value_up")
 
 
 @dataclass(frozen=True)
@@ -120,30 +107,25 @@ def matrices_of(config: Config, roundings: Mapping[str, Rounding | None], keep: 
     ``roundings`` are by part, "" for all other parts; None keeps a part. Raises BuildError for a name in ``keep`` that
     fits no matrix, and for rows of experts that do not divide into blocks.
     """
-    narrow = [recipe for recipe in recipes(config, 1) if recipe.narrow]
-    candidates = [recipe for recipe in narrow if not any(fnmatch.fnmatch(recipe.name, it) for it in _NEVER_ROUNDED)]
+    candidates = [recipe for recipe in recipes(config, 1) if recipe.parts]
     kept: set[str] = set()
     for given in keep:
-        found = {recipe.name for recipe in candidates if fnmatch.fnmatch(recipe.name, PARTS.get(given, given))}
+        found = {recipe.name for recipe in candidates if given in recipe.parts or fnmatch.fnmatch(recipe.name, given)}
         if not found:
+            parts = dict.fromkeys(part for recipe in candidates for part in recipe.parts)
             raise BuildError(
-                f"--keep {given} fits no matrix of this model: expected {', '.join(PARTS)} or a tensor's name"
+                f"--keep {given} fits no matrix of this model: expected {', '.join(parts)} or a tensor's name"
             )
         kept |= found
-    experts = {recipe.name for recipe in candidates if len(recipe.shape) == 3}
+    experts = {recipe.name for recipe in candidates if EXPERTS in recipe.parts}
     if kept & experts:
         kept |= experts  # one kernel computes with both
     chosen = []
     for recipe in candidates:
-        rounding = roundings.get(part_of(recipe.name), roundings.get(""))
+        rounding = roundings.get(recipe.parts[0], roundings.get(""))
         if rounding is not None and recipe.name not in kept:
             chosen.append(_matrix(recipe, rounding))
     return chosen
-
-
-def part_of(name: str) -> str:
-    """The part of a model that a matrix belongs to."""
-    return next((part for part in _TABLE if fnmatch.fnmatch(name, PARTS[part])), _OTHERS)
 
 
 def forms_of(config: Config, rounded: Sequence[Matrix], other: str) -> dict[str, str]:
@@ -151,20 +133,20 @@ def forms_of(config: Config, rounded: Sequence[Matrix], other: str) -> dict[str,
     known = {matrix.name: f"int{matrix.rounding.bits}" for matrix in rounded}
     forms: dict[str, set[str]] = defaultdict(set)
     for recipe in recipes(config, 1):
-        if recipe.narrow and not any(fnmatch.fnmatch(recipe.name, pattern) for pattern in _NEVER_ROUNDED):
-            forms[part_of(recipe.name)].add(known.get(recipe.name, other))
+        if recipe.parts:
+            forms[recipe.parts[0]].add(known.get(recipe.name, other))
     return form_of_parts(forms) or {_OTHERS: other}
 
 
 def _matrix(recipe: Recipe, rounding: Rounding) -> Matrix:
     name, (rows, columns) = recipe.name, recipe.shape[-2:]
     if rounding.block == ROW:
-        return Matrix(name, recipe.shape, rows, columns, rounding, halves=name.endswith(".fc1"))
+        return Matrix(name, recipe.shape, rows, columns, rounding, halves=recipe.role == "fc1")
     if len(recipe.shape) == 3:
         # An expert's hidden size may be padded with zeros, which add nothing; its input may not.
-        if name.endswith(".fc1"):
+        if recipe.role == "fc1":
             rows += 2 * (-(rows // 2) % rounding.block)
-        elif name.endswith(".fc2"):
+        elif recipe.role == "fc2":
             columns += -columns % rounding.block
         if columns % rounding.block:
             raise BuildError(

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from conftest import FIXTURES
 
-from mythos_edge.exporter.probes import ROUTER, Probe, Router, router_of, stored_weights
+from mythos_edge.exporter.probes import Probe, Router, router_of, stored_weights
 from mythos_edge.model.bundle import Bundle, open_bundle
 from mythos_edge.model.errors import BundleError, MythosEdgeError
 from mythos_edge.model.families.table import config_of
 
 Feeds = dict[str, np.ndarray]
+ROUTER = "step.block.ffn.router"
 
 
 def _feeds(bundle: Bundle, random: np.random.Generator, rows: int = 5) -> Feeds:
@@ -83,13 +84,13 @@ def test_what_onnxruntime_refuses_is_one_line(bundle: Bundle, random: np.random.
 
 
 def test_a_router_chooses_with_its_bias() -> None:
-    router = Router(np.eye(3, dtype=np.float32), np.array([0.0, 0.0, 10.0], np.float32), top_k=2)
+    router = Router("router", np.eye(3, dtype=np.float32), np.array([0.0, 0.0, 10.0], np.float32), top_k=2)
     chosen = router.chosen(np.array([[3.0, 1.0, 0.0], [1.0, 2.0, -30.0]]))
     assert [set(row) for row in chosen.tolist()] == [{0, 2}, {0, 1}]
 
 
 def test_every_expert_may_be_chosen() -> None:
-    router = Router(np.eye(2, dtype=np.float32), np.zeros(2, np.float32), top_k=2)
+    router = Router("router", np.eye(2, dtype=np.float32), np.zeros(2, np.float32), top_k=2)
     assert set(router.chosen(np.ones((1, 2)))[0].tolist()) == {0, 1}
 
 
@@ -97,6 +98,7 @@ def test_the_router_of_a_bundle_is_the_graphs(mla_bundle: Path, random: np.rando
     """Experts by numpy equal the experts of the portable graph's own TopK."""
     bundle = open_bundle(mla_bundle)
     router = router_of(bundle)
+    assert router is not None
     config = config_of(bundle.manifest)
     assert router.weight.shape == (config.n_experts, config.dim)
     assert router.weight.dtype == router.bias.dtype == np.float32

@@ -20,7 +20,20 @@ from conftest import ROOT
 
 from mythos_edge.exporter.kept_graphs import VARIABLE
 
-VERBS = ("doctor", "inspect", "export", "build", "inline", "generate", "score", "validate", "tune", "bench", "demo")
+VERBS = (
+    "doctor",
+    "inspect",
+    "export",
+    "build",
+    "inline",
+    "tokenize",
+    "generate",
+    "score",
+    "validate",
+    "tune",
+    "bench",
+    "demo",
+)
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -43,7 +56,7 @@ def test_every_verb_has_help_with_an_example(verb: str, run: Callable[..., Ran])
         ("generate", "b", "--ids", "1", "--max-depth", "two"),
         ("export", "a.pt"),
         ("doctor", "--no-such-option"),
-        ("score", "b", "--ids", "x.npy"),
+        ("score", "b", "-o", "x.npz"),
         ("demo",),
     ],
 )

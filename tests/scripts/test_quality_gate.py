@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from command_line import Ran, refused
 
-from mythos_edge.exporter.probes import ROUTER, Probe, router_of
+from mythos_edge.exporter.probes import Probe, router_of
 from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.families.table import config_of
 from mythos_edge.runtime.backends.ort_cpu import OrtCpuBackend
@@ -67,7 +67,9 @@ def test_a_trace_is_what_the_bundle_computes(demo_bundle: Path) -> None:
     np.testing.assert_array_equal(trace.logits, score.logits[0])
     np.testing.assert_array_equal(trace.depth, score.depth[0])
     config = config_of(bundle.manifest)
-    probe = Probe(bundle.path / "step.onnx", [ROUTER], kept=["h_next"])
+    router = router_of(bundle)
+    assert router is not None
+    probe = Probe(bundle.path / "step.onnx", [router.name], kept=["h_next"])
     prelude = Probe(bundle.path / "prelude.onnx", [], kept=["e"])
     window = {"length": np.array(0), "first": np.zeros(1, np.int64)}
     empty = np.zeros((1, 0, config.cache_width), np.float32)
@@ -83,7 +85,7 @@ def test_a_trace_is_what_the_bundle_computes(demo_bundle: Path) -> None:
         )  # fmt: skip
         h = made["h_next"]
         np.testing.assert_allclose(trace.h[index], h[0], rtol=1e-3, atol=1e-4)
-        chosen = router_of(bundle).chosen(made[ROUTER])
+        chosen = router.chosen(made[router.name])
         np.testing.assert_array_equal(np.sort(trace.chosen[index]), np.sort(chosen))
 
 
@@ -92,8 +94,9 @@ def test_a_recorder_puts_chunks_where_they_belong(demo_bundle: Path) -> None:
     ids = np.array([addition.stream_of(98765, 1299)])
     with OrtCpuBackend(bundle, "ort-cpu") as backend:
         whole = _Traced(bundle, "ort-cpu", backend).trace(ids)
-        probe = Probe(bundle.path / "step.onnx", [ROUTER])
-        recorder = _Recorder(backend, probe, router_of(bundle), ROUTER)
+        router = router_of(bundle)
+        assert router is not None
+        recorder = _Recorder(backend, Probe(bundle.path / "step.onnx", [router.name]), router)
         recorder.h, recorder.chosen = np.zeros_like(whole.h), np.zeros_like(whole.chosen)
         recorder.tied = np.zeros_like(whole.tied)
         Session(bundle, recorder).score(ids, policy="full", prefill=2)

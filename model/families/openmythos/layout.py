@@ -1,6 +1,7 @@
 """The layout of OpenMythos weights: fused, interleaved and stacked as the graphs read them, from upstream's tensors."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -10,34 +11,37 @@ from mythos_edge.model.families.openmythos.config import MythosConfig
 from mythos_edge.model.families.openmythos.layers import rope_table
 from mythos_edge.model.families.openmythos.loop import loop_frequencies
 from mythos_edge.model.families.openmythos.rope_tables import cos_and_sin
-from mythos_edge.model.recipes import PIECE_BYTES, Recipe, TensorReader, stored_table_of
+from mythos_edge.model.recipes import PIECE_BYTES, Pieces, Recipe, TensorReader, stored_table_of
+
+Parts = tuple[str, ...]
 
 
 def recipes(config: MythosConfig, max_context: int) -> list[Recipe]:
     """Every stored tensor of a model, in no particular order."""
-    found = [_stacked("embed", [("embed.weight", config.vocab_size)], config.dim)]
+    found = [_stacked("embed", [("embed.weight", config.vocab_size)], config.dim, ("head",))]
     for index in range(config.prelude_layers):
-        found += _block(config, f"prelude_blocks.{index}", f"prelude.{index}", moe=False)
-    found += _block(config, "step.block", "recurrent.block", moe=True)
+        found += _block(config, f"prelude_blocks.{index}", f"prelude.{index}", ("prelude",))
+    found += _block(config, "step.block", "recurrent.block", ())
     for index in range(config.coda_layers):
-        found += _block(config, f"coda_blocks.{index}", f"coda.{index}", moe=False)
+        found += _block(config, f"coda_blocks.{index}", f"coda.{index}", ("coda",))
     return found + _step(config) + [_vector("norm.weight", "norm.weight", config.dim)] + _tables(config, max_context)
 
 
-def _block(config: MythosConfig, name: str, source: str, *, moe: bool) -> list[Recipe]:
+def _block(config: MythosConfig, name: str, source: str, parts: Parts) -> list[Recipe]:
+    """A block that belongs to ``parts``; that of the loop step, which belongs to none, has experts."""
     norms = [
         _vector(f"{name}.{part}.weight", f"{source}.{part}.weight", config.dim) for part in ("attn_norm", "ffn_norm")
     ]
     attention = _latent_attention if config.is_mla else _grouped_attention
-    feed_forward = _sparse_moe if moe else _dense
+    feed_forward = partial(_dense, parts=parts) if parts else _sparse_moe
     return (
         norms
-        + attention(config, f"{name}.attn", f"{source}.attn")
+        + attention(config, f"{name}.attn", f"{source}.attn", (*parts, "attention"))
         + feed_forward(config, f"{name}.ffn", f"{source}.ffn")
     )
 
 
-def _latent_attention(c: MythosConfig, name: str, source: str) -> list[Recipe]:
+def _latent_attention(c: MythosConfig, name: str, source: str, parts: Parts) -> list[Recipe]:
     latent_rows = c.kv_lora_rank + c.qk_rope_head_dim
     down = [(f"{source}.q_down.weight", c.q_lora_rank), (f"{source}.kv_down.weight", latent_rows)]
     up = [
@@ -49,10 +53,11 @@ def _latent_attention(c: MythosConfig, name: str, source: str) -> list[Recipe]:
     key_rows = partial(_head_rows, kv_up, c.n_heads, per_head, 0, c.qk_nope_head_dim)
     value_rows = partial(_head_rows, kv_up, c.n_heads, per_head, c.qk_nope_head_dim, per_head)
     return [
-        _stacked(f"{name}.qkv_down", down, c.dim),
+        _stacked(f"{name}.qkv_down", down, c.dim, parts),
         _vector(f"{name}.q_norm.weight", f"{source}.q_norm.weight", c.q_lora_rank),
         _vector(f"{name}.kv_norm.weight", f"{source}.kv_norm.weight", c.kv_lora_rank),
-        _stacked(f"{name}.q_up", up, c.q_lora_rank),
+        _stacked(f"{name}.q_up", up, c.q_lora_rank, parts),
+        # Multiplied head by head, which no kernel for rounded weights does; about a hundredth of a step's weights.
         Recipe(f"{name}.key_up", (c.n_heads, c.qk_nope_head_dim, c.kv_lora_rank), key_rows, True),
         Recipe(
             f"{name}.value_up",
@@ -60,24 +65,24 @@ def _latent_attention(c: MythosConfig, name: str, source: str) -> list[Recipe]:
             lambda reader: (head.T.contiguous() for head in value_rows(reader)),
             True,
         ),
-        _stacked(f"{name}.wo", [(f"{source}.wo.weight", c.dim)], c.n_heads * c.v_head_dim),
+        _stacked(f"{name}.wo", [(f"{source}.wo.weight", c.dim)], c.n_heads * c.v_head_dim, parts),
     ]
 
 
-def _grouped_attention(c: MythosConfig, name: str, source: str) -> list[Recipe]:
+def _grouped_attention(c: MythosConfig, name: str, source: str, parts: Parts) -> list[Recipe]:
     kv_dim = c.cache_width // 2
     qkv = [(f"{source}.wq.weight", c.dim), (f"{source}.wk.weight", kv_dim), (f"{source}.wv.weight", kv_dim)]
     return [
-        _stacked(f"{name}.qkv", qkv, c.dim),
-        _stacked(f"{name}.wo", [(f"{source}.wo.weight", c.dim)], c.dim),
+        _stacked(f"{name}.qkv", qkv, c.dim, parts),
+        _stacked(f"{name}.wo", [(f"{source}.wo.weight", c.dim)], c.dim, parts),
     ]
 
 
-def _dense(c: MythosConfig, name: str, source: str) -> list[Recipe]:
+def _dense(c: MythosConfig, name: str, source: str, parts: Parts) -> list[Recipe]:
     gate_up = [(f"{source}.gate.weight", c.dense_dim), (f"{source}.up.weight", c.dense_dim)]
     return [
-        _stacked(f"{name}.gate_up", gate_up, c.dim),
-        _stacked(f"{name}.down", [(f"{source}.down.weight", c.dim)], c.dense_dim),
+        _stacked(f"{name}.gate_up", gate_up, c.dim, parts),
+        _stacked(f"{name}.down", [(f"{source}.down.weight", c.dim)], c.dense_dim, parts),
     ]
 
 
@@ -85,26 +90,24 @@ def _sparse_moe(c: MythosConfig, name: str, source: str) -> list[Recipe]:
     routed = [f"{source}.routed_experts.{index}" for index in range(c.n_experts)]
     shared = [f"{source}.shared_experts.{index}" for index in range(c.n_shared_experts)]
     share = c.n_experts_per_tok / c.n_experts
+    down = partial(_rows_in_turn, [(f"{expert}.down.weight", c.dim) for expert in routed], c.expert_dim)
+    stacks: dict[str, tuple[tuple[int, ...], Pieces]] = {
+        "fc1": ((c.n_experts, 2 * c.expert_dim, c.dim), partial(_interleaved, routed, c)),
+        "fc2": ((c.n_experts, c.dim, c.expert_dim), down),
+    }
     made = [
-        _stacked(f"{name}.router", [(f"{source}.router.weight", c.n_experts)], c.dim, narrow=False),
-        _vector(f"{name}.router_bias", f"{source}.router_bias", c.n_experts),
-        Recipe(f"{name}.fc1", (c.n_experts, 2 * c.expert_dim, c.dim), partial(_interleaved, routed, c), True, share),
-        Recipe(
-            f"{name}.fc2",
-            (c.n_experts, c.dim, c.expert_dim),
-            partial(_rows_in_turn, [(f"{expert}.down.weight", c.dim) for expert in routed], c.expert_dim),
-            True,
-            share,
-        ),
+        replace(_stacked(f"{name}.router", [(f"{source}.router.weight", c.n_experts)], c.dim), role="router"),
+        replace(_vector(f"{name}.router_bias", f"{source}.router_bias", c.n_experts), role="router_bias"),
+        *(Recipe(f"{name}.{role}", *stacks[role], True, share, ("experts",), role) for role in stacks),
     ]
     if shared:
         # Shared experts are summed, so side by side they are one SwiGLU with a wider hidden layer.
         width = c.expert_dim * c.n_experts_per_tok
         rows = [(f"{expert}.{part}.weight", width) for part in ("gate", "up") for expert in shared]
-        down = partial(_side_by_side, [f"{expert}.down.weight" for expert in shared], c.dim, c.shared_dim)
+        shared_down = partial(_side_by_side, [f"{expert}.down.weight" for expert in shared], c.dim, c.shared_dim)
         made += [
-            _stacked(f"{name}.shared_gate_up", rows, c.dim),
-            Recipe(f"{name}.shared_down", (c.dim, c.shared_dim), down, True),
+            _stacked(f"{name}.shared_gate_up", rows, c.dim, ("shared",)),
+            Recipe(f"{name}.shared_down", (c.dim, c.shared_dim), shared_down, True, parts=("shared",)),
         ]
     return made
 
@@ -113,12 +116,12 @@ def _step(c: MythosConfig) -> list[Recipe]:
     source = "recurrent"
     return [
         _vector("step.norm.weight", f"{source}.norm.weight", c.dim),
-        _stacked("step.lora.down", [(f"{source}.lora.down.weight", c.lora_rank)], c.dim, narrow=False),
-        _stacked("step.lora.scale", [(f"{source}.lora.scale.weight", c.max_loop_iters)], c.lora_rank, narrow=False),
-        _stacked("step.lora.up", [(f"{source}.lora.B", c.lora_rank)], c.dim, narrow=False),
+        _stacked("step.lora.down", [(f"{source}.lora.down.weight", c.lora_rank)], c.dim),
+        _stacked("step.lora.scale", [(f"{source}.lora.scale.weight", c.max_loop_iters)], c.lora_rank),
+        _stacked("step.lora.up", [(f"{source}.lora.B", c.lora_rank)], c.dim),
         Recipe("step.decay", (c.dim,), _decay),
         _vector("step.inject", f"{source}.injection.B", c.dim),
-        _stacked("step.halt_weight", [(f"{source}.act.halt.weight", 1)], c.dim, narrow=False),
+        _stacked("step.halt_weight", [(f"{source}.act.halt.weight", 1)], c.dim),
         _vector("step.halt_bias", f"{source}.act.halt.bias", 1),
     ]
 
@@ -152,9 +155,10 @@ def _vector(name: str, source: str, size: int) -> Recipe:
     return Recipe(name, (size,), partial(_rows_in_turn, [(source, size)], 1))
 
 
-def _stacked(name: str, sources: list[tuple[str, int]], columns: int, *, narrow: bool = True) -> Recipe:
-    """Matrices of (source name, rows), one below the other."""
-    return Recipe(name, (sum(rows for _, rows in sources), columns), partial(_rows_in_turn, sources, columns), narrow)
+def _stacked(name: str, sources: list[tuple[str, int]], columns: int, parts: Parts = ()) -> Recipe:
+    """Matrices of (source name, rows), one below the other; a large one belongs to ``parts``."""
+    shape, pieces = (sum(rows for _, rows in sources), columns), partial(_rows_in_turn, sources, columns)
+    return Recipe(name, shape, pieces, narrow=bool(parts), parts=parts)
 
 
 def _rows_in_turn(sources: list[tuple[str, int]], columns: int, reader: TensorReader) -> Iterator[Tensor]:

@@ -5,6 +5,7 @@ import io
 import itertools
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from tokenize import TokenError
@@ -126,12 +127,27 @@ def text_from_file(path: str) -> str:
     return text
 
 
-def ids_from_text(text: str) -> list[int]:
-    """Token ids from ``1,2,3``; UsageError for anything else."""
+def text_from_stdin(instead: str) -> str:
+    """The UTF-8 text that is piped to this process; ``instead`` is what may be given. Raises UsageError."""
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UsageError(f"stdin is no pipe that a text could come from: give {instead}")
+    try:
+        data = sys.stdin.buffer.read(_MOST_TEXT_BYTES + 1)
+        if len(data) > _MOST_TEXT_BYTES:
+            raise UsageError(f"stdin: has more than {size_text(_MOST_TEXT_BYTES)}, which is more than a text has")
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"stdin: is not UTF-8, from byte {error.start} on: give a text in UTF-8") from None
+    except OSError as error:
+        raise UsageError(f"stdin: cannot be read: {error.strerror or error}") from error
+
+
+def ids_from_text(text: str, option: str = "--ids") -> list[int]:
+    """Token ids from ``1,2,3``, the value of ``option``; UsageError for anything else."""
     try:
         return [int(part) for part in text.split(",")] if text.strip() else []
     except ValueError:
-        raise UsageError(f"--ids is {text!r}, expected numbers like 1,2,3") from None
+        raise UsageError(f"{option} is {text!r}, expected numbers like 1,2,3") from None
 
 
 def ids_from_file(path: str) -> NDArray[Any]:

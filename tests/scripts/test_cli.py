@@ -20,7 +20,20 @@ from conftest import ROOT
 
 from mythos_edge.exporter.kept_graphs import VARIABLE
 
-VERBS = ("doctor", "inspect", "export", "build", "inline", "generate", "score", "validate", "tune", "bench", "demo")
+VERBS = (
+    "doctor",
+    "inspect",
+    "export",
+    "build",
+    "inline",
+    "tokenize",
+    "generate",
+    "score",
+    "validate",
+    "tune",
+    "bench",
+    "demo",
+)
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from command_line import CHECKPOINT, Ran
 
-# Each verb's arguments: X is the hostile one, B a bundle, C a checkpoint, I ids, O an output.
+from mythos_edge.scripts.lab.train_text import byte_tokenizer
+
+# Each verb's arguments: X is the hostile one, B a bundle, C a checkpoint, I ids, T a tokenizer, O an output.
 FORMS = {
     "inspect": ("X", "C --config X"),
     "export": ("X -o O", "C -o O --config X", "C -o O --tokenizer X"),
@@ -19,6 +21,7 @@ FORMS = {
         "B --target X",
         *(f"B --weights int8 {option} X" for option in ("--keep", "--calibrate")),
     ),
+    "tokenize": ("X -p x", "T -p X", "T --text X", "T --decode X", "T --decode 1 -o X"),
     "generate": (
         "X --ids 1",
         "B -p X",
@@ -74,6 +77,7 @@ HOSTILE = {
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hostile")
     np.save(folder / "ids.npy", np.arange(16)[None] % 9)
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
     (folder / "folder").mkdir()
     (folder / "loop").symlink_to("loop")
     (folder / "text").write_text("hello")
@@ -109,6 +113,7 @@ def test_every_argument_of_every_verb(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     places = {"B": demo_bundle, "C": CHECKPOINT, "I": work / "ids.npy", "O": tmp_path / "out"}
+    places["T"] = work / "tokenizer.json"
     before = sorted(file.name for file in demo_bundle.iterdir())
     for form in FORMS[verb]:
         for name, value in HOSTILE.items():

@@ -72,8 +72,7 @@ def export_bundle(
         hashes = write_weights(plan, checkpoint, folder / WEIGHTS_FILE, lambda done: progress("weights", done))
         progress("graphs", 0.0)
         made = _graphs(config, context, dtype, plan, folder, portable, progress, note)
-        if text.data is not None:
-            (folder / TOKENIZER_FILE).write_bytes(text.data)
+        text.write(folder)
         progress("self-test sample", 0.0)
         sample = golden_sample(config, plan, folder, context)
         source = _source(checkpoint, hashes)
@@ -91,6 +90,7 @@ def export_bundle(
             sample=sample,
             tokenizer=None if text.data is None else TOKENIZER_FILE,
             end_tokens=text.end_tokens,
+            chat_template=text.chat_template,
             rope_table=checkpoint.rope_table,
             presets={},
             created=datetime.now(UTC).isoformat(timespec="seconds"),

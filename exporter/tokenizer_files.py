@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mythos_edge.exporter.chat_templates import TEMPLATE_FILE, ChatText, chat_text_of
 from mythos_edge.model.errors import ConfigError, ExportError
 from mythos_edge.model.json_files import read_json_object
-from mythos_edge.model.manifest import EndToken
+from mythos_edge.model.manifest import ChatTemplate, EndToken
 from mythos_edge.model.tokenizer_file import encoding, read_tokenizer, tokens_around_prompt
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -20,7 +21,7 @@ GENERATION_CONFIG, TOKENIZER_CONFIG = "generation_config.json", "tokenizer_confi
 # Files that lie beside tokenizer.json, and are given in its place.
 _SIBLINGS = (
     *(GENERATION_CONFIG, TOKENIZER_CONFIG, "config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", TEMPLATE_FILE),
 )
 # What special tokens that end a text, or a turn of a talk, are called.
 _END_NAMES = (
@@ -36,11 +37,25 @@ _MOST_BYTES = 16_000_000
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """``data`` of the tokenizer.json to carry along, if any, the tokens that end a text, and what is worth telling."""
+    """A tokenizer as a bundle carries it: the ``data`` of its tokenizer.json and its chat template, if any, the tokens
+    that end a text, and notes of what is worth telling."""
 
     data: bytes | None
     end_tokens: tuple[EndToken, ...]
+    chat: ChatText | None
     notes: tuple[str, ...]
+
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        """The chat template as the manifest has it."""
+        return None if self.chat is None else ChatTemplate(TEMPLATE_FILE, self.chat.bos_token, self.chat.eos_token)
+
+    def write(self, folder: Path) -> None:
+        """Writes the files. Raises OSError."""
+        if self.data is not None:
+            (folder / TOKENIZER_FILE).write_bytes(self.data)
+        if self.chat is not None:
+            (folder / TEMPLATE_FILE).write_bytes(self.chat.text.encode())
 
 
 class _Vocabulary:
@@ -78,7 +93,7 @@ def tokenizer_for(given: Path | None, end_tokens: Sequence[str], vocab_size: int
     """
     if given is None:
         ends = tuple(EndToken(_number(text, vocab_size), "") for text in end_tokens)
-        return TokenizerFiles(None, tuple(dict.fromkeys(ends)), ())
+        return TokenizerFiles(None, tuple(dict.fromkeys(ends)), None, ())
     try:
         path = _tokenizer_path(given)
         library, data, switched_off = read_tokenizer(path)
@@ -99,7 +114,20 @@ def tokenizer_for(given: Path | None, end_tokens: Sequence[str], vocab_size: int
             notes.append(f"{end} ends a text by {said}, but this model cannot produce it: its ids are 0 .. {last}")
         elif not end.text:
             notes.append(f"{path}: has no token of id {end.id}, which ends a text by {said}")
-    return TokenizerFiles(data, ends, tuple(notes))
+    chat = _chat_text(path, bool(end_tokens), notes.append)
+    return TokenizerFiles(data, ends, chat, tuple(notes))
+
+
+def _chat_text(path: Path, overruled: bool, note: Callable[[str], None]) -> ChatText | None:
+    """The chat template; where the config is damaged and all else of it is ``overruled``, a note and none."""
+    try:
+        config = _read_object(path.with_name(TOKENIZER_CONFIG))
+    except ConfigError as error:
+        if not overruled:
+            raise
+        note(f"{error}: if it holds a chat template, that is not taken along")
+        config = {}
+    return chat_text_of(path, config, note)
 
 
 def tokenizer_beside(checkpoint: Path) -> Path | None:

@@ -18,7 +18,7 @@ from mythos_edge.model.looped import MOST_DEPTH, LoopedModel
 from mythos_edge.model.stages import OWN, STAGES, StageTensor
 from mythos_edge.model.typed_json import dataclass_from_json
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.safetensors"
 # Ends the names of graphs in standard ops alone, which are for other engines: no session runs them.
@@ -163,6 +163,15 @@ class EndToken:
 
 
 @dataclass(frozen=True)
+class ChatTemplate:
+    """The Jinja template in ``file`` that makes a prompt of a talk, and the tokens that it may name, as texts."""
+
+    file: str
+    bos_token: str
+    eos_token: str
+
+
+@dataclass(frozen=True)
 class Manifest:
     """All there is to know about a bundle; ``dtype`` is the storage dtype of the large weights."""
 
@@ -179,6 +188,7 @@ class Manifest:
     sample: GoldenSample
     tokenizer: str | None
     end_tokens: tuple[EndToken, ...]
+    chat_template: ChatTemplate | None
     rope_table: str
     presets: dict[str, Preset]
     created: str
@@ -205,14 +215,19 @@ class Manifest:
         return set(self.files).difference(*map(self.files_of, self.targets)) | self._named()
 
     @property
+    def text_files(self) -> set[str]:
+        """The files that text needs, whatever the target: tokenizer and chat template."""
+        template = None if self.chat_template is None else self.chat_template.file
+        return {file for file in (self.tokenizer, template) if file is not None}
+
+    @property
     def is_packed(self) -> bool:
         """Whether it holds some targets alone, without the graphs and weights that others are built from."""
         return not self.graphs
 
     def _named(self) -> set[str]:
-        tokenizer = () if self.tokenizer is None else (self.tokenizer,)
         weights = () if self.is_packed else (WEIGHTS_FILE,)
-        return {*weights, *(graph.file for graph in self.graphs.values()), *tokenizer}
+        return {*weights, *(graph.file for graph in self.graphs.values()), *self.text_files}
 
     def __post_init__(self) -> None:
         if self.dtype not in STORAGE_DTYPES:

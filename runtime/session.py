@@ -278,9 +278,12 @@ class Session:
         del sequence.ids[length:]
 
     @in_turn
-    def flush(self) -> None:
-        """Catches up every loop step while nobody waits, so that the next token has nothing to wait for."""
-        self._only_sequence().staircase.flush()
+    def flush(self, until: Callable[[], bool] = lambda: False) -> None:
+        """Catches up every loop step while nobody waits, so that the next token has nothing to wait for.
+
+        ``until`` is asked before each loop step, and ends it there when it says so.
+        """
+        self._only_sequence().staircase.flush(until)
 
     @in_turn
     def save(self, path: Path | str) -> None:

@@ -9,7 +9,7 @@ positions before step t, which are the same values whenever they are computed.
 Not here: tokens, sampling, files.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -190,15 +190,20 @@ class Staircase:
         for buffer in self._buffers().values():
             buffer.truncate(columns)
 
-    def flush(self) -> None:
-        """Brings every slot to the current column, so that the next token has nothing to catch up with."""
-        run_alone(self.flushing(), self._backend)
+    def flush(self, until: Callable[[], bool] = lambda: False) -> None:
+        """Brings every slot to the current column, so that the next token has nothing to catch up with.
 
-    def flushing(self) -> Work[None]:
+        ``until`` is asked before each loop step, and ends it there when it says so.
+        """
+        run_alone(self.flushing(until), self._backend)
+
+    def flushing(self, until: Callable[[], bool] = lambda: False) -> Work[None]:
         """The work of ``flush``."""
         assert not self._drafted
         self._check_whole()
         for index in range(self.depth.max_depth):
+            if until():
+                return
             yield from self._catch_up(index)
         self._forget_finished()
 

@@ -28,6 +28,7 @@ _VERBS = {
     "inline": "inline_verb",
     "tokenize": "tokenize_verb",
     "generate": "generate",
+    "chat": "chat",
     "score": "score",
     "validate": "validate",
     "tune": "tune",

@@ -88,6 +88,14 @@ class Console:
             self.end_progress()
             self._print(text.translate(_ESCAPED) if _is_terminal(sys.stdout) else text)
 
+    def shaded(self, text: str, colour: int) -> None:
+        """Text that a model made, in one of a terminal's 256 colours, where it has them."""
+        if not self.colour:
+            self.text(text)
+            return
+        self.end_progress()
+        self._print(f"\x1b[38;5;{colour}m{text.translate(_ESCAPED)}\x1b[0m")
+
     def note(self, text: str) -> None:
         """Something worth knowing that is not the result, in one line."""
         self.end_progress()

@@ -107,6 +107,9 @@ def _show_bundle(console: Console, bundle: Bundle) -> None:
         "context": f"{manifest.max_context} tokens; caches of {cache}",
         "rotary": _ROPE_TABLES[manifest.rope_table],
         "tokenizer": _tokenizer_line(bundle),
+        "chat": "no template: messages are texts, one after the other"
+        if manifest.chat_template is None
+        else "template",
         "text ends": ", ".join(map(str, manifest.end_tokens)) or "at --max-new-tokens: the bundle has no end tokens",
         "presets": ", ".join(f"{name} ({one.target})" for name, one in manifest.presets.items()) or "none",
         "graphs": ", ".join(manifest.graphs),

@@ -5,6 +5,8 @@ Not here: what is said then (``cli``).
 
 import signal
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 from mythos_edge.model.errors import raise_interrupt
@@ -33,6 +35,23 @@ def caused(error: BaseException) -> bool:
     except KeyboardInterrupt:
         return True
     return bool(_last_asked)
+
+
+@contextmanager
+def wished() -> Iterator[Callable[[], bool]]:
+    """Inside, the first Ctrl-C is a wish that the function given tells of; the second is a KeyboardInterrupt."""
+    asked: list[int] = []
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if asked:
+            _interrupt(number, frame)
+        asked.append(number)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

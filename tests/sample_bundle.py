@@ -10,6 +10,7 @@ from typing import Any
 from mythos_edge.model.bundle_writer import BundleWriter
 from mythos_edge.model.families.openmythos.config import VARIANTS
 from mythos_edge.model.manifest import (
+    ChatTemplate,
     EndToken,
     FileRecord,
     GoldenSample,
@@ -28,6 +29,7 @@ CONTENTS = {
     "step.rtx.engine": b"engine",
     "weights.safetensors": bytes(range(256)),
     "tok.json": b"{}",
+    "chat.jinja": b"{{ messages }}",
 }
 STATE = (
     TensorSpec("h", "float32", ("batch", "chunk", 2048)),
@@ -98,6 +100,7 @@ def sample_manifest(files: dict[str, FileRecord] = RECORDS, **changes: Any) -> M
         "sample": GoldenSample((1, 2), 4, 0.99, (3, 1), (7, 8), (1.5, -2.0)),
         "tokenizer": "tok.json",
         "end_tokens": (EndToken(2, "</s>"),),
+        "chat_template": ChatTemplate("chat.jinja", "<s>", "</s>"),
         "rope_table": "config",
         "presets": {"knee": Preset("ort-cpu", 8, 0.93, 0.01, 0.99, 2.5, 1.3)},
         "created": "2025-01-01T00:00:00Z",

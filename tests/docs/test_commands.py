@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 # Later pages use the files that earlier ones made.
-PAGES = ("README", "guides/export", "guides/run", "guides/quantise", "guides/parity", "guides/deploy")
+PAGES = ("README", "guides/export", "guides/run", "guides/chat", "guides/quantise", "guides/parity", "guides/deploy")
 PAGES += ("guides/other-engines", "guides/gpu")
 # What ``tune`` says on a machine whose times cannot be trusted, as one that runs tests is.
 BUSY = "measure again when the machine has nothing else to do"
@@ -48,7 +48,15 @@ def test_commands_and_examples_work_as_written(text_model: tuple[Path, Path], tm
         for command in commands_of(page):
             if busy and "--preset" in command:
                 continue
-            done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                command,
+                cwd=tmp_path,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
             ran.add(command[1])
             if command[1] == "tune" and BUSY in done.stderr:
                 busy = True  # by design it then saves no preset

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from mythos_edge.exporter import loop_graph
 from mythos_edge.exporter.portable import write_portable
 from mythos_edge.exporter.targets.ort_cpu import OrtCpuTarget
-from mythos_edge.exporter.targets.ort_files import forms_of, summary_of, write_graphs
+from mythos_edge.exporter.targets.ort_files import write_graphs
 from mythos_edge.exporter.targets.spec import record_of
 from mythos_edge.exporter.tracing import traced_stages
 from mythos_edge.exporter.weights import WeightsPlan, attach_weights
@@ -65,11 +65,10 @@ def _exported_target(
 
     ``stored`` is the dtype of the large weights there.
     """
-    target, weights = OrtCpuTarget(), forms_of(config, [], "fp32")
-    lowered = write_graphs(stages, folder, target.name, config)
-    written = target.written(lowered, weights, summary_of(weights, {}), {})
+    target = OrtCpuTarget()
     note = f"weights are stored in {stored}; the CPU has no fast {stored} and computes in fp32"
-    return target.name, record_of(target.kind, replace(written, note="" if stored == "fp32" else note), "")
+    forms = replace(target.forms(config.looped.dim), note="" if stored == "fp32" else note)
+    return target.name, record_of(target.kind, write_graphs(stages, folder, target.name, config, forms), "")
 
 
 def _tensor_specs(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:

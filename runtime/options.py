@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mythos_edge.model.errors import UsageError
 from mythos_edge.runtime.halting import LOOP_STEPS, Depth
-from mythos_edge.runtime.request_values import Within, check_fields
+from mythos_edge.runtime.request_values import Within, check_fields, token_ids
 from mythos_edge.runtime.sampling import SamplingParams
 from mythos_edge.runtime.speculation import AUTO, Draft
 
@@ -99,3 +99,23 @@ class RequestOptions(ScoreOptions, total=False):
     chunk: Whole
     draft_depth: Whole | Literal["auto"] | None
     draft_tokens: Whole | Literal["auto"] | None
+
+
+def options_of_each(
+    prompts: int, options: RequestOptions, each: Sequence[RequestOptions] | None, seeds: Sequence[int] | None
+) -> list[dict[str, object]]:
+    """The options of every prompt: those of all, with its own of ``each`` and of ``seeds``.
+
+    Raises UsageError unless there are as many of either as prompts.
+    """
+    own: list[dict[str, object]] = [{**options} for _ in range(prompts)]
+    if each is not None:
+        if len(each) != prompts:
+            raise UsageError(f"each has options for {len(each)} prompts, there are {prompts}: give one for each")
+        own = [{**one, **beside} for one, beside in zip(own, each, strict=True)]
+    if seeds is not None:
+        numbers = token_ids("seeds", seeds, of="seed")
+        if len(numbers) != prompts or any(one.get("seed") is not None for one in own):
+            raise UsageError(f"seeds are {len(numbers)} for {prompts} prompts: give one for each, and no seed beside")
+        own = [{**one, "seed": seed} for one, seed in zip(own, numbers, strict=True)]
+    return own

@@ -1,4 +1,4 @@
-"""Makes the prompts or tokens that a caller gives into token ids of the model. Not here: text (``text``)."""
+"""Makes the prompts or tokens that a caller gives into token ids of the model. Not here: encoding (``text``)."""
 
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from mythos_edge.model.errors import UsageError
 from mythos_edge.model.looped import LoopedModel
 from mythos_edge.runtime.request_values import as_array, shown, token_ids
+from mythos_edge.runtime.text import Tokenizer
 
 Int64: TypeAlias = NDArray[np.int64]
 Prompt: TypeAlias = str | Sequence[int] | NDArray[np.integer[Any]]
@@ -44,10 +45,24 @@ def separate(prompt: Any) -> tuple[list[Any], bool]:
     return list(prompt), True
 
 
-def ids_of(prompt: Any, model: LoopedModel) -> list[int]:
-    """The token ids of one prompt that is no text. Raises UsageError."""
-    ids = token_ids("the prompt", prompt)
-    check_range(ids, model)
+def ids_of(prompt: Any, model: LoopedModel, tokenizer: Tokenizer | None, first: bool) -> list[int]:
+    """The token ids of one prompt; text that is the ``first`` of its sequence with what the tokenizer puts around it.
+
+    Raises UsageError.
+    """
+    if not isinstance(prompt, str):
+        ids = token_ids("the prompt", prompt)
+        check_range(ids, model)
+        return ids
+    if tokenizer is None:
+        raise UsageError("this bundle has no tokenizer: give token ids, or export with --tokenizer")
+    ids = tokenizer.encode(prompt, first=first)
+    unknown = next((number for number in ids if number >= model.vocab_size), None)
+    if unknown is not None:
+        raise UsageError(
+            f"the prompt holds the token {tokenizer.token(unknown)!r} (id {unknown}), which this model does not "
+            f"know: its ids are 0 .. {model.vocab_size - 1}; leave the token out"
+        )
     return ids
 
 

@@ -26,9 +26,9 @@ from mythos_edge.runtime.caches import CachePlan, plan_cache, require_memory
 from mythos_edge.runtime.decoding import Decoding, Generation, TextSoFar, TokenSequence
 from mythos_edge.runtime.draft_tuner import DraftTuner
 from mythos_edge.runtime.halting import LOOP_STEPS, ResolvedDepth, depth_of_preset
-from mythos_edge.runtime.options import Options, RequestOptions, ScoreOptions
+from mythos_edge.runtime.options import Options, RequestOptions, ScoreOptions, options_of_each
 from mythos_edge.runtime.prompts import Prompt, Prompts, check_range, checked_ids, ids_of, separate
-from mythos_edge.runtime.request_values import Within, check_names, flag, name_or_none, shown, token_ids, whole
+from mythos_edge.runtime.request_values import Within, check_names, flag, name_or_none, shown, whole
 from mythos_edge.runtime.sampling import Sampler
 from mythos_edge.runtime.scoring import Score, score_of, scoring, spans_of
 from mythos_edge.runtime.speculation import AUTO, check_draft
@@ -167,6 +167,7 @@ class Session:
         *,
         resume: bool = False,
         seeds: Sequence[int] | None = None,
+        each: Sequence[RequestOptions] | None = None,
         **options: Unpack[RequestOptions],
     ) -> list[Generation]: ...
     @in_turn
@@ -176,21 +177,24 @@ class Session:
         *,
         resume: bool = False,
         seeds: Sequence[int] | None = None,
+        each: Sequence[RequestOptions] | None = None,
         **options: Unpack[RequestOptions],
     ) -> Generation | list[Generation]:
         """The Generation for a prompt (text or token ids), or a list of them for a list of prompts.
 
         ``options`` are the fields of Options. The prompts of a list run together, and each generates what it would
-        alone, with the same seed, or with its own of ``seeds``. ``resume`` appends the prompt (which may be empty) to
+        alone, with the same seed, or with its own of ``seeds``; ``each`` gives every prompt options of its own, which
+        win over ``options``. ``resume`` appends the prompt (which may be empty) to
         the sequence of the call before, without the tokens that the tokenizer puts around a first one, but with the
         space that some put before every text. Raises UsageError, CapacityError.
         """
         prompts, many = separate(prompt)
         results = [Generation() for _ in prompts]
-        samplers = self._samplers(seeds, len(prompts), options)
-        decodings = self._begin(prompts, results, resume, self._options(options))
-        for sequence, sampler in zip(self._sequences, samplers, strict=False):
-            sequence.sampler = sampler
+        wanted = [self._options(own) for own in options_of_each(len(prompts), options, each, seeds)]
+        decodings = self._begin(prompts, results, resume, wanted)
+        if seeds is not None:
+            for sequence, one in zip(self._sequences, wanted, strict=True):
+                sequence.sampler = Sampler(one.sampling)
         if len(decodings) == 1:
             run_alone(decodings[0].whole(), self.backend, decodings[0].note)
             return results if many else results[0]
@@ -211,11 +215,22 @@ class Session:
         if many:
             raise UsageError(f"a stream has one prompt, got a list of {len(prompts)}: use generate")
         result = Generation()
-        (decoding,) = self._begin(prompts, [result], resume, self._options(options))
+        (decoding,) = self._begin(prompts, [result], resume, [self._options(options)])
         self.last_generation = result
         stream = TokenStream(self._turns, self.backend, decoding)
         self._stream = weakref.ref(stream)
         return stream
+
+    @in_turn
+    def check(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> list[int]:
+        """The token ids of a prompt that ``generate`` would take with these options; raises what it would refuse.
+
+        Whether there is memory for it is not asked.
+        """
+        ids = ids_of(prompt, self.model, self.tokenizer, first=True)
+        self._checked(self._options(options))
+        self._check_length(len(ids))
+        return ids
 
     @in_turn
     def score(
@@ -238,7 +253,7 @@ class Session:
         if meaningless:
             raise UsageError(f"score chooses no tokens, and {meaningless[0]} means nothing to it: leave it out")
         wanted = self._options(options)
-        self._start(ids.tolist(), wanted.depth.resolve(self.model), wanted)
+        self._start(ids.tolist(), [wanted.depth.resolve(self.model)] * len(ids), [wanted] * len(ids))
         spans = list(spans_of(prefill, positions))
         first, *others = self._sequences
         works = [scoring(first, spans, progress), *(scoring(other, spans, lambda fraction: None) for other in others)]
@@ -309,37 +324,32 @@ class Session:
         self._stream = None
 
     def _begin(
-        self, prompts: Sequence[Any], results: list[Generation], resume: bool, options: Options
+        self, prompts: Sequence[Any], results: list[Generation], resume: bool, options: list[Options]
     ) -> list[Decoding]:
         """The requests at work on the prompts, each filling in its own of ``results``."""
         resume = flag("resume", resume)
         goes_on = resume and any(sequence.ids for sequence in self._sequences)
-        encoded = [self._encode(prompt, first=not goes_on) for prompt in prompts]
+        encoded = [ids_of(prompt, self.model, self.tokenizer, first=not goes_on) for prompt in prompts]
         # Nothing of the session changes before everything that can be refused was.
-        texts = [TextSoFar(self.tokenizer, options) for _ in encoded]
-        check_range(() if options.stop_ids is None else options.stop_ids, self.model, "stop id")
-        depth = options.depth.resolve(self.model)
-        tuner = self._tuner(options, depth, len(encoded))
-        self._take_prompts(encoded, resume, options, depth)
-        stop_ids = options.stop_ids if options.stop_ids is not None else self._end_ids()
+        texts, depths = zip(*map(self._checked, options), strict=True)
+        tuners = [self._tuner(one, depth, len(encoded)) for one, depth in zip(options, depths, strict=True)]
+        self._take_prompts(encoded, resume, options, depths)
         return [
-            Decoding(sequence, options, (*stop_ids, *text.stop_ids), text, result, tuner)
-            for sequence, text, result in zip(self._sequences, texts, results, strict=True)
+            Decoding(sequence, one, (*self._stop_ids(one), *text.stop_ids), text, result, tuner)
+            for sequence, one, text, result, tuner in zip(self._sequences, options, texts, results, tuners, strict=True)
         ]
 
-    def _samplers(self, seeds: Sequence[int] | None, prompts: int, options: RequestOptions) -> list[Sampler]:
-        """A sampler for every prompt, where each has a seed of its own."""
-        if seeds is None:
-            return []
-        numbers = token_ids("seeds", seeds, of="seed")
-        if len(numbers) != prompts or options.get("seed") is not None:
-            raise UsageError(f"seeds are {len(numbers)} for {prompts} prompts: give one for each, and no seed beside")
-        return [Sampler(self._options({**options, "seed": seed}).sampling) for seed in numbers]
+    def _checked(self, options: Options) -> tuple[TextSoFar, ResolvedDepth]:
+        """The text and the depth of a request. Raises UsageError for one that this bundle cannot do."""
+        text = TextSoFar(self.tokenizer, options)
+        check_range(() if options.stop_ids is None else options.stop_ids, self.model, "stop id")
+        depth = options.depth.resolve(self.model)
+        check_draft(options.draft_depth, depth)
+        return text, depth
 
     def _tuner(self, options: Options, depth: ResolvedDepth, prompts: int) -> DraftTuner | None:
-        """The tuner of drafts that the options leave open. Raises UsageError for drafts that are not possible."""
+        """The tuner of drafts that the options leave open. Raises UsageError where it cannot measure them."""
         wanted = options.draft_depth, options.draft_tokens
-        check_draft(options.draft_depth, depth)
         if AUTO not in wanted:
             return None
         if prompts > 1:
@@ -347,14 +357,13 @@ class Session:
         free = [None if number == AUTO else number for number in wanted]
         return self._tuners.setdefault((depth, *free), DraftTuner(depth, *free))
 
-    def _take_prompts(self, encoded: list[list[int]], resume: bool, options: Options, depth: ResolvedDepth) -> None:
+    def _take_prompts(
+        self, encoded: list[list[int]], resume: bool, each: list[Options], depths: Sequence[ResolvedDepth]
+    ) -> None:
         if not resume:
-            for ids in encoded:
-                if not ids:
-                    raise UsageError("the prompt is empty: give at least one token")
-            self._start(encoded, depth, options, options.max_new_tokens)
+            self._start(encoded, depths, each, generating=True)
             return
-        sequence = self._only_sequence()
+        sequence, options, depth = self._only_sequence(), each[0], depths[0]
         if len(encoded) != 1:
             raise UsageError(f"resume goes on with one sequence, got {len(encoded)} prompts")
         begun = sequence.staircase.depth
@@ -366,8 +375,6 @@ class Session:
                 "resume with the same depth options, or start a new sequence"
             )
         ids = sequence.ids + encoded[0]
-        if not ids:
-            raise UsageError("the prompt is empty: give at least one token")
         self._check_length(len(ids))
         self._check_memory(len(ids) + options.max_new_tokens, 1, depth, sequence.staircase.nbytes)
         self._change()
@@ -378,24 +385,34 @@ class Session:
         if options.sampling != sequence.sampler.params:
             sequence.sampler = Sampler(options.sampling)
 
-    def _start(self, encoded: list[list[int]], depth: ResolvedDepth, options: Options, new_tokens: int = 0) -> None:
-        longest = max(len(ids) for ids in encoded)
-        self._check_length(longest)
+    def _start(
+        self,
+        encoded: list[list[int]],
+        depths: Sequence[ResolvedDepth],
+        each: Sequence[Options],
+        generating: bool = False,
+    ) -> None:
+        for ids in encoded:
+            self._check_length(len(ids))
+        columns = [len(ids) + generating * one.max_new_tokens for ids, one in zip(encoded, each, strict=True)]
         held = sum(sequence.staircase.nbytes for sequence in self._sequences)
-        self._check_memory(longest + new_tokens, len(encoded), depth, held)
+        deepest = max(depths, key=lambda depth: depth.max_depth)
+        self._check_memory(max(columns), len(encoded), deepest, held)
         self._change()
         self._sequences = []
         self._sequences = [
-            TokenSequence(list(ids), self._new_staircase(depth, options.max_lag), Sampler(options.sampling))
-            for ids in encoded
+            TokenSequence(list(ids), self._new_staircase(depth, one.max_lag), Sampler(one.sampling))
+            for ids, depth, one in zip(encoded, depths, each, strict=True)
         ]
-        for sequence in self._sequences:
-            sequence.staircase.expect(len(sequence.ids) + new_tokens)
+        for sequence, count in zip(self._sequences, columns, strict=True):
+            sequence.staircase.expect(count)
 
     def _new_staircase(self, depth: ResolvedDepth, max_lag: int | None) -> Staircase:
         return Staircase(self.backend, self.model, depth, self.max_context, max_lag)
 
     def _check_length(self, tokens: int) -> None:
+        if not tokens:
+            raise UsageError("the prompt is empty: give at least one token")
         limit = self.max_context
         if tokens > limit:
             raise CapacityError(
@@ -407,28 +424,9 @@ class Session:
         context = min(columns, self.max_context)
         require_memory(self._plan(context, batch, depth.max_depth), held, self.backend.memory.free_bytes())
 
-    def _encode(self, prompt: Any, first: bool) -> list[int]:
-        """The ids of a prompt; text that is the ``first`` of its sequence with what the tokenizer puts around it."""
-        if not isinstance(prompt, str):
-            return ids_of(prompt, self.model)
-        if self.tokenizer is None:
-            raise UsageError("this bundle has no tokenizer: give token ids, or export with --tokenizer")
-        ids = self.tokenizer.encode(prompt, first=first)
-        self._check_known(ids, self.tokenizer)
-        return ids
-
-    def _check_known(self, ids: Sequence[int], tokenizer: Tokenizer) -> None:
-        """Raises UsageError for a token that the tokenizer knows and the model does not."""
-        known = self.model.vocab_size
-        unknown = next((number for number in ids if number >= known), None)
-        if unknown is not None:
-            raise UsageError(
-                f"the prompt holds the token {tokenizer.token(unknown)!r} (id {unknown}), which this model does not "
-                f"know: its ids are 0 .. {known - 1}; leave the token out"
-            )
-
-    def _end_ids(self) -> tuple[int, ...]:
-        return tuple(token.id for token in self.bundle.manifest.end_tokens)
+    def _stop_ids(self, options: Options) -> tuple[int, ...]:
+        ends = self.bundle.manifest.end_tokens
+        return tuple(token.id for token in ends) if options.stop_ids is None else options.stop_ids
 
     def _only_sequence(self) -> TokenSequence:
         if len(self._sequences) != 1:

@@ -11,7 +11,6 @@ rounded matrices, and with the bundle all weights that stay in float32.
 """
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -21,12 +20,11 @@ from numpy.typing import NDArray
 from mythos_edge.exporter.targets.spec import EXPORT, RUN, Machine, Option, Work, Written
 from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.errors import BuildError
-from mythos_edge.model.target_options import OrtOptions
 from mythos_edge.plugins.processor import has_integer_dot_products
 
 if TYPE_CHECKING:
     from mythos_edge.exporter.rounding import Importance, Rounding
-    from mythos_edge.exporter.targets.ort_files import Lowered
+    from mythos_edge.exporter.targets.ort_files import Forms
 
 _KIND = "ort-cpu"
 FORMS = ("fp32", "int8", "int4")
@@ -113,60 +111,20 @@ class OrtCpuTarget:
         del bundle  # whether blocks fit the matrices is known when they are planned
 
     def write(self, work: Work) -> Written:
-        from functools import partial
-
         from mythos_edge.exporter.lowering.ort_cpu import lower_for_ort
-        from mythos_edge.exporter.rounding import plan_rounded
-        from mythos_edge.exporter.targets import ort_files
-        from mythos_edge.model.families.table import config_of
+        from mythos_edge.exporter.targets.ort_files import write_ort
 
-        config = config_of(work.bundle.manifest)
-        forms = {ort_files.EXPERTS: self.weights, "": self.dense_form()}
-        roundings = {form: self._rounding(form, config.looped.dim) for form in forms.values() if form != "fp32"}
-        by_part = {part: roundings.get(form) for part, form in forms.items()}
-        matrices = ort_files.matrices_of(config, by_part, self.keep) if roundings else []
-        if roundings and not matrices:
-            raise BuildError(
-                f"nothing of this model is left to round to {self.weights}: leave parts out of --keep, "
-                "or build with --weights fp32"
-            )
-        weights = ort_files.forms_of(config, matrices, "fp32")
-        if self.block and self.weights not in weights.values():
-            raise BuildError(f"--block is {self.block}, and no matrix left is {self.weights}: leave --block out")
-        packs = ort_files.rounded_packs(work, plan_rounded(matrices), self._importance(work)) if matrices else {}
-        work.progress("graphs", 0.0)
-        lower = partial(lower_for_ort, packs=packs)
-        lowered = ort_files.write_graphs(ort_files.stages_of(work), work.folder, work.name, config, lower)
-        return self.written(lowered, weights, ort_files.summary_of(weights, roundings), roundings)
+        forms = self.forms(work.bundle.manifest.model.dim)
+        return write_ort(work, forms, lower_for_ort, lambda: self._importance(work))
 
-    def written(
-        self, lowered: "Lowered", weights: dict[str, str], summary: str, roundings: Mapping[str, "Rounding"]
-    ) -> Written:
-        """The result of writing it, with the roundings by form."""
-        # Without experts, or with them kept, what is rounded is the dense matrices alone.
-        main = next(
-            (
-                roundings[form]
-                for form in (self.weights, self.dense_form())
-                if form in weights.values() and form in roundings
-            ),
-            None,
-        )
-        return Written(
-            graphs=lowered.graphs,
-            compute_dtype="fp32",
-            weights=weights,
-            fixed_bytes=lowered.fixed_bytes,
-            step_bytes=lowered.step_bytes,
-            summary=summary,
-            options=OrtOptions(
-                asked=self.weights,
-                block=0 if main is None else main.block,
-                method="none" if main is None else main.method,
-                prepacked=self.weights != MAPPED,
-                integer_rows=any(rounding.block == 0 for rounding in roundings.values()),
-            ),
-        )
+    def forms(self, dim: int) -> "Forms":
+        """The forms of the matrices of a model of width ``dim``. Raises BuildError."""
+        from mythos_edge.exporter.targets.ort_files import EXPERTS, Forms
+
+        by_part = {EXPERTS: self.weights, "": self.dense_form()}
+        roundings = {form: self._rounding(form, dim) for form in by_part.values() if form in _BITS}
+        prepacked = self.weights != MAPPED
+        return Forms(self.weights, "fp32", by_part, roundings, self.block, self.keep, prepacked)
 
     def dense_form(self) -> str:
         """The form of what is no routed expert.

@@ -16,10 +16,11 @@ from mythos_edge.exporter.targets.spec import CUDA_GPU, EXPORT, Machine, Option,
 from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.errors import BuildError
 from mythos_edge.model.families.table import config_of
-from mythos_edge.model.target_options import ONNXRUNTIME_GPU, OrtOptions
+from mythos_edge.model.target_options import ONNXRUNTIME_GPU
 
 if TYPE_CHECKING:
     from mythos_edge.exporter.lowering.ort_cuda import Narrowed
+    from mythos_edge.exporter.rounding import Matrix
 
 _KIND = "ort-cuda"
 DTYPES = ("fp16", "fp32")
@@ -96,41 +97,22 @@ class OrtCudaTarget:
         from functools import partial
 
         from mythos_edge.exporter.lowering.ort_cuda import lower_for_ort_cuda
-        from mythos_edge.exporter.rounding import Rounding, plan_rounded
-        from mythos_edge.exporter.targets import ort_files
+        from mythos_edge.exporter.rounding import Rounding
+        from mythos_edge.exporter.targets.ort_files import Forms, matrices_of, write_ort
 
-        config = config_of(work.bundle.manifest)
-        matrices, roundings = [], {}
+        config, roundings = config_of(work.bundle.manifest), {}
         if self.weights != "none":
             bits, method = _ROUNDINGS[self.weights]
             wide = self.weights == "int8" and config.looped.dim % 128 == 0
             roundings[self.weights] = Rounding(bits, self.block or (128 if wide else 64), method)
-            matrices = ort_files.matrices_of(config, {"": roundings[self.weights]})
-        packs = ort_files.rounded_packs(work, plan_rounded(matrices)) if matrices else {}
-        narrowed = None if self.dtype == "fp32" else _narrowed(work, tuple(packs))
-        work.progress("graphs", 0.0)
-        lower = partial(lower_for_ort_cuda, narrowed=narrowed, packs=packs)
-        lowered = ort_files.write_graphs(ort_files.stages_of(work), work.folder, work.name, config, lower)
-        weights, rounding = ort_files.forms_of(config, matrices, self.dtype), roundings.get(self.weights)
-        return Written(
-            graphs=lowered.graphs,
-            compute_dtype=self.dtype,
-            weights=weights,
-            fixed_bytes=lowered.fixed_bytes,
-            step_bytes=lowered.step_bytes,
-            summary=ort_files.summary_of(weights, roundings),
-            options=OrtOptions(
-                asked=self.weights,
-                block=0 if rounding is None else rounding.block,
-                method="none" if rounding is None else rounding.method,
-                prepacked=True,
-                integer_rows=False,
-            ),
-            note=_NOTE if self.dtype == "fp16" else "",
-        )
+        note = _NOTE if self.dtype == "fp16" else ""
+        forms = Forms(self.weights, self.dtype, {"": self.weights}, roundings, self.block, note=note)
+
+        narrowed = None if self.dtype == "fp32" else _narrowed(work, matrices_of(config, forms))
+        return write_ort(work, forms, partial(lower_for_ort_cuda, narrowed=narrowed))
 
 
-def _narrowed(work: Work, rounded: tuple[str, ...]) -> "Narrowed":
+def _narrowed(work: Work, rounded: "list[Matrix]") -> "Narrowed":
     """The matrices that are not ``rounded`` in float16: as they are stored, or written to the target's folder."""
     import onnx_ir as ir
 
@@ -143,7 +125,7 @@ def _narrowed(work: Work, rounded: tuple[str, ...]) -> "Narrowed":
         weights = [value for model in stages_of(work).values() for value in model.graph.initializers.values()]
         stored = {str(value.name): value.const_value for value in weights if value.dtype == ir.DataType.FLOAT16}
         return {key: tensor for key, tensor in stored.items() if tensor is not None}
-    plan = plan_narrow(bundle, rounded)
+    plan = plan_narrow(bundle, [matrix.name for matrix in rounded])
     file = work.weights_file("narrow")
     require_free_space(bundle.path, plan.total_bytes)
     write_narrow(plan, bundle, work.folder / file, lambda done: work.progress("narrowing", done))

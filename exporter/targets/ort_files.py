@@ -2,29 +2,35 @@
 
 import fnmatch
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import onnx_ir as ir
 
 from mythos_edge.exporter.graph_checks import check_graph
-from mythos_edge.exporter.lowering.ort_cpu import lower_for_ort
-from mythos_edge.exporter.lowering.ort_kernels import Pack
+from mythos_edge.exporter.lowering.ort_cpu import Packs, lower_for_ort
 from mythos_edge.exporter.lowering.sequences import for_many_sequences, for_one_sequence
-from mythos_edge.exporter.rounding import ROW, Importance, Matrix, RoundedFile, Rounding, write_rounded
-from mythos_edge.exporter.targets.spec import Work, form_of_parts
-from mythos_edge.exporter.weights import bytes_read
+from mythos_edge.exporter.rounding import (
+    ROW,
+    Importance,
+    Matrix,
+    RoundedFile,
+    Rounding,
+    plan_rounded,
+    write_rounded,
+)
+from mythos_edge.exporter.targets.spec import Work, Written, form_of_parts
+from mythos_edge.exporter.weights import bytes_read, weights_of
 from mythos_edge.model.bundle_writer import require_free_space
 from mythos_edge.model.errors import BuildError
 from mythos_edge.model.families.family import Config
 from mythos_edge.model.families.table import config_of
 from mythos_edge.model.layout import recipes
-from mythos_edge.model.manifest import WEIGHTS_FILE
 from mythos_edge.model.recipes import Recipe
 from mythos_edge.model.stages import MAX_TOGETHER, STAGES
-from mythos_edge.model.stored_checkpoint import Checkpoint
-from mythos_edge.model.tensor_files import read_tensor_file
+from mythos_edge.model.target_options import OrtOptions
 from mythos_edge.plugins.torch_ops import add_functions
 
 EXPERTS = "experts"
@@ -33,12 +39,21 @@ _OTHERS = "others"
 
 
 @dataclass(frozen=True)
-class Lowered:
-    """The graphs of a target by stage, and the bytes of weights it reads once a token and at each loop step."""
+class Forms:
+    """The forms that a target gives a model's matrices ``by_part`` ("" for all other parts), but for those in ``keep``.
 
-    graphs: dict[str, str]
-    fixed_bytes: int
-    step_bytes: int
+    ``roundings`` are by form; without one a matrix is in ``dtype``, which products are computed in. ``asked`` is the
+    form that was asked for by name, ``block`` the block that was asked for it.
+    """
+
+    asked: str
+    dtype: str
+    by_part: Mapping[str, str]
+    roundings: Mapping[str, Rounding]
+    block: int | None = None
+    keep: Sequence[str] = ()
+    prepacked: bool = True
+    note: str = ""
 
 
 def write_graphs(
@@ -46,11 +61,13 @@ def write_graphs(
     folder: Path,
     name: str,
     config: Config,
+    forms: Forms,
+    matrices: Sequence[Matrix] = (),
     lower: Callable[[ir.Model], ir.Model] = lower_for_ort,
-) -> Lowered:
-    """Lowers the traced stages and writes them to ``folder`` as ``<stage>.<name>.onnx``.
+) -> Written:
+    """Lowers the traced stages, of which ``matrices`` are rounded, and writes them to ``folder``.
 
-    For several sequences they are also written as ``<stage>.<name>.many.onnx``.
+    Each is ``<stage>.<name>.onnx``, and for several sequences ``<stage>.<name>.many.onnx``.
     """
     graphs, sizes = {}, {}
     for stage in STAGES:
@@ -63,10 +80,33 @@ def write_graphs(
             ir.save(lowered, folder / graphs[key])
             check_graph(lowered)
             sizes[key] = bytes_read(lowered.graph, config)
-    return Lowered(graphs, sizes["prelude"] + sizes["coda"], sizes["step"])
+    weights = forms_of(config, matrices, forms.dtype)
+    return Written(
+        graphs=graphs,
+        compute_dtype=forms.dtype,
+        weights=weights,
+        fixed_bytes=sizes["prelude"] + sizes["coda"],
+        step_bytes=sizes["step"],
+        summary=_summary(weights, forms.roundings),
+        options=_options(forms, {matrix.rounding for matrix in matrices}),
+        note=forms.note,
+    )
 
 
-def summary_of(weights: Mapping[str, str], roundings: Mapping[str, Rounding]) -> str:
+def _options(forms: Forms, used: Set[Rounding]) -> OrtOptions:
+    roundings = (forms.roundings.get(form) for form in forms.by_part.values())
+    # Without experts, or with them kept, what is rounded is the dense matrices alone.
+    main = next((rounding for rounding in roundings if rounding in used), None)
+    return OrtOptions(
+        asked=forms.asked,
+        block=0 if main is None else main.block,
+        method="none" if main is None else main.method,
+        prepacked=forms.prepacked,
+        integer_rows=any(rounding.block == ROW for rounding in used),
+    )
+
+
+def _summary(weights: Mapping[str, str], roundings: Mapping[str, Rounding]) -> str:
     """The forms of the parts in one line, as in ``experts int4 (blocks of 64, search), rest int8 (a row, rtn)``."""
 
     def told(form: str) -> str:
@@ -91,25 +131,42 @@ def stages_of(work: Work) -> dict[str, ir.Model]:
     return {stage: ir.load(work.bundle.file(f"{stage}.onnx")) for stage in STAGES}
 
 
-def rounded_packs(work: Work, plan: RoundedFile, importance: Importance | None = None) -> dict[str, Pack]:
+def write_ort(
+    work: Work,
+    forms: Forms,
+    lower: Callable[..., ir.Model],
+    importance: Callable[[], Importance | None] = lambda: None,
+) -> Written:
+    """Rounds the matrices of a target, lowers the stages with them, and writes both.
+
+    ``lower`` takes a stage and ``packs``; ``importance`` is asked for when something is rounded. Raises BuildError.
+    """
+    config = config_of(work.bundle.manifest)
+    matrices = matrices_of(config, forms)
+    packs = _packs(work, plan_rounded(matrices), importance()) if matrices else {}
+    work.progress("graphs", 0.0)
+    stages, lower_with = stages_of(work), partial(lower, packs=packs)
+    return write_graphs(stages, work.folder, work.name, config, forms, matrices, lower_with)
+
+
+def _packs(work: Work, plan: RoundedFile, importance: Importance | None) -> Packs:
     """Rounds the matrices of ``plan``, read from the bundle's own weights, into a file of the target."""
-    bundle, file = work.bundle, work.weights_file()
-    require_free_space(bundle.path, plan.total_bytes)
-    stored = read_tensor_file(bundle.file(WEIGHTS_FILE))
-    with Checkpoint(bundle.path, stored.kind, config_of(bundle.manifest), stored.entries) as reader:
+    file = work.weights_file()
+    require_free_space(work.bundle.path, plan.total_bytes)
+    with weights_of(work.bundle) as reader:
         write_rounded(plan, reader, work.folder / file, importance, lambda done: work.progress("rounding", done))
     return plan.packs(work.settled(file), work.folder)
 
 
-def matrices_of(config: Config, roundings: Mapping[str, Rounding | None], keep: Sequence[str] = ()) -> list[Matrix]:
-    """The matrices that a target rounds, without those it keeps.
+def matrices_of(config: Config, forms: Forms) -> list[Matrix]:
+    """The matrices that a target rounds.
 
-    ``roundings`` are by part, "" for all other parts; None keeps a part. Raises BuildError for a name in ``keep`` that
-    fits no matrix, and for rows of experts that do not divide into blocks.
+    Raises BuildError for a name to keep that fits no matrix, where none is left that is rounded as asked, and for rows
+    of experts that do not divide into blocks.
     """
     candidates = [recipe for recipe in recipes(config, 1) if recipe.parts]
     kept: set[str] = set()
-    for given in keep:
+    for given in forms.keep:
         found = {recipe.name for recipe in candidates if given in recipe.parts or fnmatch.fnmatch(recipe.name, given)}
         if not found:
             parts = dict.fromkeys(part for recipe in candidates for part in recipe.parts)
@@ -122,9 +179,16 @@ def matrices_of(config: Config, roundings: Mapping[str, Rounding | None], keep: 
         kept |= experts  # one kernel computes with both
     chosen = []
     for recipe in candidates:
-        rounding = roundings.get(recipe.parts[0], roundings.get(""))
+        rounding = forms.roundings.get(forms.by_part.get(recipe.parts[0], forms.by_part[""]))
         if rounding is not None and recipe.name not in kept:
             chosen.append(_matrix(recipe, rounding))
+    if forms.roundings and not chosen:
+        raise BuildError(
+            f"nothing of this model is left to round to {forms.asked}: leave parts out of --keep, "
+            "or build a target that rounds nothing"
+        )
+    if forms.block is not None and forms.roundings[forms.asked] not in {matrix.rounding for matrix in chosen}:
+        raise BuildError(f"--block is {forms.block}, and no matrix left is {forms.asked}: leave --block out")
     return chosen
 
 

@@ -139,6 +139,48 @@ def test_every_prompt_may_have_a_seed_of_its_own(session: Session) -> None:
         session.generate([PROMPT], seeds=[-1], **options)
 
 
+def test_every_prompt_may_have_options_of_its_own(session: Session) -> None:
+    """Depth and drafts too: each is what it would be alone."""
+    each: list[Any] = [
+        {"max_new_tokens": 9, "temperature": 1.5, "seed": 3},
+        {"max_new_tokens": 4, "max_depth": 2},
+        {"stop_ids": (1, 2, 3)},
+        {"draft_depth": 2, "draft_tokens": 3},
+        {},
+    ]
+    prompts = [PROMPT, [3], PROMPT, [4, 5], PROMPT]
+    made = session.generate(prompts, max_new_tokens=7, each=each)
+    for prompt, own, found in zip(prompts, each, made, strict=True):
+        alone = session.generate(prompt, **{"max_new_tokens": 7, **own})
+        assert (found.ids, found.depths, found.finish_reason) == (alone.ids, alone.depths, alone.finish_reason)
+    assert [len(one.ids) for one in made][:2] == [9, 4]
+    with pytest.raises(UsageError, match="each has options for 1 prompts, there are 2: give one for each"):
+        session.generate([PROMPT, PROMPT], each=[{}])
+    with pytest.raises(UsageError, match="temperature is -1"):
+        session.generate([PROMPT, PROMPT], each=[{}, {"temperature": -1}])
+    with pytest.raises(UsageError, match="no seed beside"):
+        session.generate([PROMPT, PROMPT], each=[{"seed": 1}, {}], seeds=[1, 2])
+
+
+def test_a_request_is_checked_without_a_run(session: Session) -> None:
+    before = session.generate(PROMPT, max_new_tokens=2)
+    ids = session.ids
+    assert session.check(PROMPT) == list(PROMPT)
+    for prompt, options, message in (
+        ([], {}, "the prompt is empty"),
+        ([1] * 5000, {}, "the prompt has 5000 tokens"),
+        ([99999], {}, "token id 99999 is out of range"),
+        ("text", {}, "this bundle has no tokenizer"),
+        (PROMPT, {"stop_strings": "x"}, "stop strings need a tokenizer"),
+        (PROMPT, {"draft_depth": 99}, "draft_depth is 99"),
+        (PROMPT, {"stop_ids": (99999,)}, "stop id 99999"),
+        (PROMPT, {"temperature": "hot"}, "temperature is 'hot', expected a number"),
+    ):
+        with pytest.raises((UsageError, CapacityError), match=message):
+            session.check(prompt, **options)
+    assert session.ids == ids == [*PROMPT, *before.ids]
+
+
 def test_resume_goes_on_where_the_sequence_ended(session: Session) -> None:
     whole = session.generate(PROMPT, max_new_tokens=9).ids
     first = session.generate(PROMPT, max_new_tokens=4).ids

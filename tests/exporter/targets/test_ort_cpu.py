@@ -138,6 +138,17 @@ def test_kept_parts_stay_float32(bundle: Path, keep: list[str], rounded_parts: s
         assert np.abs(session.score(ids).logits - exact.score(ids).logits).max() < 10
 
 
+def test_what_is_rounded_in_a_part_that_is_kept_in_part_counts(bundle: Path) -> None:
+    keep = ("head", "attention", "experts", "shared")
+    made = build_cpu(bundle, "int8", block=32, keep=keep).target("ort-cpu-int8")
+    assert made.weights["prelude"] == made.weights["coda"] == "fp32+int8"
+    assert (made.options["block"], made.options["method"]) == (32, "rtn")
+    assert not made.options["integer_rows"]
+    build_cpu(bundle, "int4", dense="int8", keep=("head", "attention", "shared", "prelude", "coda"))
+    only_blocks = open_bundle(bundle).target("ort-cpu-int4-dense-int8")
+    assert not only_blocks.options["integer_rows"], "no rows are rounded as a whole"
+
+
 def test_bytes_a_token_reads(bundle: Path) -> None:
     """In float32: every tensor of the checkpoint, of the experts the chosen share, and the embedding as the head."""
     target, config = open_bundle(bundle).manifest.targets["ort-cpu"], config_of(open_bundle(bundle).manifest)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 from mythos_edge.model.stages import MAX_TOGETHER
+from mythos_edge.runtime.backends.memory import host_array
 from mythos_edge.runtime.backends.packing import REQUEST, ROWS, Arrays, Call
 from mythos_edge.runtime.backends.protocol import Backend
 
@@ -33,7 +34,7 @@ class StageCall(NamedTuple):
     @property
     def kind(self) -> tuple[Any, ...]:
         """Calls of one kind can share a run: those of one stage whose requests have equal scalars."""
-        return (self.stage, *(self.feeds[name].item() for name in REQUEST[self.stage]))
+        return (self.stage, *(host_array(self.feeds[name]).item() for name in REQUEST[self.stage]))
 
 
 Result = TypeVar("Result")

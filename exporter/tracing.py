@@ -30,16 +30,13 @@ from mythos_edge.model.errors import ExportError, raise_interrupt
 from mythos_edge.model.families.family import Config
 from mythos_edge.model.layout import network_of
 from mythos_edge.model.network import Halting, LoopedNetwork, LoopState, Window, in_dtype
-from mythos_edge.model.stages import (
-    STAGES,
-)
+from mythos_edge.model.stages import STAGES
 from mythos_edge.plugins import ops
 from mythos_edge.plugins.torch_ops import TracedOps
 
 _OP: Any = opset23
 # torch's exporter changes torch for all threads while it traces.
 _ONE_AT_A_TIME = threading.Lock()
-# The name of the piece that is traced once for all blocks.
 # Loggers that tell of what torch's exporter and its passes leave alone, which is meant.
 _TALKATIVE = ("torch.onnx", "onnx_ir", "onnxscript")
 
@@ -57,7 +54,10 @@ class _Stages(nn.Module):
         self.network = network
         attentions = network.attentions()
         if attentions:
-            self._real_attention: Any = next(iter(attentions.values())).forward
+            first, *others = map(_but_for_weights, attentions.values())
+            assert all(other == first for other in others), f"{', '.join(attentions)} differ in more than weights"
+            real = next(iter(attentions.values())).forward
+            self._real_attention: Any = partial(real, rope=network.rotation()[1])
         for attention in attentions.values():
             attention.forward = partial(_call_attention, attention)
 
@@ -75,7 +75,7 @@ class _Stages(nn.Module):
         self, x: Tensor, positions: Tensor, past: Tensor, length: Tensor, first: Tensor
     ) -> tuple[Tensor, ...]:
         window = Window(length, first)
-        return tuple(self._real_attention(x.flatten(0, 1), self.network.rope, positions, past, window))
+        return tuple(self._real_attention(x.flatten(0, 1), positions=positions, past=past, window=window))
 
     def _prelude(self, input_ids: Tensor, length: Tensor, first: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
         e, rows = self.network.prelude(input_ids, Window(length, first), *past)
@@ -108,6 +108,14 @@ class _Stages(nn.Module):
     ) -> tuple[Tensor, ...]:
         logits, rows = self.network.coda(out, logit_rows, Window(length, first), *past)
         return logits.float(), *rows
+
+
+def _but_for_weights(module: nn.Module) -> list[Any]:
+    """All that a module computes with; of its weights the names and shapes alone."""
+    assert next(module.buffers(), None) is None, "what an attention computes with is a parameter, or no tensor"
+    weights = [(name, weight.shape, weight.dtype) for name, weight in module.named_parameters()]
+    parts = [(type(part), {k: v for k, v in vars(part).items() if k[0] != "_"}) for part in module.modules()]
+    return [weights, parts]
 
 
 def _call_attention(
@@ -274,7 +282,7 @@ def _function(model: ir.Model, network: LoopedNetwork, inputs: Inputs) -> ir.Fun
     ir.convenience.replace_all_uses_with(flatten.outputs[0], rows)
     graph.remove(flatten, safe=True)
     name, attention = next(iter(network.attentions().items()))
-    modules = {"rope": network.get_submodule("rope"), name: attention}
+    modules = dict([network.rotation(), (name, attention)])
     weights = [
         graph.initializers.pop(f"network.{place}.{parameter}")
         for place, module in modules.items()

@@ -153,8 +153,15 @@ class LoopedNetwork(nn.Module):
         raise NotImplementedError
 
     def attentions(self) -> dict[str, nn.Module]:
-        """The attention modules by name, where all have one shape and can be traced once; none otherwise."""
+        """The attention modules by name, where they differ in weights alone and can be traced once; none otherwise.
+
+        Each is called with flat rows, the module of ``rotation``, positions, cached rows and a window.
+        """
         return {}
+
+    def rotation(self) -> tuple[str, nn.Module]:
+        """Name and module of the rotation that all ``attentions`` take."""
+        raise NotImplementedError
 
     @contextmanager
     def choices(self) -> Iterator[Choices]:

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mythos_edge.model.eager_ops import EagerOps
 from mythos_edge.model.errors import CheckpointError
 from mythos_edge.model.families.family import Opening
-from mythos_edge.model.families.openmythos.layers import EagerOps
 from mythos_edge.model.looped import LoopedModel
 from mythos_edge.model.network import LoopedNetwork, LoopState, Window
 from mythos_edge.model.recipes import Recipe

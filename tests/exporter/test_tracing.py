@@ -48,6 +48,23 @@ def test_what_fails_in_tracing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> N
     assert "\n" not in str(caught.value)
 
 
+def test_attentions_are_traced_once_only_where_they_differ_in_weights_alone() -> None:
+    with torch.device("meta"):
+        tracing._Stages(Network(SMALL, 32))
+        network = Network(SMALL, 32)
+    (attention,) = (part for name, part in network.attentions().items() if name == "coda_blocks.0.attn")
+    for name, other in {
+        "config": dataclasses.replace(SMALL, qk_nope_head_dim=SMALL.qk_nope_head_dim // 2),
+        "wo": nn.Parameter(torch.empty(1, 2)),
+        "norm": nn.LayerNorm(3),
+    }.items():
+        before = getattr(attention, name, None)
+        setattr(attention, name, other)
+        with pytest.raises(AssertionError, match=r"coda_blocks\.0\.attn.* differ in more than weights"):
+            tracing._Stages(network)
+        setattr(attention, name, before)
+
+
 class _InPlace(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = x * 2

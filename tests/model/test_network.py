@@ -6,8 +6,8 @@ import jaxtyping
 import pytest
 import torch
 
+from mythos_edge.model.eager_ops import chosen_experts, swiglu
 from mythos_edge.model.families.openmythos.config import VARIANTS, MythosConfig
-from mythos_edge.model.families.openmythos.layers import chosen_experts, swiglu
 from mythos_edge.model.families.openmythos.network import Network
 
 CONFIG = dataclasses.replace(

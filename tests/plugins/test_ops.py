@@ -13,7 +13,7 @@ from single_ops import TOLERANCE, Feeds, expert_feeds, experts_model, model_of, 
 
 from mythos_edge.exporter.lowering.ort_cpu import lower_for_ort
 from mythos_edge.exporter.rounding import Rounding
-from mythos_edge.model.families.openmythos.layers import EagerOps
+from mythos_edge.model.eager_ops import EagerOps
 from mythos_edge.model.network import Window
 from mythos_edge.plugins import ops, reference
 from mythos_edge.plugins.torch_ops import add_functions

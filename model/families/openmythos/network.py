@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from mythos_edge.model.eager_ops import EagerOps
 from mythos_edge.model.families.openmythos.config import MythosConfig
-from mythos_edge.model.families.openmythos.layers import Block, EagerOps, RMSNorm, Rope, SparseMoE
+from mythos_edge.model.families.openmythos.layers import Block, RMSNorm, Rope, SparseMoE
 from mythos_edge.model.families.openmythos.loop import LoopStep
 from mythos_edge.model.network import Choices, Halting, LoopedNetwork, LoopState, Ops, Window
 
@@ -39,6 +40,9 @@ class Network(LoopedNetwork):
         names = [f"prelude_blocks.{index}.attn" for index in range(len(self.prelude_blocks))]
         names += ["step.block.attn", *(f"coda_blocks.{index}.attn" for index in range(len(self.coda_blocks)))]
         return {name: self.get_submodule(name) for name in names}
+
+    def rotation(self) -> tuple[str, nn.Module]:
+        return "rope", self.rope
 
     @contextmanager
     def choices(self) -> Iterator[Choices]:

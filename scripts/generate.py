@@ -17,7 +17,7 @@ _SOURCES = "-p TEXT, --ids 1,2,3, -f FILE or --file JSONL"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_bundle(parser)
     prompt = parser.add_mutually_exclusive_group()
-    text = "may begin with a dash; one that is an option: -p=--json; - is stdin, as is a pipe where nothing is given"
+    text = "may begin with a dash; one that is an option: -p=--json; '-' is stdin, as is a pipe where nothing is given"
     prompt.add_argument("-p", "--prompt", metavar="TEXT", help=text)
     prompt.add_argument("--ids", metavar="1,2,3", help="token ids instead of text")
     text = "a prompt in UTF-8; of a file and of stdin one line break at the end is no part of it"

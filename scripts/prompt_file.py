@@ -198,5 +198,5 @@ def _sha256(value: Any) -> str:
 
 
 def _why(error: ValueError) -> str:
-    """What is wrong with a line, which is one line: a place in it is that of a character."""
+    """Says why a line is no JSON, with the place of a character in it."""
     return f"{error.msg}, character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)

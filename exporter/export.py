@@ -9,12 +9,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 
-from mythos_edge.exporter.kept_graphs import LIBRARIES, Graphs, kept
+from mythos_edge.exporter.kept_graphs import Graphs, kept, versions
 from mythos_edge.exporter.sample import golden_sample
 from mythos_edge.exporter.tokenizer_files import TOKENIZER_FILE, tokenizer_for
 from mythos_edge.exporter.weights import STORAGE_TYPES, WeightsHashes, WeightsPlan, plan_weights, write_weights
@@ -85,7 +84,7 @@ def export_bundle(
             max_context=context,
             graphs=made.graphs,
             targets={made.target: replace(made.record, bundle=_identity(config, source, dtype, context))},
-            versions={name: metadata.version(name) for name in LIBRARIES},
+            versions=versions(),
             source=source,
             sample=sample,
             tokenizer=None if text.data is None else TOKENIZER_FILE,

@@ -15,14 +15,15 @@ import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from mythos_edge.model.bounded_files import read_bounded
 from mythos_edge.model.errors import UsageError
+from mythos_edge.model.families.table import FAMILIES
 from mythos_edge.model.output_files import writing
 from mythos_edge.model.user_cache import cache_folder
+from mythos_edge.model.versions import UNKNOWN, version_of
 
 VARIABLE = "MYTHOS_EDGE_CACHE"
 LIBRARIES = ("mythos-edge", "torch", "onnx", "onnx-ir", "onnxscript")
@@ -56,12 +57,13 @@ def kept(
     """
     try:
         folder = _folder()
+        surroundings = _surroundings()
     except UsageError as error:
         note(f"the graphs are not kept for the next export: {error}")
         folder = None
     if folder is None:
         return make()
-    key = json.dumps({"what": what, **depends_on, **_surroundings()}, sort_keys=True).encode()
+    key = json.dumps({"what": what, **depends_on, **surroundings}, sort_keys=True).encode()
     path = folder / f"{hashlib.sha256(key).hexdigest()}{_ENDING}"
     found = _read(path, key)
     if found is None:
@@ -77,15 +79,27 @@ def _folder() -> Path | None:
     return Path(given).absolute() if given else cache_folder() / "graphs"
 
 
+def versions() -> dict[str, str]:
+    """The versions of the libraries that make graphs."""
+    return {name: version_of(name) for name in LIBRARIES}
+
+
 def _surroundings() -> dict[str, Any]:
-    """The versions of all libraries that make graphs, and a digest of our own code."""
-    digest, root = hashlib.sha256(), Path(__file__).parent.parent
-    for room in _ROOMS:
-        for file in sorted((root / room).rglob("*.py")):
-            digest.update(f"{file.relative_to(root)}\0{file.stat().st_size}\0".encode())
-            digest.update(file.read_bytes())
-    versions = {name: metadata.version(name) for name in LIBRARIES}
-    return {"versions": {"python": list(sys.version_info[:2]), **versions}, "code": digest.hexdigest()}
+    """The versions of all libraries that make graphs, and a digest of our own code and the families'.
+
+    Raises UsageError where it cannot be told which library makes them; our own is known by its code.
+    """
+    digest, root, found = hashlib.sha256(), Path(__file__).parent.parent, versions()
+    ours = [file for room in _ROOMS for file in sorted((root / room).rglob("*.py"))]
+    modules = (sys.modules.get(type(family).__module__) for family in FAMILIES.values())
+    families = {Path(file) for file in (getattr(module, "__file__", None) for module in modules) if file}
+    for file in [*ours, *sorted(families - set(ours))]:
+        digest.update(f"{file.relative_to(root) if file in ours else file}\0{file.stat().st_size}\0".encode())
+        digest.update(file.read_bytes())
+    unknown = [name for name in LIBRARIES[1:] if found[name] == UNKNOWN]
+    if unknown:
+        raise UsageError(f"the version of {unknown[0]} is not known")
+    return {"versions": {"python": list(sys.version_info[:2]), **found}, "code": digest.hexdigest()}
 
 
 def _packed(graphs: Graphs, key: bytes) -> bytes:

@@ -153,7 +153,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
-    from importlib import metadata
+    from mythos_edge.model.versions import version_of
 
     command = _Parser(
         prog="mythos-edge",
@@ -161,7 +161,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="mythos-edge VERB --help shows the options of a verb and an example; help is text, with --json, too. "
         "Exit codes: 0 done, 1 an error that is told in one line or a failed comparison, 2 an unreadable command line.",
     )
-    command.add_argument("--version", action="version", version=f"mythos-edge {metadata.version('mythos-edge')}")
+    command.add_argument("--version", action="version", version=f"mythos-edge {version_of('mythos-edge')}")
     common = _Parser(add_help=False)
     add_common(common)
     verbs = command.add_subparsers(dest="verb", metavar="VERB", required=True)

@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 import warnings
-from importlib import metadata, resources
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from mythos_edge.model.errors import ExportError, MythosEdgeError, UsageError, u
 from mythos_edge.model.file_locks import locked
 from mythos_edge.model.manifest import SCHEMA_VERSION
 from mythos_edge.model.user_cache import cache_folder
+from mythos_edge.model.versions import version_of
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import addition, arguments
 from mythos_edge.scripts.console import Console
@@ -138,7 +139,7 @@ def _cached_bundle(console: Console) -> Path:
     """The exported demo model, made at the first use or when it is damaged, and kept in the user's cache folder."""
     with resources.as_file(resources.files("mythos_edge.scripts") / "assets" / "carry_adder.pt") as checkpoint:
         # Another version of this package may trace it otherwise.
-        version = metadata.version("mythos-edge")
+        version = version_of("mythos-edge")
         name = f"carry-adder-{sha256_of(checkpoint)[:12]}-{version}-{SCHEMA_VERSION}.bundle"
         root = cache_folder()
         try:

@@ -12,6 +12,7 @@ from mythos_edge.exporter.targets.spec import EXPORT, RUN, GpuNeed, Packages
 from mythos_edge.exporter.targets.table import KINDS
 from mythos_edge.model.errors import MythosEdgeError
 from mythos_edge.model.machine import memory, processors
+from mythos_edge.model.versions import version_of
 from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.plugins.processor import has_integer_dot_products
 from mythos_edge.scripts.console import Console
@@ -67,7 +68,7 @@ def examine(load_driver: Callable[[], Driver]) -> dict[str, Any]:
     _count_other_names(can)
     gpus, no_gpu = _gpus(load_driver)
     return {
-        "mythos_edge": metadata.version("mythos-edge"),
+        "mythos_edge": version_of("mythos-edge"),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
         "processor": processor(),
@@ -172,7 +173,7 @@ def processor() -> str:
 
 
 def _purpose(packages: Packages) -> dict[str, Any]:
-    versions = {name: version_of(name, module) for name, module in packages.modules.items()}
+    versions = {name: installed(name, module) for name, module in packages.modules.items()}
     return {"ok": None not in versions.values(), "packages": versions, "install": packages.install}
 
 
@@ -187,7 +188,7 @@ def _count_other_names(can: dict[str, dict[str, Any]]) -> None:
     run["ok"] = None not in run["packages"].values()
 
 
-def version_of(package: str, module: str) -> str | None:
+def installed(package: str, module: str) -> str | None:
     """The version of an installed package whose module can be found."""
     try:
         return metadata.version(package) if util.find_spec(module) is not None else None

@@ -5,12 +5,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module, metadata
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from command_line import Ran
 from conftest import FIXTURES, ROOT
 from killed import at_each_step
 from safetensors.torch import load_file, save_file
@@ -19,7 +21,9 @@ from mythos_edge.exporter import kept_graphs
 from mythos_edge.exporter.export import export_bundle
 from mythos_edge.exporter.kept_graphs import VARIABLE, Graphs, kept
 from mythos_edge.model import user_cache
+from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.checkpoint import open_checkpoint
+from mythos_edge.model.families.table import FAMILIES
 
 GRAPHS = Graphs({"a.onnx": b"abc" * 100, "b.onnx": b""}, {"bytes": 7, "names": ["x"]})
 
@@ -52,9 +56,52 @@ def test_graphs_are_made_once_for_all_they_depend_on(cache: Path, monkeypatch: p
     made: list[int] = []
     kept("bundle", {"config": {"dim": 64}}, _makes(made))
     assert made
-    version = kept_graphs.metadata.version
-    monkeypatch.setattr(kept_graphs.metadata, "version", lambda name: version(name) + ("+1" if name == "onnx" else ""))
+    version = kept_graphs.version_of
+    monkeypatch.setattr(kept_graphs, "version_of", lambda name: version(name) + ("+1" if name == "onnx" else ""))
     assert _times_made(config={"dim": 64}) == 1
+
+
+def _without(*missing: str) -> Callable[[str], str]:
+    """``metadata.version`` where no distribution has these names."""
+    version = metadata.version
+
+    def found(name: str) -> str:
+        if name in missing:
+            raise metadata.PackageNotFoundError(name)
+        return version(name)
+
+    return found
+
+
+def test_a_source_tree_keeps_graphs_and_exports(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., Ran]
+) -> None:
+    monkeypatch.setattr(metadata, "version", _without("mythos-edge"))
+    assert [_times_made(), _times_made()] == [1, 0]
+    assert run("export", FIXTURES / "gqa-small", "-o", tmp_path / "b").code == 0
+    assert open_bundle(tmp_path / "b").manifest.versions["mythos-edge"] == "unknown"
+    assert run("--version").out == "mythos-edge unknown\n"
+
+
+def test_graphs_of_a_library_of_unknown_version_are_not_kept(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., Ran]
+) -> None:
+    monkeypatch.setattr(metadata, "version", _without("onnx"))
+    ran = run("export", FIXTURES / "gqa-small", "-o", tmp_path / "b")
+    assert ran.code == 0
+    assert "the graphs are not kept for the next export: the version of onnx is not known" in ran.err
+    assert not cache.exists()
+
+
+def test_a_change_of_a_family_that_lives_elsewhere_makes_them_anew(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "their_family.py").write_text("class Their:\n    name = 'their'\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(FAMILIES, "their", import_module("their_family").Their())
+    assert [_times_made(), _times_made()] == [1, 0]
+    (tmp_path / "their_family.py").write_text("class Their:\n    name = 'other'\n")
+    assert _times_made() == 1
 
 
 def test_a_change_of_our_own_code_makes_them_anew(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

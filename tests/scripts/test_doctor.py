@@ -16,7 +16,7 @@ RUN = ("numpy", "onnxruntime", "tokenizers")
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> Any:
     def install(*packages: str) -> None:
-        monkeypatch.setattr(doctor, "version_of", lambda package, module: "1.2.3" if package in packages else None)
+        monkeypatch.setattr(doctor, "installed", lambda package, module: "1.2.3" if package in packages else None)
 
     return install
 

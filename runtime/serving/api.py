@@ -34,6 +34,7 @@ _SHARED = (
 )
 _CHAT = (*_SHARED, "messages", "max_completion_tokens", "top_logprobs", "chat_template_kwargs")
 _COMPLETION = (*_SHARED, "prompt")
+FIELDS = frozenset((*_CHAT, *_COMPLETION))
 # Rows that a prompt is run in at once: more would make those who wait for their next token wait longer.
 _CHUNK = 128
 

@@ -353,9 +353,9 @@ def _told(error: Exception) -> tuple[int, dict[str, Any]]:
         status = 400
     kind = "invalid_request_error" if status < 500 else "server_error"
     message = str(error) if isinstance(error, MythosEdgeError | _Refused) else f"internal error: {type(error).__name__}"
-    # Messages of ours begin with the name of the field.
-    first = message.partition(" ")[0]
-    param = first if status == 400 and first.isidentifier() and " is " in message else None
+    # A message about a field begins with its name.
+    first = message.partition(" ")[0].partition("[")[0].partition(".")[0]
+    param = first if status == 400 and first in api.FIELDS else None
     return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 

@@ -140,17 +140,22 @@ def test_headers_tell_what_meant_nothing(served: Served) -> None:
     ("path", "body", "words", "param"),
     [
         (CHAT, {}, "messages is None, expected a list", "messages"),
-        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "content that is no text", None),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "content that is no text",
+            "messages",
+        ),
         (CHAT, {"messages": TALK, "temperature": -1}, "temperature is -1", "temperature"),
         (CHAT, {"messages": TALK, "n": 1000}, "n is 1000", "n"),
         (CHAT, {"messages": TALK, "max_depth": 0}, "max_depth is 0", "max_depth"),
         (CHAT, {"messages": TALK, "reasoning_effort": "huge"}, "reasoning_effort is 'huge'", "reasoning_effort"),
-        (CHAT, {"messages": TALK, "logit_bias": {"x": 1}}, "logit_bias has 'x'", None),
-        (CHAT, {"messages": TALK, "logit_bias": {"99999": 1}}, "logit_bias of token 99999", None),
-        (CHAT, {"messages": TALK, "draft_depth": "auto"}, "both as numbers", None),
+        (CHAT, {"messages": TALK, "logit_bias": {"x": 1}}, "logit_bias has 'x'", "logit_bias"),
+        (CHAT, {"messages": TALK, "logit_bias": {"99999": 1}}, "logit_bias of token 99999", "logit_bias"),
+        (CHAT, {"messages": TALK, "draft_depth": "auto"}, "both as numbers", "draft_depth"),
         (CHAT, {"messages": TALK, "stop": [""]}, "stop string is empty", None),
         (CHAT, {"messages": [{"role": "user", "content": "x" * 9000}]}, "tokens, this model takes 512", None),
-        (COMPLETIONS, {}, "prompt is missing", None),
+        (COMPLETIONS, {}, "prompt is missing", "prompt"),
         (COMPLETIONS, {"prompt": [99999]}, "99999 is out of range", None),
         (COMPLETIONS, {"prompt": ""}, "prompt is empty", "prompt"),
         (COMPLETIONS, [], "a JSON list, expected an object", None),
@@ -168,7 +173,7 @@ def test_errors_are_of_openais_shape(served: Served, path: str, body: Any, words
 
 
 def test_the_client_raises_the_errors_it_has(client: openai.OpenAI, served: Served) -> None:
-    with pytest.raises(openai.BadRequestError, match="temperature is 9e\\+99|temperature"):
+    with pytest.raises(openai.BadRequestError, match="temperature is -1"):
         client.chat.completions.create(model="m", messages=TALK, temperature=-1)
     with pytest.raises(openai.NotFoundError):
         client.embeddings.create(model="m", input="x")
@@ -278,8 +283,8 @@ def test_bad_manners_leave_nothing_behind(served: Served, alone: Callable[..., G
 
     def head(body: bytes, length: int | None = None) -> bytes:
         size = len(body) if length is None else length
-        lines = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {size}\r\n\r\n"
-        return lines.encode() + body
+        lines = ("Host: x", "Content-Type: application/json", f"Content-Length: {size}", "", "")
+        return "\r\n".join((f"POST {COMPLETIONS} HTTP/1.1", *lines)).encode() + body
 
     async def leaving(stream: bool) -> None:
         reader, writer = await asyncio.open_connection(host, port)

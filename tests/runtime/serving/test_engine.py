@@ -168,6 +168,8 @@ def test_what_cannot_be_served_is_refused(engine_of: Callable[..., Engine]) -> N
         slow += [Client(engine, [1, 2, 3], max_new_tokens=400, policy="full") for _ in range(3)]
     for client in slow:
         client.ticket.cancel()
+    while any(engine.load):
+        time.sleep(0.001)
     late = Client(engine, [1, 2, 3], max_new_tokens=500, policy="full", deadline=time.monotonic() + 0.05)
     with pytest.raises(TimedOut, match="longer than the server allows"):
         late.result()

@@ -1,4 +1,4 @@
-"""What the server gains: eight mixed requests at once beside one after another, and a prompt that is known.
+"""Speed of the server: eight mixed requests at once beside one after another, and a prompt that is known.
 
     python -m mythos_edge.scripts.lab.bench_server --shape d1024 -r 5
 

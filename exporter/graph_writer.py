@@ -35,7 +35,12 @@ class GraphWriter:
     def before(cls, node: ir.Node, home: ir.Graph) -> "GraphWriter":
         """A writer that adds nodes before ``node``, of ``home`` or a subgraph, and may ``replace`` it."""
         assert isinstance(node.graph, ir.Graph)
-        return cls(node.graph, str(node.outputs[0].name), home, node)
+        prefix = str(node.outputs[0].name)
+        # What stood here may have been replaced before, and its successor has its name.
+        taken = [str(named.name) for each in home.all_nodes() for named in (each, *each.outputs)]
+        while any(name.startswith(prefix + "/") for name in taken):
+            prefix += "+"
+        return cls(node.graph, prefix, home, node)
 
     def add(self, op_type: str, inputs: Sequence[ir.Value | None], domain: str = "", **attributes: Any) -> ir.Value:
         """The one result of a new node."""

@@ -2,21 +2,32 @@
 
 import argparse
 from dataclasses import asdict
+from typing import Any
 
-from mythos_edge.scripts import arguments, given_tokens, options
+from mythos_edge.model.errors import UsageError
+from mythos_edge.scripts import arguments, given_tokens, options, prompt_file
 from mythos_edge.scripts.console import Console
 
 HELP = "generate text or token ids from a bundle"
 EXAMPLE = 'mythos-edge generate model.bundle -p "Once upon a time" --max-new-tokens 50'
+# What is given when there is no stdin to read.
+_SOURCES = "-p TEXT, --ids 1,2,3, -f FILE or --file JSONL"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_bundle(parser)
-    prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument(
-        "-p", "--prompt", metavar="TEXT", help="may begin with a dash; one that is an option: -p=--json"
-    )
+    prompt = parser.add_mutually_exclusive_group()
+    text = "may begin with a dash; one that is an option: -p=--json; '-' is stdin, as is a pipe where nothing is given"
+    prompt.add_argument("-p", "--prompt", metavar="TEXT", help=text)
     prompt.add_argument("--ids", metavar="1,2,3", help="token ids instead of text")
+    text = "a prompt in UTF-8; of a file and of stdin one line break at the end is no part of it"
+    prompt.add_argument("-f", "--prompt-file", type=arguments.file_name, metavar="FILE", help=text)
+    text = 'prompts: {"prompt": TEXT} or {"ids": [1, 2]} a line; may have max_new_tokens, temperature, seed, stop, id'
+    prompt.add_argument("--file", type=arguments.path, metavar="JSONL", help=text)
+    text = "results of --file, a line for each; one that is there is gone on with"
+    parser.add_argument("-o", "--output", type=arguments.path, metavar="JSONL", help=text)
+    text = f"prompts of --file that run together (default: {prompt_file.TOGETHER})"
+    parser.add_argument("--batch", type=int, metavar="N", help=text)
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
     parser.add_argument(
         "--stop-id",
@@ -36,19 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    if args.prompt is None:
-        prompt: str | list[int] = given_tokens.ids_from_text(args.ids)
-    else:
-        prompt = arguments.text_of(args.prompt, "--prompt")
-    request = {
-        "max_new_tokens": args.max_new_tokens,
-        "stop_ids": None if args.stop_id is None else tuple(args.stop_id),
-        "stop_strings": tuple(arguments.text_of(stop, "--stop") for stop in args.stop),
-        "special_tokens": args.special_tokens,
-        **options.depth_of(args),
-        **options.sampling_of(args),
-        **options.drafts_of(args),
-    }
+    request = _request(args)
+    if args.file is not None:
+        return prompt_file.run(args, request, console)
+    stray = next((name for name in ("output", "batch") if getattr(args, name) is not None), None)
+    if stray is not None:
+        raise UsageError(f"--{stray} is about a file of prompts: add --file JSONL, or leave it out")
+    prompt = _prompt(args)
     with options.session_of(args) as session:
         stream = session.stream(prompt, **request)
         as_text = session.tokenizer is not None
@@ -71,3 +76,33 @@ def run(args: argparse.Namespace, console: Console) -> int:
         )
     console.result(asdict(result))
     return 0
+
+
+def _request(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "max_new_tokens": args.max_new_tokens,
+        "stop_ids": None if args.stop_id is None else tuple(args.stop_id),
+        "stop_strings": tuple(arguments.text_of(stop, "--stop") for stop in args.stop),
+        "special_tokens": args.special_tokens,
+        **options.depth_of(args),
+        **options.sampling_of(args),
+        **options.drafts_of(args),
+    }
+
+
+def _prompt(args: argparse.Namespace) -> str | list[int]:
+    """The one prompt, wherever it is given. Raises UsageError."""
+    if args.ids is not None:
+        return given_tokens.ids_from_text(args.ids)
+    if args.prompt_file is not None:
+        return _without_line_break(given_tokens.text_from_file(args.prompt_file))
+    if args.prompt == "-" or (args.prompt is None and given_tokens.stdin_is_piped()):
+        return _without_line_break(given_tokens.text_from_stdin(_SOURCES))
+    if args.prompt is None:
+        raise UsageError(f"there is no prompt: give {_SOURCES}, or pipe a text to stdin")
+    return arguments.text_of(args.prompt, "--prompt")
+
+
+def _without_line_break(text: str) -> str:
+    """The text without one line break at its end, which editors and ``echo`` put there."""
+    return text.removesuffix("\n").removesuffix("\r") if text.endswith("\n") else text

@@ -5,6 +5,7 @@ import io
 import itertools
 import math
 import os
+import stat
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -125,6 +126,15 @@ def text_from_file(path: str) -> str:
     if not text:
         raise UsageError(f"{path}: is empty, expected a text")
     return text
+
+
+def stdin_is_piped() -> bool:
+    """Whether stdin is a pipe or a file, so that somebody has sent a text."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (AttributeError, OSError, ValueError):
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
 
 
 def text_from_stdin(instead: str) -> str:

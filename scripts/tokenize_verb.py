@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("tokenizer", type=arguments.path, help=text)
     given = parser.add_mutually_exclusive_group()
     given.add_argument(
-        "-p", "--prompt", metavar="TEXT", help="the text; - is stdin, which is read where nothing is given, too"
+        "-p", "--prompt", metavar="TEXT", help="the text; '-' is stdin, which is read where nothing is given, too"
     )
     given.add_argument("--text", type=arguments.file_name, metavar="FILE", help="a UTF-8 text")
     given.add_argument("--decode", metavar="1,2,3", help="token ids, whose text is shown")

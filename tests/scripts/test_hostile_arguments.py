@@ -12,7 +12,7 @@ from command_line import CHECKPOINT, Ran
 
 from mythos_edge.scripts.lab.train_text import byte_tokenizer
 
-# Each verb's arguments: X is the hostile one, B a bundle, C a checkpoint, I ids, T a tokenizer, O an output.
+# Each verb's arguments: X is the hostile one, B a bundle, C a checkpoint, I ids, L prompts, T a tokenizer, O an output.
 FORMS = {
     "inspect": ("X", "C --config X"),
     "export": ("X -o O", "C -o O --config X", "C -o O --tokenizer X"),
@@ -26,6 +26,9 @@ FORMS = {
         "X --ids 1",
         "B -p X",
         "B --ids X",
+        "B -f X",
+        "B --file X -o O",
+        "B --file L -o X --max-depth 0",
         *(
             f"B --ids 1 --max-new-tokens 1 {option} X"
             for option in ("--stop", "--target", "--preset", "--threads", "--policy", "")
@@ -77,6 +80,7 @@ HOSTILE = {
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hostile")
     np.save(folder / "ids.npy", np.arange(16)[None] % 9)
+    (folder / "prompts.jsonl").write_text('{"ids": [1]}\n')
     byte_tokenizer().save(str(folder / "tokenizer.json"))
     (folder / "folder").mkdir()
     (folder / "loop").symlink_to("loop")
@@ -113,6 +117,7 @@ def test_every_argument_of_every_verb(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     places = {"B": demo_bundle, "C": CHECKPOINT, "I": work / "ids.npy", "O": tmp_path / "out"}
+    places["L"] = work / "prompts.jsonl"
     places["T"] = work / "tokenizer.json"
     before = sorted(file.name for file in demo_bundle.iterdir())
     for form in FORMS[verb]:
@@ -139,7 +144,7 @@ def test_texts_that_begin_with_a_dash(text_bundle: Path, run: Callable[..., Ran]
         assert (
             shown.json["ids"] == run("generate", text_bundle, "-p", "-x", "--max-new-tokens", 2, "--json").json["ids"]
         )
-    for prompt in ("-prompt", "--what is this", "-1", "-5e3", "-x=y", "-"):
+    for prompt in ("-prompt", "--what is this", "-1", "-5e3", "-x=y"):
         ran = run("generate", text_bundle, "--max-new-tokens", 1, "--json", "-p", prompt)
         assert ran.code == 0, (prompt, ran.err)
     ran = run("generate", text_bundle, "-p", "x", "--stop", "-x", "--max-new-tokens", 1)

@@ -58,7 +58,7 @@ def test_random_tokens_are_drawn_again_until_no_tie_counts(
         return next(left)
 
     monkeypatch.setattr(validate, "_compare_on", compare_on)
-    args = Namespace(ids="ids.npy" if given else None, seed=7, positions=12)
+    args = Namespace(ids="ids.npy" if given else None, text=None, seed=7, positions=12)
     ids = validate._random_ids(args, bundle, 7)
     made = validate._compare(args, None, Namespace(bundle=bundle), ids, Console(as_json=False))  # type: ignore[arg-type]
     assert made is reports[used]

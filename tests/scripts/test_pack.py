@@ -151,4 +151,4 @@ def test_weights_that_cannot_be_read_and_a_disk_that_cannot_be_written_are_told_
         with monkeypatch.context() as patch:
             patch.setattr(writes, full)
             refused(run(*argv), told, "No space left on device")
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [rounded_bundle]

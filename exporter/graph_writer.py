@@ -37,7 +37,8 @@ class GraphWriter:
         assert isinstance(node.graph, ir.Graph)
         prefix = str(node.outputs[0].name)
         # What stood here may have been replaced before, and its successor has its name.
-        taken = [str(named.name) for each in home.all_nodes() for named in (each, *each.outputs)]
+        nodes = list(home.all_nodes())
+        taken = [str(each.name) for each in nodes] + [str(value.name) for each in nodes for value in each.outputs]
         while any(name.startswith(prefix + "/") for name in taken):
             prefix += "+"
         return cls(node.graph, prefix, home, node)

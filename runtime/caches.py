@@ -109,6 +109,13 @@ class ColumnBuffer:
         at = column - self._origin
         self._data[:, at : at + rows.shape[1]] = rows
 
+    def copy_to(self, other: "ColumnBuffer", end: int) -> None:
+        """Puts what there is before column ``end`` into an ``other`` buffer, which is empty."""
+        stop = min(self.end, end)
+        other.start = other.end = other._origin = min(self.start, stop)
+        if other.start < stop:
+            other.append(self.view(other.start, stop))
+
     def truncate(self, end: int) -> None:
         self.end = min(self.end, end)
         self.start = min(self.start, self.end)

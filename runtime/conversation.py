@@ -20,6 +20,7 @@ from mythos_edge.model.output_files import writing
 from mythos_edge.runtime.chat_template import ChatTemplate
 from mythos_edge.runtime.decoding import Token
 from mythos_edge.runtime.options import DepthOptions, RequestOptions
+from mythos_edge.runtime.prompts import common_length
 from mythos_edge.runtime.session import Session
 from mythos_edge.runtime.streams import TokenStream
 
@@ -149,14 +150,9 @@ class Conversation:
             "stop_strings": (*self.template.stops, *([stops] if isinstance(stops, str) else stops)),
         }
         # The last token must run again, as its logits were not kept.
-        kept = 0 if self._depth != depth else max(0, min(_common(self.session.ids, ids), len(ids) - 1))
+        kept = 0 if self._depth != depth else max(0, min(common_length(self.session.ids, ids), len(ids) - 1))
         if kept:
             self.session.rollback(kept)
         stream = self.session.stream(ids[kept:], resume=kept > 0, **given)
         self._depth, self.cached_tokens = depth, kept
         return stream
-
-
-def _common(before: list[int], now: list[int]) -> int:
-    """The number of tokens that two sequences begin with alike."""
-    return next((at for at, (a, b) in enumerate(zip(before, now, strict=False)) if a != b), min(len(before), len(now)))

@@ -87,3 +87,8 @@ def check_range(ids: Sequence[int], model: LoopedModel, what: str = "token id") 
     wrong = next((number for number in ids if not 0 <= number < model.vocab_size), None)
     if wrong is not None:
         raise UsageError(f"{what} {shown(wrong)} is out of range: this model knows 0 .. {model.vocab_size - 1}")
+
+
+def common_length(before: Sequence[int], now: Sequence[int]) -> int:
+    """The number of tokens that two sequences begin with alike."""
+    return next((at for at, (a, b) in enumerate(zip(before, now, strict=False)) if a != b), min(len(before), len(now)))

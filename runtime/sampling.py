@@ -1,7 +1,7 @@
 """From logits to a token: penalty, temperature, top-k, top-p, min-p, in this order."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
@@ -56,10 +56,12 @@ class Likely(NamedTuple):
 
 
 class Sampler:
-    """Chooses tokens by ``params`` with a random state of its own."""
+    """Chooses tokens by ``params`` with a random state of its own; ``bias`` is added to the logits of some tokens."""
 
-    def __init__(self, params: SamplingParams) -> None:
+    def __init__(self, params: SamplingParams, bias: Mapping[int, float] | None = None) -> None:
         self.params = params
+        self._biased = np.array(list(bias or ()), np.int64)
+        self._bias = np.array(list((bias or {}).values()), np.float64)
         self._random = np.random.Generator(np.random.PCG64(params.seed))
 
     def sample(self, logits: NDArray[np.float32], history: Sequence[int]) -> tuple[int, float]:
@@ -121,8 +123,11 @@ class Sampler:
         cumulative = weights.cumsum()
         return int(np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right"))
 
-    def _penalised(self, logits: NDArray[np.float32], history: Sequence[int]) -> NDArray[np.floating[Any]]:
+    def _penalised(self, logits: NDArray[np.floating[Any]], history: Sequence[int]) -> NDArray[np.floating[Any]]:
         penalty = self.params.repetition_penalty
+        if len(self._biased):
+            logits = logits.astype(np.float64)
+            logits[self._biased] += self._bias
         if penalty == 1 or not history:
             return logits
         # In float32 a penalty far from 1 makes infinities and zeros, which have no order.

@@ -190,6 +190,16 @@ class Staircase:
         for buffer in self._buffers().values():
             buffer.truncate(columns)
 
+    def copy(self, columns: int) -> "Staircase":
+        """A staircase of its own that has the first ``columns`` columns, which are copied."""
+        assert not self._drafted
+        self._check_whole()
+        made = Staircase(self._backend, self.model, self.depth, self.max_context, self.max_lag)
+        made.columns = min(self.columns, columns)
+        for mine, other in zip(self._buffers().values(), made._buffers().values(), strict=True):
+            mine.copy_to(other, columns)
+        return made
+
     def flush(self, until: Callable[[], bool] = lambda: False) -> None:
         """Brings every slot to the current column, so that the next token has nothing to catch up with.
 

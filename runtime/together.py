@@ -8,10 +8,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 from mythos_edge.model.stages import MAX_TOGETHER
-from mythos_edge.runtime.backends.packing import ROWS, Arrays, Call
+from mythos_edge.runtime.backends.memory import host_array
+from mythos_edge.runtime.backends.packing import REQUEST, ROWS, Arrays, Call
 from mythos_edge.runtime.backends.protocol import Backend
 
 # Rows that one shared run takes in: more are not bound by reading weights, and would only make everybody wait.
@@ -29,6 +30,11 @@ class StageCall(NamedTuple):
     def rows(self) -> int:
         """The new positions in it."""
         return int(self.feeds[ROWS[self.stage]].shape[1])
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Calls of one kind can share a run: those of one stage whose requests have equal scalars."""
+        return (self.stage, *(host_array(self.feeds[name]).item() for name in REQUEST[self.stage]))
 
 
 Result = TypeVar("Result")
@@ -65,45 +71,95 @@ class _Waiting:
     call: StageCall
 
 
-def run_together(works: Sequence[Work[Result]], backend: Backend) -> tuple[list[Result], Counter[str]]:
-    """The results of ``works`` of different sequences, and the runs of every stage, a shared one counted once.
+class Together(Generic[Result]):
+    """Works of different sequences that share runs; others may join, and leave, between two ``round``.
 
-    In every round the stage that most of them wait for is run for all of those, as far as one run takes them.
+    A work that has ended is in ``results`` or in ``errors``, by its number. ``runs`` counts the runs of every stage, a
+    shared one once.
     """
-    results: dict[int, Result] = {}
-    runs: Counter[str] = Counter()
 
-    def resumed(number: int) -> list[_Waiting]:
+    def __init__(self, backend: Backend) -> None:
+        self.results: dict[int, Result] = {}
+        self.errors: dict[int, Exception] = {}
+        self.runs: Counter[str] = Counter()
+        self._backend = backend
+        self._works: dict[int, Work[Result]] = {}
+        self._waiting: list[_Waiting] = []
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def join(self, number: int, work: Work[Result]) -> None:
+        """Takes in a work under a number that no other has."""
+        self._works[number] = work
+        self._resume(number)
+
+    def leave(self, number: int) -> None:
+        """Ends a work where it is, between two of its calls."""
+        self._waiting = [item for item in self._waiting if item.number != number]
+        if (work := self._works.pop(number, None)) is not None:
+            work.close()
+
+    def round(self) -> None:
+        """Runs the stage that most works wait for, for all of those, as far as one run takes them."""
+        chosen = _chosen(self._waiting)
+        # Who was served goes to the end of the queue.
+        self._waiting = [item for item in self._waiting if all(item is not served for served in chosen)]
         try:
-            return [_Waiting(number, next(works[number]))]
-        except StopIteration as end:
-            results[number] = end.value
-            return []
+            _run([item.call for item in chosen], self._backend)
+        except Exception as error:
+            for item in chosen:
+                self._resume(item.number, error)
+        else:
+            self.runs[chosen[0].call.stage] += 1
+            for item in chosen:
+                self._resume(item.number)
 
+    def close(self) -> None:
+        """Ends all works where they are."""
+        for number in list(self._works):
+            self.leave(number)
+
+    def _resume(self, number: int, error: Exception | None = None) -> None:
+        work = self._works[number]
+        try:
+            call = next(work) if error is None else work.throw(error)
+        except StopIteration as end:
+            self.results[number] = end.value
+        except Exception as failure:
+            self.errors[number] = failure
+        else:
+            self._waiting.append(_Waiting(number, call))
+            return
+        del self._works[number]
+
+
+def run_together(works: Sequence[Work[Result]], backend: Backend) -> tuple[list[Result], Counter[str]]:
+    """The results of ``works`` of different sequences, and the runs of every stage, a shared one counted once."""
+    together: Together[Result] = Together(backend)
     try:
-        waiting = [item for number in range(len(works)) for item in resumed(number)]
-        while waiting:
-            chosen = _chosen(waiting)
-            _run([item.call for item in chosen], backend)
-            runs[chosen[0].call.stage] += 1
-            # Who was served goes to the end of the queue.
-            waiting = [item for item in waiting if all(item is not served for served in chosen)]
-            waiting += [again for item in chosen for again in resumed(item.number)]
+        for number, work in enumerate(works):
+            together.join(number, work)
+        while together and not together.errors:
+            together.round()
     finally:
+        together.close()
         for work in works:
             work.close()
-    return [results[number] for number in range(len(works))], runs
+    for error in together.errors.values():
+        raise error
+    return [together.results[number] for number in range(len(works))], together.runs
 
 
 def _chosen(waiting: list[_Waiting]) -> list[_Waiting]:
-    """Those who share the next run: of the stage that most wait for, the longest waiting first."""
-    votes = Counter(item.call.stage for item in waiting)
-    stage = max(votes, key=lambda name: (votes[name], name == "step"))
+    """Those who share the next run: of the kind that most wait for, the longest waiting first."""
+    votes = Counter(item.call.kind for item in waiting)
+    kind = max(votes, key=lambda kind: (votes[kind], kind[0] == "step"))
     chosen: list[_Waiting] = []
     rows = 0
     for item in waiting:
         fits = not chosen or rows + item.call.rows <= MAX_ROWS
-        if item.call.stage == stage and fits and len(chosen) < MAX_TOGETHER:
+        if item.call.kind == kind and fits and len(chosen) < MAX_TOGETHER:
             chosen.append(item)
             rows += item.call.rows
     return chosen

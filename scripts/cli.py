@@ -29,6 +29,7 @@ _VERBS = {
     "tokenize": "tokenize_verb",
     "generate": "generate",
     "chat": "chat",
+    "serve": "serve",
     "score": "score",
     "validate": "validate",
     "tune": "tune",

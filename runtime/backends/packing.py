@@ -20,6 +20,11 @@ Arrays = Mapping[str, Rows]
 ROWS = {name: stage.rows for name, stage in STAGES.items()}
 # Inputs that say which cached rows a chunk of one sequence sees.
 WINDOW = ("length", "first")
+# Scalars of the request, which all sequences of one run have in common.
+REQUEST = {
+    name: tuple(one.name for one in stage.inputs if not one.axes and one.name not in WINDOW)
+    for name, stage in STAGES.items()
+}
 
 
 @cache

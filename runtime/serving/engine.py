@@ -1,0 +1,261 @@
+"""Continuous batching: the requests of many clients share runs, and what was computed for one serves the next.
+
+One thread owns the backend. Between two runs of a stage it lets in requests that wait, as far as there are slots, and
+lets go of those that nobody wants any more. A request that is done leaves its caches to the prompt cache. While there
+is nothing to do, skipped loop steps of these are caught up. Not here: HTTP (``app``).
+"""
+
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from mythos_edge.model.errors import CapacityError, MythosEdgeError
+from mythos_edge.runtime.backends.protocol import Backend
+from mythos_edge.runtime.caches import plan_cache, require_memory
+from mythos_edge.runtime.decoding import Decoding, Generation, TextSoFar, Token, TokenSequence
+from mythos_edge.runtime.options import Options
+from mythos_edge.runtime.prompts import check_range
+from mythos_edge.runtime.sampling import Sampler
+from mythos_edge.runtime.serving.prompt_cache import PromptCache
+from mythos_edge.runtime.session import Session
+from mythos_edge.runtime.staircase import Staircase
+from mythos_edge.runtime.together import Together, Work
+
+
+class QueueFull(CapacityError):
+    """More requests wait than the server keeps."""
+
+
+class TimedOut(MythosEdgeError):
+    """A request was not done in the time that it has."""
+
+
+# What a listener is told: every token, and at the end the whole or why there is none.
+Event: TypeAlias = Token | Generation | Exception
+Listener: TypeAlias = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion: the prompt's ``ids``, its options, what is added to logits, and when it is too late
+    (``time.monotonic``)."""
+
+    ids: Sequence[int]
+    options: Options
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    deadline: float = float("inf")
+
+
+class Ticket:
+    """A request that was taken: ``cancel`` ends it. ``cached_tokens`` of its prompt were not computed again."""
+
+    def __init__(self, number: int, request: Request, listener: Listener) -> None:
+        self.number, self.request, self.tell = number, request, listener
+        self.cancelled = False
+        self.cached_tokens = 0
+        self.sequence: TokenSequence | None = None
+        self.result = Generation()
+
+    def cancel(self) -> None:
+        """Ends the request between two runs; its listener hears nothing more."""
+        self.cancelled = True
+
+
+class Engine:
+    """Runs requests on the backend of ``session``, which nobody else may use meanwhile.
+
+    At most ``slots`` run at once and ``queue`` wait. ``cache_bytes`` bounds what is kept of requests that are done.
+    """
+
+    def __init__(self, session: Session, slots: int = 8, queue: int = 64, cache_bytes: int = 2 << 30) -> None:
+        self.slots, self.queue = slots, queue
+        self.counts: Counter[str] = Counter()
+        """Sums since the start: requests by how they ended, tokens, block calls."""
+        self.depths: Counter[int] = Counter()
+        """Generated tokens by their depth."""
+        self.cache = PromptCache(cache_bytes)
+        self._session = session
+        self._backend: Backend = session.backend
+        self._waiting: deque[Ticket] = deque()
+        self._active: dict[int, Ticket] = {}
+        self._together: Together[None] = Together(self._backend)
+        self._news = threading.Condition()
+        self._closing = False
+        self._numbers = 0
+        self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """Requests that run, and requests that wait."""
+        return len(self._active), len(self._waiting)
+
+    @property
+    def runs(self) -> Mapping[str, int]:
+        """Runs of every stage, shared ones counted once."""
+        return self._together.runs
+
+    def submit(self, request: Request, listener: Listener) -> Ticket:
+        """Takes a request; ``listener`` is called by the engine's thread.
+
+        Raises QueueFull, CapacityError, UsageError.
+        """
+        limit = self._session.max_context
+        if len(request.ids) > limit:
+            raise CapacityError(
+                f"the prompt has {len(request.ids)} tokens, this model takes {limit}: shorten it, or export with "
+                "--max-context"
+            )
+        check_range(request.ids, self._session.model)
+        check_range(list(request.logit_bias), self._session.model, "logit_bias of token")
+        request.options.depth.resolve(self._session.model)
+        TextSoFar(self._session.tokenizer, request.options)
+        with self._news:
+            if self._closing:
+                raise QueueFull("the server is ending")
+            if sum(self.load) >= self.slots + self.queue:
+                raise QueueFull(f"{self.slots} requests run and {self.queue} wait already: try again later")
+            self._numbers += 1
+            ticket = Ticket(self._numbers, request, listener)
+            self._waiting.append(ticket)
+            self._news.notify()
+        return ticket
+
+    def close(self, patience_s: float = 0.0) -> None:
+        """Takes nothing more, gives what runs ``patience_s`` to end, and ends it."""
+        with self._news:
+            self._closing = True
+            self._news.notify()
+        until = time.monotonic() + patience_s
+        while any(self.load) and time.monotonic() < until and self._thread.is_alive():
+            time.sleep(0.01)
+        with self._news:
+            for ticket in [*self._waiting, *self._active.values()]:
+                ticket.cancel()
+            self._news.notify()
+        self._thread.join()
+
+    def _serve(self) -> None:
+        try:
+            self._serve_all()
+        except BaseException as error:
+            # A fault of ours: nobody may wait for what does not come.
+            self._closing = True
+            for ticket in [*self._waiting, *self._active.values()]:
+                ticket.tell(MythosEdgeError(f"the engine ended: {type(error).__name__}: {error}"))
+            raise
+
+    def _serve_all(self) -> None:
+        while True:
+            with self._news:
+                self._let_in()
+                if not self._active:
+                    if self._closing and not self._waiting:
+                        return
+                    if not self._waiting and not self._has_idle_work():
+                        self._news.wait()
+                        continue
+            self._let_go()
+            if self._together:
+                self._together.round()
+                self._end_finished()
+            elif not self._waiting:
+                self._catch_up()
+
+    def _let_in(self) -> None:
+        """Gives free slots to those that wait, the longest waiting first."""
+        while self._waiting and len(self._active) < self.slots:
+            ticket = self._waiting.popleft()
+            self._active[ticket.number] = ticket
+            if ticket.cancelled:
+                continue
+            try:
+                work = self._begin(ticket)
+            except Exception as error:  # of this request alone; the others go on
+                self._end(ticket, error)
+                continue
+            self._together.join(ticket.number, work)
+        self._end_finished()
+
+    def _begin(self, ticket: Ticket) -> Work[None]:
+        """The work of a request, on what the prompt cache has of its prompt."""
+        request, session = ticket.request, self._session
+        options, model = request.options, session.model
+        depth, ids = options.depth.resolve(model), list(request.ids)
+        staircase = self.cache.take(ids, depth)
+        columns = min(len(ids) + options.max_new_tokens, session.max_context)
+        memory = self._backend.memory
+        plan = plan_cache(model, depth.max_depth, memory.room_of(columns), 1, memory.dtype.itemsize)
+        try:
+            require_memory(plan, 0 if staircase is None else staircase.nbytes, memory.free_bytes())
+        except CapacityError:
+            self.cache.shrink(0)
+            require_memory(plan, 0 if staircase is None else staircase.nbytes, memory.free_bytes())
+        ticket.cached_tokens = 0 if staircase is None else staircase.columns
+        staircase = staircase or Staircase(self._backend, model, depth, session.max_context, options.max_lag)
+        staircase.max_lag = options.max_lag
+        staircase.expect(columns)
+        ticket.sequence = TokenSequence(ids, staircase, Sampler(options.sampling, request.logit_bias))
+        text = TextSoFar(session.tokenizer, options)
+        ends = tuple(token.id for token in session.bundle.manifest.end_tokens)
+        stop_ids = ends if options.stop_ids is None else options.stop_ids
+        decoding = Decoding(ticket.sequence, options, (*stop_ids, *text.stop_ids), text, ticket.result)
+
+        def working() -> Work[None]:
+            while not decoding.finished:
+                token = yield from decoding.advance()
+                self.depths[token.depth] += 1
+                ticket.tell(token)
+
+        return working()
+
+    def _let_go(self) -> None:
+        """Ends the requests that nobody wants any more, and those whose time is over."""
+        now = time.monotonic()
+        for ticket in list(self._active.values()):
+            late = now > ticket.request.deadline
+            if ticket.cancelled or late:
+                self._together.leave(ticket.number)
+                self._end(ticket, TimedOut("the request took longer than the server allows") if late else None)
+        with self._news:
+            gone = [ticket for ticket in self._waiting if ticket.cancelled or now > ticket.request.deadline]
+            for ticket in gone:
+                self._waiting.remove(ticket)
+        for ticket in gone:
+            self._end(ticket, TimedOut("the request waited longer than the server allows"))
+
+    def _end_finished(self) -> None:
+        for number in list(self._together.results):
+            del self._together.results[number]
+            self._end(self._active[number], self._active[number].result)
+        for number, error in list(self._together.errors.items()):
+            del self._together.errors[number]
+            self._end(self._active[number], error)
+
+    def _end(self, ticket: Ticket, how: Generation | Exception | None) -> None:
+        self._active.pop(ticket.number, None)
+        result = ticket.result
+        kind = "cancelled" if ticket.cancelled else "failed" if isinstance(how, Exception) else "done"
+        self.counts[kind] += 1
+        self.counts["prompt_tokens"] += len(ticket.request.ids)
+        self.counts["cached_tokens"] += ticket.cached_tokens
+        self.counts["generated_tokens"] += len(result.ids)
+        self.counts["block_calls"] += result.block_calls
+        self.counts["drafted_tokens"] += result.drafted
+        self.counts["accepted_tokens"] += result.accepted
+        sequence, ticket.sequence = ticket.sequence, None
+        if sequence is not None and not isinstance(how, Exception):
+            self.cache.put(sequence.ids, sequence.staircase)
+        if how is not None and not ticket.cancelled:
+            ticket.tell(how)
+
+    def _has_idle_work(self) -> bool:
+        return not self._closing and self.cache.has_lagging
+
+    def _catch_up(self) -> None:
+        staircase = self.cache.lagging()
+        if staircase is not None:
+            staircase.flush(lambda: bool(self._waiting) or self._closing)

@@ -61,6 +61,20 @@ class CapacityError(MythosEdgeError):
     """A request exceeds the context or depth that was planned for."""
 
 
+class OSErrorAs:
+    """Tells an OSError of a block as ``refusal``: ``with OSErrorAs(BundleError, f"{path}: cannot be read"): ...``."""
+
+    def __init__(self, refusal: type[MythosEdgeError], what: str) -> None:
+        self._refusal, self._what = refusal, what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError):
+            raise self._refusal(f"{self._what}: {error.strerror or error}") from error
+
+
 def unavailable(error: ImportError, purpose: str, install: str) -> BackendUnavailable:
     """The error for a library that does not let itself be imported; ``purpose`` says what needs it, as in "exporting".
 

@@ -17,7 +17,7 @@ from mythos_edge.runtime.backends.protocol import Backend
 
 # Rows that one shared run takes in: more are not bound by reading weights, and would only make everybody wait.
 MAX_ROWS = 512
-# Runs of other kinds that a call waits for at most: without a bound, one of a rare kind would wait as long as others come.
+# Runs of other kinds that a call waits for at most: one of a rare kind would else wait as long as others come.
 PATIENCE = 12
 
 

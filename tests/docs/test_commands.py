@@ -49,7 +49,7 @@ def test_commands_and_examples_work_as_written(text_model: tuple[Path, Path], tm
     busy = False
     with ExitStack() as servers:
         address = GUIDE_ADDRESS
-        for page, command in ((page, command) for page in PAGES for command in commands_of(page)):
+        for page, command in [(name, one) for name in PAGES for one in commands_of(name)]:
             ran.add(command[1])
             if busy and "--preset" in command:
                 continue

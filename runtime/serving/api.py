@@ -209,7 +209,7 @@ class Choice:
         logprobs = None
         if self._wanted.logprobs:
             logprobs = self._told([self._logprob(*both) for both in zip(result.ids, result.logprobs, strict=True)])
-        made = {"finish_reason": finish_reason(result), "logprobs": logprobs}
+        made: dict[str, Any] = {"finish_reason": finish_reason(result), "logprobs": logprobs}
         made |= {"token_ids": result.ids, "depths": result.depths}
         if self._wanted.chat:
             return {**made, "message": {"role": "assistant", "content": text, "refusal": None}}

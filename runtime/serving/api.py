@@ -183,21 +183,24 @@ class Choice:
 
     def __init__(self, wanted: Wanted, session: Session) -> None:
         self._wanted, self._session = wanted, session
+        self._ids: list[int] = []
         self._depths: list[int] = []
         self._logprobs: list[dict[str, Any]] = []
 
     def piece(self, token: Token) -> dict[str, Any] | None:
         """The fields of a chunk's choice, where the token has made text final; None while it is held back."""
+        self._ids.append(token.id)
         self._depths.append(token.depth)
         if self._wanted.logprobs:
             self._logprobs.append(self._logprob(token.id, token.logprob))
-        return self.rest(token.text) if token.text else None
+        return self.rest(token.text or "") if token.text or self._session.tokenizer is None else None
 
     def rest(self, text: str = "") -> dict[str, Any]:
         """The fields of a chunk with ``text`` and what was not given out yet."""
-        depths, logprobs = self._depths, self._logprobs
-        self._depths, self._logprobs = [], []
-        made: dict[str, Any] = {"depths": depths, "logprobs": self._told(logprobs) if self._wanted.logprobs else None}
+        ids, depths, logprobs = self._ids, self._depths, self._logprobs
+        self._ids, self._depths, self._logprobs = [], [], []
+        made: dict[str, Any] = {"token_ids": ids, "depths": depths}
+        made["logprobs"] = self._told(logprobs) if self._wanted.logprobs else None
         return {**made, "delta": {"content": text}} if self._wanted.chat else {**made, "text": text}
 
     def whole(self, result: Generation) -> dict[str, Any]:
@@ -206,7 +209,8 @@ class Choice:
         logprobs = None
         if self._wanted.logprobs:
             logprobs = self._told([self._logprob(*both) for both in zip(result.ids, result.logprobs, strict=True)])
-        made = {"finish_reason": finish_reason(result), "depths": result.depths, "logprobs": logprobs}
+        made: dict[str, Any] = {"finish_reason": finish_reason(result), "logprobs": logprobs}
+        made |= {"token_ids": result.ids, "depths": result.depths}
         if self._wanted.chat:
             return {**made, "message": {"role": "assistant", "content": text, "refusal": None}}
         return {**made, "text": text}

@@ -62,6 +62,7 @@ def test_a_chat_through_the_openai_client(
     client: openai.OpenAI, alone: Callable[..., Generation], text_bundle: Path
 ) -> None:
     (model,) = client.models.list().data
+    assert client.models.retrieve(model.id) == model
     answer = client.chat.completions.create(model=model.id, messages=TALK, logprobs=True, **GREEDY)
     wanted = alone(_talk_ids(text_bundle), stop_strings=["<|im_end|>"])
     (choice,) = answer.choices
@@ -97,6 +98,20 @@ def test_completions_through_the_openai_client(client: openai.OpenAI, alone: Cal
         chunk.choices[0].text for chunk in client.completions.create(model="m", prompt="ä", stream=True, **GREEDY)
     )
     assert text == alone("ä").text
+
+
+def test_a_model_without_a_tokenizer_gives_ids(mla_bundle: Path) -> None:
+    with Session.open(mla_bundle) as session, Served(mla_bundle) as server:
+        wanted = session.generate([1, 2, 3], max_new_tokens=8)
+        body = {"prompt": [1, 2, 3], **GREEDY}
+        (choice,) = server.post(COMPLETIONS, body).json()["choices"]
+        assert (choice["token_ids"], choice["depths"], choice["text"]) == (wanted.ids, wanted.depths, "")
+        chunks = server.events(COMPLETIONS, body)
+        assert [chunk["choices"][0]["token_ids"] for chunk in chunks] == [[one] for one in wanted.ids] + [[]]
+        for path, refused_body in ((CHAT, {"messages": TALK}), (COMPLETIONS, {"prompt": "text"})):
+            answer = server.post(path, refused_body)
+            assert answer.status_code == 400
+            assert "tokenizer" in answer.json()["error"]["message"]
 
 
 def test_options_do_what_they_say(served: Served, alone: Callable[..., Generation]) -> None:
@@ -177,6 +192,8 @@ def test_the_client_raises_the_errors_it_has(client: openai.OpenAI, served: Serv
         client.chat.completions.create(model="m", messages=TALK, temperature=-1)
     with pytest.raises(openai.NotFoundError):
         client.embeddings.create(model="m", input="x")
+    with pytest.raises(openai.NotFoundError, match="model 'other' is not here"):
+        client.models.retrieve("other")
     assert httpx.get(f"{served.address}{CHAT}").status_code == 405
     assert httpx.post(f"{served.address}{CHAT}", content=b"{}").status_code == 415
     for content in (b"{", b"\xff", b"[" * 100_000, b'"x"'):

@@ -187,11 +187,14 @@ class Choice:
         self._logprobs: list[dict[str, Any]] = []
 
     def piece(self, token: Token) -> dict[str, Any] | None:
-        """The fields of a chunk's choice, where the token has made text final; None while it is held back."""
+        """The fields of a chunk's choice, where the token has made text final; None while it is held back.
+
+        Without a tokenizer no token has text, and none is held back.
+        """
         self._depths.append(token.depth)
         if self._wanted.logprobs:
             self._logprobs.append(self._logprob(token.id, token.logprob))
-        return self.rest(token.text) if token.text else None
+        return self.rest(token.text) if token.text or self._session.tokenizer is None else None
 
     def rest(self, text: str = "") -> dict[str, Any]:
         """The fields of a chunk with ``text`` and what was not given out yet."""

@@ -4,8 +4,7 @@ The bundle appears whole or not at all. Memory does not grow with the model: no 
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -19,7 +18,7 @@ from mythos_edge.exporter.tokenizer_files import TOKENIZER_FILE, tokenizer_for
 from mythos_edge.exporter.weights import STORAGE_TYPES, WeightsHashes, WeightsPlan, plan_weights, write_weights
 from mythos_edge.model.bundle import Bundle, open_bundle
 from mythos_edge.model.bundle_writer import BundleWriter, require_free_space
-from mythos_edge.model.errors import ConfigError, ExportError
+from mythos_edge.model.errors import ConfigError, ExportError, OSErrorAs
 from mythos_edge.model.families.family import Config
 from mythos_edge.model.manifest import (
     MOST_CONTEXT,
@@ -66,7 +65,7 @@ def export_bundle(
     plan = plan_weights(config, context, dtype)
     writer = BundleWriter(output, force=force)
     require_free_space(writer.folder, plan.file.total_bytes + _GRAPHS_BYTES)
-    with writer, _disk_errors(output):
+    with writer, OSErrorAs(ExportError, f"{output}: cannot be written"):
         folder = writer.folder
         hashes = write_weights(plan, checkpoint, folder / WEIGHTS_FILE, lambda done: progress("weights", done))
         progress("graphs", 0.0)
@@ -120,14 +119,6 @@ def _check(checkpoint: Checkpoint, dtype: str, context: int) -> None:
         )
     if checkpoint.stored_table is not None:
         checkpoint.stored_table.check_length(context, str(checkpoint.path))
-
-
-@contextmanager
-def _disk_errors(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ExportError(f"{output}: cannot be written: {error.strerror or error}") from error
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,13 @@ class GraphWriter:
     def before(cls, node: ir.Node, home: ir.Graph) -> "GraphWriter":
         """A writer that adds nodes before ``node``, of ``home`` or a subgraph, and may ``replace`` it."""
         assert isinstance(node.graph, ir.Graph)
-        return cls(node.graph, str(node.outputs[0].name), home, node)
+        prefix = str(node.outputs[0].name)
+        # What stood here may have been replaced before, and its successor has its name.
+        nodes = list(home.all_nodes())
+        taken = [str(each.name) for each in nodes] + [str(value.name) for each in nodes for value in each.outputs]
+        while any(name.startswith(prefix + "/") for name in taken):
+            prefix += "+"
+        return cls(node.graph, prefix, home, node)
 
     def add(self, op_type: str, inputs: Sequence[ir.Value | None], domain: str = "", **attributes: Any) -> ir.Value:
         """The one result of a new node."""

@@ -3,18 +3,17 @@
 A bundle that is stored in float16 needs no such file: its graphs already refer to the matrices in float16.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
 
-from mythos_edge.exporter.weight_file import Piece, StoredTensor, WeightFile, plan_file
-from mythos_edge.exporter.weights import converted, piece_of, row_pieces, weights_of
+from mythos_edge.exporter.weight_file import StoredTensor, WeightFile, plan_file
+from mythos_edge.exporter.weights import copied_pieces, weights_of
 from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.errors import BuildError
 from mythos_edge.model.families.table import config_of
 from mythos_edge.model.layout import recipes
-from mythos_edge.model.recipes import TensorReader
 
 
 def plan_narrow(bundle: Bundle, without: Sequence[str] = ()) -> WeightFile:
@@ -32,13 +31,5 @@ def write_narrow(
 ) -> None:
     """Writes the file, a piece in memory at a time. Raises BuildError for a weight beyond float16, or a full disk."""
     with weights_of(bundle) as reader:
-        plan.write(path, _pieces(plan, reader), BuildError, progress)
-
-
-def _pieces(plan: WeightFile, reader: TensorReader) -> Iterator[Piece]:
-    for name, entry in plan.entries.items():
-        start = 0
-        for _, piece in row_pieces(reader, name, entry.shape):
-            narrow = converted(piece, entry.dtype, name, BuildError, "build with --dtype fp32")
-            yield piece_of(name, start, narrow)
-            start += narrow.nbytes
+        pieces = copied_pieces(plan, reader, BuildError, {"fp16": "build with --dtype fp32"})
+        plan.write(path, pieces, BuildError, progress)

@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
 
-from mythos_edge.exporter.weight_file import Piece, StoredTensor, WeightFile, plan_file
+from mythos_edge.exporter.weight_file import StoredTensor, WeightFile, plan_file
+from mythos_edge.exporter.weights import copied_pieces, weights_of
 from mythos_edge.model.bundle import Bundle, open_bundle, verify_hashes
 from mythos_edge.model.bundle_writer import BundleWriter, require_free_space
-from mythos_edge.model.errors import BundleError, ExportError
+from mythos_edge.model.errors import BundleError, ExportError, OSErrorAs
 from mythos_edge.model.manifest import WEIGHTS_FILE, FileRecord, GoldenSample, Manifest
 from mythos_edge.model.tensor_files import TensorEntry, read_tensor_file
 
@@ -28,7 +28,6 @@ _TYPES = {
     torch.float16: ir.DataType.FLOAT16,
     torch.bfloat16: ir.DataType.BFLOAT16,
 }
-_PIECE_BYTES = 16 << 20
 
 
 def pack_bundle(
@@ -55,16 +54,17 @@ def pack_bundle(
     size = sum(manifest.files[file].bytes for file in copied) + plan.total_bytes
     writer = BundleWriter(output, force=force)
     require_free_space(writer.folder, size)
-    with writer:
+    with writer, weights_of(bundle) as reader, OSErrorAs(ExportError, f"{output}: cannot be written"):
         if plan.entries:
-            pieces = _pieces(plan, entries)
+            pieces = copied_pieces(plan, reader, ExportError, {})
             plan.write(writer.folder / WEIGHTS_FILE, pieces, ExportError, lambda done: progress("weights", done))
         for file, model in graphs.items():
             _move(model, entries, plan)
             (writer.folder / file).write_bytes(model.SerializeToString())
         for index, file in enumerate(sorted(copied - set(graphs))):
             progress("files", index / len(copied))
-            shutil.copyfile(bundle.file(file), writer.folder / file)
+            with OSErrorAs(ExportError, f"{output}: cannot copy {file} to it"):
+                shutil.copyfile(bundle.file(file), writer.folder / file)
 
         def packed(files: Mapping[str, FileRecord]) -> Manifest:
             return replace(
@@ -113,12 +113,3 @@ def _move(model: onnx.ModelProto, entries: Mapping[str, TensorEntry], plan: Weig
     for place in _places(model.graph):
         entry = _entry_of(place, entries)
         place["offset"].value = str(plan.entries[entry.name].offset + int(place["offset"].value) - entry.offset)
-
-
-def _pieces(plan: WeightFile, entries: Mapping[str, TensorEntry]) -> Iterator[Piece]:
-    for name in plan.entries:
-        entry = entries[name]
-        with entry.path.open("rb") as file:
-            file.seek(entry.offset)
-            for start in range(0, entry.n_bytes, _PIECE_BYTES):
-                yield Piece(name, start, np.fromfile(file, np.uint8, min(_PIECE_BYTES, entry.n_bytes - start)))

@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from mythos_edge.model.errors import MythosEdgeError
+from mythos_edge.model.errors import MythosEdgeError, OSErrorAs
 from mythos_edge.model.machine import cores
 
 # Vector loads of the CPU kernels want no more; the safetensors format allows no holes between tensors.
@@ -98,19 +98,20 @@ class WeightFile:
 
         Raises ``refusal`` when the file cannot be written, and what ``pieces`` raises.
         """
-        done = 0
-        try:
-            with path.open("wb", buffering=0) as file:
+        done, refused = 0, OSErrorAs(refusal, f"{path.parent}: cannot write {path.name}")
+        with refused:
+            file = path.open("wb", buffering=0)
+        with file:
+            with refused:
                 os.truncate(file.fileno(), self.total_bytes)
-                for offset, data in self._placed(pieces):
-                    if hashes is not None:
-                        assert offset == done, "pieces must come in the order of the file"
-                        hashes.update(data)
+            for offset, data in self._placed(pieces):
+                if hashes is not None:
+                    assert offset == done, "pieces must come in the order of the file"
+                    hashes.update(data)
+                with refused:
                     _write(file.fileno(), data, offset)
-                    done += len(data)
-                    progress(done / self.total_bytes)
-        except OSError as error:
-            raise refusal(f"{path.parent}: cannot write {path.name}: {error.strerror or error}") from error
+                done += len(data)
+                progress(done / self.total_bytes)
         assert done == self.total_bytes, path.name
 
     def _placed(self, pieces: Iterable[Piece]) -> Iterator[tuple[int, memoryview]]:

@@ -4,7 +4,7 @@ All graphs of a bundle share that file, so that its weights are readable by ever
 file's format (``weight_file``), what a stored tensor is made of (``model/layout.py``).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +86,8 @@ def write_weights(
     """
     source = _HashedReader(reader)
     with HashingQueue() as written, source.hashes:
-        plan.file.write(path, _stored_pieces(plan, source), ExportError, progress, written)
+        pieces = _in_turn(plan.file, lambda name: plan.recipes[name].pieces(source), ExportError, _WHERE_IT_FITS)
+        plan.file.write(path, pieces, ExportError, progress, written)
     return WeightsHashes(written.hexdigest(), source.hashes.hexdigest())
 
 
@@ -96,6 +97,17 @@ def weights_of(bundle: Bundle) -> Iterator[Checkpoint]:
     stored = read_tensor_file(bundle.file(WEIGHTS_FILE))
     with Checkpoint(bundle.path, stored.kind, config_of(bundle.manifest), stored.entries) as reader:
         yield reader
+
+
+def copied_pieces(
+    plan: WeightFile, reader: TensorReader, refusal: type[MythosEdgeError], mends: Mapping[str, str]
+) -> Iterator[Piece]:
+    """The tensors of ``plan`` as the weights of a bundle have them, in the dtypes of ``plan``.
+
+    Raises ``refusal`` for a weight beyond the range of a dtype; ``mends`` says by dtype what to do about it.
+    """
+    shapes = {name: entry.shape for name, entry in plan.entries.items()}
+    return _in_turn(plan, lambda name: (piece for _, piece in row_pieces(reader, name, shapes[name])), refusal, mends)
 
 
 def row_pieces(reader: TensorReader, name: str, shape: tuple[int, ...]) -> Iterator[tuple[int, Tensor]]:
@@ -179,11 +191,17 @@ def _widen(graph: ir.Graph, value: ir.Value, stored: ir.DataType) -> None:
     graph.insert_before(graph[0], cast)
 
 
-def _stored_pieces(plan: WeightsPlan, reader: TensorReader) -> Iterator[Piece]:
-    for name, entry in plan.file.entries.items():
+def _in_turn(
+    plan: WeightFile,
+    pieces: Callable[[str], Iterable[Tensor]],
+    refusal: type[MythosEdgeError],
+    mends: Mapping[str, str],
+) -> Iterator[Piece]:
+    """The ``pieces`` of each tensor by name, in the order and dtypes of ``plan``; ``mends`` are by dtype."""
+    for name, entry in plan.entries.items():
         start = 0
-        for piece in plan.recipes[name].pieces(reader):
-            stored = converted(piece, entry.dtype, name, ExportError, _WHERE_IT_FITS[BY_ONNX[entry.dtype].name])
+        for piece in pieces(name):
+            stored = converted(piece, entry.dtype, name, refusal, mends.get(BY_ONNX[entry.dtype].name, ""))
             yield piece_of(name, start, stored)
             start += stored.nbytes
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mythos_edge.model.bounded_files import open_regular, read_json
-from mythos_edge.model.errors import BundleError, MythosEdgeError
+from mythos_edge.model.errors import BundleError, MythosEdgeError, OSErrorAs
 from mythos_edge.model.foreign_files import foreign_kind
 from mythos_edge.model.manifest import (
     MANIFEST_FILE,
@@ -246,10 +246,8 @@ def check_files(bundle: Bundle, names: Collection[str]) -> None:
     trusted = _trusted(bundle)
     for name in sorted(names):
         file, listed = bundle.file(name), bundle.manifest.files[name].bytes
-        try:
+        with OSErrorAs(BundleError, f"{file}: cannot be read"):
             size = _size(file)
-        except OSError as error:
-            raise BundleError(f"{file}: cannot be read: {error.strerror}") from error
         if size is None:
             raise BundleError(f"{file}: is missing: {_mend(bundle, name)}")
         if size != listed and name not in trusted and (known := _foreign(file)):
@@ -290,10 +288,8 @@ def verify_hashes(
     check_files(bundle, names)
     for name in sorted(names - _trusted(bundle)):
         progress(name)
-        try:
+        with OSErrorAs(BundleError, f"{bundle.path / name}: cannot be read"):
             found = sha256_of(bundle.file(name))
-        except OSError as error:
-            raise BundleError(f"{bundle.path / name}: cannot be read: {error.strerror}") from error
         listed = bundle.manifest.files[name].sha256
         if found != listed:
             raise BundleError(

@@ -29,7 +29,7 @@ from typing import Any, Self
 
 from mythos_edge.model.bounded_files import read_json
 from mythos_edge.model.bundle import Bundle, check_files, has_manifest, read_manifest, sha256_of
-from mythos_edge.model.errors import BundleError, ExportError
+from mythos_edge.model.errors import BundleError, ExportError, OSErrorAs
 from mythos_edge.model.file_locks import locked
 from mythos_edge.model.manifest import MANIFEST_FILE, MOST_MANIFEST_BYTES, FileRecord, Manifest, manifest_to_dict
 from mythos_edge.model.partial_folders import PartialFolder, is_partial, partial_name, remove_partials
@@ -263,13 +263,11 @@ def update_manifest(bundle: Bundle, *, held_to: str | None = None, **changes: An
             bundle.require_unchanged(held_to)
         new = {name: change(getattr(now, name)) if callable(change) else change for name, change in changes.items()}
         beside = bundle.path / partial_name(MANIFEST_FILE)
-        try:
+        with OSErrorAs(BundleError, f"{bundle.path}: cannot write its manifest"):
             # Whoever holds the lock is the only one, so what others have left is nobody's.
             for left in bundle.path.glob(f".{MANIFEST_FILE}.partial-*"):
                 left.unlink(missing_ok=True)
             return _replace_manifest(bundle, now, dataclasses.replace(now, **new), beside)
-        except OSError as error:
-            raise BundleError(f"{bundle.path}: cannot write its manifest: {error.strerror}") from error
 
 
 def install_files(bundle: Bundle, partial: Path, names: Mapping[str, str], now: Manifest, manifest: Manifest) -> Bundle:

@@ -7,7 +7,7 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from mythos_edge.model.errors import CheckpointError
+from mythos_edge.model.errors import CheckpointError, OSErrorAs
 from mythos_edge.model.tensor_files import TensorEntry
 
 
@@ -43,7 +43,7 @@ class EntryReader:
         # Seek and readinto instead of os.pread: no second copy of the bytes, and Windows has no pread.
         with self._lock:
             assert not self._closed, "read after close"
-            try:
+            with OSErrorAs(CheckpointError, f"{entry.path}: cannot read {entry.name}"):
                 if entry.path not in self._files:
                     self._files[entry.path] = FileIO(entry.path, "r")
                 file, filled = self._files[entry.path], 0
@@ -55,5 +55,3 @@ class EntryReader:
                             f"{entry.path}: ends inside {entry.name}: changed while open, or truncated"
                         )
                     filled += got
-            except OSError as error:
-                raise CheckpointError(f"{entry.path}: cannot read {entry.name}: {error.strerror or error}") from error

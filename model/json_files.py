@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mythos_edge.model.bounded_files import parse_json, read_bounded
-from mythos_edge.model.errors import ConfigError, MythosEdgeError
+from mythos_edge.model.errors import ConfigError, MythosEdgeError, OSErrorAs
 from mythos_edge.model.foreign_files import foreign_kind
 
 _MOST_CONFIG_BYTES = 1_000_000
@@ -23,10 +23,8 @@ def read_json_object(
 
     Raises ``error``, which calls the file's content ``what``, when it is missing or holds anything else.
     """
-    try:
+    with OSErrorAs(error, f"{path}: cannot read {what}"):
         content = read_bounded(path, most, what)
-    except OSError as fault:
-        raise error(f"{path}: cannot read {what}: {fault.strerror or fault}") from fault
     try:
         values = parse_json(content)
     except ValueError as fault:

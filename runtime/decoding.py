@@ -14,7 +14,7 @@ from mythos_edge.model.errors import UsageError
 from mythos_edge.runtime.draft_tuner import DraftTuner
 from mythos_edge.runtime.options import Options
 from mythos_edge.runtime.sampling import Sampler
-from mythos_edge.runtime.speculation import Draft, Drawn, Round, speculating
+from mythos_edge.runtime.speculation import Draft, Drawn, Round, drawn_from, speculating
 from mythos_edge.runtime.staircase import Fed, Staircase
 from mythos_edge.runtime.text import StopStrings, TextStream, Tokenizer
 from mythos_edge.runtime.together import StageCall, Work
@@ -24,14 +24,24 @@ _FIRST_ROW = np.zeros(1, np.int64)
 
 
 @dataclass(frozen=True)
+class Alternative:
+    """A token that might have come: ``text`` is its own, alone, and None without a tokenizer."""
+
+    id: int
+    text: str | None
+    logprob: float
+
+
+@dataclass(frozen=True)
 class Token:
     """One generated token: ``text`` that is final with it (may be empty), natural-log probability, and ``depth``,
-    the loop steps taken by the position that predicted it."""
+    the loop steps taken by the position that predicted it. ``top_logprobs`` are the likeliest there, if asked for."""
 
     id: int
     text: str
     logprob: float
     depth: int
+    top_logprobs: tuple[Alternative, ...] = ()
 
 
 @dataclass
@@ -41,12 +51,14 @@ class Generation:
     ``block_calls`` counts the calls of the recurrent block that this sequence took part in, ``block_rows`` its rows
     in them, prompt included; ``batch_runs`` the runs of the block for all prompts given together, a shared one
     counted once. ``rolled_back_rows`` of the rows were forgotten again, because of ``drafted`` tokens only ``accepted``
-    stood verification. ``ttft_ms`` is the time to the first token.
+    stood verification. ``ttft_ms`` is the time to the first token. ``top_logprobs`` holds the likeliest tokens beside
+    each of ``ids`` where they were asked for, else nothing.
     """
 
     ids: list[int] = field(default_factory=list)
     text: str | None = None
     logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[tuple[Alternative, ...]] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
     finish_reason: str = "length"
     block_calls: int = 0
@@ -145,7 +157,9 @@ class Decoding:
 
     def _speculative(self, draft: Draft) -> Work[list[Drawn]]:
         sequence, result = self._sequence, self._result
-        made: Round = yield from speculating(sequence.staircase, sequence.sampler, sequence.ids, draft)
+        made: Round = yield from speculating(
+            sequence.staircase, sequence.sampler, sequence.ids, draft, self._options.top_logprobs
+        )
         result.drafted += made.drafted
         result.accepted += made.accepted
         if self._tuner is not None:
@@ -153,7 +167,7 @@ class Decoding:
         return made.drawn
 
     def _drawn(self, fed: Fed) -> list[Drawn]:
-        return [Drawn(*self._sequence.sampler.sample(fed.logits[0, 0], self._sequence.ids), int(fed.depth[0, -1]))]
+        return [drawn_from(fed, self._sequence.sampler, self._sequence.ids, self._options.top_logprobs)]
 
     def _prefill(self) -> Work[Fed]:
         """Feeds what has not been fed; logits and depth of the last column."""
@@ -176,6 +190,9 @@ class Decoding:
         result.ids.append(drawn.id)
         result.logprobs.append(drawn.logprob)
         result.depths.append(drawn.depth)
+        top = tuple(Alternative(one.id, self._text.alone(one.id), one.logprob) for one in drawn.top)
+        if self._options.top_logprobs:
+            result.top_logprobs.append(top)
         reason = self._reason_to_finish(drawn.id)
         shown = self._text.push(drawn.id, ends=reason == "stop_id", last=reason is not None)
         if self._text.present:
@@ -185,7 +202,7 @@ class Decoding:
         if reason is not None:
             result.finish_reason, self.finished = reason, True
         self._count()
-        return Token(drawn.id, shown, drawn.logprob, drawn.depth)
+        return Token(drawn.id, shown, drawn.logprob, drawn.depth, top)
 
     def _reason_to_finish(self, token_id: int) -> str | None:
         if token_id in self._stop_ids:
@@ -222,6 +239,7 @@ class TextSoFar:
         # Special tokens have no text that a stop string could be found in.
         self.stop_ids = tuple(number for number in special.values() if number is not None)
         self._stops = StopStrings([stop for stop in options.stop_strings if special.get(stop) is None])
+        self._tokenizer = tokenizer
         self._stream = None if tokenizer is None else TextStream(tokenizer, options.special_tokens)
         self.stopped = False
 
@@ -229,6 +247,10 @@ class TextSoFar:
     def present(self) -> bool:
         """Whether there is text at all."""
         return self._stream is not None
+
+    def alone(self, token_id: int) -> str | None:
+        """The text of one token by itself."""
+        return None if self._tokenizer is None else self._tokenizer.text_alone(token_id)
 
     def follow(self, ids: Sequence[int]) -> None:
         """The tokens before the first, which decide how its text begins."""

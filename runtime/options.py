@@ -21,6 +21,8 @@ from mythos_edge.runtime.speculation import AUTO, Draft
 Whole: TypeAlias = int | np.integer[Any]
 Real: TypeAlias = float | np.floating[Any] | np.integer[Any]
 _COUNT = Within(least=1)
+# More for every token is a distribution, which Session.score gives whole.
+_ALTERNATIVES = Within(least=0, most=10_000)
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Options(Depth, SamplingParams):
     that is a special token becomes a stop id beside those. ``special_tokens``: whether these are shown in the text, the
     one that ends it included. ``chunk``: prompt positions run at once. ``max_lag``: positions a loop step may fall
     behind before it is caught up in the background, one call a token; by default it catches up only when needed.
+    ``top_logprobs``: how many of the likeliest tokens are given beside every generated one, with what the model alone
+    makes of them: no temperature, penalty or filter; all where the model knows no more.
     ``draft_depth`` and ``draft_tokens``: self-speculation with that many tokens drafted at that many loop steps, see
     ``speculation``; ``"auto"`` chooses what is fastest, plain decoding included, which makes sampling depend on the
     machine's pace whatever the seed.
@@ -43,6 +47,7 @@ class Options(Depth, SamplingParams):
     special_tokens: bool = False
     chunk: Annotated[int, _COUNT] = 512
     max_lag: Annotated[int | None, _COUNT] = None
+    top_logprobs: Annotated[int, _ALTERNATIVES] = 0
     draft_depth: Annotated[int | Literal["auto"] | None, LOOP_STEPS] = None
     draft_tokens: Annotated[int | Literal["auto"] | None, _COUNT] = None
 
@@ -97,6 +102,7 @@ class RequestOptions(ScoreOptions, total=False):
     stop_strings: str | Sequence[str]
     special_tokens: bool
     chunk: Whole
+    top_logprobs: Whole
     draft_depth: Whole | Literal["auto"] | None
     draft_tokens: Whole | Literal["auto"] | None
 

@@ -1,7 +1,7 @@
 """From logits to a token: penalty, temperature, top-k, top-p, min-p, in this order."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
@@ -46,6 +46,13 @@ class Guess(NamedTuple):
 
     token: int
     distribution: Float64 | None
+
+
+class Likely(NamedTuple):
+    """A token and its natural-log probability."""
+
+    id: int
+    logprob: float
 
 
 class Sampler:
@@ -143,12 +150,29 @@ def _check_finite(logits: NDArray[np.float32]) -> None:
         raise MythosEdgeError("the model gave logits that are not finite: validate the bundle")
 
 
+def likeliest(logits: NDArray[np.float32], count: int) -> tuple[Likely, ...]:
+    """The ``count`` tokens that unfiltered ``logits (V,)`` make likeliest, first the likeliest, equal ones by id."""
+    if count == 0:
+        return ()
+    count = min(count, len(logits))
+    least = np.partition(logits, -count)[-count]
+    kept = np.flatnonzero(logits >= least)
+    kept = kept[np.argsort(-logits[kept], kind="stable")][:count]
+    logprob_of = _logprobs(logits)
+    return tuple(Likely(token, logprob_of(token)) for token in kept.tolist())
+
+
 def _logprob(logits: NDArray[np.float32], token: int) -> float:
+    return _logprobs(logits)(token)
+
+
+def _logprobs(logits: NDArray[np.float32]) -> Callable[[int], float]:
+    """The natural-log probability of a token."""
     largest = logits.max()
     # float32 is a quarter of the time, and only the sum wants more; but differences must not leave its range.
     wide = logits if largest < _FAR_FROM_OVERFLOW else logits.astype(np.float64)
     total = np.exp(wide - largest).sum(dtype=np.float64)
-    return float(logits[token]) - float(largest) - math.log(total)
+    return lambda token: float(logits[token]) - float(largest) - math.log(total)
 
 
 def _only(scores: Float64, kept: NDArray[np.int64]) -> Float64:

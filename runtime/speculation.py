@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from mythos_edge.model.errors import UsageError
 from mythos_edge.runtime.halting import Policy, ResolvedDepth
-from mythos_edge.runtime.sampling import Sampler
-from mythos_edge.runtime.staircase import Staircase
+from mythos_edge.runtime.sampling import Likely, Sampler, likeliest
+from mythos_edge.runtime.staircase import Fed, Staircase
 from mythos_edge.runtime.together import Work
 
 AUTO = "auto"
@@ -28,11 +28,12 @@ class Draft(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """A token, its natural-log probability and the depth of the position that predicted it."""
+    """A token, its natural-log probability, the depth of the position that predicted it, and the likeliest there."""
 
     id: int
     logprob: float
     depth: int
+    top: tuple[Likely, ...] = ()
 
 
 class Round(NamedTuple):
@@ -43,8 +44,10 @@ class Round(NamedTuple):
     accepted: int
 
 
-def speculating(staircase: Staircase, sampler: Sampler, ids: Sequence[int], draft: Draft) -> Work[Round]:
-    """The work of one round after ``ids``: at least one and at most ``draft.tokens`` tokens.
+def speculating(
+    staircase: Staircase, sampler: Sampler, ids: Sequence[int], draft: Draft, top_logprobs: int = 0
+) -> Work[Round]:
+    """The work of one round after ``ids``: at least one and at most ``draft.tokens`` tokens, with as many likeliest.
 
     A position that has halted within the draft's depth needs no verification: its token is drawn as in plain decoding,
     and a draft begins with the first that has not.
@@ -55,7 +58,7 @@ def speculating(staircase: Staircase, sampler: Sampler, ids: Sequence[int], draf
         for _ in range(draft.tokens):
             fed = yield from staircase.drafting(history[-1], draft.depth)
             if not staircase.drafted:
-                return Round([Drawn(*sampler.sample(fed.logits[0, 0], history), int(fed.depth[0, 0]))], 0, 0)
+                return Round([drawn_from(fed, sampler, history, top_logprobs)], 0, 0)
             drafted.append(sampler.draft(fed.logits[0, 0], history))
             history.append(drafted[-1].token)
         fed = yield from staircase.verifying()
@@ -66,13 +69,20 @@ def speculating(staircase: Staircase, sampler: Sampler, ids: Sequence[int], draf
     del history[len(ids) :]
     for row, guess in enumerate(drafted):
         token, logprob = sampler.verify(guess, fed.logits[0, row], history)
-        drawn.append(Drawn(token, logprob, int(fed.depth[0, row])))
+        drawn.append(Drawn(token, logprob, int(fed.depth[0, row]), likeliest(fed.logits[0, row], top_logprobs)))
         history.append(token)
         if token != guess.token:
             break
     accepted = sum(one.id == guess.token for one, guess in zip(drawn, drafted, strict=False))
     yield from staircase.keeping(start + len(drawn))
     return Round(drawn, len(drafted), accepted)
+
+
+def drawn_from(fed: Fed, sampler: Sampler, history: Sequence[int], top_logprobs: int) -> Drawn:
+    """The token that the only row of logits gives after ``history``, and the depth of the last column."""
+    logits = fed.logits[0, 0]
+    token, logprob = sampler.sample(logits, history)
+    return Drawn(token, logprob, int(fed.depth[0, -1]), likeliest(logits, top_logprobs))
 
 
 def check_draft(depth: int | str | None, bounds: ResolvedDepth) -> None:

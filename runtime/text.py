@@ -89,6 +89,10 @@ class Tokenizer:
             text = self._texts[token_id] = whole.removeprefix(self.decode([self.anchor]))
         return text
 
+    def text_alone(self, token_id: int) -> str:
+        """The text of one token by itself: as it would stand inside a text, where that can be told."""
+        return self.decode([token_id], special_tokens=True) if self.anchor is None else self.text_inside(token_id)
+
 
 class TextStream:
     """The text of the tokens that follow a prompt, given out as soon as no later token can change it.

@@ -17,6 +17,8 @@ from mythos_edge.runtime.backends.protocol import Backend
 
 # Rows that one shared run takes in: more are not bound by reading weights, and would only make everybody wait.
 MAX_ROWS = 512
+# Runs of other kinds that a call waits for at most: one of a rare kind would else wait as long as others come.
+PATIENCE = 12
 
 
 class StageCall(NamedTuple):
@@ -65,10 +67,11 @@ def run_alone(work: Work[Result], backend: Backend, note: Callable[[StageCall, f
 
 @dataclass(frozen=True)
 class _Waiting:
-    """A work and the call it waits for."""
+    """A work, the call it waits for, and the number of the round since which it does."""
 
     number: int
     call: StageCall
+    since: int
 
 
 class Together(Generic[Result]):
@@ -85,6 +88,7 @@ class Together(Generic[Result]):
         self._backend = backend
         self._works: dict[int, Work[Result]] = {}
         self._waiting: list[_Waiting] = []
+        self._rounds = 0
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -101,9 +105,11 @@ class Together(Generic[Result]):
             work.close()
 
     def round(self) -> None:
-        """Runs the stage that most works wait for, for all of those, as far as one run takes them."""
-        chosen = _chosen(self._waiting)
-        # Who was served goes to the end of the queue.
+        """Runs the stage that most works wait for, or one has waited for too long, as far as one run takes them."""
+        self._rounds += 1
+        first = self._waiting[0]
+        chosen = _chosen(self._waiting, first.call.kind if self._rounds - first.since > PATIENCE else None)
+        # Who was served goes to the end of the queue, so that the first has waited longest.
         self._waiting = [item for item in self._waiting if all(item is not served for served in chosen)]
         try:
             _run([item.call for item in chosen], self._backend)
@@ -129,7 +135,7 @@ class Together(Generic[Result]):
         except Exception as failure:
             self.errors[number] = failure
         else:
-            self._waiting.append(_Waiting(number, call))
+            self._waiting.append(_Waiting(number, call, self._rounds))
             return
         del self._works[number]
 
@@ -151,10 +157,11 @@ def run_together(works: Sequence[Work[Result]], backend: Backend) -> tuple[list[
     return [together.results[number] for number in range(len(works))], together.runs
 
 
-def _chosen(waiting: list[_Waiting]) -> list[_Waiting]:
-    """Those who share the next run: of the kind that most wait for, the longest waiting first."""
-    votes = Counter(item.call.kind for item in waiting)
-    kind = max(votes, key=lambda kind: (votes[kind], kind[0] == "step"))
+def _chosen(waiting: list[_Waiting], kind: tuple[Any, ...] | None) -> list[_Waiting]:
+    """Those who share the next run: of ``kind``, or of the one that most wait for; the longest waiting first."""
+    if kind is None:
+        votes = Counter(item.call.kind for item in waiting)
+        kind = max(votes, key=lambda kind: (votes[kind], kind[0] == "step"))
     chosen: list[_Waiting] = []
     rows = 0
     for item in waiting:

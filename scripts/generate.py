@@ -1,11 +1,10 @@
 """``mythos-edge generate``: text or token ids from a bundle."""
 
 import argparse
-from dataclasses import asdict
 from typing import Any
 
 from mythos_edge.model.errors import UsageError
-from mythos_edge.scripts import arguments, given_tokens, options, prompt_file
+from mythos_edge.scripts import arguments, given_tokens, logprobs, options, prompt_file
 from mythos_edge.scripts.console import Console
 
 HELP = "generate text or token ids from a bundle"
@@ -22,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--ids", metavar="1,2,3", help="token ids instead of text")
     text = "a prompt in UTF-8; of a file and of stdin one line break at the end is no part of it"
     prompt.add_argument("-f", "--prompt-file", type=arguments.file_name, metavar="FILE", help=text)
-    text = 'prompts: {"prompt": TEXT} or {"ids": [1, 2]} a line; may have max_new_tokens, temperature, seed, stop, id'
+    text = f'prompts: {{"prompt": TEXT}} or {{"ids": [1, 2]}} a line; may have {", ".join(prompt_file.OWN_KEYS)}'
     prompt.add_argument("--file", type=arguments.path, metavar="JSONL", help=text)
     text = "results of --file, a line for each; one that is there is gone on with"
     parser.add_argument("-o", "--output", type=arguments.path, metavar="JSONL", help=text)
@@ -38,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text (repeatable)")
     parser.add_argument("--special-tokens", action="store_true", help="show special tokens in the text, too")
+    logprobs.add(parser)
     parser.add_argument("--show-depth", action="store_true", help="print the depth of every token")
     options.add_depth(parser)
     options.add_sampling(parser)
@@ -62,6 +62,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
             console.text(f"{shown}[{token.depth}]" if args.show_depth else shown)
         console.say()
         result = session.last_generation
+        if args.logprobs is not None:
+            logprobs.show(result, session.tokenizer, console)
     if result.finish_reason == "context":
         console.note(
             "note: ended because the context is full: export, or build the target, with a larger --max-context"
@@ -74,7 +76,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
             f"{len(result.ids)} tokens, mean depth {mean_depth:.2f}, {result.block_calls} block calls, {drafts}"
             f"first token after {result.ttft_ms:.0f} ms{speed}"
         )
-    console.result(asdict(result))
+    console.result(logprobs.values_of(result, session.tokenizer, args.logprobs is not None))
     return 0
 
 
@@ -84,6 +86,7 @@ def _request(args: argparse.Namespace) -> dict[str, Any]:
         "stop_ids": None if args.stop_id is None else tuple(args.stop_id),
         "stop_strings": tuple(arguments.text_of(stop, "--stop") for stop in args.stop),
         "special_tokens": args.special_tokens,
+        **logprobs.option_of(args),
         **options.depth_of(args),
         **options.sampling_of(args),
         **options.drafts_of(args),

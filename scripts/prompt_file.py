@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -18,18 +18,25 @@ from mythos_edge.model.errors import CapacityError, UsageError
 from mythos_edge.model.file_locks import try_lock, unlock
 from mythos_edge.model.output_files import check_output
 from mythos_edge.model.stages import MAX_TOGETHER
-from mythos_edge.runtime.decoding import Generation
 from mythos_edge.runtime.options import RequestOptions
 from mythos_edge.runtime.request_values import shown
 from mythos_edge.runtime.session import Session
+from mythos_edge.scripts import logprobs
 from mythos_edge.scripts.console import Console
 from mythos_edge.scripts.options import session_of
 
 # The keys of a line that are options of its request, by the names that requests have for them.
-_OPTIONS = {"max_new_tokens": "max_new_tokens", "temperature": "temperature", "seed": "seed", "stop": "stop_strings"}
+_OPTIONS = {
+    "max_new_tokens": "max_new_tokens",
+    "temperature": "temperature",
+    "seed": "seed",
+    "stop": "stop_strings",
+    "logprobs": "top_logprobs",
+}
 # Prompts that run together, as many as one run of the block takes.
 TOGETHER = MAX_TOGETHER
-_KEYS = ("prompt", "ids", *_OPTIONS, "id")
+OWN_KEYS = (*_OPTIONS, "id")
+_KEYS = ("prompt", "ids", *OWN_KEYS)
 _MOST_BYTES = 1_000_000_000
 _LINE = '{"prompt": "..."} or {"ids": [1, 2, 3]}'
 
@@ -103,7 +110,11 @@ def run(args: argparse.Namespace, options: dict[str, Any], console: Console) -> 
                 console.progress("generating", start / total)
                 some = slice(start, start + together)
                 made = session.generate(checked[some], each=[line.own for line in lines[some]], **options)
-                file.write(b"".join(_result(line, one, asked) for line, one in zip(lines[some], made, strict=True)))
+                values = [
+                    logprobs.values_of(one, session.tokenizer, "top_logprobs" in {**options, **line.own})
+                    for line, one in zip(lines[some], made, strict=True)
+                ]
+                file.write(b"".join(_result(line, one, asked) for line, one in zip(lines[some], values, strict=True)))
                 file.flush()
                 new_tokens += sum(len(one.ids) for one in made)
                 full += sum(one.finish_reason == "context" for one in made)
@@ -140,8 +151,8 @@ def _checked(line: Line, options: Mapping[str, Any], session: Session) -> list[i
         raise UsageError(f"{line.place}: {error}") from error
 
 
-def _result(line: Line, result: Generation, asked: str) -> bytes:
-    values = {**line.repeated, **asdict(result), "prompt_sha256": line.sha256, "options_sha256": asked}
+def _result(line: Line, result: Mapping[str, Any], asked: str) -> bytes:
+    values = {**line.repeated, **result, "prompt_sha256": line.sha256, "options_sha256": asked}
     # A half of a surrogate pair, which an id may hold, is written as JSON has it.
     return (json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "backslashreplace")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from mythos_edge.model.errors import UsageError
+from mythos_edge.model.errors import OSErrorAs, UsageError
 from mythos_edge.model.output_files import writing
 from mythos_edge.scripts.tune_points import Point
 
@@ -33,10 +33,8 @@ def write(
     picture = _picture(points, knee, full_ms, max_kl)
     page = _page(points, knee, full_ms, max_kl, what, picture)
     files = {folder / name: data for name, data in zip(FILES, (picture, page.encode()), strict=True)}
-    try:
+    with OSErrorAs(UsageError, f"{folder}: cannot write the curve"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"{folder}: cannot write the curve: {error.strerror}") from error
     for path, data in files.items():
         with writing(path, "the curve") as file:
             file.write(data)

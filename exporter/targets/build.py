@@ -14,7 +14,7 @@ from mythos_edge.exporter.targets.spec import Progress, Target, Work, record_of
 from mythos_edge.model import bundle_writer
 from mythos_edge.model.bundle import Bundle, open_bundle, read_manifest, verify_hashes
 from mythos_edge.model.bundle_writer import changing, free_name, install_files, recover
-from mythos_edge.model.errors import BuildError
+from mythos_edge.model.errors import BuildError, OSErrorAs
 from mythos_edge.model.manifest import FileRecord, Manifest, TargetRecord
 from mythos_edge.model.partial_folders import PartialFolder
 
@@ -54,14 +54,11 @@ def files_beside(bundle: Bundle, name: str, progress: Progress) -> Iterator[Path
     bundle.target(bundle.manifest.default_target)
     bundle.require_own_files()
     verify_hashes(bundle, lambda file: progress("hashing the export", 0.0), bundle.manifest.shared_files)
-    partial = None
-    try:
+    with OSErrorAs(BuildError, f"{bundle.path}: cannot be written"):
         partial = PartialFolder(bundle.path, name, of_any=True, recover=lambda left: recover(left, bundle.path))
-        yield partial.path
-    except OSError as error:
-        raise BuildError(f"{bundle.path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        if partial is not None:
+        try:
+            yield partial.path
+        finally:
             partial.remove()
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mythos_edge.model.bundle import Bundle
-from mythos_edge.model.errors import BundleError, MythosEdgeError, UsageError
+from mythos_edge.model.errors import BundleError, MythosEdgeError, OSErrorAs, UsageError
 from mythos_edge.model.output_files import writing
 from mythos_edge.model.target_options import EngineSpec, options_of
 from mythos_edge.model.user_cache import cache_folder
@@ -90,10 +90,8 @@ class Runtime:
         """The engine of one graph of the target; with ``trust`` also one that is not the file the manifest lists."""
         file = self._bundle.target(self._target).graphs[key]
         path = self._bundle.file(file)
-        try:
+        with OSErrorAs(BundleError, f"{path}: cannot be read"):
             plan = path.read_bytes()
-        except OSError as error:
-            raise BundleError(f"{path}: cannot be read: {error.strerror}") from error
         wanted, found = self._bundle.manifest.files[file].sha256, hashlib.sha256(plan).hexdigest()
         if found != wanted and not trust:
             raise BundleError(

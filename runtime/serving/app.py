@@ -89,6 +89,7 @@ def app_of(serving: Serving) -> Starlette:
         Route("/health", server.health),
         Route("/metrics", server.metrics),
         Route("/v1/models", server.models),
+        Route("/v1/models/{name:path}", server.model),
         Route("/v1/completions", server.completions, methods=["POST"]),
         Route("/v1/chat/completions", server.chat, methods=["POST"]),
     ]
@@ -166,22 +167,30 @@ class _Server:
 
     async def models(self, request: Request) -> Response:
         del request
-        it, manifest = self._it, self._it.session.bundle.manifest
-        model = {
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name != self._it.name:
+            return _error(_Refused(404, f"model {name!r} is not here, expected {self._it.name!r}", "model_not_found"))
+        return JSONResponse(self._model())
+
+    def _model(self) -> dict[str, Any]:
+        it, model = self._it, self._it.session.model
+        return {
             "id": it.name,
             "object": "model",
             "created": 0,
             "owned_by": "mythos-edge",
-            "family": manifest.family,
+            "family": it.session.bundle.manifest.family,
             "target": it.target,
-            "max_depth": it.session.model.max_depth,
-            "threshold": it.session.model.threshold,
+            "max_depth": model.max_depth,
+            "threshold": model.threshold,
             "max_context": it.session.max_context,
             "chat_template": it.template.name,
             "tokenizer": it.session.tokenizer is not None,
             "defaults": it.defaults,
         }
-        return JSONResponse({"object": "list", "data": [model]})
 
     async def metrics(self, request: Request) -> Response:
         del request

@@ -18,8 +18,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from mythos_edge.model.machine import cores
-from mythos_edge.scripts.doctor import processor
+from mythos_edge.scripts import measuring
 
 # Figures of ``bench`` that show what a version costs.
 _FIGURES = ("ms_per_token", "prefill_tokens_per_s", "ttft_ms", "host_us_per_loop_step", "load_ms")
@@ -43,12 +42,12 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("give a checkpoint, or --shape, and not both")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        checkpoint = args.checkpoint or _random_checkpoint(args.shape, folder)
+        checkpoint = args.checkpoint or random_checkpoint(args.shape, folder)
         commands = {"before": args.before, "after": args.after}
         for version, command in commands.items():
-            _run(command, "export", str(checkpoint), "-o", str(folder / version), "--max-context", str(_CONTEXT))
+            run_command(command, "export", str(checkpoint), "-o", str(folder / version), "--max-context", str(_CONTEXT))
             if args.weights is not None:
-                _run(command, "build", str(folder / version), "--weights", args.weights)
+                run_command(command, "build", str(folder / version), "--weights", args.weights)
         rounds: dict[str, list[dict[str, float]]] = {version: [] for version in commands}
         for index in range(args.rounds):
             for version in list(commands)[:: 1 if index % 2 else -1]:
@@ -62,11 +61,11 @@ def main(argv: list[str] | None = None) -> int:
     for figure in _FIGURES:
         before, later = (medians[version][figure] for version in commands)
         print(f"| {figure} | {before:.4g} | {later:.4g} | {later / before:.3f} |")
-    print(json.dumps({"machine": f"{processor()}, {cores()} cores", "medians": medians, "rounds": rounds}))
+    print(json.dumps({"machine": measuring.machine(), "medians": medians, "rounds": rounds}))
     return 0
 
 
-def _random_checkpoint(shape: str, folder: Path) -> Path:
+def random_checkpoint(shape: str, folder: Path) -> Path:
     import torch
 
     from mythos_edge.scripts.lab.bench_peers import SHAPES, reference_model
@@ -80,11 +79,11 @@ def _figures(command: Path, bundle: Path, args: argparse.Namespace) -> dict[str,
     """The medians that one run of ``bench`` gives."""
     options = ["-p", str(args.prompt_tokens), "-n", str(args.new_tokens), "-r", "3"]
     options += [] if args.weights is None else ["--target", f"ort-cpu-{args.weights}"]
-    (target,) = json.loads(_run(command, "bench", str(bundle), *options, "--json"))["targets"].values()
+    (target,) = json.loads(run_command(command, "bench", str(bundle), *options, "--json"))["targets"].values()
     return {name: found["median"] if isinstance(found := target[name], dict) else found for name in _FIGURES}
 
 
-def _run(command: Path, *arguments: str) -> str:
+def run_command(command: Path, *arguments: str) -> str:
     done = subprocess.run([command, *arguments], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise SystemExit(f"{command} {arguments[0]} ended with status {done.returncode}: {done.stderr.strip()[-300:]}")

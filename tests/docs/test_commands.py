@@ -6,14 +6,17 @@ import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from served import Served
 
 # Later pages use the files that earlier ones made.
 PAGES = ("README", "guides/export", "guides/run", "guides/chat", "guides/quantise", "guides/parity", "guides/deploy")
-PAGES += ("guides/other-engines", "guides/gpu")
+PAGES += ("guides/serve", "guides/other-engines", "guides/gpu")
+GUIDE_ADDRESS = "http://127.0.0.1:8080"
 # What ``tune`` says on a machine whose times cannot be trusted, as one that runs tests is.
 BUSY = "measure again when the machine has nothing else to do"
 
@@ -44,12 +47,18 @@ def test_commands_and_examples_work_as_written(text_model: tuple[Path, Path], tm
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     ran = set()
     busy = False
-    for page in PAGES:
-        for command in commands_of(page):
+    with ExitStack() as servers:
+        address = GUIDE_ADDRESS
+        for page, command in [(name, one) for name in PAGES for one in commands_of(name)]:
+            ran.add(command[1])
             if busy and "--preset" in command:
                 continue
+            if command[1] == "serve":
+                address = servers.enter_context(Served(tmp_path / command[2], *command[3:])).address
+                continue
             done = subprocess.run(
-                command,
+                # The port that a guide names may be taken here.
+                [word.replace(GUIDE_ADDRESS, address) for word in command],
                 cwd=tmp_path,
                 env=environment,
                 stdin=subprocess.DEVNULL,
@@ -57,7 +66,6 @@ def test_commands_and_examples_work_as_written(text_model: tuple[Path, Path], tm
                 text=True,
                 check=False,
             )
-            ran.add(command[1])
             if command[1] == "tune" and BUSY in done.stderr:
                 busy = True  # by design it then saves no preset
                 continue
@@ -73,6 +81,7 @@ def test_commands_and_examples_work_as_written(text_model: tuple[Path, Path], tm
         "tune",
         "bench",
         "inline",
+        "serve",
         "-c",
     } <= ran
     assert (tmp_path / "scores.npz").is_file()

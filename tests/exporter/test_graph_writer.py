@@ -60,6 +60,23 @@ def test_what_replaces_a_node_takes_its_place_and_name() -> None:
     check_graph(model)
 
 
+def test_a_node_may_be_replaced_again_and_again() -> None:
+    model = _sum_model()
+    x = model.graph.inputs[0]
+    for _ in range(3):
+        writer = GraphWriter.before(model.graph[len(model.graph) - 1], model.graph)
+        doubled = writer.add("Mul", [writer.add("Abs", [writer.either(
+            writer.add("Greater", [writer.sizes(x, 0), writer.integers([0])]),
+            ("all", lambda inside: inside.add("Mul", [x, inside.number(2)])),
+            ("none", lambda inside: inside.add("Abs", [x])),
+            [None, 4],
+        )]), model.graph[len(model.graph) - 1].inputs[0]])  # fmt: skip
+        writer.replace(doubled)
+    values = [str(value.name) for node in model.graph.all_nodes() for value in node.outputs]
+    assert len(set(values)) == len(values), values
+    check_graph(model)
+
+
 def test_an_output_keeps_its_name_whatever_takes_its_place() -> None:
     model = _sum_model()
     start = GraphWriter(model.graph, "start", anchor=model.graph[0])

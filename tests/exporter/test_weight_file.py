@@ -1,6 +1,8 @@
 """The stream of a weights file: what safetensors reads of it, in any order of pieces, and what goes wrong."""
 
+import errno
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import ml_dtypes
@@ -81,6 +83,17 @@ def test_a_full_disk_is_one_line_of_the_kind_that_is_asked_for(tmp_path: Path) -
     plan = plan_file([StoredTensor("x", ir.DataType.UINT8, (4,))])
     with pytest.raises(BuildError, match=r"missing: cannot write w: No such file or directory$"):
         plan.write(tmp_path / "missing" / "w", [], BuildError)
+
+
+def test_a_source_that_cannot_be_read_is_not_told_as_a_file_that_cannot_be_written(tmp_path: Path) -> None:
+    def pieces() -> Iterator[Piece]:
+        yield Piece("x", 0, np.zeros(2, np.uint8))
+        raise OSError(errno.EIO, "Input/output error", "source")
+
+    plan = plan_file([StoredTensor("x", ir.DataType.UINT8, (4,))])
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        plan.write(tmp_path / "w", pieces(), BuildError)
+    assert caught.value.filename == "source"
 
 
 def test_a_tensor_that_is_not_whole_is_an_error_of_ours(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from mythos_edge.runtime.options import DepthOptions, Options, RequestOptions, S
 from mythos_edge.runtime.sampling import SamplingParams
 from mythos_edge.runtime.session import Session
 
-WHOLE = ("max_new_tokens", "max_depth", "min_depth", "top_k", "seed", "chunk", "max_lag", "draft_depth")
+WHOLE = ("max_new_tokens", "max_depth", "min_depth", "top_k", "seed", "chunk", "max_lag", "top_logprobs", "draft_depth")
 REAL = ("threshold", "temperature", "top_p", "min_p", "repetition_penalty")
 NUMPY_ONES = [np.int64(1), np.uint8(1), np.array(1), np.int32(1)]
 

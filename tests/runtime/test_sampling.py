@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from mythos_edge.model.errors import MythosEdgeError, UsageError
-from mythos_edge.runtime.sampling import Sampler, SamplingParams
+from mythos_edge.runtime.sampling import Sampler, SamplingParams, likeliest
 
 # Four tokens of probability 1/2, 1/4, 1/8, 1/8, not in order of likelihood.
 PROBABILITIES = np.array([0.125, 0.5, 0.125, 0.25])
@@ -242,3 +242,28 @@ def test_greedy_and_sampling_agree_on_any_penalty(penalty: float) -> None:
         assert np.isfinite(distribution).all()
         assert distribution[wanted] == distribution.max()
         assert 0 <= Sampler(free).sample(logits, history)[0] < len(logits)
+
+
+def test_the_likeliest_are_those_of_the_unfiltered_logits() -> None:
+    assert likeliest(LOGITS, 0) == ()
+    for count in range(1, 5):
+        found = likeliest(LOGITS + np.float32(30), count)
+        assert [one.id for one in found] == [1, 3, 0, 2][:count]  # of equals, the lower id first
+        assert [one.logprob for one in found] == pytest.approx([math.log(PROBABILITIES[one.id]) for one in found])
+        assert {type(value) for one in found for value in one} == {int, float}
+    assert [one.id for one in likeliest(np.zeros(50, np.float32), 3)] == [0, 1, 2]
+    far = likeliest(np.array([-3.4e38, 3.4e38, 0], np.float32), 3)
+    assert [one.id for one in far] == [1, 2, 0]
+    assert far[0].logprob == 0
+
+
+def test_the_likeliest_say_what_sampling_says() -> None:
+    random = np.random.default_rng(7)
+    logits = random.normal(size=500).astype(np.float32) * 4
+    by_id = dict(likeliest(logits, 500))
+    assert sorted(by_id) == list(range(500))
+    assert sum(map(math.exp, by_id.values())) == pytest.approx(1)
+    sampler = Sampler(SamplingParams(temperature=3.0, repetition_penalty=2.0, seed=1))
+    for _ in range(20):
+        token, logprob = sampler.sample(logits, [5, 6])
+        assert by_id[token] == logprob

@@ -65,6 +65,32 @@ def test_logprobs_and_depths_are_those_of_the_predicting_position(session: Sessi
     np.testing.assert_allclose(made.logprobs, logprobs, atol=1e-3)
 
 
+def test_the_likeliest_tokens_beside_every_token_are_those_of_the_models_logits(session: Session) -> None:
+    sampled: dict[str, Any] = {"temperature": 2.0, "top_k": 3, "repetition_penalty": 1.5, "seed": 4}
+    together: dict[str, Any] = {"max_new_tokens": 6, "top_logprobs": 5, **sampled}
+    drafting = {"draft_depth": 2, "draft_tokens": 4}
+    runs = [
+        session.generate(PROMPT, **together),
+        session.generate(PROMPT, **together, **drafting),
+        *session.generate([PROMPT, [3]], **{**together, "top_logprobs": 1}, each=[{"top_logprobs": 5}, drafting]),
+    ]
+    for prompt, made in zip([PROMPT, PROMPT, PROMPT, [3]], runs, strict=True):
+        logits = session.score([prompt + made.ids]).logits[0, len(prompt) - 1 : -1].astype(np.float64)
+        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        assert len(made.top_logprobs) == 6
+        for top, wanted in zip(made.top_logprobs, logprobs, strict=True):
+            assert [one.id for one in top] == np.argsort(-wanted, kind="stable")[: len(top)].tolist()
+            np.testing.assert_allclose([one.logprob for one in top], np.sort(wanted)[::-1][: len(top)], atol=1e-3)
+            assert {one.text for one in top} == {None}
+    assert [len(one.top_logprobs[0]) for one in runs] == [5, 5, 5, 1]
+    for options in (together, {**together, **drafting}):
+        tokens = list(session.stream(PROMPT, **options))
+        assert [token.top_logprobs for token in tokens] == session.last_generation.top_logprobs
+    assert session.generate(PROMPT, **sampled, max_new_tokens=2).top_logprobs == []
+    (first,) = session.generate(PROMPT, max_new_tokens=1, top_logprobs=10_000).top_logprobs
+    assert len({one.id for one in first}) == session.model.vocab_size
+
+
 def test_every_row_of_a_batch_generates_what_it_would_alone(session: Session) -> None:
     prompts = [[3], PROMPT, [7, 8, 9]]
     for options in ({}, {"temperature": 0.9, "seed": 3, "top_k": 20}, {"policy": "full"}):

@@ -47,6 +47,10 @@ def generated(prompt: list[int], backend: Backend, **options: Any) -> Generation
     return continued([begun(prompt, backend, wanted)], backend, [wanted])[0]
 
 
+def alternatives(made: Generation) -> list[list[tuple[int, Any]]]:
+    return [[(one.id, pytest.approx(one.logprob)) for one in top] for top in made.top_logprobs]
+
+
 drafts = st.one_of(
     st.just({}), st.fixed_dictionaries({"draft_depth": st.integers(1, 4), "draft_tokens": st.integers(1, 6)})
 )
@@ -71,6 +75,7 @@ actions = st.lists(
     stop=st.sampled_from([(), (3,)]),
     lean=st.sampled_from([0.0, 0.5, 1.0]),
     favourite=st.sampled_from([4, 6, 8]),
+    top=st.sampled_from([0, 1, 4]),
 )
 def test_any_mixture_gives_the_tokens_and_depths_of_plain_decoding(
     prompts: list[list[int]],
@@ -80,21 +85,25 @@ def test_any_mixture_gives_the_tokens_and_depths_of_plain_decoding(
     stop: tuple[int, ...],
     lean: float,
     favourite: int,
+    top: int,
 ) -> None:
     backend = Leaning(favourite, lean)
-    given_options = {"policy": policy, "max_lag": max_lag, "stop_ids": stop}
+    given_options: dict[str, Any] = {"policy": policy, "max_lag": max_lag, "stop_ids": stop}
     sequences = [begun(prompt, backend, Options(**given_options)) for prompt in prompts]
     plain = [begun(prompt, backend, Options(policy=policy)) for prompt in prompts]
     for action, value, chosen in actions:
         if action == "generate":
+            given_options["top_logprobs"] = top
             wanted = [Options(max_new_tokens=value, **given_options, **draft) for draft in chosen[: len(prompts)]]
             found = continued(sequences, backend, wanted)
             for one, reference in zip(found, plain, strict=True):
-                simple = Options(max_new_tokens=value, policy=policy, stop_ids=stop)
+                simple = Options(max_new_tokens=value, policy=policy, stop_ids=stop, top_logprobs=top)
                 (expected,) = continued([reference], backend, [simple])
                 assert (one.ids, one.depths) == (expected.ids, expected.depths)
                 assert (one.finish_reason, one.logprobs) == (expected.finish_reason, pytest.approx(expected.logprobs))
                 assert one.accepted <= one.drafted
+                assert alternatives(one) == alternatives(expected)
+                assert len(one.top_logprobs) == (len(one.ids) if top else 0)
         for sequence in [*sequences, *plain]:
             if action == "rollback":
                 keep = max(1, int(value * len(sequence.ids)))

@@ -12,7 +12,7 @@ from scripted import DEPTHS, LOOPS, VOCAB, staircase
 from mythos_edge.model.stages import MAX_TOGETHER
 from mythos_edge.runtime import together
 from mythos_edge.runtime.staircase import Fed, Staircase
-from mythos_edge.runtime.together import Work, run_alone, run_together
+from mythos_edge.runtime.together import Together, Work, run_alone, run_together
 
 prompts = st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=8), min_size=1, max_size=11)
 
@@ -64,6 +64,21 @@ def test_a_deep_sequence_is_joined_by_those_that_went_ahead() -> None:
     works = [fed_in_turn(staircase(backend=backend), ids, 1) for ids in ([5, 5], [0, 4, 4], [0, 4, 4])]
     _, runs = run_together(works, backend)
     assert runs["step"] < 2 * LOOPS + 4
+
+
+def test_a_rare_kind_is_not_put_off_for_ever() -> None:
+    """Two long sequences agree on every run; the one of another least depth gets its share nevertheless."""
+    backend = ScriptedBackend(DEPTHS, VOCAB)
+    both: Together[list[Fed]] = Together(backend)
+    for number in range(2):
+        both.join(number, fed_in_turn(staircase(backend=backend), [6] * 190, 1))
+    both.join(2, fed_in_turn(staircase(backend=backend, min_depth=2), [5] * 3, 1))
+    calls_of_the_rare = 3 * (LOOPS + 2)
+    for _ in range(calls_of_the_rare * (together.PATIENCE + 1)):
+        both.round()
+    assert 2 in both.results
+    assert len(both) == 2
+    both.close()
 
 
 def test_prompts_share_a_run_as_far_as_its_rows_go(monkeypatch: pytest.MonkeyPatch) -> None:

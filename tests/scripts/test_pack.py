@@ -1,7 +1,9 @@
 """``pack``: a packed bundle is small, says the same as its source, and says where to go for what it no longer has."""
 
+import errno
 import shutil
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -127,3 +129,26 @@ def test_tune_wants_a_reference_that_is_not_rounded(
     assert run("pack", rounded_bundle, "--target", "ort-cpu-int4", "-o", output).code == 0
     np.save(tmp_path / "ids.npy", np.arange(64).reshape(2, 32))
     refused(run("tune", output, "--data", tmp_path / "ids.npy"), "ort-cpu-int4 is rounded", "tune the full bundle")
+
+
+class _Unreadable(FileIO):
+    def readinto(self, buffer: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+
+def test_weights_that_cannot_be_read_and_a_disk_that_cannot_be_written_are_told_apart(
+    run: Callable[..., Ran], rounded_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ("pack", rounded_bundle, "--target", "ort-cpu-int4", "-o", tmp_path / "small")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mythos_edge.model.entry_reader.FileIO", _Unreadable)
+        refused(run(*argv), "weights.safetensors: cannot read ", "Input/output error")
+    for writes, told in {"os.pwrite": "cannot write weights.safetensors", "shutil.copyfile": "cannot copy"}.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(writes, full)
+            refused(run(*argv), told, "No space left on device")
+    assert list(tmp_path.iterdir()) == [rounded_bundle]

@@ -49,7 +49,8 @@ class OpSpec:
     def function_text(self, *, with_optional: bool, wide: bool = True, with_extra: bool = False) -> str:
         """The model-local function in ONNX text syntax; unless ``wide``, of a 16-bit element type.
 
-        All nodes that call one ``with_extra`` must have that attribute. The body computes in float32 as every face of the op does; 16-bit values are cast on their way in and out.
+        All nodes that call one ``with_extra`` must have that attribute. The body computes in float32 as every face of
+        the op does; 16-bit values are cast on their way in and out.
         """
         inputs = self.inputs + (self.optional if with_optional else ())
         narrow = () if wide else tuple(name for name in (*inputs, *self.outputs) if name not in self.types)

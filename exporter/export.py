@@ -108,11 +108,6 @@ def _check(checkpoint: Checkpoint, dtype: str, context: int) -> None:
     looped = checkpoint.config.looped
     if dtype not in STORAGE_TYPES:
         raise ExportError(f"dtype is {dtype!r}, expected one of {', '.join(STORAGE_TYPES)}")
-    for name, layers in (("prelude_layers", looped.prelude_slots), ("coda_layers", looped.coda_slots)):
-        if layers < 1:
-            raise ConfigError(f"{name} is {layers}: a model without these layers cannot be exported")
-    if looped.step_slots != 1:
-        raise ConfigError(f"a loop step has {looped.step_slots} inner layers: this version exports models with one")
     if not 1 <= context <= MOST_CONTEXT:
         raise ExportError(
             f"max_context is {context}, expected at least 1 and at most {MOST_CONTEXT}: lower it with --max-context"

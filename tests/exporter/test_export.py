@@ -216,15 +216,6 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
         _export(tmp_path / "out", tokenizer=path)
 
 
-@pytest.mark.parametrize("name", ["prelude_layers", "coda_layers"])
-def test_models_without_a_prelude_or_coda_are_refused(name: str, tmp_path: Path) -> None:
-    with open_checkpoint(FIXTURES / "mla-small") as checkpoint:
-        checkpoint.config = dataclasses.replace(checkpoint.config, **{name: 0})
-        with pytest.raises(ConfigError, match=f"{name} is 0: a model without these layers cannot be exported"):
-            export_bundle(checkpoint, tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_bad_options(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="max_context is 0"):
         _export(tmp_path / "out", max_context=0)

@@ -55,7 +55,10 @@ class ToyNetwork(LoopedNetwork):
         running = state.halt_mass < halting.threshold
         halts = running & (active.select(-1, 0) > 0.5) & (taken >= halting.min_depth)
         out, mass = torch.where(running.unsqueeze(-1), active, state.out), halts.to(state.halt_mass.dtype)
-        return LoopState(h, out, state.halt_mass + mass, state.depth + running.to(torch.int64)), [first_rows, second_rows]
+        return LoopState(h, out, state.halt_mass + mass, state.depth + running.to(torch.int64)), [
+            first_rows,
+            second_rows,
+        ]
 
     def coda(self, out: Tensor, logit_rows: Tensor, window: Window, *past: Tensor) -> tuple[Tensor, list[Tensor]]:
         x, rows = self.attend(3, out, past[0], window)

@@ -52,8 +52,8 @@ def loop_model(stages: Stages, looped: LoopedModel) -> ir.Model:
 def loop_model_with_past(stages: Stages, looped: LoopedModel) -> ir.Model:
     """``input_ids (B, S), threshold (), past (slots, B, C, W) -> logits, depth, new_rows (slots, B, S, W)``.
 
-    Slots stand in the order prelude, loop steps (each with its inner layers), coda. Every position runs all loop steps of the model, so
-    that all slots get their rows; append ``new_rows`` to ``past`` along C before the next call.
+    Slots stand in the order prelude, loop steps (each with its inner layers), coda. Every position runs all loop steps
+    of the model, so that all slots get their rows; append ``new_rows`` to ``past`` along C before the next call.
     """
     weaving = _Weaving("model_with_past", stages)
     writer = weaving.writer

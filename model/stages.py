@@ -28,8 +28,8 @@ class StageTensor:
     """One input or output of a stage.
 
     ``dtype`` is numpy's name or ``OWN``. ``on_host``: the host writes it for every call, and it is small. ``slot``:
-    there is one for each cache slot that a run of the stage has, named ``<name>_0`` and so on. ``halted`` is what stands in the rows
-    of a tensor with the axis ``ACTIVE`` that are not active any more.
+    there is one for each cache slot that a run of the stage has, named ``<name>_0`` and so on. ``halted`` is what
+    stands in the rows of a tensor with the axis ``ACTIVE`` that are not active any more.
     """
 
     name: str

@@ -68,7 +68,7 @@ class ToyNetwork(LoopedNetwork):
 
 class Toy:
     name = "toy"
-    recognises = staticmethod(lambda names: "mix.0" in names)
+    recognises = staticmethod(lambda names, config: "mix.0" in names)
     config_from = staticmethod(lambda values, origin: ToyConfig(**values))
     network = staticmethod(lambda config, max_context, ops=None: ToyNetwork(config, ops))
 

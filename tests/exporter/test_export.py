@@ -1,6 +1,5 @@
 """Exporting: what a bundle holds, and that a failure leaves nothing behind."""
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable

@@ -42,8 +42,8 @@ class Config(Protocol):
 class Opening:
     """A checkpoint's tensors as they are stored, and what the caller said about it; see ``open_checkpoint``.
 
-    ``config_values`` are those of the config that the caller gave, or of the config.json beside the tensors; none
-    where there is neither.
+    ``config_values`` are those of the config that the caller gave over those of the config.json beside the tensors;
+    none where there is neither.
     """
 
     path: Path

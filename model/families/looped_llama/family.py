@@ -14,8 +14,8 @@ from mythos_edge.model.families.looped_llama.config_fields import config_from_fi
 class LoopedLlama:
     """A family of looped Llamas, as the table of families knows it.
 
-    Its config.json names ``model_type`` or the class ``architecture``; ``own_tensor`` is one that no other family
-    has, if there is any.
+    Its config.json names its ``model_type``, which is ``name``, or the class ``architecture``; where no type is
+    named, it is told by ``own_tensor``, which no other family has, if there is any.
     """
 
     name: str
@@ -24,7 +24,9 @@ class LoopedLlama:
     own_tensor: str | None = None
 
     def recognises(self, names: Collection[str], config: Mapping[str, Any]) -> bool:
-        return names_model(config, self.name, self.architecture) or self.own_tensor in names
+        if config.get("model_type") is None and self.own_tensor in names:
+            return True
+        return names_model(config, self.name, self.architecture)
 
     def config_from(self, values: Mapping[str, Any], origin: str) -> StackConfig:
         return config_from_fields(self.config, values, origin)

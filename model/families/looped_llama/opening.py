@@ -2,7 +2,6 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -25,7 +24,7 @@ def open_looped_llama(kind: type[StackConfig], opening: Opening) -> Checkpoint:
     path, notes = opening.path, list(opening.stored.notes)
     if opening.rope_table == "stored":
         raise ConfigError(f"{path}: --rope-table is stored, but {kind.family} models store none: leave it out")
-    config = config_from_fields(kind, *_fields(opening), notes.append)
+    config = config_from_fields(kind, opening.config_values, _origin(opening), notes.append)
     entries = {name: entry for name, entry in opening.stored.entries.items() if not _FREQUENCIES.search(name)}
     if len(entries) < len(opening.stored.entries):
         notes.append(f"{path}: its rotary frequencies (inv_freq) are left out: they are made from rope_theta")
@@ -33,17 +32,13 @@ def open_looped_llama(kind: type[StackConfig], opening: Opening) -> Checkpoint:
     return Checkpoint(path, opening.stored.kind, config, entries, opening.stored.step, notes=tuple(notes))
 
 
-def _fields(opening: Opening) -> tuple[dict[str, Any], str]:
-    """The fields of the config.json beside the tensors under those of ``--config``, and where they come from."""
-    path = opening.path
-    beside = str((path if path.is_dir() else path.parent) / "config.json")
-    origins = [beside] if opening.config_values else []
-    given: dict[str, Any] = {}
-    if opening.config_path is not None:
-        given, origins = read_config_dict(opening.config_path), [str(opening.config_path), *origins]
-    if not origins:
-        raise ConfigError(f"{beside}: no such file: copy it beside the tensors, or give it in --config")
-    return {**opening.config_values, **given}, " over ".join(dict.fromkeys(origins))
+def _origin(opening: Opening) -> str:
+    """The files that the config comes from, the strongest first. Raises ConfigError where one cannot be read."""
+    beside = (opening.path if opening.path.is_dir() else opening.path.parent) / "config.json"
+    files = [opening.config_path or beside, *([beside] if beside.exists() else [])]
+    for file in files:
+        read_config_dict(file)
+    return " over ".join(dict.fromkeys(map(str, files)))
 
 
 def _check_tensors(entries: dict[str, TensorEntry], config: StackConfig, path: Path) -> None:

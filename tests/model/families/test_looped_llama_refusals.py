@@ -141,7 +141,11 @@ GATE = "model.early_exit_gate"
         ("ouro", {"lm_head.weight": None}, "missing tensors lm_head.weight"),
         ("ouro", {"model.norm.weight": torch.zeros(64, dtype=torch.int64)}, "model.norm.weight has dtype torch.int64"),
         ("nanbeige", {"model.layers.0.self_attn.q_proj.bias": torch.zeros(96)}, "unknown tensors model.layers.0.self"),
-        ("nanbeige", {"model.layers.3.mlp.up_proj.weight": torch.zeros(144, 72)}, "unknown tensors|with 3 layers alone"),
+        (
+            "nanbeige",
+            {"model.layers.3.mlp.up_proj.weight": torch.zeros(144, 72)},
+            "unknown tensors|with 3 layers alone",
+        ),
         ("nanbeige", {"model.layers.0.input_layernorm_2.weight": torch.zeros(72)}, "unknown tensors model.layers.0"),
         ("nanbeige", {f"{GATE}.weight": torch.zeros(1, 72)}, "unknown tensors model.early_exit_gate.weight"),
         (

@@ -64,8 +64,8 @@ class Network(LoopedNetwork):
         self.layers = nn.ModuleList(InnerLayer(config, ops) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
-        self.norm_in_step = config.norm_in_step
-        if config.gated:
+        self.norm_in_step, self.gated = config.norm_in_step, config.gated
+        if self.gated:
             self.gate_weight = nn.Parameter(torch.empty(1, config.hidden_size))
             self.gate_bias = nn.Parameter(torch.empty(1))
 
@@ -117,17 +117,23 @@ class Network(LoopedNetwork):
         dtype, and the mass stays below 1, so that a threshold of 1 means never and not when rounding reaches it.
         """
         active = h[:, h.shape[1] - state.out.shape[1] :]
-        running, mass = state.halt_mass < halting.threshold, state.halt_mass
-        if hasattr(self, "gate_weight"):
-            wide = active.to(mass.dtype)
-            logit = (wide * self.gate_weight.to(wide.dtype)).sum(-1) + self.gate_bias.to(wide.dtype)
-            taken = step_index[:, h.shape[1] - state.out.shape[1] :] + 1
-            # Not Sigmoid: ONNX Runtime's is cut off at -18.
-            lam = torch.where(taken >= halting.min_depth, 1 / (1 + (-logit).exp()), 0.0)
-            mass = torch.where(running, (1 - (1 - mass) * (1 - lam)).clamp(max=_MOST_MASS), mass)
+        running, mass = state.halt_mass < halting.threshold, self._mass(state, active, step_index, halting)
         return LoopState(
             h=h,
             out=torch.where(running.unsqueeze(-1), active, state.out),
-            halt_mass=mass,
+            halt_mass=torch.where(running, mass, state.halt_mass),
             depth=state.depth + running.to(state.depth.dtype),
         )
+
+    def _mass(
+        self, state: LoopState, active: Float[Tensor, "B A D"], step_index: Int[Tensor, "B S"], halting: Halting
+    ) -> Float[Tensor, "B A"] | float:
+        """The halting mass of the rows of ``active`` after this loop step; 0 without a gate."""
+        if not self.gated:
+            return 0.0
+        wide = active.to(state.halt_mass.dtype)
+        logit = (wide * self.gate_weight.to(wide.dtype)).sum(-1) + self.gate_bias.to(wide.dtype)
+        taken = step_index[:, step_index.shape[1] - active.shape[1] :] + 1
+        # Not Sigmoid: ONNX Runtime's is cut off at -18.
+        lam = torch.where(taken >= halting.min_depth, 1 / (1 + (-logit).exp()), 0.0)
+        return (1 - (1 - state.halt_mass) * (1 - lam)).clamp(max=_MOST_MASS)

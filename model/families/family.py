@@ -39,6 +39,15 @@ class Config(Protocol):
 
 
 @dataclass(frozen=True)
+class SpecialTokens:
+    """The texts of the tokens that ``begin`` and ``end`` a turn, where a model's files name ``wrong`` for both."""
+
+    wrong: str
+    begin: str
+    end: str
+
+
+@dataclass(frozen=True)
 class Opening:
     """A checkpoint's tensors as they are stored, and what the caller said about it; see ``open_checkpoint``.
 

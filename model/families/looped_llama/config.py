@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from mythos_edge.model.errors import ConfigError
+from mythos_edge.model.families.family import SpecialTokens
 from mythos_edge.model.looped import MOST_DEPTH, LoopedModel
 
 _MOST_LAYERS = 1 << 12  # slots of a loop step
@@ -40,6 +41,7 @@ class StackConfig:
     # Norms of what attention and feed-forward add, and a gate that halts.
     post_norms: ClassVar[bool] = False
     gated: ClassVar[bool] = False
+    special_tokens: ClassVar[SpecialTokens | None] = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -102,7 +104,7 @@ class StackConfig:
         heads = f"{self.num_attention_heads} heads of {self.head_dim}, {self.num_key_value_heads} for keys and values"
         halting = f"a gate, threshold {self.threshold:g}" if self.gated else "none: depth is a request's to choose"
         return {
-            "model": f"{self.family}, dim {self.hidden_size}, vocabulary {self.vocab_size}, {heads}",
+            "model": f"dim {self.hidden_size}, vocabulary {self.vocab_size}, {heads}",
             "layers": f"loop {self.num_hidden_layers} x {self.max_depth}, feed-forward {self.intermediate_size}",
             "halting": halting,
         }
@@ -122,6 +124,8 @@ class OuroConfig(StackConfig):
     family = "ouro"
     post_norms = True
     gated = True
+    # The files of released models name the padding, <|endoftext|>, and their chats are ChatML.
+    special_tokens = SpecialTokens(wrong="<|endoftext|>", begin="<|im_start|>", end="<|im_end|>")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -29,7 +29,15 @@ def open_looped_llama(kind: type[StackConfig], opening: Opening) -> Checkpoint:
     if len(entries) < len(opening.stored.entries):
         notes.append(f"{path}: its rotary frequencies (inv_freq) are left out: they are made from rope_theta")
     _check_tensors(entries, config, path)
-    return Checkpoint(path, opening.stored.kind, config, entries, opening.stored.step, notes=tuple(notes))
+    return Checkpoint(
+        path,
+        opening.stored.kind,
+        config,
+        entries,
+        opening.stored.step,
+        notes=tuple(notes),
+        special_tokens=config.special_tokens,
+    )
 
 
 def _origin(opening: Opening) -> str:

@@ -205,3 +205,11 @@ def test_a_shard_that_is_missing(tmp_path: Path) -> None:
         assert checkpoint.kind == "sharded safetensors"
     (folder / "model-00001-of-00002.safetensors").unlink()
     assert_refused(CheckpointError, "shard model-00001-of-00002.safetensors is missing", folder)
+
+
+def test_what_is_known_of_tokens(tmp_path: Path) -> None:
+    with open_checkpoint(changed(tmp_path / "o", "ouro-small")) as checkpoint:
+        known = checkpoint.special_tokens
+        assert (known.wrong, known.begin, known.end) == ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    with open_checkpoint(changed(tmp_path / "n", "nanbeige-small")) as checkpoint:
+        assert checkpoint.special_tokens is None

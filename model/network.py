@@ -47,6 +47,7 @@ class Ops(Protocol):
         window: Window,
         kv_heads: int,
         scale: float,
+        window_size: int = 0,
     ) -> Float[Tensor, "B S H F"]: ...
 
     def sparse_moe(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from mythos_edge.exporter.targets.spec import EXPORT, RUN, Machine, Option, Work, Written
+from mythos_edge.exporter.targets.spec import EXPORT, RUN, Machine, Option, Work, Written, check_choices
 from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.errors import BuildError
 from mythos_edge.plugins.processor import has_integer_dot_products
@@ -68,11 +68,7 @@ class OrtCpuTarget:
     def __post_init__(self) -> None:
         if self.weights == MAPPED:
             return
-        if self.weights not in FORMS:
-            elsewhere = ": fp8 is for TensorRT's targets" if self.weights == "fp8" else ""
-            raise BuildError(f"weights is {self.weights!r}, expected one of {', '.join(FORMS)} for {_KIND}{elsewhere}")
-        if self.dense is not None and self.dense not in FORMS:
-            raise BuildError(f"dense is {self.dense!r}, expected one of {', '.join(FORMS)} for {_KIND}")
+        check_choices(self)
         of_rounding = (self.dense, self.block, self.keep or None, self.method, self.calibrate)
         if self.weights == "fp32" and any(given is not None for given in of_rounding):
             raise BuildError(

@@ -87,7 +87,7 @@ class _Vocabulary:
 
 
 class _Corrections:
-    """What a family knows better than the files of its models, as far as the tokenizer has the tokens for it."""
+    """Corrects what the files of a model say of its tokens, as its family knows them and the tokenizer has them."""
 
     def __init__(self, known: SpecialTokens | None, vocabulary: _Vocabulary) -> None:
         ids = {} if known is None else {text: vocabulary.id_of(text) for text in (known.wrong, known.begin, known.end)}

@@ -19,7 +19,8 @@ EXAMPLE = "mythos-edge serve model.bundle --port 8080 --slots 8"
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 _MOST_KEY_BYTES = 1 << 20
-_DEFAULTS = ("policy", "min_depth", "max_depth", "threshold")
+# Options of depth, each with its value where the command line sets none.
+_DEFAULTS = {"policy": "exact", "min_depth": 1, "max_depth": None, "threshold": None}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,8 +65,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     with options.session_of(args) as session, _bound(args.host, args.port) as listening:
         manifest = session.bundle.manifest
         defaults = {} if args.preset is None else depth_of_preset(manifest, args.preset)
-        given = {name: getattr(args, name) for name in _DEFAULTS}
-        defaults |= {name: value for name, value in given.items() if value not in (None, "exact", 1)}
+        defaults |= {name: getattr(args, name) for name, usual in _DEFAULTS.items() if getattr(args, name) != usual}
         Options(**defaults).depth.resolve(session.model)
         template = ChatTemplate.of(session.bundle, args.chat_template)
         target = args.target or (manifest.presets[args.preset].target if args.preset else manifest.default_target)
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
             ready=ready,
         )
         config: Any = uvicorn.Config(
-            app.app_of(serving), log_level="warning", lifespan="on", timeout_graceful_shutdown=10, server_header=False
+            app.app_of(serving), log_level="warning", lifespan="on", ws="none", timeout_graceful_shutdown=10, server_header=False
         )
         server = uvicorn.Server(config)
         try:
@@ -115,8 +115,9 @@ def _bound(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=256)
-    except OSError as error:
-        raise UsageError(f"cannot serve at {host}:{port}: {error.strerror or error}: choose another --port") from error
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UsageError(f"cannot serve at {host}:{port}: {why}: choose another --host or --port") from error
 
 
 def _address(listening: socket.socket) -> str:
@@ -137,7 +138,7 @@ def _keys(path: Path | None) -> tuple[str, ...]:
     if path is None:
         return ()
     try:
-        lines = read_bounded(path, _MOST_KEY_BYTES, "a file of keys").decode().splitlines()
+        lines = read_bounded(path, _MOST_KEY_BYTES, "a file of keys").decode("utf-8-sig").splitlines()
     except OSError as error:
         raise UsageError(f"{path}: cannot read the API keys: {error.strerror or error}") from error
     except UnicodeDecodeError as error:

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import onnx
 
-from mythos_edge.model.errors import BuildError, MythosEdgeError
+from mythos_edge.model.errors import BuildError, MythosEdgeError, one_line
 from mythos_edge.model.output_files import writing
 from mythos_edge.plugins import trt_bindings
 
@@ -344,7 +344,7 @@ def main() -> int:
             report({"error": str(error)})
             return 1
         except OSError as error:
-            report({"error": f"{error.filename}: {error.strerror}"})
+            report({"error": ": ".join(filter(None, (error.filename, error.strerror or one_line(error))))})
             return 1
     return 0
 

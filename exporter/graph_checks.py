@@ -3,7 +3,7 @@
 A graph that a pass cannot work on is a broken invariant of ours, told by the pass and the node, before it does harm.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from typing import Any, TypeVar, cast
 
@@ -33,6 +33,14 @@ def graph_pass(requires: Sequence[Condition] = (), ensures: Sequence[Condition] 
         return cast(Pass, run)
 
     return checked
+
+
+def all_graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """The graph, and the bodies of its loops and branches, those in bodies too."""
+    yield graph
+    for attribute in (attribute for node in graph.node for attribute in node.attribute):
+        for body in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
+            yield from all_graphs(body)
 
 
 def has_inputs(*names: str) -> Condition:

@@ -11,11 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import onnx
-import onnx_ir as ir
-import torch
 
+from mythos_edge.exporter.graph_checks import all_graphs
 from mythos_edge.exporter.weight_file import StoredTensor, WeightFile, plan_file
-from mythos_edge.exporter.weights import copied_pieces, weights_of
+from mythos_edge.exporter.weights import STORAGE_TYPES, copied_pieces, weights_of
 from mythos_edge.model.bundle import Bundle, open_bundle, verify_hashes
 from mythos_edge.model.bundle_writer import BundleWriter, require_free_space
 from mythos_edge.model.errors import BundleError, ExportError, OSErrorAs
@@ -23,11 +22,7 @@ from mythos_edge.model.manifest import WEIGHTS_FILE, FileRecord, GoldenSample, M
 from mythos_edge.model.tensor_files import TensorEntry, read_tensor_file
 
 _GRAPH = ".onnx"
-_TYPES = {
-    torch.float32: ir.DataType.FLOAT,
-    torch.float16: ir.DataType.FLOAT16,
-    torch.bfloat16: ir.DataType.BFLOAT16,
-}
+_TYPES = {kind.torch: kind.onnx for kind in STORAGE_TYPES.values()}
 
 
 def pack_bundle(
@@ -82,13 +77,10 @@ def pack_bundle(
 
 def _places(graph: onnx.GraphProto) -> Iterator[dict[str, onnx.StringStringEntryProto]]:
     """The places in the shared weights that a graph names, bodies of branches and loops included."""
-    for tensor in graph.initializer:
+    for tensor in (tensor for body in all_graphs(graph) for tensor in body.initializer):
         place = {entry.key: entry for entry in tensor.external_data}
         if "location" in place and place["location"].value == WEIGHTS_FILE:
             yield place
-    for attribute in (attribute for node in graph.node for attribute in node.attribute):
-        for body in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
-            yield from _places(body)
 
 
 def _entry_of(place: Mapping[str, onnx.StringStringEntryProto], entries: Mapping[str, TensorEntry]) -> TensorEntry:

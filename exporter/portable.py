@@ -3,7 +3,7 @@
 They stand beside the graphs with ops of ours, which lowerings and TensorRT's plugins need, and share their weights.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 from onnx.inliner import inline_local_functions
 
-from mythos_edge.exporter.graph_checks import check_graph
+from mythos_edge.exporter.graph_checks import all_graphs, check_graph
 from mythos_edge.exporter.targets.build import files_beside, install_into
 from mythos_edge.model.bundle import Bundle, open_bundle
 from mythos_edge.model.manifest import STANDARD_OPS, FileRecord, GraphSpec, Manifest
@@ -69,16 +69,8 @@ def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _check(model: onnx.ModelProto) -> None:
-    foreign = {node.domain for node in _nodes(model.graph)} - set(_STANDARD)
+    foreign = {node.domain for graph in all_graphs(model.graph) for node in graph.node} - set(_STANDARD)
     assert not foreign, f"ops of {foreign} are left"
     assert not model.functions
     check_graph(ir.from_proto(model))
     onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
-
-
-def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            for body in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
-                yield from _nodes(body)

@@ -16,7 +16,7 @@ import onnx_ir.passes.common as passes
 from numpy.typing import NDArray
 
 from mythos_edge.model.bundle import Bundle
-from mythos_edge.model.errors import BundleError, MythosEdgeError, unavailable
+from mythos_edge.model.errors import BundleError, MythosEdgeError, one_line, unavailable
 from mythos_edge.model.families.table import config_of
 from mythos_edge.model.layout import experts_of
 from mythos_edge.model.linked_weights import NONE_APART, Apart, lent_weights
@@ -66,7 +66,7 @@ class Probe:
         try:
             found = dict(zip(wanted, self._session.run(wanted, given), strict=True))
         except Exception as error:  # onnxruntime's exceptions have no common base but this
-            raise MythosEdgeError(f"{self._path.name}: ONNX Runtime failed: {_one_line(error)}") from error
+            raise MythosEdgeError(f"{self._path.name}: ONNX Runtime failed: {one_line(error)}") from error
         rows = {matrix: found[value].reshape(-1, found[value].shape[-1]) for matrix, value in self._probed.items()}
         return {name: found[name] for name in self._kept} | rows
 
@@ -167,8 +167,4 @@ def _session(model: ir.Model, path: Path, prepack: bool, apart: Apart) -> Any:
         with lent_weights(options, apart):
             return ort.InferenceSession(serialized, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # see Probe.run
-        raise BundleError(f"{path.name}: ONNX Runtime cannot load it with probes: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+        raise BundleError(f"{path.name}: ONNX Runtime cannot load it with probes: {one_line(error)}") from error

@@ -75,6 +75,11 @@ class OSErrorAs:
             raise self._refusal(f"{self._what}: {error.strerror or error}") from error
 
 
+def one_line(error: object) -> str:
+    """The message of a foreign exception on one line; the name of its type where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def unavailable(error: ImportError, purpose: str, install: str) -> BackendUnavailable:
     """The error for a library that does not let itself be imported; ``purpose`` says what needs it, as in "exporting".
 
@@ -83,7 +88,7 @@ def unavailable(error: ImportError, purpose: str, install: str) -> BackendUnavai
     raise_interrupt(error)
     if isinstance(error, ModuleNotFoundError) and error.name is not None:
         return BackendUnavailable(f"{purpose} needs {error.name}, which is not installed", install)
-    why = " ".join(str(error).split())
+    why = one_line(error)
     return BackendUnavailable(f"{purpose} needs a library that is installed and cannot be imported: {why}", install)
 
 

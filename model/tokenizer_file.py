@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mythos_edge.model.bounded_files import read_bounded
-from mythos_edge.model.errors import unavailable
+from mythos_edge.model.errors import one_line, unavailable
 from mythos_edge.model.foreign_files import foreign_kind
 
 # Several times the largest there are; the library unpacks one to many times its size.
@@ -30,7 +30,7 @@ def read_tokenizer(path: Path) -> tuple[Any, bytes, list[str]]:
     except UnicodeDecodeError:
         raise
     except Exception as error:  # the library raises plain Exception
-        raise ValueError(" ".join(str(error).split())) from error
+        raise ValueError(one_line(error)) from error
     return library, data, _switched_off(library)
 
 
@@ -60,7 +60,7 @@ def encoding(library: Any, text: str, *, around: bool) -> Any:
     except TypeError as error:  # lone surrogates, which stand for bytes of a command line
         raise ValueError("it holds bytes that are no UTF-8") from error
     except Exception as error:  # the library raises plain Exception
-        raise ValueError(" ".join(str(error).split())) from error
+        raise ValueError(one_line(error)) from error
 
 
 def tokens_around_prompt(library: Any) -> tuple[list[str], list[str]]:

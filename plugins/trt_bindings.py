@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from mythos_edge.model.errors import BackendUnavailable, BuildError, raise_interrupt
+from mythos_edge.model.errors import BackendUnavailable, BuildError, one_line, raise_interrupt
 from mythos_edge.model.user_cache import cache_folder
 
 FLAVOURS = {
@@ -38,8 +38,7 @@ def load(flavour: str) -> ModuleType:
         return importlib.import_module(name)
     except (ImportError, OSError) as error:
         raise_interrupt(error)
-        reason = " ".join(str(error).split())
-        raise BackendUnavailable(f"{name} cannot be imported ({reason})", install) from error
+        raise BackendUnavailable(f"{name} cannot be imported ({one_line(error)})", install) from error
 
 
 def version(trt: ModuleType) -> str:

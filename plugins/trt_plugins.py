@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mythos_edge.model.errors import BuildError, BundleError, MythosEdgeError
+from mythos_edge.model.errors import BuildError, BundleError, MythosEdgeError, one_line
 from mythos_edge.plugins import launches, trt_bindings
 from mythos_edge.plugins.carried_kernels import Carried, collect, decode, encode
 from mythos_edge.plugins.cuda_driver import Driver
@@ -129,8 +129,8 @@ def _remembered(method: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return method(self, *arguments)
         except Exception as error:  # whatever it is, TensorRT may drop it; it goes on below
-            reason = str(error) if isinstance(error, MythosEdgeError) else f"{type(error).__name__}: {error}"
-            line = f"{self.title} ({method.__name__}): {' '.join(reason.split())}"
+            kind = "" if isinstance(error, MythosEdgeError) else f"{type(error).__name__}: "
+            line = f"{self.title} ({method.__name__}): {kind}{one_line(error)}"
             _failures.append(line)
             trt_bindings.logger(self.trt).log(self.trt.ILogger.Severity.ERROR, line)
             raise

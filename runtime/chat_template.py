@@ -13,7 +13,7 @@ from typing import Any
 
 from mythos_edge.model.bounded_files import read_bounded
 from mythos_edge.model.bundle import Bundle
-from mythos_edge.model.errors import UsageError, unavailable
+from mythos_edge.model.errors import UsageError, one_line, unavailable
 from mythos_edge.runtime.text import Tokenizer
 
 Message = Mapping[str, Any]
@@ -77,8 +77,9 @@ class ChatTemplate:
             *(TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError),
             RecursionError,
         ) as error:
-            why = " ".join(str(error).split()) or type(error).__name__
-            raise UsageError(f"the chat template ({self.name}) cannot make a prompt of this talk: {why}") from error
+            raise UsageError(
+                f"the chat template ({self.name}) cannot make a prompt of this talk: {one_line(error)}"
+            ) from error
 
     def ids(self, tokenizer: Tokenizer, messages: Sequence[Message], /, **more: Any) -> list[int]:
         """The token ids of the prompt. A template writes the tokens around a prompt itself; plain text gets them."""

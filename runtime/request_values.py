@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mythos_edge.model.errors import UsageError
+from mythos_edge.model.errors import UsageError, one_line
 
 _LONGEST_SHOWN = 60
 # Python refuses to write integers of thousands of digits.
@@ -136,7 +136,7 @@ def as_array(name: str, value: Any) -> np.ndarray[Any, Any]:
     try:
         return np.asarray(value)
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
-        why = "its rows differ in length" if "inhomogeneous" in str(error) else " ".join(str(error).split())
+        why = "its rows differ in length" if "inhomogeneous" in str(error) else one_line(error)
         raise UsageError(f"{name}: {type(value).__name__} is no array of integers: {why}") from None
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mythos_edge.model.bounded_files import open_regular
-from mythos_edge.model.errors import UsageError
+from mythos_edge.model.errors import UsageError, one_line
 from mythos_edge.model.looped import LoopedModel
 from mythos_edge.model.output_files import writing
 from mythos_edge.runtime.halting import Depth, Policy, ResolvedDepth
@@ -97,8 +97,7 @@ def read(path: Path, weights: str, model: LoopedModel, max_context: int) -> Save
 
 def damaged(path: Path, error: Exception) -> UsageError:
     """The error for a file that holds no session because of ``error``."""
-    why = " ".join(str(error).split())
-    return UsageError(f"{path}: not a saved session, or damaged ({why or type(error).__name__}): save it again")
+    return UsageError(f"{path}: not a saved session, or damaged ({one_line(error)}): save it again")
 
 
 def _arrays(path: Path) -> dict[str, NDArray[Any]]:

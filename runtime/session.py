@@ -14,8 +14,9 @@ import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Self, Unpack, overload
+from typing import Any, Self, Unpack, cast, overload
 
 from mythos_edge.model.bundle import Bundle, open_bundle
 from mythos_edge.model.errors import CapacityError, UsageError
@@ -265,6 +266,13 @@ class Session:
     def ids(self) -> list[int]:
         """The tokens of the present sequence, prompt and generated; a session with several has no such list."""
         return list(self._only_sequence().ids)
+
+    @property
+    @in_turn
+    def begun_with(self) -> RequestOptions:
+        """The depth and sampling options of the present sequence; with them ``resume`` goes on as if it never ended."""
+        sequence = self._only_sequence()
+        return cast(RequestOptions, {**asdict(sequence.staircase.depth), **asdict(sequence.sampler.params)})
 
     @in_turn
     def rollback(self, length: int) -> None:

@@ -26,6 +26,22 @@ def file_name(text: str) -> str:
     return text
 
 
+def target_names(text: str, option: str = "--target") -> list[str]:
+    """The names of targets in the argument of an option. Raises UsageError where there is none."""
+    names = [name for name in text.split(",") if name]
+    if not names:
+        raise UsageError(f"{option} is {text!r}, expected names of targets, with commas between")
+    return names
+
+
+def require_positive(args: argparse.Namespace, *names: str) -> None:
+    """Raises UsageError for an option that is given and less than 1."""
+    for name in names:
+        number = getattr(args, name)
+        if number is not None and number < 1:
+            raise UsageError(f"--{name.replace('_', '-')} is {number}, expected at least 1")
+
+
 def text_of(text: str, option: str) -> str:
     """A text as it stands in the command line. Raises UsageError for bytes that are no UTF-8."""
     try:

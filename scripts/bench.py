@@ -68,9 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    for name in ("prompt_tokens", "new_tokens", "repetitions", "batch"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
+    arguments.require_positive(args, "prompt_tokens", "new_tokens", "repetitions", "batch")
     if args.draft_tokens is not None and args.draft_depth is None:
         raise UsageError(f"--draft-tokens is {args.draft_tokens} without --draft-depth: give both")
     if args.depth is not None and (args.threshold is not None or not args.depth >= 1):
@@ -111,7 +109,7 @@ def _targets(args: argparse.Namespace, console: Console) -> list[str]:
     if args.weights is not None:
         return [OrtCpuTarget(weights).name for weights in args.weights.split(",")]
     asked = default if args.target is None else args.target
-    names = list(manifest.targets) if asked == "all" else [name for name in asked.split(",") if name]
+    names = list(manifest.targets) if asked == "all" else arguments.target_names(asked)
     # There runs are queued: what a graph takes is not seen from here.
     on_gpu = [name for name in names if bundle.target(name).kind != OrtCpuTarget.kind]
     if on_gpu and args.target != "all":

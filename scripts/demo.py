@@ -24,9 +24,10 @@ from mythos_edge.scripts.console import Console
 HELP = "add two numbers with the demo model and show how deep it thought about each digit"
 EXAMPLE = "mythos-edge demo add 999999999999 1"
 
+CHECKPOINT = resources.files("mythos_edge.scripts") / "assets" / "carry_adder.pt"
 # The demo model was trained with 8 loop steps and works beyond them; chains up to twelve nines are right.
 _MAX_DEPTH = 16
-# What a manifest says of the weights in scripts/assets/carry_adder.pt.
+# What a manifest says of its weights.
 _MODEL = "01d2e372e4e6e6c4f4fb67e2b07cef4546c973ff9964f5837ba5af67dd382bb2"
 _ELSEWHERE = "set XDG_CACHE_HOME to a folder that can be written, or export the model and name it with --bundle"
 _INSTALL = "pip install 'mythos-edge[export]'"
@@ -137,7 +138,7 @@ def _open(given: Path | None, console: Console) -> Session:
 
 def _cached_bundle(console: Console) -> Path:
     """The exported demo model, made at the first use or when it is damaged, and kept in the user's cache folder."""
-    with resources.as_file(resources.files("mythos_edge.scripts") / "assets" / "carry_adder.pt") as checkpoint:
+    with resources.as_file(CHECKPOINT) as checkpoint:
         # Another version of this package may trace it otherwise.
         version = version_of("mythos-edge")
         name = f"carry-adder-{sha256_of(checkpoint)[:12]}-{version}-{SCHEMA_VERSION}.bundle"

@@ -43,11 +43,11 @@ say_where_to_go_on() {
     echo "  ./mythos-edge --help"
 }
 
-# ONNX Runtime for browsers, which tests run under node. A machine without npm does without those tests.
+# ONNX Runtime for browsers, and what drives one: tests run both under node. A machine without npm does without them.
 make_web() {
     local folder=tests/web
     if ! command -v npm >/dev/null; then
-        echo "note: npm is not here, so the tests of onnxruntime-web are skipped: install node to run them"
+        echo "note: npm is not here, so the tests of onnxruntime-web and of the page are skipped: install node to run them"
         return
     fi
     if ! cmp -s "$folder/package-lock.json" "$folder/node_modules/stamp"; then

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mythos_edge.model.bounded_files import open_regular, require_file
 from mythos_edge.model.bundle import Bundle, has_manifest, open_bundle
-from mythos_edge.model.errors import BackendUnavailable, BundleError, CheckpointError, UsageError, unavailable
+from mythos_edge.model.errors import BackendUnavailable, BundleError, CheckpointError, UsageError, one_line, unavailable
 from mythos_edge.model.families.table import config_of
 from mythos_edge.model.foreign_files import foreign_kind
 from mythos_edge.model.manifest import manifest_to_dict
@@ -186,7 +186,7 @@ def _onnx(path: Path) -> dict[str, Any]:
             known = foreign_kind(file.read(512))
         if known is not None:
             raise BundleError(f"{path}: is {known}") from error
-        raise BundleError(f"{path}: not an ONNX file, or damaged: {' '.join(str(error).split())}") from error
+        raise BundleError(f"{path}: not an ONNX file, or damaged: {one_line(error)}") from error
     weights = [tensor for tensor in model.graph.initializer if tensor.external_data]
     files = {entry.value for tensor in weights for entry in tensor.external_data if entry.key == "location"}
     return {

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from mythos_edge.model.machine import cores
+from mythos_edge.scripts.doctor import processor
+
 # Well beyond any cache, so that it is memory that is read.
 _STREAM_BYTES = 1 << 30
 _STREAM_RUNS = 6
@@ -44,6 +47,11 @@ def stream_bandwidth(threads: int) -> float:
             list(pool.map(np.sum, pieces))
             seconds.append(time.perf_counter() - started)
     return _STREAM_BYTES / min(seconds)
+
+
+def machine() -> str:
+    """The processor and the cores of this machine, as reports name it."""
+    return f"{processor()}, {cores()} cores"
 
 
 def resident_bytes() -> int:

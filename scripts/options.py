@@ -11,9 +11,9 @@ from mythos_edge.runtime.speculation import AUTO
 
 # What numpy and torch both take, and a few more after it.
 _LARGEST_SEED = (1 << 32) - 1
-_DEPTH = ("policy", "min_depth", "max_depth", "threshold")
+DEPTH = ("policy", "min_depth", "max_depth", "threshold")
 _DRAFTS = ("draft_depth", "draft_tokens")
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
 
 def add_depth(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +67,7 @@ def session_of(args: argparse.Namespace) -> Session:
 
 
 def depth_of(args: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(args, name) for name in _DEPTH}
+    return {name: getattr(args, name) for name in DEPTH}
 
 
 def drafts_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def drafts_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(args, name) for name in _SAMPLING}
+    return {name: getattr(args, name) for name in SAMPLING}
 
 
 def _number_or_auto(text: str) -> int | str:

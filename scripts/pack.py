@@ -25,9 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    names = [name for name in args.target.split(",") if name]
-    if not names:
-        raise UsageError(f"--target is {args.target!r}, expected names of targets, with commas between")
+    names = arguments.target_names(args.target)
     bundle = open_bundle(args.bundle)
     if args.output.resolve().is_relative_to(args.bundle.resolve()):
         raise UsageError(f"{args.output}: is in the bundle to pack from: choose another folder")

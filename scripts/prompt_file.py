@@ -128,6 +128,9 @@ def run(args: argparse.Namespace, options: dict[str, Any], console: Console) -> 
 def _check_arguments(args: argparse.Namespace) -> None:
     if args.output is None:
         raise UsageError("--file makes a result for each prompt, and there is no place for them: add -o JSONL")
+    stray = next((name for name in ("session", "save_session") if getattr(args, name) is not None), None)
+    if stray is not None:
+        raise UsageError(f"--{stray.replace('_', '-')} is about one prompt: leave it out, or give the prompt with -p")
     if args.show_depth:
         raise UsageError(
             "--show-depth is about the text of one prompt: leave it out, results of --file have the depths"

@@ -26,7 +26,7 @@ from mythos_edge.runtime.backends.packing import Array, Arrays, Call, declared
 from mythos_edge.runtime.backends.protocol import Backend
 from mythos_edge.runtime.quality import Gate, QualityReport, Trace, difference, quality_report
 from mythos_edge.runtime.session import Session
-from mythos_edge.scripts import addition, options
+from mythos_edge.scripts import addition, arguments, options
 from mythos_edge.scripts.console import Console
 
 if TYPE_CHECKING:
@@ -80,8 +80,7 @@ def check_arguments(args: argparse.Namespace, bundle: Bundle) -> None:
     given = next((name for name in ("ids", "text") if getattr(args, name) is not None), None)
     if args.demo_streams is not None and given is not None:
         raise UsageError(f"--{given} and --demo-streams both say which tokens to compare on: give one of them")
-    if args.demo_streams is not None and args.demo_streams < 1:
-        raise UsageError(f"--demo-streams is {args.demo_streams}, expected at least 1")
+    arguments.require_positive(args, "demo_streams")
     if args.max_kl is not None:
         options.check_nats(args.max_kl)
     # Written so that NaN fails.

@@ -68,8 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     report = _report_module()
-    if args.repetitions < 1:
-        raise UsageError(f"--repetitions is {args.repetitions}, expected at least 1")
+    arguments.require_positive(args, "repetitions")
     options.check_nats(args.max_kl)
     if not args.save:
         raise UsageError("--save is empty, expected a name for the preset")
@@ -123,9 +122,7 @@ def settings_of(args: argparse.Namespace, bundle: Bundle) -> list[Setting]:
     thresholds = _numbers(args.thresholds, "--thresholds", float) or [own * share for share in _THRESHOLD_SHARES]
     depths = _numbers(args.max_depths, "--max-depths", int) or [max(1, round(trained * s)) for s in _DEPTH_SHARES]
     default = bundle.manifest.default_target
-    targets = [default] if args.targets is None else [name for name in args.targets.split(",") if name]
-    if not targets:
-        raise UsageError(f"--targets is {args.targets!r}, expected names of targets, with commas between")
+    targets = [default] if args.targets is None else arguments.target_names(args.targets, "--targets")
     for name in targets:
         bundle.target(name)
     wanted = [Setting(*one) for one in itertools.product(targets, {*thresholds, own}, {*depths, trained})]

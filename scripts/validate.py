@@ -256,8 +256,7 @@ def _tokens(args: argparse.Namespace, bundle: Bundle) -> NDArray[np.int64]:
         return given_tokens.tokens_of(args, args.ids, bundle).ids
     if args.demo_streams is not None:
         return quality_gate.demo_ids(args, bundle)
-    if args.positions < 1:
-        raise UsageError(f"--positions is {args.positions}, expected at least 1")
+    arguments.require_positive(args, "positions")
     return _random_ids(args, bundle, args.seed)
 
 

@@ -14,6 +14,16 @@ from mythos_edge.runtime.backends.ort_session import ort_session
 Feeds = dict[str, np.ndarray]
 # float32 sums of a few hundred products of size 1.
 TOLERANCE = 2e-5
+# Ops of com.microsoft in a lowered graph -> element types of the CUDA provider's kernels. Looked at in onnxruntime-gpu
+# 1.31.1; MoE ignored activation_alpha before 1.28, and QMoE knew no weights_prepacked.
+CUDA_KERNELS = {
+    "FusedMatMul": ("FLOAT",),
+    "GatherBlockQuantized": ("FLOAT",),
+    "MatMulNBits": ("FLOAT16",),
+    "MoE": ("FLOAT", "FLOAT16"),
+    "QMoE": ("FLOAT16",),
+    "QuickGelu": ("FLOAT", "FLOAT16"),
+}
 
 
 def expert_feeds(random: np.random.Generator, shape: tuple[int, ...]) -> Feeds:

@@ -27,16 +27,6 @@ from mythos_edge.exporter.lowering.ort_kernels import FUSED_EXPERTS, MICROSOFT
 from mythos_edge.model.target_options import ON_SHAPES
 from mythos_edge.plugins import ops
 
-# Ops of com.microsoft in a lowered graph -> element types of the CUDA provider's kernels. Looked at in onnxruntime-gpu
-# 1.31.1; MoE ignored activation_alpha before 1.28, and QMoE knew no weights_prepacked.
-CUDA_KERNELS = {
-    "FusedMatMul": ("FLOAT",),
-    "GatherBlockQuantized": ("FLOAT",),
-    "MatMulNBits": ("FLOAT16",),
-    "MoE": ("FLOAT", "FLOAT16"),
-    "QMoE": ("FLOAT16",),
-    "QuickGelu": ("FLOAT", "FLOAT16"),
-}
 # ONNX Runtime leaves these to the CPU where they are arithmetic on shapes, a few integers each.
 _SHAPE_OPS = frozenset(["Concat", "Greater", "Reshape", "Shape", "Split", "Squeeze", "Sub", "Unsqueeze"])
 # The float16 number that the router's kernel turns into a weight of 0.

@@ -18,7 +18,7 @@ from typing import Any, Self
 import numpy as np
 
 from mythos_edge.model.bundle import Bundle
-from mythos_edge.model.errors import BackendUnavailable, BundleError, MythosEdgeError
+from mythos_edge.model.errors import BackendUnavailable, BundleError, MythosEdgeError, one_line
 from mythos_edge.model.linked_weights import NONE_APART, Apart, lent_weights, weights_apart
 from mythos_edge.model.target_options import ON_SHAPES, ONNXRUNTIME_GPU, OrtOptions, options_of
 from mythos_edge.plugins import kernel_store
@@ -31,7 +31,6 @@ from mythos_edge.runtime.backends.ort_session import (
     Place,
     import_onnxruntime,
     on_host,
-    one_line,
     session_options,
 )
 from mythos_edge.runtime.backends.ort_stages import OrtStages

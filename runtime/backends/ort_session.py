@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from mythos_edge.model.bundle import Bundle
-from mythos_edge.model.errors import BundleError, MythosEdgeError, unavailable
+from mythos_edge.model.errors import BundleError, MythosEdgeError, one_line, unavailable
 from mythos_edge.model.linked_weights import NONE_APART, Apart, lent_weights, weights_apart
 from mythos_edge.model.machine import cores
 from mythos_edge.runtime.backends.memory import Rows, host_array
@@ -143,8 +143,3 @@ def _address(array: Array) -> int:
     assert array.flags.c_contiguous
     address: int = array.__array_interface__["data"][0]
     return address
-
-
-def one_line(error: Exception) -> str:
-    """The message of a foreign exception on one line."""
-    return " ".join(str(error).split())

@@ -7,11 +7,12 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from mythos_edge.model.errors import UsageError
 from mythos_edge.runtime.chat_template import ChatTemplate
-from mythos_edge.runtime.decoding import Generation, Token
+from mythos_edge.runtime.decoding import Alternative, Generation, Token
 from mythos_edge.runtime.options import Options
 from mythos_edge.runtime.prompts import ids_of, separate
 from mythos_edge.runtime.request_values import Within, flag, real, shown, texts, whole
@@ -26,6 +27,7 @@ _BOUNDED = Within(least=1)
 _MOST_PROMPTS = 128
 _MOST_STOPS = 16
 _LONGEST_STOP = 1000
+_ALTERNATIVES = Within(least=0, most=20)
 # Options of ours by their own names, which win over OpenAI's.
 _OURS = (
     *("max_depth", "min_depth", "threshold", "policy", "draft_depth", "draft_tokens", "max_lag"),
@@ -145,11 +147,7 @@ def _wanted(
     ):
         raise UsageError("draft_depth needs draft_tokens, both as numbers: a server measures no single sequence")
     values["stop_strings"] = (*stops, *_stops(given.get("stop", ())))
-    for name in ("top_logprobs", "logprobs"):
-        if given.get(name) and not isinstance(given[name], bool) and (name == "top_logprobs" or given[name] > 1):
-            raise UsageError(
-                f"{name} is {shown(given[name])}: this server gives the chosen token's alone; leave it out"
-            )
+    logprobs, values["top_logprobs"] = _logprobs(given, chat)
     include = given.get("stream_options") or {}
     if not isinstance(include, dict):
         raise UsageError(f"stream_options is {shown(include)}, expected an object")
@@ -161,9 +159,20 @@ def _wanted(
         logit_bias=_bias(given.get("logit_bias", {})),
         stream=flag("stream", given.get("stream", False)),
         include_usage=flag("stream_options.include_usage", include.get("include_usage") or False),
-        logprobs=bool(given.get("logprobs", False)),
+        logprobs=logprobs,
         ignored=tuple(sorted(set(given) - set(_CHAT if chat else _COMPLETION))),
     )
+
+
+def _logprobs(given: Mapping[str, Any], chat: bool) -> tuple[bool, int]:
+    """Whether log-probabilities are asked for, and of how many of the likeliest tokens beside the chosen one."""
+    if not chat:
+        return "logprobs" in given, whole("logprobs", given.get("logprobs", 0), _ALTERNATIVES)
+    asked = flag("logprobs", given.get("logprobs", False))
+    top = whole("top_logprobs", given.get("top_logprobs", 0), _ALTERNATIVES)
+    if top and not asked:
+        raise UsageError(f"top_logprobs is {top}, which needs logprobs: true")
+    return asked, top
 
 
 def _depth_of(effort: Any, trained: int) -> int:
@@ -203,13 +212,14 @@ class Choice:
         self._ids: list[int] = []
         self._depths: list[int] = []
         self._logprobs: list[dict[str, Any]] = []
+        self._offset = 0
 
     def piece(self, token: Token) -> dict[str, Any] | None:
         """The fields of a chunk's choice, where the token has made text final; None while it is held back."""
         self._ids.append(token.id)
         self._depths.append(token.depth)
         if self._wanted.logprobs:
-            self._logprobs.append(self._logprob(token.id, token.logprob))
+            self._logprobs.append(self._logprob(token.id, token.logprob, token.top_logprobs))
         return self.rest(token.text or "") if token.text or self._session.tokenizer is None else None
 
     def rest(self, text: str = "") -> dict[str, Any]:
@@ -225,27 +235,42 @@ class Choice:
         text = "" if result.text is None else result.text
         logprobs = None
         if self._wanted.logprobs:
-            logprobs = self._told([self._logprob(*both) for both in zip(result.ids, result.logprobs, strict=True)])
+            tops = result.top_logprobs or [()] * len(result.ids)
+            tokens = zip(result.ids, result.logprobs, tops, strict=True)
+            logprobs = self._told([self._logprob(*token) for token in tokens])
         made: dict[str, Any] = {"finish_reason": finish_reason(result), "logprobs": logprobs}
         made |= {"token_ids": result.ids, "depths": result.depths}
         if self._wanted.chat:
             return {**made, "message": {"role": "assistant", "content": text, "refusal": None}}
         return {**made, "text": text}
 
-    def _logprob(self, token_id: int, logprob: float) -> dict[str, Any]:
+    def _logprob(self, token_id: int, logprob: float, top: Sequence[Alternative]) -> dict[str, Any]:
         tokenizer = self._session.tokenizer
-        text = str(token_id) if tokenizer is None else tokenizer.decode([token_id], special_tokens=True)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": []}
+        text = None if tokenizer is None else tokenizer.text_alone(token_id)
+        return {
+            **_entry(token_id, text, logprob),
+            "top_logprobs": [_entry(one.id, one.text, one.logprob) for one in top],
+        }
 
     def _told(self, entries: list[dict[str, Any]]) -> dict[str, Any]:
         if self._wanted.chat:
             return {"content": entries, "refusal": None}
+        tokens = [entry["token"] for entry in entries]
+        offsets = list(accumulate(map(len, tokens), initial=self._offset))
+        self._offset = offsets.pop()
+        tops = [{one["token"]: one["logprob"] for one in (*entry["top_logprobs"], entry)} for entry in entries]
         return {
-            "tokens": [entry["token"] for entry in entries],
+            "tokens": tokens,
             "token_logprobs": [entry["logprob"] for entry in entries],
-            "top_logprobs": None,
-            "text_offset": None,
+            "top_logprobs": tops if self._wanted.options.top_logprobs else None,
+            "text_offset": offsets,
         }
+
+
+def _entry(token_id: int, text: str | None, logprob: float) -> dict[str, Any]:
+    """A token as OpenAI tells it; one that is a part of a character alone has no bytes of its own here."""
+    shown = str(token_id) if text is None else text
+    return {"token": shown, "logprob": logprob, "bytes": None if "\ufffd" in shown else list(shown.encode())}
 
 
 def finish_reason(result: Generation) -> str:

@@ -21,9 +21,8 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import BaseRoute, Mount, Route
-from starlette.staticfiles import StaticFiles
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import BaseRoute, Route
 
 from mythos_edge.model.errors import CapacityError, MythosEdgeError, UsageError
 from mythos_edge.runtime.chat_template import ChatTemplate
@@ -31,9 +30,14 @@ from mythos_edge.runtime.decoding import Generation, Token
 from mythos_edge.runtime.serving import api, engine
 from mythos_edge.runtime.session import Session
 
-PAGE = Path(__file__).parent / "page"
+# Resolved, for an editable install is a tree of links, which lacks files that are newer than itself.
+PAGE = Path(__file__).resolve().parent / "page"
 # What a page of ours may load: nothing of any other host.
-_PAGE_HEADERS = {"Content-Security-Policy": "default-src 'self'", "X-Content-Type-Options": "nosniff"}
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-cache",
+}
 _LEAVING_S = 10.0
 
 
@@ -89,8 +93,8 @@ def app_of(serving: Serving) -> Starlette:
         Route("/v1/completions", server.completions, methods=["POST"]),
         Route("/v1/chat/completions", server.chat, methods=["POST"]),
     ]
-    if PAGE.is_dir():
-        routes.append(Mount("/", StaticFiles(directory=PAGE, html=True)))
+    # A route for each file, not a folder at /, so that other paths and methods are refused as ever.
+    routes += [_file_route("/", PAGE / "index.html"), *(_file_route(f"/{file.name}", file) for file in PAGE.iterdir())]
     cors = Middleware(CORSMiddleware, allow_origins=serving.origins, allow_methods=["GET", "POST"], allow_headers=["*"])
     # Browsers ask for leave without a key, and read a refusal only where its headers let them.
     return Starlette(
@@ -99,6 +103,14 @@ def app_of(serving: Serving) -> Starlette:
         middleware=[*([cors] if serving.origins else []), Middleware(_Gate, keys=serving.keys)],
         exception_handlers={HTTPException: _http_error, Exception: _fault},
     )
+
+
+def _file_route(path: str, file: Path) -> Route:
+    async def read(request: Request) -> Response:
+        del request
+        return FileResponse(file)
+
+    return Route(path, read)
 
 
 class _Gate:
@@ -175,6 +187,7 @@ class _Server:
             "threshold": model.threshold,
             "max_context": it.session.max_context,
             "chat_template": it.template.name,
+            "tokenizer": it.session.tokenizer is not None,
             "defaults": it.defaults,
         }
 

@@ -29,10 +29,10 @@ from mythos_edge.model.bounded_files import size_text
 from mythos_edge.model.bundle_writer import require_free_space
 from mythos_edge.model.families.openmythos.config import VARIANTS, MythosConfig
 from mythos_edge.model.families.openmythos.shapes import expected_shapes
-from mythos_edge.model.machine import cores
-from mythos_edge.scripts.doctor import processor
+from mythos_edge.scripts import measuring
+from mythos_edge.scripts.demo import CHECKPOINT
 
-_DEMO = Path(__file__).parent / "assets" / "carry_adder.pt"
+_DEMO = Path(str(CHECKPOINT))
 _COPY_BYTES = 16 << 20
 # What engines are built with.
 _ENGINES: dict[str, Any] = {"dtype": "fp16", "max_rows": 64, "max_context": 1024}
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         "ratio": first / copied,
         "peak_rss_gb": [peak / 1e9 for peak in peaks],
         "builds": builds,
-        "machine": f"{processor()}, {cores()} cores",
+        "machine": measuring.machine(),
     }
     print("| shape | checkpoint | copy, s | first export, s | next export, s | first / copy | peak resident, all |")
     print("|---|---:|---:|---:|---:|---:|---:|")

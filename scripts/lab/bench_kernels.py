@@ -21,13 +21,12 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mythos_edge.exporter.lowering.ort_cpu import lower_for_ort
-from mythos_edge.exporter.lowering.ort_kernels import MICROSOFT, Pack
+from mythos_edge.exporter.lowering.ort_kernels import FUSED_EXPERTS, MICROSOFT, Pack
 from mythos_edge.exporter.rounding import ROW, Rounding, round_blocks
 from mythos_edge.model.machine import cores
 from mythos_edge.plugins import ops
 from mythos_edge.runtime.backends.ort_session import ort_session
 from mythos_edge.scripts import measuring
-from mythos_edge.scripts.doctor import processor
 
 Array = NDArray[Any]
 _ROUNDINGS = {
@@ -61,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     for label, times in found.items():
         print(f"| {label} | {' | '.join(f'{ms:.2f}' for ms in times)} |")
     stream = measuring.stream_bandwidth(cores())
-    report = {"machine": f"{processor()}, {cores()} cores", "stream_gb_per_s": stream / 1e9, "rows": rows, "ms": found}
+    report = {"machine": measuring.machine(), "stream_gb_per_s": stream / 1e9, "rows": rows, "ms": found}
     print(json.dumps({**vars(args), **report}))
     return 0
 
@@ -104,15 +103,8 @@ def _moe_kernel(args: argparse.Namespace, weights: dict[str, Array], folder: Pat
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["rows", args.dim]))
     logits = ir.node("Gemm", [x, values["router"]], {"transB": 1})
     logits.outputs[0].name = "logits"
-    attributes = {
-        "k": args.top_k,
-        "activation_type": "swiglu",
-        "swiglu_fusion": 1,
-        "activation_alpha": 1.0,
-        "activation_beta": 0.0,
-        "normalize_routing_weights": 1,
-    }
-    node = ir.node("MoE", [x, logits.outputs[0], values["fc1"], None, values["fc2"]], attributes, domain=MICROSOFT)
+    inputs, attributes = [x, logits.outputs[0], values["fc1"], None, values["fc2"]], {"k": args.top_k, **FUSED_EXPERTS}
+    node = ir.node("MoE", inputs, attributes, domain=MICROSOFT)
     return _model(node, x, list(values.values()), args.dim, folder, before=logits)
 
 

@@ -18,8 +18,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from mythos_edge.model.machine import cores
-from mythos_edge.scripts.doctor import processor
+from mythos_edge.scripts import measuring
 
 # Figures of ``bench`` that show what a version costs.
 _FIGURES = ("ms_per_token", "prefill_tokens_per_s", "ttft_ms", "host_us_per_loop_step", "load_ms")
@@ -62,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     for figure in _FIGURES:
         before, later = (medians[version][figure] for version in commands)
         print(f"| {figure} | {before:.4g} | {later:.4g} | {later / before:.3f} |")
-    print(json.dumps({"machine": f"{processor()}, {cores()} cores", "medians": medians, "rounds": rounds}))
+    print(json.dumps({"machine": measuring.machine(), "medians": medians, "rounds": rounds}))
     return 0
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from mythos_edge.model import errors
 from mythos_edge.model.errors import MythosEdgeError
 from mythos_edge.plugins import kernel_store
 from mythos_edge.plugins.cuda_driver import Driver
@@ -200,6 +201,4 @@ def _seconds_of_graph(gpu: MeasuredGpu, queue: Any) -> float:
 
 def one_line(error: Exception) -> str:
     """The message of an error, for a cell of the report."""
-    return (
-        str(error) if isinstance(error, MythosEdgeError) else f"{type(error).__name__}: {' '.join(str(error).split())}"
-    )
+    return str(error) if isinstance(error, MythosEdgeError) else f"{type(error).__name__}: {errors.one_line(error)}"

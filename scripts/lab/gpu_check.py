@@ -25,13 +25,13 @@ from mythos_edge.plugins.cuda_driver import Driver
 from mythos_edge.plugins.trt_bindings import rtx_compute_capabilities
 from mythos_edge.scripts import doctor
 from mythos_edge.scripts.console import Console
+from mythos_edge.scripts.demo import CHECKPOINT
 from mythos_edge.scripts.lab import gpu_bench
 from mythos_edge.scripts.lab.gpu_bench import BANDWIDTH_TARGET
 from mythos_edge.scripts.lab.gpu_kernels import TORCH
 from mythos_edge.scripts.lab.kernel_cases import GROUPS
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
-_CHECKPOINT = _ROOT / "scripts" / "assets" / "carry_adder.pt"
 _SHAPES = ("1b", "3b")
 _LAST_LINES = 3
 # Beyond this a command hangs; builds and tests of all targets take minutes.
@@ -274,7 +274,7 @@ def planned_targets(facts: dict[str, Any], capability: int, folder: Path, run: R
     """The demo bundle built for every kind of target this GPU has and validated against float32; the GPU's tests."""
     bundle = folder / "demo.bundle"
     verb = [sys.executable, "-m", "mythos_edge.scripts.cli"]
-    export = [*verb, "export", str(_CHECKPOINT), "-o", str(bundle), "--force"]
+    export = [*verb, "export", str(CHECKPOINT), "-o", str(bundle), "--force"]
     exported: list[Section] = []
 
     def run_export() -> Section:

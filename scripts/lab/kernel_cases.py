@@ -66,12 +66,6 @@ class Case:
         return {name: array.shape for name, array in self.inputs.items()}
 
 
-def cases(name: str, config: MythosConfig, contexts: tuple[int, ...] = _CONTEXTS) -> Iterator[Case]:
-    """Every kernel at the shapes of a model: experts of each kind of weights, attention over each context."""
-    for group in GROUPS:
-        yield from cases_of(group, name, config, contexts)
-
-
 def cases_of(group: str, name: str, config: MythosConfig, contexts: tuple[int, ...] = _CONTEXTS) -> Iterator[Case]:
     """The cases of one of GROUPS, made as they are asked for: the weights of some are gigabytes."""
     assert group in GROUPS, group

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mythos_edge.model.errors import one_line
 from mythos_edge.scripts.lab.kernel_cases import Array, Case
 
 _REPEATS = 20
@@ -68,7 +69,7 @@ def best_time(
         try:
             times[way] = round(timer(made()) * 1e6, 2)
         except Exception as error:  # the compiler's own, a missing Triton, a GPU that is full or too old
-            failed[way] = f"{type(error).__name__}: {' '.join(str(error).split())[:_REASON_LETTERS]}"
+            failed[way] = f"{type(error).__name__}: {one_line(error)[:_REASON_LETTERS]}"
     columns: dict[str, Any] = {f"{way}_us": times.get(way, failed.get(way)) for way in ways}
     if not times:
         return {"torch": "neither way works", **columns}

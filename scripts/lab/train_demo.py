@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mythos_edge.model.output_files import check_output, writing
 from mythos_edge.scripts import addition
+from mythos_edge.scripts.lab import training
 from mythos_edge.scripts.lab.reference import open_mythos
 
 LOOPS = 8
@@ -119,16 +120,12 @@ def train(steps: int, seed: int) -> Any:
     with torch.no_grad():
         model.embed.weight.mul_(10)
         model.recurrent.act.halt.bias.fill_(-3.0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps, pct_start=0.1)
+
+    def loss_of(step: int) -> Tensor:
+        return _loss(main, model, addition.random_columns(random, _BATCH, _LENGTH), random)
+
     started = time.monotonic()
-    for step in range(1, steps + 1):
-        loss = _loss(main, model, addition.random_columns(random, _BATCH, _LENGTH), random)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+    for step, loss in training.descend(model, loss_of, steps, rate=3e-3):
         if step % 50 == 0 or step == steps:
             accuracy, depths = evaluate(main, model, seed + step)
             table = " ".join(f"{n}:{depth:.2f}" for n, depth in depths.items())
@@ -151,15 +148,8 @@ def main(argv: list[str] | None = None) -> None:
     accuracy, _ = evaluate(open_mythos(), model, seed=10**6)
     if accuracy < _MIN_ACCURACY:
         raise SystemExit(f"digits are {accuracy:.2%} right, expected {_MIN_ACCURACY:.1%}: train longer with --steps")
-    saved = {
-        "step": args.steps,
-        "model": model.state_dict(),
-        "optimizer": {},
-        "cfg": model.cfg,
-        "vocab_size": model.cfg.vocab_size,
-    }
     with writing(args.output, "the checkpoint") as file:
-        torch.save(saved, file)
+        training.save(model, args.steps, file)
     print(f"{args.output}: {args.output.stat().st_size / 1e3:.0f} kB, digits {accuracy:.2%}")
 
 

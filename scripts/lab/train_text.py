@@ -26,6 +26,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 
 from mythos_edge.model.output_files import check_output_folder, writing
+from mythos_edge.scripts.lab import training
 from mythos_edge.scripts.lab.reference import open_mythos
 from mythos_edge.scripts.lab.train_demo import demo_config
 
@@ -150,19 +151,14 @@ def train(train_ids: Ids, held_out: Ids, steps: int, seed: int, loops: int = LOO
     torch.manual_seed(seed)
     random = np.random.default_rng(seed)
     model = _new_model(open_mythos(), loops)
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=5e-3, weight_decay=0.01, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=steps, pct_start=0.1)
-    started = time.monotonic()
-    for step in range(1, steps + 1):
+
+    def loss_of(step: int) -> Tensor:
         length = _LENGTHS[step % len(_LENGTHS)]
         starts = random.integers(0, len(train_ids) - length, _TOKENS // length)
-        loss = _loss(model, torch.from_numpy(train_ids[starts[:, None] + np.arange(length)]))
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        schedule.step()
+        return _loss(model, torch.from_numpy(train_ids[starts[:, None] + np.arange(length)]))
+
+    started = time.monotonic()
+    for step, _ in training.descend(model, loss_of, steps, rate=5e-3, betas=(0.9, 0.98)):
         if step % 100 == 0 or step == steps:
             seconds = time.monotonic() - started
             print(f"{seconds:6.0f} s  step {step}  held-out loss {evaluate(model, held_out):.3f}", flush=True)
@@ -190,17 +186,10 @@ def train_text_model(folder: Path, *, steps: int = STEPS, seed: int = 0, loops: 
             f"held-out loss is {loss:.3f} nats per byte, expected under {entropy - _MARGIN:.3f} "
             f"(unigram entropy {entropy:.3f}): train longer with --steps"
         )
-    saved = {
-        "step": steps,
-        "model": model.state_dict(),
-        "optimizer": {},
-        "cfg": model.cfg,
-        "vocab_size": model.cfg.vocab_size,
-    }
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint, tokenizer = folder / "text.pt", folder / "tokenizer.json"
     with writing(checkpoint, "the checkpoint") as file:
-        torch.save(saved, file)
+        training.save(model, steps, file)
         with writing(tokenizer, "the tokenizer") as text:
             text.write(byte_tokenizer().to_str(pretty=True).encode())
         with writing(folder / "ids.npy", "the tokens") as ids:

@@ -1,6 +1,8 @@
 """One ONNX file to one plan, built for real on the CPU; and one line for whatever goes wrong in the other process."""
 
+import json
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -236,3 +238,16 @@ def test_a_place_that_cannot_be_written_is_one_line(work: Path, log: Path) -> No
     job = _job(graph)
     elsewhere = EngineJob(**{**vars(job), "plan": str(work / "absent" / "small.engine")})
     assert "No such file or directory" in refused(elsewhere, log)
+
+
+def test_an_error_of_the_disk_without_a_file_names_none(work: Path) -> None:
+    program = (
+        "import errno\n"
+        "from mythos_edge.exporter import engine\n"
+        "def run(self, report): raise OSError(errno.ENOSPC, 'No space left on device')\n"
+        "engine.EngineJob.run = run\n"
+        "raise SystemExit(engine.main())\n"
+    )
+    job = json.dumps(vars(_job(work / "small.onnx")))
+    made = subprocess.run([sys.executable, "-c", program, job], capture_output=True, text=True, check=False)
+    assert (made.returncode, json.loads(made.stdout)) == (1, {"error": "No space left on device"})

@@ -183,7 +183,9 @@ def test_a_gpu_is_not_compared_with_the_memory_of_a_cpu(
     ("words", "message"),
     [
         (("--target", "ort-cpu,ort-cpu-int4"), "has no target 'ort-cpu-int4'"),
+        (("--target", ","), "--target is ',', expected names of targets"),
         (("--weights", "fp32,int8"), "has no target"),
+        (("--repetitions", 0), "--repetitions is 0, expected at least 1"),
         (("--threads", -3), "threads is -3"),
         (("-p", 10**6), "lower -p or -n"),
         (("--max-depth", 0), "max_depth is 0"),

@@ -29,9 +29,10 @@ FORMS = {
         "B -f X",
         "B --file X -o O",
         "B --file L -o X --max-depth 0",
+        "B --ids 1 --save-session X --max-depth 0",
         *(
             f"B --ids 1 --max-new-tokens 1 {option} X"
-            for option in ("--stop", "--target", "--preset", "--threads", "--policy", "")
+            for option in ("--stop", "--target", "--preset", "--threads", "--policy", "--session", "--logprobs", "")
         ),
     ),
     "score": ("X --ids I -o O", "B --ids X -o O", "B --ids I -o O --target X", "B --ids I -o X --max-depth 0"),

@@ -144,6 +144,32 @@ def test_options_do_what_they_say(served: Served, alone: Callable[..., Generatio
     assert details["accepted_prediction_tokens"] + details["rejected_prediction_tokens"] > 0
 
 
+def test_log_probabilities_of_the_likeliest(client: openai.OpenAI, alone: Callable[..., Generation]) -> None:
+    wanted = alone("Return ", top_logprobs=3)
+    expected = [[(one.text, pytest.approx(one.logprob, abs=1e-4)) for one in top] for top in wanted.top_logprobs]
+    talk: Any = [{"role": "user", "content": "Return "}]
+    chat = client.chat.completions.create(model="m", messages=talk, logprobs=True, top_logprobs=2, **GREEDY)
+    for entry in chat.choices[0].logprobs.content:
+        assert len(entry.top_logprobs) == 2
+        assert (entry.top_logprobs[0].token, entry.top_logprobs[0].logprob) == (entry.token, entry.logprob)
+        assert bytes(entry.bytes).decode() == entry.token
+    text = client.completions.create(model="m", prompt="Return ", logprobs=3, **GREEDY)
+    told = text.choices[0].logprobs
+    assert [list(top.items()) for top in told.top_logprobs] == expected
+    places = zip(told.text_offset, told.tokens, strict=True)
+    assert all(text.choices[0].text[at:].startswith(token) for at, token in places)
+    pieces = [
+        chunk.choices[0].logprobs
+        for chunk in client.completions.create(model="m", prompt="Return ", logprobs=3, stream=True, **GREEDY)
+    ]
+    streamed = {name: [one for piece in pieces for one in getattr(piece, name)] for name in ("tokens", "text_offset")}
+    assert streamed == {"tokens": told.tokens, "text_offset": told.text_offset}
+    assert [one for piece in pieces for one in piece.token_logprobs] == pytest.approx(told.token_logprobs, abs=1e-4)
+    assert [list(top) for piece in pieces for top in piece.top_logprobs] == [list(top) for top in told.top_logprobs]
+    plain = client.completions.create(model="m", prompt="Return ", logprobs=0, **GREEDY).choices[0].logprobs
+    assert (plain.tokens, plain.top_logprobs) == (told.tokens, None)
+
+
 def test_headers_tell_what_meant_nothing(served: Served) -> None:
     answer = served.post(CHAT, {"messages": TALK, "max_completion_tokens": 2, "frobnicate": 1, "ä\n": 2, "user": "x"})
     assert answer.headers["x-mythos-ignored"] == "frobnicate, \\xe4"
@@ -168,6 +194,10 @@ def test_headers_tell_what_meant_nothing(served: Served) -> None:
         (CHAT, {"messages": TALK, "logit_bias": {"x": 1}}, "logit_bias has 'x'", "logit_bias"),
         (CHAT, {"messages": TALK, "logit_bias": {"99999": 1}}, "logit_bias of token 99999", "logit_bias"),
         (CHAT, {"messages": TALK, "draft_depth": "auto"}, "both as numbers", "draft_depth"),
+        (CHAT, {"messages": TALK, "top_logprobs": 2}, "which needs logprobs: true", "top_logprobs"),
+        (CHAT, {"messages": TALK, "logprobs": 2}, "logprobs is 2", "logprobs"),
+        (CHAT, {"messages": TALK, "logprobs": True, "top_logprobs": 21}, "top_logprobs is 21", "top_logprobs"),
+        (COMPLETIONS, {"prompt": "x", "logprobs": True}, "logprobs is True", "logprobs"),
         (CHAT, {"messages": TALK, "stop": [""]}, "stop string is empty", None),
         (CHAT, {"messages": [{"role": "user", "content": "x" * 9000}]}, "tokens, this model takes 512", None),
         (COMPLETIONS, {}, "prompt is missing", "prompt"),
@@ -373,7 +403,9 @@ def test_a_signal_ends_it_when_what_runs_is_done(text_bundle: Path, sent: signal
 
 def test_a_request_takes_its_time_and_no_more(text_bundle: Path) -> None:
     with Served(text_bundle, "--timeout", 0.05) as server:
-        answer = server.post(COMPLETIONS, {"prompt": "Return ", "max_tokens": 400, "policy": "full"})
+        # Without its end token, which sampling may draw at once.
+        body = {"prompt": "Return ", "max_tokens": 400, "policy": "full", "logit_bias": {"256": -100}}
+        answer = server.post(COMPLETIONS, body)
         assert answer.status_code == 504
         assert answer.json()["error"]["code"] == "timeout"
 

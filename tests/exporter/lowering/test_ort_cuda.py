@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from single_ops import TOLERANCE, Feeds, expert_feeds, experts_model, packed, run_saved
+from single_ops import CUDA_KERNELS, TOLERANCE, Feeds, expert_feeds, experts_model, packed, run_saved
 
-from mythos_edge.exporter.lowering.ort_cuda import CUDA_KERNELS, lower_for_ort_cuda
+from mythos_edge.exporter.lowering.ort_cuda import lower_for_ort_cuda
 from mythos_edge.exporter.lowering.ort_kernels import MICROSOFT, Pack
 from mythos_edge.exporter.rounding import Rounding
 from mythos_edge.plugins import ops, reference

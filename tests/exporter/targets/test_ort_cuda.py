@@ -10,8 +10,8 @@ import onnx_ir as ir
 import pytest
 from built import build_cuda
 from conftest import ROOT
+from single_ops import CUDA_KERNELS
 
-from mythos_edge.exporter.lowering.ort_cuda import CUDA_KERNELS
 from mythos_edge.exporter.lowering.ort_kernels import MICROSOFT
 from mythos_edge.model.bundle import open_bundle, verify_hashes
 from mythos_edge.model.errors import BuildError

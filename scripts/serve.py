@@ -93,7 +93,12 @@ def run(args: argparse.Namespace, console: Console) -> int:
             ready=ready,
         )
         config: Any = uvicorn.Config(
-            app.app_of(serving), log_level="warning", lifespan="on", ws="none", timeout_graceful_shutdown=10, server_header=False
+            app.app_of(serving),
+            log_level="warning",
+            lifespan="on",
+            ws="none",
+            timeout_graceful_shutdown=10,
+            server_header=False,
         )
         server = uvicorn.Server(config)
         try:

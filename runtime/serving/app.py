@@ -162,7 +162,8 @@ class _Server:
 
     async def health(self, request: Request) -> Response:
         del request
-        return JSONResponse({"status": "ok"})
+        failed = self._it.engine.failed
+        return JSONResponse({"status": "failed" if failed else "ok"}, 503 if failed else 200)
 
     async def models(self, request: Request) -> Response:
         del request

@@ -122,7 +122,7 @@ def _bound(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=256)
     except (OSError, UnicodeError) as error:
         why = getattr(error, "strerror", None) or error
-        raise UsageError(f"cannot serve at {host}:{port}: {why}: choose another --host or --port") from error
+        raise UsageError(f"cannot serve at {host}:{port}: {why}: choose another --port or --host") from error
 
 
 def _address(listening: socket.socket) -> str:

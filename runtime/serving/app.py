@@ -28,6 +28,7 @@ from mythos_edge.model.errors import CapacityError, MythosEdgeError, UsageError
 from mythos_edge.runtime.chat_template import ChatTemplate
 from mythos_edge.runtime.decoding import Generation, Token
 from mythos_edge.runtime.serving import api, engine
+from mythos_edge.runtime.serving.figures import prometheus
 from mythos_edge.runtime.session import Session
 
 # Resolved, for an editable install is a tree of links, which lacks files that are newer than itself.
@@ -194,7 +195,7 @@ class _Server:
 
     async def metrics(self, request: Request) -> Response:
         del request
-        return Response(_prometheus(self._it.engine), media_type="text/plain; version=0.0.4")
+        return Response(prometheus(self._it.engine), media_type="text/plain; version=0.0.4")
 
     async def chat(self, request: Request) -> Response:
         it = self._it
@@ -419,34 +420,3 @@ async def _fault(request: Request, error: Exception) -> Response:
 
 def _event(values: dict[str, Any]) -> str:
     return f"data: {json.dumps(values, ensure_ascii=False, separators=(',', ':'))}\n\n"
-
-
-def _prometheus(running: engine.Engine) -> str:
-    """The engine's figures as Prometheus reads them."""
-    active, waiting = running.load
-    figures: list[tuple[str, str, str, dict[str, int]]] = [
-        ("requests_total", "counter", "requests by how they ended",
-         {f'{{how="{how}"}}': running.counts[how] for how in ("done", "failed", "cancelled")}),
-        ("stage_runs_total", "counter", "runs of a stage, shared ones once",
-         {f'{{stage="{stage}"}}': runs for stage, runs in sorted(running.runs.items())}),
-        ("depth_tokens_total", "counter", "generated tokens by their depth",
-         {f'{{depth="{depth}"}}': tokens for depth, tokens in sorted(running.depths.items())}),
-        ("requests_running", "gauge", "requests in slots", {"": active}),
-        ("requests_waiting", "gauge", "requests in the queue", {"": waiting}),
-        ("prompt_cache_bytes", "gauge", "bytes of kept sequences", {"": running.cache.nbytes}),
-        ("prompt_cache_entries", "gauge", "kept sequences", {"": len(running.cache)}),
-    ]  # fmt: skip
-    for name in (
-        "prompt_tokens",
-        "cached_tokens",
-        "generated_tokens",
-        "block_calls",
-        "drafted_tokens",
-        "accepted_tokens",
-    ):
-        figures.append((f"{name}_total", "counter", name.replace("_", " "), {"": running.counts[name]}))
-    lines = []
-    for name, kind, text, values in figures:
-        lines += [f"# HELP mythos_edge_{name} {text}", f"# TYPE mythos_edge_{name} {kind}"]
-        lines += [f"mythos_edge_{name}{labels} {value}" for labels, value in values.items()]
-    return "\n".join(lines) + "\n"

@@ -221,7 +221,9 @@ def test_the_policy_last_is_answered_as_alone(
     options = {"policy": "last", "threshold": 0.3, "max_new_tokens": 6}
     ids = random.integers(0, VOCAB, 40).tolist()
     for _ in range(3):
-        found, wanted = Client(engine, ids, **options).result(), alone(ids, **options)
+        client = Client(engine, ids, **options)
+        found, wanted = client.result(), alone(ids, **options)
+        assert client.ticket.cached_tokens == len(engine.cache) == 0
         assert (found.ids, found.depths) == (wanted.ids, wanted.depths)
         np.testing.assert_allclose(found.logprobs, wanted.logprobs, atol=1e-4)
         ids = [*ids, *found.ids, *random.integers(0, VOCAB, 5).tolist()]
@@ -231,13 +233,14 @@ def test_what_is_kept_takes_what_it_needs(engine_of: Callable[..., Engine]) -> N
     """Not the room of the longest answer; nor do loop steps that are caught up later go beyond the limit."""
     engine = engine_of(slots=1, cache_bytes=200_000)
     for number in range(3):
-        Client(engine, [number, *range(39)], max_new_tokens=400, threshold=0.3, logit_bias={7: 100.0}, stop_ids=[7])
-        Client(engine, [number, *range(39)], max_new_tokens=4, threshold=0.3).result()
+        ends_at_once = {"logit_bias": {7: 100.0}, "stop_ids": [7]}
+        Client(engine, [number, *range(39)], max_new_tokens=400, threshold=0.3, **ends_at_once).result()
     for _ in range(200):
         if not engine.cache.has_lagging:
             break
         time.sleep(0.01)
     assert not engine.cache.has_lagging
+    assert len(engine.cache) > 0
     held = sum(entry.staircase.nbytes for entry in engine.cache._entries)
     assert 0 < held == engine.cache.nbytes <= 200_000
 

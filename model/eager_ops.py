@@ -37,11 +37,15 @@ class EagerOps:
         window: Window,
         kv_heads: int,
         scale: float,
+        window_size: int = 0,
     ) -> Float[Tensor, "B S H F"]:
-        """Attention in which each of ``kv_heads`` cached heads serves a group of query heads."""
+        """Attention in which each of ``kv_heads`` cached heads serves a group of query heads.
+
+        A row sees ``window_size`` positions, its own included; all if that is 0.
+        """
         context = torch.cat([past, rows], dim=1).unflatten(-1, (2, kv_heads, -1))
         keys, values = context.unbind(2)
-        visible = visible_columns(window, past.shape[1], rows.shape[1])
+        visible = visible_columns(window, past.shape[1], rows.shape[1], window_size)
         grouped = q.unflatten(2, (kv_heads, -1))
         scores = torch.einsum("bsghf,bcgf->bsghc", grouped, keys) * scale
         scores = scores.masked_fill(~visible[:, :, None, None], float("-inf"))
@@ -97,8 +101,13 @@ def chosen_experts(biased: Float[Tensor, "N E"], top_k: int) -> tuple[Int[Tensor
     return experts[:, :top_k], best[:, top_k - 1] - best[:, top_k]
 
 
-def visible_columns(window: Window, past_columns: int, new_columns: int) -> Bool[Tensor, "B S CS"]:
-    """True where a new row may look; a padding row sees itself, so that no softmax is empty."""
+def visible_columns(
+    window: Window, past_columns: int, new_columns: int, window_size: int = 0
+) -> Bool[Tensor, "B S CS"]:
+    """True where a new row may look; a padding row sees itself, so that no softmax is empty.
+
+    A row sees ``window_size`` positions, its own included; all if that is 0.
+    """
     first = window.first[:, None, None]
     columns = torch.arange(past_columns)
     past = (columns >= first) & (columns < window.length)
@@ -106,7 +115,11 @@ def visible_columns(window: Window, past_columns: int, new_columns: int) -> Bool
     new = (steps[None, :] <= steps[:, None]) & (
         (window.length + steps >= first) | torch.eye(new_columns, dtype=torch.bool)
     )
-    return torch.cat([past.expand(-1, new_columns, -1), new], dim=-1)
+    visible = torch.cat([past.expand(-1, new_columns, -1), new], dim=-1)
+    if not window_size:
+        return visible
+    behind = (window.length + steps)[:, None] - torch.cat([columns, window.length + steps])
+    return visible & (behind < window_size)
 
 
 def swiglu(x: Float[Tensor, "N D"], gate_up: Float[Tensor, "F2 D"], down: Float[Tensor, "D F"]) -> Float[Tensor, "N D"]:

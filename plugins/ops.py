@@ -21,7 +21,8 @@ class OpSpec:
 
     ``optional`` inputs come last and are given all together or not at all; ``body`` maps whether they are given to
     the text of the function. Tensors are of one element type but for those ``types`` names: ``int64``, and ``codes``,
-    rounded weights of any type that can be cast to a float.
+    rounded weights of any type that can be cast to a float. The ``extra`` attribute is 0 in a node that has none;
+    ``extra_body`` is for graphs in which it is not 0 everywhere, so that the others do not pay for it.
     """
 
     name: str
@@ -31,6 +32,8 @@ class OpSpec:
     outputs: tuple[str, ...]
     body: dict[bool, str]
     types: Mapping[str, str] = field(default_factory=dict)
+    extra: str = ""
+    extra_body: str = ""
 
     @property
     def output(self) -> str:
@@ -43,10 +46,11 @@ class OpSpec:
         """The first input of the element type."""
         return next(name for name in self.inputs if name not in self.types)
 
-    def function_text(self, *, with_optional: bool, wide: bool = True) -> str:
+    def function_text(self, *, with_optional: bool, wide: bool = True, with_extra: bool = False) -> str:
         """The model-local function in ONNX text syntax; unless ``wide``, of a 16-bit element type.
 
-        The body computes in float32 as every face of the op does; 16-bit values are cast on their way in and out.
+        All nodes that call one ``with_extra`` must have that attribute. The body computes in float32 as every face of
+        the op does; 16-bit values are cast on their way in and out.
         """
         inputs = self.inputs + (self.optional if with_optional else ())
         narrow = () if wide else tuple(name for name in (*inputs, *self.outputs) if name not in self.types)
@@ -55,17 +59,35 @@ class OpSpec:
             for names in (inputs, self.outputs)
         )
         header = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>'
-        attributes = f" <{', '.join(self.attributes)}>" if self.attributes else ""
+        names = (*self.attributes, self.extra) if with_extra else self.attributes
+        attributes = f" <{', '.join(names)}>" if names else ""
+        body = self.extra_body if with_extra else self.body[with_optional]
         signature = f"{self.name}{attributes} ({formal_inputs}) => ({formal_outputs})"
         widened = "".join(f"{name} = Cast <to = 1> ({name}_narrow)\n" for name in narrow if name in inputs)
         narrowed = "".join(
             f"{name}_narrow = CastLike ({name}, {self.typed_by}_narrow)\n" for name in narrow if name in self.outputs
         )
-        return f"{header}\n{signature}\n{{{widened}{self.body[with_optional]}{narrowed}}}"
+        return f"{header}\n{signature}\n{{{widened}{body}{narrowed}}}"
 
+
+# The first position that a row may look at.
+_LOWEST = """
+    lowest_position = Min (first_column, row_column)
+"""
+
+# The same where a row sees window_size positions, its own included, or all of them if that is 0.
+_LOWEST_IN_WINDOW = """
+    window_size_value = Constant <value_int: int = @window_size> ()
+    is_bounded = Greater (window_size_value, zero)
+    reach = Where (is_bounded, window_size_value, beyond)
+    before_window = Sub (row_column, reach)
+    window_column = Add (before_window, one)
+    start_column = Max (first_column, window_column)
+    lowest_position = Min (start_column, row_column)
+"""
 
 # Which columns (past, then new) each new row may look at, for both attentions: needs past_count, new_count (1,).
-_VISIBLE = """
+_VISIBLE = f"""
     zero = Constant <value_int = 0> ()
     one = Constant <value_int = 1> ()
     past_scalar = Squeeze (past_count)
@@ -82,7 +104,7 @@ _VISIBLE = """
     row_column = Unsqueeze (row_positions, row_axis)
     first_axes = Constant <value_ints = [1, 2]> ()
     first_column = Unsqueeze (first, first_axes)
-    lowest_position = Min (first_column, row_column)
+    {_LOWEST}
     started = GreaterOrEqual (positions, lowest_position)
     causal = LessOrEqual (positions, row_column)
     visible = And (started, causal)
@@ -282,13 +304,16 @@ LATENT_ATTENTION = OpSpec(
 GROUPED_QUERY_ATTENTION = OpSpec(
     name="GroupedQueryAttention",
     # q (B, S, H, head_dim); rows (B, S, W) and past (B, C, W): keys | values of all key/value heads, so
-    # W = 2 * kv_heads * head_dim; length, first as above. Output (B, S, H, head_dim).
+    # W = 2 * kv_heads * head_dim; length, first as above. Output (B, S, H, head_dim). A row sees window_size positions,
+    # its own included; all if that is 0.
     inputs=("q", "rows", "past", "length", "first"),
     optional=(),
     attributes=("scale", "kv_heads"),
     outputs=("mixed",),
     body={False: _GROUPED_QUERY_ATTENTION},
     types={"length": "int64", "first": "int64"},
+    extra="window_size",
+    extra_body=_GROUPED_QUERY_ATTENTION.replace(_LOWEST, _LOWEST_IN_WINDOW),
 )
 
 SPARSE_MOE = OpSpec(

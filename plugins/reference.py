@@ -24,7 +24,15 @@ def latent_attention(
 
 
 def grouped_query_attention(
-    q: Array, rows: Array, past: Array, length: int, first: NDArray[np.int64], *, scale: float, kv_heads: int
+    q: Array,
+    rows: Array,
+    past: Array,
+    length: int,
+    first: NDArray[np.int64],
+    *,
+    scale: float,
+    kv_heads: int,
+    window_size: int = 0,
 ) -> Float64:
     """The attended values (B, S, H, head_dim) of ``mythos::GroupedQueryAttention``; shapes as in ``ops``."""
     batch, chunk, heads, head_dim = q.shape
@@ -34,7 +42,8 @@ def grouped_query_attention(
         keys, values = context.reshape(-1, 2, kv_heads, head_dim).transpose(1, 2, 0, 3)
         for s in range(chunk):
             own = length + s
-            seen = slice(min(int(first[b]), own), own + 1)
+            oldest = own - window_size + 1 if window_size else 0
+            seen = slice(min(max(int(first[b]), oldest), own), own + 1)
             for h in range(heads):
                 group = h // (heads // kv_heads)
                 weights = _softmax(keys[group, seen] @ q[b, s, h].astype(np.float64) * scale)

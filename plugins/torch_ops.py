@@ -25,11 +25,19 @@ class TracedOps:
         return _node(ops.LATENT_ATTENTION, inputs, shape, {"scale": scale, "value_dim": value_dim})
 
     def grouped_query_attention(
-        self, q: Tensor, rows: Tensor, past: Tensor, window: Window, kv_heads: int, scale: float
+        self,
+        q: Tensor,
+        rows: Tensor,
+        past: Tensor,
+        window: Window,
+        kv_heads: int,
+        scale: float,
+        window_size: int = 0,
     ) -> Tensor:
         inputs = (q, rows, past, window.length, window.first)
         shape = tuple(q.shape)
-        return _node(ops.GROUPED_QUERY_ATTENTION, inputs, shape, {"scale": scale, "kv_heads": kv_heads})
+        attributes = {"scale": scale, "kv_heads": kv_heads, "window_size": window_size}
+        return _node(ops.GROUPED_QUERY_ATTENTION, inputs, shape, attributes)
 
     def sparse_moe(
         self,
@@ -61,17 +69,24 @@ def _node(
     )
 
 
+def extra_of(node: ir.Node) -> int:
+    """The extra attribute of a custom op's node."""
+    attribute = node.attributes.get(ops.OPS[node.op_type].extra)
+    return 0 if attribute is None else attribute.as_int()
+
+
 def add_functions(model: ir.Model) -> None:
     """Gives ``model`` the function bodies of the custom ops its nodes call, in loop bodies too."""
-    for node in model.graph.all_nodes():
-        if node.domain != ops.DOMAIN:
-            continue
+    nodes = [node for node in model.graph.all_nodes() if node.domain == ops.DOMAIN]
+    with_extra = {node.op_type for node in nodes if extra_of(node)}
+    for node in nodes:
         spec = ops.OPS[node.op_type]
         typed = node.inputs[spec.inputs.index(spec.typed_by)]
         assert typed is not None
         text = spec.function_text(
             with_optional=len(node.inputs) > len(spec.inputs),
             wide=typed.dtype not in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16),
+            with_extra=node.op_type in with_extra,
         )
         function = ir.serde.deserialize_function(onnx.parser.parse_function(text))
         # What the bodies are made of has not changed since, and ONNX Runtime wants one opset in a model.

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from mythos_edge.exporter.graph_writer import GraphWriter, shape_of
 from mythos_edge.exporter.lowering.ort_kernels import HIDDEN_SCORE, MICROSOFT
+from mythos_edge.plugins.torch_ops import extra_of
 
 # The results of branches: (1, groups, rows, columns).
 _BRANCHES = [1, None, None, None]
@@ -48,7 +49,7 @@ def grouped_query_attention(writer: GraphWriter, node: ir.Node) -> ir.Value:
     turned = writer.add("Transpose", [by_group], perm=[0, 2, 1, 3, 4])
     q_rows = writer.add("Reshape", [turned, writer.integers([1, groups, -1, width])])
     new, old = (_keys_and_values(writer, value, groups, width) for value in (rows, past))
-    mixed = _attended(writer, q_rows, new, old, share, scale)
+    mixed = _attended(writer, q_rows, new, old, share, scale, extra_of(node))
     by_row = writer.add("Reshape", [mixed, writer.integers([1, groups, -1, share, width])])
     back = writer.add("Transpose", [by_row], perm=[0, 2, 1, 3, 4])
     return writer.add("Reshape", [back, writer.integers([1, -1, heads, width])])
@@ -64,12 +65,23 @@ def _keys_and_values(writer: GraphWriter, rows: ir.Value | None, groups: int, wi
     return _Rows(keys, values)
 
 
-def _attended(writer: GraphWriter, q_rows: ir.Value, new: _Rows, old: _Rows, share: int, scale: float) -> ir.Value:
-    """Values (1, groups, S * share, width) mixed for ``q_rows`` of the same shape; ``share`` of them are a position."""
-    new_scores = _causal(writer, _scores(writer, q_rows, new, scale), new, share)
+def _attended(
+    writer: GraphWriter, q_rows: ir.Value, new: _Rows, old: _Rows, share: int, scale: float, window_size: int = 0
+) -> ir.Value:
+    """Values (1, groups, S * share, width) mixed for ``q_rows`` of the same shape; ``share`` of them are a position.
+
+    Each sees ``window_size`` positions, its own included; all if that is 0.
+    """
+    new_scores = _causal(writer, _scores(writer, q_rows, new, scale), new, share, window_size)
 
     def with_cache(inside: GraphWriter) -> ir.Value:
         old_scores = _scores(inside, q_rows, old, scale)
+        if window_size:
+            query, columns = _positions(inside, old_scores, share)
+            # The last cached column is the position before the first row.
+            ends = inside.add("Add", [columns, inside.integer(window_size)])
+            reached = inside.add("Greater", [inside.add("Sub", [ends, _columns(inside, old)]), query])
+            old_scores = inside.add("Where", [reached, old_scores, inside.number(HIDDEN_SCORE)])
         weights = inside.add("Softmax", [inside.add("Concat", [old_scores, new_scores], axis=3)], axis=-1)
         counts = inside.add("Concat", [_columns(inside, old), _columns(inside, new)], axis=0)
         old_weights, new_weights = inside.add_many("Split", [weights, counts], 2, axis=3)
@@ -91,17 +103,26 @@ def _columns(writer: GraphWriter, rows: _Rows) -> ir.Value:
     return writer.sizes(rows.keys, 2)
 
 
-def _causal(writer: GraphWriter, scores: ir.Value, new: _Rows, share: int) -> ir.Value:
-    """``scores (1, groups, S * share, S)`` of new rows among each other, without those of later columns."""
+def _positions(writer: GraphWriter, scores: ir.Value, share: int) -> tuple[ir.Value, ir.Value]:
+    """Which row each of the queries (S * share, 1) is of, and the columns (C,), counted from 0 each."""
+    queries, columns = (
+        writer.add("Range", [writer.integer(0), writer.add("Squeeze", [writer.sizes(scores, axis)]), writer.integer(1)])
+        for axis in (2, 3)
+    )
+    row = writer.add("Div", [queries, writer.integer(share)])
+    return writer.add("Unsqueeze", [row, writer.integers([1])]), columns
+
+
+def _causal(writer: GraphWriter, scores: ir.Value, new: _Rows, share: int, window_size: int) -> ir.Value:
+    """``scores (1, groups, S * share, S)`` of new rows among each other, without those of columns that are not seen."""
 
     def masked(inside: GraphWriter) -> ir.Value:
-        counts = (inside.sizes(scores, axis) for axis in (2, 3))
-        queries, keys = (
-            inside.add("Range", [inside.integer(0), inside.add("Squeeze", [count]), inside.integer(1)])
-            for count in counts
-        )
-        query = inside.add("Unsqueeze", [inside.add("Div", [queries, inside.integer(share)]), inside.integers([1])])
-        return inside.add("Where", [inside.add("LessOrEqual", [keys, query]), scores, inside.number(HIDDEN_SCORE)])
+        query, columns = _positions(inside, scores, share)
+        seen = inside.add("LessOrEqual", [columns, query])
+        if window_size:
+            ends = inside.add("Add", [columns, inside.integer(window_size)])
+            seen = inside.add("And", [seen, inside.add("Greater", [ends, query])])
+        return inside.add("Where", [seen, scores, inside.number(HIDDEN_SCORE)])
 
     def whole(inside: GraphWriter) -> ir.Value:
         return inside.add("Identity", [scores])

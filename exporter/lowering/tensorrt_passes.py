@@ -31,6 +31,7 @@ from mythos_edge.exporter.weights import is_unwritten, unwritten
 from mythos_edge.model.errors import BuildError
 from mythos_edge.plugins import ops
 from mythos_edge.plugins.kernels.variants import GROUP
+from mythos_edge.plugins.torch_ops import extra_of
 
 CODES = {"int8": ir.DataType.INT8, "int4": ir.DataType.INT4, "fp8": ir.DataType.FLOAT8E4M3FN}
 # TensorRT takes these for int4; the first that divides a row is used.
@@ -314,7 +315,11 @@ def _scattered(writer: GraphWriter, past: ir.Value, rows: ir.Value) -> ir.Value:
 def _attended(writer: GraphWriter, node: ir.Node, q: ir.Value, cache: ir.Value, capacity: int) -> ir.Value:
     """The result of an attention node, by the op that every head's keys and values are given to."""
     own = writer.add("Unsqueeze", [_columns(writer), writer.integers([1])])
-    seen = writer.add("LessOrEqual", [writer.constant(np.arange(capacity)[None, None, None]), own])
+    columns = writer.constant(np.arange(capacity)[None, None, None])
+    seen = writer.add("LessOrEqual", [columns, own])
+    if window_size := extra_of(node):
+        ends = writer.add("Add", [columns, writer.integer(window_size)])
+        seen = writer.add("And", [seen, writer.add("Greater", [ends, own])])
     keys = values = cache
     if node.op_type == ops.GROUPED_QUERY_ATTENTION.name:
         shape = writer.integers([1, capacity, node.attributes["kv_heads"].as_int(), shape_of(q)[-1]])

@@ -63,16 +63,29 @@ def test_latent_attention(shape: tuple[Any, ...], random: np.random.Generator) -
     assert np.abs(eager.numpy() - wanted).max() < TOLERANCE
 
 
+@pytest.mark.parametrize("window_size", [0, 1, 3, 8])
 @pytest.mark.parametrize("shape", ATTENTION_SHAPES)
-def test_grouped_query_attention(shape: tuple[Any, ...], random: np.random.Generator) -> None:
+def test_grouped_query_attention(shape: tuple[Any, ...], window_size: int, random: np.random.Generator) -> None:
     kv_heads = max(1, shape[4] // 2)
-    attributes = {"scale": 0.3, "kv_heads": kv_heads}
+    attributes = {"scale": 0.3, "kv_heads": kv_heads, "window_size": window_size}
     feeds, window = _attention_feeds(random, shape, 2 * kv_heads * 6, 6)
     wanted = reference.grouped_query_attention(**feeds, **attributes)
     assert np.abs(_run(model_of(ops.GROUPED_QUERY_ATTENTION, feeds, attributes), feeds) - wanted).max() < TOLERANCE
     q, rows, past = (torch.from_numpy(feeds[name]) for name in ("q", "rows", "past"))
-    eager = EagerOps().grouped_query_attention(q, rows, past, window, kv_heads, 0.3)
+    eager = EagerOps().grouped_query_attention(q, rows, past, window, kv_heads, 0.3, window_size)
     assert np.abs(eager.numpy() - wanted).max() < TOLERANCE
+
+
+def test_only_graphs_with_windows_pay_for_them() -> None:
+    """A node without the attribute, as older versions wrote it, sees all; a graph may hold both kinds."""
+    feeds, _ = _attention_feeds(np.random.default_rng(0), (1, 3, 5, 5, 2, (0,)), 2 * 6, 6)
+    plain = model_of(ops.GROUPED_QUERY_ATTENTION, feeds, {"scale": 0.3, "kv_heads": 1})
+    same = model_of(ops.GROUPED_QUERY_ATTENTION, feeds, {"scale": 0.3, "kv_heads": 1, "window_size": 0})
+    bounded = model_of(ops.GROUPED_QUERY_ATTENTION, feeds, {"scale": 0.3, "kv_heads": 1, "window_size": 2})
+    assert np.array_equal(_run(plain, feeds), _run(same, feeds))
+    assert np.abs(_run(bounded, feeds) - _run(plain, feeds)).max() > 0.01
+    counts = [len(list(next(iter(model.functions.values())))) for model in (plain, same, bounded)]
+    assert counts[0] == counts[1] < counts[2]
 
 
 MOE_SHAPES = [

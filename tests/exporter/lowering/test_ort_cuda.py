@@ -167,9 +167,9 @@ def _attention_model(spec: ops.OpSpec, feeds: Feeds, attributes: dict[str, Any],
 
 
 @pytest.mark.parametrize(("new", "cached", "heads"), ATTENTIONS)
-@pytest.mark.parametrize("latent", [True, False])
+@pytest.mark.parametrize(("latent", "window_size"), [(True, 0), (False, 0), (False, 1), (False, 3), (False, 6)])
 def test_attention(
-    latent: bool, new: int, cached: int, heads: int, random: np.random.Generator, tmp_path: Path
+    latent: bool, window_size: int, new: int, cached: int, heads: int, random: np.random.Generator, tmp_path: Path
 ) -> None:
     width, head_width = (20, 20) if latent else (2 * 2 * 6, 6)
     shapes = {"q": (1, new, heads, head_width), "rows": (1, new, width), "past": (1, cached, width)}
@@ -179,8 +179,8 @@ def test_attention(
         spec, attributes = ops.LATENT_ATTENTION, {"scale": 0.3, "value_dim": 13}
         wanted = reference.latent_attention(**feeds, **window, scale=0.3, value_dim=13)
     else:
-        spec, attributes = ops.GROUPED_QUERY_ATTENTION, {"scale": 0.3, "kv_heads": 2}
-        wanted = reference.grouped_query_attention(**feeds, **window, scale=0.3, kv_heads=2)
+        spec, attributes = ops.GROUPED_QUERY_ATTENTION, {"scale": 0.3, "kv_heads": 2, "window_size": window_size}
+        wanted = reference.grouped_query_attention(**feeds, **window, **attributes)
     lowered = lower_for_ort_cuda(_attention_model(spec, feeds, attributes, width))
     assert {node.op_type for node in lowered.graph.all_nodes() if node.domain == MICROSOFT} == {"FusedMatMul"}
     found = run_saved(lowered, feeds, tmp_path)

@@ -1,6 +1,5 @@
 """The graphs TensorRT gets, run by ONNX Runtime through the bodies of their ops, against the eager network."""
 
-import dataclasses
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -96,7 +95,7 @@ class Driver:
         self.model = network.looped
         self.stages = {stage: ort_session(path) for stage, path in lowered.graphs.items()}
         self.float = {"tensor(float)": np.float32, "tensor(float16)": np.float16}[self._type("step", "h")]
-        self.in_place = len(self._input("step", "past").shape) == 4
+        self.in_place = len(self._input("step", "past_0").shape) == 4
         columns = CONTEXT + ROWS if self.in_place else IDS.shape[1] + spare
         shape = (1, 1, columns, self.model.cache_width) if self.in_place else (1, columns, self.model.cache_width)
         slots = [*self._slots("prelude"), *self._slots("step"), *self._slots("coda")]
@@ -132,7 +131,7 @@ class Driver:
     def _run(self, stage: str, length: int, feeds: Arrays, index: int = 0) -> Arrays:
         session = self.stages[stage]
         slots = [f"step@{index}"] if stage == "step" else self._slots(stage)
-        names = ["past"] if stage == "step" else [f"past_{number}" for number in range(len(slots))]
+        names = [f"past_{number}" for number in range(len(slots))]
         pasts = {name: self.caches[slot] for name, slot in zip(names, slots, strict=True)}
         feeds = {**feeds, **pasts, "length": np.array(length)}
         feeds = {name: np.asarray(value) for name, value in feeds.items()}
@@ -329,9 +328,9 @@ def test_inputs_and_outputs_are_those_of_the_contract(lower: Lower) -> None:
         "threshold": ("tensor(float)", []),
         "min_depth": (long, []),
         "length": (long, []),
-        "past": (half, cache),
+        "past_0": (half, cache),
     }
-    made = {f"{name}_next": kind for name, kind in state.items()} | {"past_next": (half, cache)}
+    made = {f"{name}_next": kind for name, kind in state.items()} | {"past_0_next": (half, cache)}
     assert {output.name: (output.type, output.shape) for output in step.get_outputs()} == made
     coda = ort_session(lower("mla-small", "fp32").graphs["coda"])
     assert {given.name: given.shape for given in coda.get_inputs()} == {
@@ -442,27 +441,6 @@ def test_experts_whose_input_does_not_divide(weights: str, lower: Lower) -> None
         model.graph.initializers[f"step.block.ffn.{name}"].shape = ir.Shape(shape)
     with pytest.raises(BuildError, match=r"fc1: rows of 100 values are no multiple of 32: build with --weights none"):
         tensorrt_passes.round_weights(model, weights, set())
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"dtype": "fp64"}, "dtype is 'fp64', expected one of fp32, fp16, bf16"),
-        ({"layout": "tree"}, "layout is 'tree', expected one of step, loop"),
-        ({"weights": "int3"}, "weights is 'int3', expected one of none, int8, int4, fp8"),
-        ({"max_rows": 0}, "max_rows is 0, expected at least 1"),
-    ],
-)
-def test_options_are_checked(changes: dict[str, Any], message: str) -> None:
-    options = EngineOptions("fp16", "step", "none", 32, 8)
-    with pytest.raises(BuildError) as caught:
-        dataclasses.replace(options, **changes)
-    assert str(caught.value) == message
-
-
-def test_a_context_beyond_the_bundles_is_refused(mla_bundle: Path, tmp_path: Path) -> None:
-    with pytest.raises(BuildError, match=r"max_context is 257, .* was exported for 256: export with --max-context 257"):
-        lower_for_tensorrt(open_bundle(mla_bundle), tmp_path, EngineOptions("fp16", "step", "none", 257, 8))
 
 
 def test_a_weight_beyond_fp16_is_named(

@@ -122,7 +122,7 @@ class Staircase:
     @property
     def is_caught_up(self) -> bool:
         """Whether every loop step has every column."""
-        return self.loop_slots[-1].end >= self.columns
+        return self.lengths[-1] >= self.columns
 
     def trim(self) -> None:
         """Gives back the room for columns to come, where it is more than what there is."""

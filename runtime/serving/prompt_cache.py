@@ -94,12 +94,14 @@ class PromptCache:
 
         Raises what a stage raises, and forgets the sequence then.
         """
-        at = max(at for at, entry in enumerate(self._entries) if not entry.staircase.is_caught_up)
-        entry = self._entries.pop(at)
-        entry.staircase.flush(until)
+        entry = next(entry for entry in reversed(self._entries) if not entry.staircase.is_caught_up)
+        try:
+            entry.staircase.flush(until)
+        except BaseException:
+            self._entries.remove(entry)
+            raise
         entry.staircase.trim()
         entry.nbytes = entry.staircase.nbytes
-        self._entries.insert(at, entry)
         self.shrink(self.limit)
 
 

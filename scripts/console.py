@@ -51,7 +51,7 @@ def printable_line(text: str) -> str:
 
 @dataclass
 class _Phase:
-    """What is under way, and which share of it was done when: at first, and as it was last told."""
+    """A phase of work, and which share of it was done when: at first, and as it was last told."""
 
     name: str
     began_at: float
@@ -151,9 +151,9 @@ class Console:
             self._people_on_stderr = True
 
     def progress(self, phase: str, fraction: float) -> None:
-        """What is under way and the share of it that is done, for people at a terminal.
+        """Shows people at a terminal the phase that is under way and the share of it that is done.
 
-        It shows a line with elapsed and remaining time, whose clock moves. Elsewhere, and with --json, nothing is told.
+        It is one line with elapsed and remaining time, whose clock moves. Elsewhere, and with --json, nothing is told.
         """
         if self.as_json or not _is_terminal(sys.stderr):
             return

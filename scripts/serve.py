@@ -11,6 +11,7 @@ from mythos_edge.model.errors import UsageError, unavailable
 from mythos_edge.runtime.chat_template import ChatTemplate
 from mythos_edge.runtime.halting import depth_of_preset
 from mythos_edge.runtime.options import Options
+from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import arguments, options
 from mythos_edge.scripts.console import Console
 
@@ -18,6 +19,10 @@ HELP = "serve a bundle to clients of OpenAI's API, and a page that shows depth"
 EXAMPLE = "mythos-edge serve model.bundle --port 8080 --slots 8"
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+_UVICORN: dict[str, Any] = {
+    **{"log_level": "warning", "server_header": False, "lifespan": "on", "ws": "none"},
+    "timeout_graceful_shutdown": 10,
+}
 _MOST_KEY_BYTES = 1 << 20
 # Options of depth, each with its value where the command line sets none.
 _DEFAULTS = {"policy": "exact", "min_depth": 1, "max_depth": None, "threshold": None}
@@ -64,9 +69,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     cache_bytes, keys = _bytes(args.cache_memory), _keys(args.api_key_file)
     with options.session_of(args) as session, _bound(args.host, args.port) as listening:
         manifest = session.bundle.manifest
-        defaults = {} if args.preset is None else depth_of_preset(manifest, args.preset)
-        defaults |= {name: getattr(args, name) for name, usual in _DEFAULTS.items() if getattr(args, name) != usual}
-        Options(**defaults).depth.resolve(session.model)
+        defaults = _defaults(args, session)
         template = ChatTemplate.of(session.bundle, args.chat_template)
         target = args.target or (manifest.presets[args.preset].target if args.preset else manifest.default_target)
         running = engine.Engine(session, args.slots, args.queue, cache_bytes)
@@ -92,14 +95,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
             limits=app.Limits(request_s=args.timeout),
             ready=ready,
         )
-        config: Any = uvicorn.Config(
-            app.app_of(serving),
-            log_level="warning",
-            lifespan="on",
-            ws="none",
-            timeout_graceful_shutdown=10,
-            server_header=False,
-        )
+        config: Any = uvicorn.Config(app.app_of(serving), **_UVICORN)
         server = uvicorn.Server(config)
         try:
             server.run(sockets=[listening])
@@ -111,6 +107,14 @@ def run(args: argparse.Namespace, console: Console) -> int:
             running.close()
     console.result({"address": address, "requests": dict(running.counts)})
     return 0
+
+
+def _defaults(args: argparse.Namespace, session: Session) -> dict[str, Any]:
+    """The depth of requests that set none: the preset's, and what the command line says. Raises UsageError."""
+    defaults = {} if args.preset is None else depth_of_preset(session.bundle.manifest, args.preset)
+    defaults |= {name: getattr(args, name) for name, usual in _DEFAULTS.items() if getattr(args, name) != usual}
+    Options(**defaults).depth.resolve(session.model)
+    return defaults
 
 
 def _bound(host: str, port: int) -> socket.socket:

@@ -20,7 +20,10 @@ EXAMPLE = "mythos-edge serve model.bundle --port 8080 --slots 8"
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 _UVICORN: dict[str, Any] = {
-    **{"log_level": "warning", "server_header": False, "lifespan": "on", "ws": "none"},
+    "log_level": "warning",
+    "server_header": False,
+    "lifespan": "on",
+    "ws": "none",
     "timeout_graceful_shutdown": 10,
 }
 _MOST_KEY_BYTES = 1 << 20

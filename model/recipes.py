@@ -1,7 +1,8 @@
 """Recipes: how one stored tensor is made of a checkpoint's, piece by piece, so that none is ever whole in memory."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -26,6 +27,7 @@ def stored_table_of(reader: TensorReader) -> Any:
 
 
 Pieces = Callable[[TensorReader], Iterator[Tensor]]
+Parts = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Recipe:
     pieces: Pieces
     narrow: bool = False
     share: float = 1.0
-    parts: tuple[str, ...] = ()
+    parts: Parts = ()
     role: str = ""
 
 
@@ -57,3 +59,28 @@ class Experts(NamedTuple):
     router_bias: str
     fc1: str
     fc2: str
+
+
+def vector(name: str, source: str, size: int) -> Recipe:
+    """A vector of a checkpoint as it is."""
+    return Recipe(name, (size,), partial(rows_in_turn, [(source, size)], 1))
+
+
+def stacked(name: str, sources: Sequence[tuple[str, int]], columns: int, parts: Parts = ()) -> Recipe:
+    """Matrices of (source name, rows), one below the other; a large one belongs to ``parts``."""
+    shape, pieces = (sum(rows for _, rows in sources), columns), partial(rows_in_turn, sources, columns)
+    return Recipe(name, shape, pieces, narrow=bool(parts), parts=parts)
+
+
+def rows_in_turn(sources: Sequence[tuple[str, int]], columns: int, reader: TensorReader) -> Iterator[Tensor]:
+    """The rows of tensors (source name, rows), one after the other."""
+    for source, rows in sources:
+        for start, stop in row_ranges(rows, columns):
+            yield reader.read(source, start, stop)
+
+
+def row_ranges(rows: int, columns: int) -> Iterator[tuple[int, int]]:
+    """Ranges of rows that are one piece each."""
+    height = max(1, PIECE_BYTES // (4 * columns))
+    for start in range(0, rows, height):
+        yield start, min(rows, start + height)

@@ -22,7 +22,7 @@ from mythos_edge.scripts import arguments, interrupts, options
 from mythos_edge.scripts.console import Console
 
 HELP = "talk with a model in the terminal"
-EXAMPLE = 'mythos-edge chat model.bundle --system "Answer in one sentence." --temperature 0.7'
+EXAMPLE = 'mythos-edge chat model.bundle --system "Be brief." --temperature 0.7'
 
 _NO_TEMPLATE = "this bundle has no chat template: the model goes on with the text (--chat-template chatml or a file)"
 # 256 colours, from few loop steps (blue) to all of them (red).

@@ -4,12 +4,13 @@ Exit codes: 0 done, 1 an expected error or a parity failure, 2 a command line th
 """
 
 import argparse
+import difflib
 import os
 import sys
 import textwrap
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -19,7 +20,7 @@ from mythos_edge.scripts import interrupts
 from mythos_edge.scripts.console import CLOSED, Console, drop, tell
 
 # What takes time to import is imported by main, so that Ctrl-C meanwhile is no traceback.
-_VERBS = {
+VERBS = {
     "doctor": "doctor",
     "inspect": "inspect_verb",
     "export": "export_verb",
@@ -101,6 +102,14 @@ class _UnreadableCommand(Exception):
     """A command line that argparse refuses."""
 
 
+def _meant(word: str, known: Iterable[str]) -> str:
+    """Asks for the nearest of the ``known`` names, as the end of a message; nothing where none is near."""
+    names, written = list(known), word.lower().replace("_", "-")
+    begun = [name for name in names if written.strip("-") and name.startswith(written)]
+    near = begun or difflib.get_close_matches(written, names, n=1)
+    return f": did you mean {near[0]}?" if near else ""
+
+
 class _Formatter(argparse.HelpFormatter):
     """Breaks help between words alone, and examples nowhere, so that they can be copied."""
 
@@ -123,7 +132,21 @@ class _Parser(argparse.ArgumentParser):
         raise _UnreadableCommand(message)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        return super().parse_known_args(self._with_texts(list(args)), namespace)
+        known, others = super().parse_known_args(self._with_texts(list(args)), namespace)
+        if others:
+            # Told here and not by the parser of the whole, which does not know the options of the verb.
+            option = next((word.partition("=")[0] for word in others if word.startswith("-")), "")
+            self.error(f"unrecognized arguments: {' '.join(others)}{_meant(option, self._option_string_actions)}")
+        return known, others
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            meant = _meant(value, action.choices or ())
+            if action.dest == "verb":
+                self.error(f"unknown verb {value!r}{meant or ': expected one of ' + ', '.join(VERBS)}")
+            raise argparse.ArgumentError(action, f"{error.message}{meant}") from None
 
     def _with_texts(self, words: list[str]) -> list[str]:
         """Joins ``-p -x`` to ``-p=-x``, which argparse does not take for two options; ``-p --json`` stays as it is."""
@@ -165,7 +188,7 @@ def parser() -> argparse.ArgumentParser:
     common = _Parser(add_help=False)
     add_common(common)
     verbs = command.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for name, module_name in _VERBS.items():
+    for name, module_name in VERBS.items():
         module = import_module(f"mythos_edge.scripts.{module_name}")
         verb = verbs.add_parser(
             name,

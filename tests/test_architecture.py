@@ -51,7 +51,17 @@ MAY_IMPORT = {
 MOST_LINES, MOST_LINES_OF_FUNCTION = 450, 60
 # What the base install can run: neither torch nor onnx.
 NEED_TORCH = {
-    *("checkpoint", "eager_ops", "entry_reader", "layout", "network", "recipes", "stored_checkpoint", "tensor_choice"),
+    *(
+        "checkpoint",
+        "eager_ops",
+        "entry_reader",
+        "layers",
+        "layout",
+        "network",
+        "recipes",
+        "stored_checkpoint",
+        "tensor_choice",
+    ),
     "tensor_files",
 }
 IMPORT_LIGHT = [

@@ -24,6 +24,8 @@ from mythos_edge.scripts.lab.kernel_cases import NUMPY, TOLERANCES, Array, Case,
 BANDWIDTH_TARGET = 0.7
 _COPY_BYTES = 256 << 20
 _REPEATS = 20
+# The first that is visible.
+_DEVICE = 0
 # Runs in a graph: as many as there are turns, but for tiny inputs.
 _MAX_RUNS = 64
 
@@ -41,15 +43,15 @@ def _giving_back(give_back: Callable[[], object]) -> Iterator[None]:
 
 
 class MeasuredGpu:
-    """One GPU with its kernels; ``device`` its number. A context manager that gives everything back.
+    """The GPU with its kernels. A context manager that gives everything back.
 
     ``lost`` is the error that made the GPU useless to this process, which an illegal address does for good.
     """
 
-    def __init__(self, driver: Driver, device: int = 0, load_kernel: Any = kernel_store.kernel) -> None:
-        self.driver, self.device, self._load_kernel = driver, device, load_kernel
-        driver.retain_primary_context(device)
-        self.capability = driver.compute_capability(device)
+    def __init__(self, driver: Driver, load_kernel: Any = kernel_store.kernel) -> None:
+        self.driver, self._load_kernel = driver, load_kernel
+        driver.retain_primary_context(_DEVICE)
+        self.capability = driver.compute_capability(_DEVICE)
         self.stream = driver.stream()
         self.kernels = LoadedKernels(driver)
         self.lost: MythosEdgeError | None = None
@@ -65,7 +67,7 @@ class MeasuredGpu:
     def close(self) -> None:
         """Gives stream and context back, as far as a lost GPU still takes them."""
         quiet = suppress(MythosEdgeError) if self.lost else nullcontext()
-        with quiet, _giving_back(lambda: self.driver.release_primary_context(self.device)):
+        with quiet, _giving_back(lambda: self.driver.release_primary_context(_DEVICE)):
             self.driver.destroy_stream(self.stream)
 
     def __enter__(self) -> "MeasuredGpu":

@@ -80,9 +80,9 @@ def cases_of(group: str, name: str, config: MythosConfig, contexts: tuple[int, .
             yield experts(name, config, rows, "fp16", kind)
 
 
-def experts(name: str, config: MythosConfig, rows: int, dtype: str, codes: str, seed: int = 0) -> Case:
+def experts(name: str, config: MythosConfig, rows: int, dtype: str, codes: str) -> Case:
     """SparseMoE, or QuantizedSparseMoE with weights of ``codes``."""
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     count, dim, units, top_k = config.n_experts, config.dim, config.expert_dim, config.n_experts_per_tok
     kind = NUMPY[dtype]
     inputs: dict[str, Array] = {
@@ -121,11 +121,9 @@ def experts(name: str, config: MythosConfig, rows: int, dtype: str, codes: str, 
     )
 
 
-def attention(
-    name: str, config: MythosConfig, rows: int, dtype: str, context: int, filled: int | None = None, seed: int = 0
-) -> Case:
+def attention(name: str, config: MythosConfig, rows: int, dtype: str, context: int, filled: int | None = None) -> Case:
     """LatentAttention with room for ``context`` cached columns, of which the first ``filled`` (or all) are."""
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     filled = context if filled is None else filled
     heads, rank = config.n_heads, config.kv_lora_rank
     width = config.cache_width

@@ -226,13 +226,13 @@ def _bytes(name: str, shape: tuple[int, ...], quantization: str) -> int:
     return math.prod(shape[:-1]) * math.ceil(shape[-1] / how.block_size) * how.block_bytes
 
 
-def write_gguf(path: Path, shape: LlamaShape, quantization: str, seed: int = 0) -> None:
+def write_gguf(path: Path, shape: LlamaShape, quantization: str) -> None:
     """Write the network with random weights to ``path``; memory holds one tensor at a time.
 
     Raises UsageError when rows are not whole blocks.
     """
     gguf = _library("gguf")
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     # The library opens files by name.
     with writing(path, "the model") as file, closing(gguf.GGUFWriter(file.name, ARCHITECTURE)) as writer:
         _add_metadata(gguf, writer, shape, quantization)

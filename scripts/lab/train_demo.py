@@ -21,7 +21,7 @@ from mythos_edge.scripts.lab import training
 from mythos_edge.scripts.lab.reference import open_mythos
 
 LOOPS = 8
-_BATCH, _LENGTH = 48, 24
+_BATCH, _TESTED, _LENGTH = 48, 200, 24
 _SUPERVISED_DEPTHS = 3
 _MIN_ACCURACY = 0.999
 
@@ -97,9 +97,9 @@ def _loss(main: Any, model: Any, columns: np.ndarray, random: np.random.Generato
 
 
 @torch.no_grad()
-def evaluate(main: Any, model: Any, seed: int, batch: int = 200) -> tuple[float, dict[int, float]]:
+def evaluate(main: Any, model: Any, seed: int) -> tuple[float, dict[int, float]]:
     """Digit accuracy of the unmodified reference forward, and mean depth by chain length."""
-    columns = addition.random_columns(np.random.default_rng(seed), batch, _LENGTH)
+    columns = addition.random_columns(np.random.default_rng(seed), _TESTED, _LENGTH)
     lengths = addition.chain_lengths(columns)
     solvable = lengths <= LOOPS
     predicted = model(torch.from_numpy(columns)).argmax(-1).numpy() - addition.DIGIT_BASE

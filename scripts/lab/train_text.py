@@ -47,6 +47,7 @@ MODULES = """
 _TOKENS = 512  # a step, in one row or more: short rows teach soon, and only long ones the late positions
 _LENGTHS = (64, 128, 64, 512)
 _HELD_OUT_EVERY = 16
+_MOST_WINDOWS = 24
 _MIN_BYTES = 100_000
 _SAVED_ROWS, _SAVED_POSITIONS = 4, 64
 # With more equal shares than this, the last but one would reach the halting threshold.
@@ -140,9 +141,10 @@ def _loss(model: Any, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: Any, ids: Ids, length: int = 512, most: int = 24) -> float:
-    """Mean loss over at most ``most`` windows of ``ids``, nats per token; over all positions the model has."""
-    rows = min(most, len(ids) // length)
+def evaluate(model: Any, ids: Ids) -> float:
+    """Mean loss over some windows of ``ids``, nats per token; over all positions the model has."""
+    length = model.cfg.max_seq_len
+    rows = min(_MOST_WINDOWS, len(ids) // length)
     return float(_loss(model, torch.from_numpy(ids[: rows * length].reshape(rows, length))))
 
 

@@ -24,7 +24,7 @@ from tiny_checkpoint import (
 from mythos_edge.model.bounded_files import open_regular, parse_json, read_bounded, read_json, size_text
 from mythos_edge.model.errors import ConfigError
 from mythos_edge.model.families.openmythos.config import config_from_dict
-from mythos_edge.model.families.openmythos.layers import rope_table
+from mythos_edge.model.layers import rope_table
 from mythos_edge.model.layout import recipes
 from mythos_edge.model.pickle_bounds import check_pickle
 
@@ -200,7 +200,7 @@ def test_a_damaged_pickle_is_a_value_error_or_left_to_torch(data: bytes) -> None
 
 
 def test_the_rotary_table_is_made_in_pieces_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mythos_edge.model.families.openmythos.layout.PIECE_BYTES", 1 << 12)
+    monkeypatch.setattr("mythos_edge.model.recipes.PIECE_BYTES", 1 << 12)
     config = config_from_dict({**TINY, **OPEN_FIELDS, "attn_type": "mla"}, origin="here")
     made = {
         recipe.name: list(recipe.pieces(None)) for recipe in recipes(config, 5000) if recipe.name.startswith("rope")

@@ -19,21 +19,9 @@ from command_line import CHECKPOINT, PROGRAM, Ran, refused
 from conftest import ROOT
 
 from mythos_edge.exporter.kept_graphs import VARIABLE
+from mythos_edge.scripts import cli
 
-VERBS = (
-    "doctor",
-    "inspect",
-    "export",
-    "build",
-    "inline",
-    "tokenize",
-    "generate",
-    "score",
-    "validate",
-    "tune",
-    "bench",
-    "demo",
-)
+VERBS = tuple(cli.VERBS)
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -68,6 +56,34 @@ def test_wrong_usage_is_exit_code_2(argv: tuple[str, ...], run: Callable[..., Ra
     assert usage.startswith("usage: mythos-edge")
     assert usage.endswith("--help tells")
     assert error.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("genrate", "b"), "unknown verb 'genrate': did you mean generate?"),
+        (("Tune",), "unknown verb 'Tune': did you mean tune?"),
+        (("frobnicate",), "unknown verb 'frobnicate': expected one of doctor, inspect, export,"),
+        (("",), "unknown verb '': expected one of doctor,"),
+        (("generate", "b", "--max-tokens", "5"), ": --max-tokens 5: did you mean --max-new-tokens?"),
+        (("generate", "b", "--max_new_tokens=5"), ": --max_new_tokens=5: did you mean --max-new-tokens?"),
+        (("generate", "b", "--temp", "5"), ": --temp 5: did you mean --temperature?"),
+        (("bench", "b", "--new-token", "5"), ": --new-token 5: did you mean --new-tokens?"),
+        (("generate", "b", "other"), "unrecognized arguments: other"),
+        (("doctor", "--qqqq"), "unrecognized arguments: --qqqq"),
+        (("--versoin", "doctor"), "unrecognized arguments: --versoin: did you mean --version?"),
+        (("generate", "b", "--policy", "exat"), "): did you mean exact?"),
+    ],
+)
+def test_a_name_that_is_near_is_asked_for(argv: tuple[str, ...], message: str, run: Callable[..., Ran]) -> None:
+    ran = run(*argv)
+    usage, error = ran.err.splitlines()
+    assert (ran.code, ran.out) == (2, "")
+    assert message in error
+    assert error.endswith((message, "".join(cli.VERBS)[-4:]))
+    # Of the verb where there is one.
+    verb = f" {argv[0]}" if argv[0] in cli.VERBS else ""
+    assert usage.startswith(f"usage: mythos-edge{verb} ...,")
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -5,7 +5,8 @@ Weights that are multiplied with the same input are one matrix, the key/value up
 absorbed matrices, and the experts are stacked; ``layout`` makes these from a checkpoint's tensors.
 Not here: the loop (``loop``), the stages (``network``), training.
 
-Source: OpenMythos 8c68c1f, ``open_mythos/main.py``.
+Source: OpenMythos 8c68c1f, ``open_mythos/main.py``: of what families share, ``RMSNorm``, ``precompute_rope_freqs`` and
+``apply_rope`` (real tables, two float32 rows instead of one complex row), ``GQAttention``.
 """
 
 import torch
@@ -14,51 +15,11 @@ from torch import Tensor, nn
 
 from mythos_edge.model.eager_ops import chosen_experts, swiglu
 from mythos_edge.model.families.openmythos.config import MythosConfig
+from mythos_edge.model.layers import GroupedQueryAttention, RMSNorm, Rope
 from mythos_edge.model.network import Ops, Window
 
+# Source: ``RMSNorm``.
 RMS_EPS = 1e-6
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, eps inside the root. Source: ``RMSNorm``."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(dim))
-
-    def forward(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
-        return nn.functional.rms_norm(x, self.weight.shape, self.weight, RMS_EPS)
-
-
-class Rope(nn.Module):
-    """Cosine and sine of position * frequency up to ``max_context``, built in float32 whatever the model's dtype.
-
-    Source: ``precompute_rope_freqs``. Differs: real tables, two float32 rows instead of one complex row.
-    """
-
-    def __init__(self, config: MythosConfig, max_context: int, ops: Ops) -> None:
-        super().__init__()
-        self.ops = ops
-        self.cos = nn.Parameter(torch.empty(max_context, config.rope_dim // 2), requires_grad=False)
-        self.sin = nn.Parameter(torch.empty(max_context, config.rope_dim // 2), requires_grad=False)
-
-    def forward(self, x: Float[Tensor, "B S H P"], positions: Int[Tensor, "B S"]) -> Float[Tensor, "B S H P"]:
-        """Each adjacent pair of ``x`` turned by its position's angle. Source: ``apply_rope``."""
-        return self.ops.rotate(x, self.cos.to(x.dtype), self.sin.to(x.dtype), positions)
-
-
-def rope_table(
-    dim: int, max_context: int, theta: float, start: int = 0
-) -> tuple[Float[Tensor, "M F"], Float[Tensor, "M F"]]:
-    """Cosine and sine tables of the positions ``start`` .. ``max_context``, half of ``dim`` wide, in float32."""
-    positions = torch.arange(start, max_context, dtype=torch.float32)
-    angles = torch.outer(positions, rope_frequencies(dim, theta))
-    return angles.cos(), angles.sin()
-
-
-def rope_frequencies(dim: int, theta: float) -> Float[Tensor, "F"]:
-    """Angle of each pair of channels at position 1, in float32 as the reference computes it."""
-    return 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
 
 
 class LatentAttention(nn.Module):
@@ -73,8 +34,8 @@ class LatentAttention(nn.Module):
         self.config, self.ops = config, ops
         heads, latent, rope = config.n_heads, config.kv_lora_rank, config.qk_rope_head_dim
         self.qkv_down = nn.Parameter(torch.empty(config.q_lora_rank + latent + rope, config.dim))
-        self.q_norm = RMSNorm(config.q_lora_rank)
-        self.kv_norm = RMSNorm(latent)
+        self.q_norm = RMSNorm(config.q_lora_rank, RMS_EPS)
+        self.kv_norm = RMSNorm(latent, RMS_EPS)
         self.q_up = nn.Parameter(torch.empty(heads * config.head_dim, config.q_lora_rank))
         self.key_up = nn.Parameter(torch.empty(heads, config.qk_nope_head_dim, latent))
         self.value_up = nn.Parameter(torch.empty(heads, latent, config.v_head_dim))
@@ -105,35 +66,6 @@ class LatentAttention(nn.Module):
         )
         values = mixed.view(-1, c.n_heads, c.kv_lora_rank).transpose(0, 1) @ self.value_up  # (H, N, V)
         return nn.functional.linear(values.transpose(0, 1).reshape(-1, c.n_heads * c.v_head_dim), self.wo), rows
-
-
-class GroupedQueryAttention(nn.Module):
-    """Grouped-query attention; a cache row is keys | values of all key/value heads. Source: ``GQAttention``."""
-
-    def __init__(self, config: MythosConfig, ops: Ops) -> None:
-        super().__init__()
-        self.config, self.ops = config, ops
-        self.qkv = nn.Parameter(torch.empty(config.dim + config.cache_width, config.dim))
-        self.wo = nn.Parameter(torch.empty(config.dim, config.dim))
-
-    def forward(
-        self,
-        x: Float[Tensor, "N D"],
-        rope: Rope,
-        positions: Int[Tensor, "B S"],
-        past: Float[Tensor, "B C W"],
-        window: Window,
-    ) -> tuple[Float[Tensor, "N D"], Float[Tensor, "B S W"]]:
-        """The attention output and the chunk's new cache rows."""
-        c = self.config
-        batch, chunk = positions.shape
-        kv_dim = c.cache_width // 2
-        q, key, value = nn.functional.linear(x, self.qkv).split([c.dim, kv_dim, kv_dim], dim=-1)
-        q = rope(q.view(batch, chunk, c.n_heads, -1), positions)
-        key = rope(key.view(batch, chunk, c.n_kv_heads, -1), positions)
-        rows = torch.cat([key.flatten(2), value.view(batch, chunk, -1)], dim=-1)
-        mixed = self.ops.grouped_query_attention(q, rows, past, window, c.n_kv_heads, c.head_dim**-0.5)
-        return nn.functional.linear(mixed.view(x.shape), self.wo), rows
 
 
 class DenseFeedForward(nn.Module):
@@ -180,9 +112,10 @@ class Block(nn.Module):
 
     def __init__(self, config: MythosConfig, ops: Ops, *, moe: bool) -> None:
         super().__init__()
-        self.attn_norm = RMSNorm(config.dim)
-        self.attn = LatentAttention(config, ops) if config.is_mla else GroupedQueryAttention(config, ops)
-        self.ffn_norm = RMSNorm(config.dim)
+        self.attn_norm = RMSNorm(config.dim, RMS_EPS)
+        heads = config.n_heads, config.n_kv_heads, config.head_dim
+        self.attn = LatentAttention(config, ops) if config.is_mla else GroupedQueryAttention(config.dim, *heads, ops)
+        self.ffn_norm = RMSNorm(config.dim, RMS_EPS)
         self.ffn = SparseMoE(config, ops) if moe else DenseFeedForward(config)
 
     def forward(

@@ -8,29 +8,37 @@ import torch
 from torch import Tensor
 
 from mythos_edge.model.families.openmythos.config import MythosConfig
-from mythos_edge.model.families.openmythos.layers import rope_table
 from mythos_edge.model.families.openmythos.loop import loop_frequencies
 from mythos_edge.model.families.openmythos.rope_tables import cos_and_sin
-from mythos_edge.model.recipes import PIECE_BYTES, Pieces, Recipe, TensorReader, stored_table_of
-
-Parts = tuple[str, ...]
+from mythos_edge.model.layers import rope_table
+from mythos_edge.model.recipes import (
+    Parts,
+    Pieces,
+    Recipe,
+    TensorReader,
+    row_ranges,
+    rows_in_turn,
+    stacked,
+    stored_table_of,
+    vector,
+)
 
 
 def recipes(config: MythosConfig, max_context: int) -> list[Recipe]:
     """Every stored tensor of a model, in no particular order."""
-    found = [_stacked("embed", [("embed.weight", config.vocab_size)], config.dim, ("head",))]
+    found = [stacked("embed", [("embed.weight", config.vocab_size)], config.dim, ("head",))]
     for index in range(config.prelude_layers):
         found += _block(config, f"prelude_blocks.{index}", f"prelude.{index}", ("prelude",))
     found += _block(config, "step.block", "recurrent.block", ())
     for index in range(config.coda_layers):
         found += _block(config, f"coda_blocks.{index}", f"coda.{index}", ("coda",))
-    return found + _step(config) + [_vector("norm.weight", "norm.weight", config.dim)] + _tables(config, max_context)
+    return found + _step(config) + [vector("norm.weight", "norm.weight", config.dim)] + _tables(config, max_context)
 
 
 def _block(config: MythosConfig, name: str, source: str, parts: Parts) -> list[Recipe]:
     """A block that belongs to ``parts``; that of the loop step, which belongs to none, has experts."""
     norms = [
-        _vector(f"{name}.{part}.weight", f"{source}.{part}.weight", config.dim) for part in ("attn_norm", "ffn_norm")
+        vector(f"{name}.{part}.weight", f"{source}.{part}.weight", config.dim) for part in ("attn_norm", "ffn_norm")
     ]
     attention = _latent_attention if config.is_mla else _grouped_attention
     feed_forward = partial(_dense, parts=parts) if parts else _sparse_moe
@@ -53,10 +61,10 @@ def _latent_attention(c: MythosConfig, name: str, source: str, parts: Parts) -> 
     key_rows = partial(_head_rows, kv_up, c.n_heads, per_head, 0, c.qk_nope_head_dim)
     value_rows = partial(_head_rows, kv_up, c.n_heads, per_head, c.qk_nope_head_dim, per_head)
     return [
-        _stacked(f"{name}.qkv_down", down, c.dim, parts),
-        _vector(f"{name}.q_norm.weight", f"{source}.q_norm.weight", c.q_lora_rank),
-        _vector(f"{name}.kv_norm.weight", f"{source}.kv_norm.weight", c.kv_lora_rank),
-        _stacked(f"{name}.q_up", up, c.q_lora_rank, parts),
+        stacked(f"{name}.qkv_down", down, c.dim, parts),
+        vector(f"{name}.q_norm.weight", f"{source}.q_norm.weight", c.q_lora_rank),
+        vector(f"{name}.kv_norm.weight", f"{source}.kv_norm.weight", c.kv_lora_rank),
+        stacked(f"{name}.q_up", up, c.q_lora_rank, parts),
         # Multiplied head by head, which no kernel for rounded weights does; about a hundredth of a step's weights.
         Recipe(f"{name}.key_up", (c.n_heads, c.qk_nope_head_dim, c.kv_lora_rank), key_rows, True),
         Recipe(
@@ -65,7 +73,7 @@ def _latent_attention(c: MythosConfig, name: str, source: str, parts: Parts) -> 
             lambda reader: (head.T.contiguous() for head in value_rows(reader)),
             True,
         ),
-        _stacked(f"{name}.wo", [(f"{source}.wo.weight", c.dim)], c.n_heads * c.v_head_dim, parts),
+        stacked(f"{name}.wo", [(f"{source}.wo.weight", c.dim)], c.n_heads * c.v_head_dim, parts),
     ]
 
 
@@ -73,16 +81,16 @@ def _grouped_attention(c: MythosConfig, name: str, source: str, parts: Parts) ->
     kv_dim = c.cache_width // 2
     qkv = [(f"{source}.wq.weight", c.dim), (f"{source}.wk.weight", kv_dim), (f"{source}.wv.weight", kv_dim)]
     return [
-        _stacked(f"{name}.qkv", qkv, c.dim, parts),
-        _stacked(f"{name}.wo", [(f"{source}.wo.weight", c.dim)], c.dim, parts),
+        stacked(f"{name}.qkv", qkv, c.dim, parts),
+        stacked(f"{name}.wo", [(f"{source}.wo.weight", c.dim)], c.dim, parts),
     ]
 
 
 def _dense(c: MythosConfig, name: str, source: str, parts: Parts) -> list[Recipe]:
     gate_up = [(f"{source}.gate.weight", c.dense_dim), (f"{source}.up.weight", c.dense_dim)]
     return [
-        _stacked(f"{name}.gate_up", gate_up, c.dim, parts),
-        _stacked(f"{name}.down", [(f"{source}.down.weight", c.dim)], c.dense_dim, parts),
+        stacked(f"{name}.gate_up", gate_up, c.dim, parts),
+        stacked(f"{name}.down", [(f"{source}.down.weight", c.dim)], c.dense_dim, parts),
     ]
 
 
@@ -90,14 +98,14 @@ def _sparse_moe(c: MythosConfig, name: str, source: str) -> list[Recipe]:
     routed = [f"{source}.routed_experts.{index}" for index in range(c.n_experts)]
     shared = [f"{source}.shared_experts.{index}" for index in range(c.n_shared_experts)]
     share = c.n_experts_per_tok / c.n_experts
-    down = partial(_rows_in_turn, [(f"{expert}.down.weight", c.dim) for expert in routed], c.expert_dim)
+    down = partial(rows_in_turn, [(f"{expert}.down.weight", c.dim) for expert in routed], c.expert_dim)
     stacks: dict[str, tuple[tuple[int, ...], Pieces]] = {
         "fc1": ((c.n_experts, 2 * c.expert_dim, c.dim), partial(_interleaved, routed, c)),
         "fc2": ((c.n_experts, c.dim, c.expert_dim), down),
     }
     made = [
-        replace(_stacked(f"{name}.router", [(f"{source}.router.weight", c.n_experts)], c.dim), role="router"),
-        replace(_vector(f"{name}.router_bias", f"{source}.router_bias", c.n_experts), role="router_bias"),
+        replace(stacked(f"{name}.router", [(f"{source}.router.weight", c.n_experts)], c.dim), role="router"),
+        replace(vector(f"{name}.router_bias", f"{source}.router_bias", c.n_experts), role="router_bias"),
         *(Recipe(f"{name}.{role}", *stacks[role], True, share, ("experts",), role) for role in stacks),
     ]
     if shared:
@@ -106,7 +114,7 @@ def _sparse_moe(c: MythosConfig, name: str, source: str) -> list[Recipe]:
         rows = [(f"{expert}.{part}.weight", width) for part in ("gate", "up") for expert in shared]
         shared_down = partial(_side_by_side, [f"{expert}.down.weight" for expert in shared], c.dim, c.shared_dim)
         made += [
-            _stacked(f"{name}.shared_gate_up", rows, c.dim, ("shared",)),
+            stacked(f"{name}.shared_gate_up", rows, c.dim, ("shared",)),
             Recipe(f"{name}.shared_down", (c.dim, c.shared_dim), shared_down, True, parts=("shared",)),
         ]
     return made
@@ -115,14 +123,14 @@ def _sparse_moe(c: MythosConfig, name: str, source: str) -> list[Recipe]:
 def _step(c: MythosConfig) -> list[Recipe]:
     source = "recurrent"
     return [
-        _vector("step.norm.weight", f"{source}.norm.weight", c.dim),
-        _stacked("step.lora.down", [(f"{source}.lora.down.weight", c.lora_rank)], c.dim),
-        _stacked("step.lora.scale", [(f"{source}.lora.scale.weight", c.max_loop_iters)], c.lora_rank),
-        _stacked("step.lora.up", [(f"{source}.lora.B", c.lora_rank)], c.dim),
+        vector("step.norm.weight", f"{source}.norm.weight", c.dim),
+        stacked("step.lora.down", [(f"{source}.lora.down.weight", c.lora_rank)], c.dim),
+        stacked("step.lora.scale", [(f"{source}.lora.scale.weight", c.max_loop_iters)], c.lora_rank),
+        stacked("step.lora.up", [(f"{source}.lora.B", c.lora_rank)], c.dim),
         Recipe("step.decay", (c.dim,), _decay),
-        _vector("step.inject", f"{source}.injection.B", c.dim),
-        _stacked("step.halt_weight", [(f"{source}.act.halt.weight", 1)], c.dim),
-        _vector("step.halt_bias", f"{source}.act.halt.bias", 1),
+        vector("step.inject", f"{source}.injection.B", c.dim),
+        stacked("step.halt_weight", [(f"{source}.act.halt.weight", 1)], c.dim),
+        vector("step.halt_bias", f"{source}.act.halt.bias", 1),
     ]
 
 
@@ -144,33 +152,11 @@ def _rotary(c: MythosConfig, max_context: int, part: int, reader: TensorReader) 
     table = stored_table_of(reader)
     if table is not None:
         table.check_length(max_context, "the checkpoint")
-    for start, stop in _row_ranges(max_context, c.rope_dim):
+    for start, stop in row_ranges(max_context, c.rope_dim):
         if table is None:
             yield rope_table(c.rope_dim, stop, c.rope_theta, start)[part]
         else:
             yield cos_and_sin(reader.read(table.entry.name, start, stop))[part]
-
-
-def _vector(name: str, source: str, size: int) -> Recipe:
-    return Recipe(name, (size,), partial(_rows_in_turn, [(source, size)], 1))
-
-
-def _stacked(name: str, sources: list[tuple[str, int]], columns: int, parts: Parts = ()) -> Recipe:
-    """Matrices of (source name, rows), one below the other; a large one belongs to ``parts``."""
-    shape, pieces = (sum(rows for _, rows in sources), columns), partial(_rows_in_turn, sources, columns)
-    return Recipe(name, shape, pieces, narrow=bool(parts), parts=parts)
-
-
-def _rows_in_turn(sources: list[tuple[str, int]], columns: int, reader: TensorReader) -> Iterator[Tensor]:
-    for source, rows in sources:
-        for start, stop in _row_ranges(rows, columns):
-            yield reader.read(source, start, stop)
-
-
-def _row_ranges(rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    height = max(1, PIECE_BYTES // (4 * columns))
-    for start in range(0, rows, height):
-        yield start, min(rows, start + height)
 
 
 def _head_rows(source: str, heads: int, per_head: int, start: int, stop: int, reader: TensorReader) -> Iterator[Tensor]:
@@ -181,13 +167,13 @@ def _head_rows(source: str, heads: int, per_head: int, start: int, stop: int, re
 
 def _interleaved(experts: list[str], c: MythosConfig, reader: TensorReader) -> Iterator[Tensor]:
     for expert in experts:
-        for start, stop in _row_ranges(c.expert_dim, c.dim):
+        for start, stop in row_ranges(c.expert_dim, c.dim):
             gate = reader.read(f"{expert}.gate.weight", start, stop)
             yield torch.stack([gate, reader.read(f"{expert}.up.weight", start, stop)], dim=1)
 
 
 def _side_by_side(sources: list[str], rows: int, columns: int, reader: TensorReader) -> Iterator[Tensor]:
-    for start, stop in _row_ranges(rows, columns):
+    for start, stop in row_ranges(rows, columns):
         yield torch.cat([reader.read(source, start, stop) for source in sources], dim=1)
 
 

@@ -10,7 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mythos_edge.model.families.openmythos.config import MythosConfig
-from mythos_edge.model.families.openmythos.layers import Block, RMSNorm, Rope
+from mythos_edge.model.families.openmythos.layers import RMS_EPS, Block
+from mythos_edge.model.layers import RMSNorm, Rope
 from mythos_edge.model.network import Halting, LoopState, Ops, Window
 
 
@@ -60,7 +61,7 @@ class LoopStep(nn.Module):
     def __init__(self, config: MythosConfig, ops: Ops) -> None:
         super().__init__()
         self.table = LoopTable(config)
-        self.norm = RMSNorm(config.dim)
+        self.norm = RMSNorm(config.dim, RMS_EPS)
         self.block = Block(config, ops, moe=True)
         self.lora = DepthLoRA(config)
         # A = exp(-exp(clamp(log_dt + log_A))) is constant at inference, so the layout stores A itself.

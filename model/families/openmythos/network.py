@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from mythos_edge.model.eager_ops import EagerOps
 from mythos_edge.model.families.openmythos.config import MythosConfig
-from mythos_edge.model.families.openmythos.layers import Block, RMSNorm, Rope, SparseMoE
+from mythos_edge.model.families.openmythos.layers import RMS_EPS, Block, SparseMoE
 from mythos_edge.model.families.openmythos.loop import LoopStep
+from mythos_edge.model.layers import RMSNorm, Rope
 from mythos_edge.model.network import Choices, Halting, LoopedNetwork, LoopState, Ops, Window
 
 
@@ -30,11 +31,11 @@ class Network(LoopedNetwork):
         super().__init__(config.looped)
         ops = EagerOps() if ops is None else ops
         self.embed = nn.Parameter(torch.empty(config.vocab_size, config.dim))
-        self.rope = Rope(config, max_context or config.max_seq_len, ops)
+        self.rope = Rope(config.rope_dim, max_context or config.max_seq_len, ops)
         self.prelude_blocks = nn.ModuleList(Block(config, ops, moe=False) for _ in range(config.prelude_layers))
         self.step = LoopStep(config, ops)
         self.coda_blocks = nn.ModuleList(Block(config, ops, moe=False) for _ in range(config.coda_layers))
-        self.norm = RMSNorm(config.dim)
+        self.norm = RMSNorm(config.dim, RMS_EPS)
 
     def attentions(self) -> dict[str, nn.Module]:
         names = [f"prelude_blocks.{index}.attn" for index in range(len(self.prelude_blocks))]
@@ -70,7 +71,7 @@ class Network(LoopedNetwork):
         window: Window,
         past: Float[Tensor, "B C W"],
     ) -> tuple[LoopState, Float[Tensor, "B S W"]]:
-        positions = self._positions(window, state.h.shape[1])
+        positions = self.rope.positions(window, state.h.shape[1])
         next_state, rows = self.step(state, e, step_index, halting, self.rope, positions, past, window)
         return next_state, rows
 
@@ -89,14 +90,8 @@ class Network(LoopedNetwork):
     def _run_blocks(
         self, blocks: nn.ModuleList, x: Float[Tensor, "B S D"], window: Window, past: Sequence[Tensor]
     ) -> tuple[Float[Tensor, "B S D"], list[Tensor]]:
-        positions, flat, new_rows = self._positions(window, x.shape[1]), x.flatten(0, 1), []
+        positions, flat, new_rows = self.rope.positions(window, x.shape[1]), x.flatten(0, 1), []
         for block, slot in zip(blocks, past, strict=True):
             flat, rows = block(flat, self.rope, positions, slot, window)
             new_rows.append(rows)
         return flat.view(x.shape), new_rows
-
-    def _positions(self, window: Window, chunk: int) -> Int[Tensor, "B S"]:
-        """The position of each new row in its sequence; rows that nothing looks at (padding, and rows of a sequence
-        that has ended at the longest context while others of its batch go on) get the nearest there is."""
-        columns = window.length + torch.arange(chunk)
-        return (columns.unsqueeze(0) - window.first.unsqueeze(1)).clamp(min=0, max=self.rope.cos.shape[0] - 1)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mythos_edge.model.errors import CheckpointError, ConfigError
 from mythos_edge.model.families.openmythos.config import MythosConfig
-from mythos_edge.model.families.openmythos.layers import rope_frequencies
+from mythos_edge.model.layers import rope_frequencies
 from mythos_edge.model.tensor_files import TensorEntry
 
 ROPE_TABLE_CHOICES = ("config", "stored")

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = (
     "model",
     "model/families",
+    "model/families/dory",
     "model/families/openmythos",
     "plugins",
     "plugins/kernels",
@@ -33,6 +34,7 @@ RENAMED = {"scripts/package": "mythos_edge", "scripts/optimum_command": "optimum
 MAY_IMPORT = {
     "model": set(),
     "model/families": set(),
+    "model/families/dory": set(),
     "model/families/openmythos": set(),
     "plugins": {"model"},
     "plugins/kernels": {"plugins"},

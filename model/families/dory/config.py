@@ -89,6 +89,7 @@ class DoryConfig:
             attention="grouped",
             head_dim=self.head_dim,
             experts_per_token=0,
+            exit_rule="none",
         )
 
     def to_dict(self) -> dict[str, Any]:

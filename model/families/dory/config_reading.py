@@ -71,7 +71,6 @@ def config_from_dict(values: Mapping[str, Any], origin: str) -> DoryConfig:
     kinds, doubled = reader.layers()
     counts = reader.counts(len(kinds), doubled)
     thetas = reader.thetas(kinds)
-    unused = set(thetas) - set(kinds)
     for name, other in _SAME.items():
         if name in told and told[name] != told.get(other, told[name]):
             raise ConfigError(f"{origin}: {name} is {told[name]!r}, but {other} is {told[other]!r}: one size is known")
@@ -85,8 +84,8 @@ def config_from_dict(values: Mapping[str, Any], origin: str) -> DoryConfig:
         max_position_embeddings=reader.integer("max_position_embeddings"),
         layer_types=tuple(kinds),
         sliding_window=reader.integer("sliding_window", "swa_window_size") if SLIDING in kinds else 0,
-        sliding_theta=None if SLIDING in unused else thetas.get(SLIDING),
-        full_theta=None if FULL in unused else thetas.get(FULL),
+        sliding_theta=thetas.get(SLIDING),
+        full_theta=thetas.get(FULL),
         initializer_range=reader.number("initializer_range", "init_method_std"),
         ngpt_alpha_init=reader.number("ngpt_alpha_init"),
         n_recurrent_loops=reader.integer("n_recurrent_loops", most=MOST_DEPTH),
@@ -202,7 +201,7 @@ class _Reader:
                     f"{self._origin}: rope_theta of {kind} is {found[kind]:g}, but rope_profile_layers says "
                     f"{by_profile[kind]:g}: correct one of them"
                 )
-        return found
+        return {kind: found[kind] for kind in dict.fromkeys(kinds)}
 
     def _thetas_by_kind(self, given: Any) -> dict[str, float]:
         if not isinstance(given, dict) or not all(isinstance(one, dict) for one in given.values()):

@@ -43,7 +43,7 @@ class CachePlan:
 
 def plan_cache(model: LoopedModel, max_depth: int, context: int, batch: int = 1, value_bytes: int = 4) -> CachePlan:
     """The memory that ``context`` tokens in each of ``batch`` sequences take at ``max_depth`` loop steps."""
-    slots = model.prelude_slots + max_depth + model.coda_slots
+    slots = model.prelude_slots + max_depth * model.step_slots + model.coda_slots
     return CachePlan(slots, slots * model.cache_width * value_bytes, 2 * model.dim * value_bytes, context, batch)
 
 

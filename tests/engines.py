@@ -97,7 +97,7 @@ def stages_in(
 
     def run(stage: str, columns: np.ndarray, feeds: Arrays, step_index: int | None = None) -> Arrays:
         slots = [slot for slot in caches if slot[0] == stage and step_index in (None, slot[1])]
-        names = ["past"] if stage == "step" else [f"past_{index}" for _, index in slots]
+        names = [f"past_{number}" for number in range(len(slots))]
         places = {"length": np.array(columns[0]), "first": np.zeros(1, np.int64), "positions": columns[None]}
         pasts = {name: caches[slot] for name, slot in zip(names, slots, strict=True)}
         made = engine(f"{stage}{form}.onnx", {**feeds, **places, **pasts})

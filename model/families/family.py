@@ -40,10 +40,15 @@ class Config(Protocol):
 
 @dataclass(frozen=True)
 class Opening:
-    """A checkpoint's tensors as they are stored, and what the caller said about it; see ``open_checkpoint``."""
+    """A checkpoint's tensors as they are stored, and what the caller said about it; see ``open_checkpoint``.
+
+    ``config_values`` are those of the config that the caller gave, or of the config.json beside the tensors; none
+    where there is neither.
+    """
 
     path: Path
     stored: Any  # tensor_files.TensorFile
+    config_values: Mapping[str, Any]
     config_path: Path | None
     rope_table: str | None
     tolerate: Collection[str]
@@ -54,8 +59,8 @@ class Family(Protocol):
 
     name: str
 
-    def recognises(self, names: Collection[str]) -> bool:
-        """Whether a checkpoint with tensors of these names is one of the family."""
+    def recognises(self, names: Collection[str], config: Mapping[str, Any]) -> bool:
+        """Whether a checkpoint with tensors of these names and a config with these fields is one of the family."""
         ...
 
     def config_from(self, values: Mapping[str, Any], origin: str) -> Config:

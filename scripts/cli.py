@@ -36,6 +36,7 @@ VERBS = {
     "tune": "tune",
     "bench": "bench",
     "demo": "demo",
+    "completion": "completion",
 }
 _EXAMPLE = "example:\n  "
 _INTERRUPTED = "interrupted; nothing was left half-written"

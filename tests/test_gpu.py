@@ -15,8 +15,8 @@ import pytest
 from built import build_engines
 from conftest import SMALL
 
-from mythos_edge.exporter.lowering.tensorrt import DTYPES, LAYOUTS, WEIGHTS
 from mythos_edge.exporter.targets.gpus import THIS_GPU
+from mythos_edge.exporter.targets.tensorrt import DTYPES, LAYOUTS, WEIGHTS
 from mythos_edge.model.errors import BackendUnavailable
 from mythos_edge.model.families.openmythos.config import MythosConfig
 from mythos_edge.plugins import trt_bindings

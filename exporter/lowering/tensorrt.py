@@ -14,7 +14,7 @@ from mythos_edge.exporter.loop_graph import loop_model
 from mythos_edge.exporter.lowering import tensorrt_passes
 from mythos_edge.exporter.lowering.tensorrt_weights import attach, write_engine_weights
 from mythos_edge.exporter.tracing import traced_stages
-from mythos_edge.exporter.weights import STORAGE_TYPES, bytes_read, is_unwritten
+from mythos_edge.exporter.weights import bytes_read, is_unwritten
 from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.errors import BuildError, ExportError
 from mythos_edge.model.families.family import Config
@@ -23,9 +23,6 @@ from mythos_edge.model.layout import recipes
 from mythos_edge.plugins import ops
 from mythos_edge.plugins.torch_ops import add_functions
 
-LAYOUTS = ("step", "loop")
-DTYPES = tuple(STORAGE_TYPES)
-WEIGHTS = ("none", *tensorrt_passes.CODES)
 # TensorRT's own attention fuses up to this head size, in multiples of 8; there is none in float32.
 _LARGEST_HEAD, _HEAD_STEP = 256, 8
 Progress = Callable[[str, float], None]
@@ -42,14 +39,6 @@ class EngineOptions:
     weights: str
     max_context: int
     max_rows: int
-
-    def __post_init__(self) -> None:
-        for name, known in (("dtype", DTYPES), ("layout", LAYOUTS), ("weights", WEIGHTS)):
-            if getattr(self, name) not in known:
-                raise BuildError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
-        for name in ("max_context", "max_rows"):
-            if getattr(self, name) < 1:
-                raise BuildError(f"{name} is {getattr(self, name)}, expected at least 1")
 
 
 @dataclass(frozen=True)
@@ -75,11 +64,7 @@ def lower_for_tensorrt(
     Raises BuildError.
     """
     config = config_of(bundle.manifest)
-    if options.max_context > bundle.manifest.max_context:
-        raise BuildError(
-            f"max_context is {options.max_context}, but {bundle.path} was exported for {bundle.manifest.max_context}: "
-            f"export with --max-context {options.max_context}"
-        )
+    assert options.max_context <= bundle.manifest.max_context, "a target checks its sizes"
     progress("graphs", 0.0)
     try:
         stages = traced_stages(config, bundle.manifest.max_context, options.dtype, one_sequence=True)

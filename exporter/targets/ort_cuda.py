@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from mythos_edge.exporter.targets.spec import CUDA_GPU, EXPORT, Machine, Option, Packages, Work, Written
+from mythos_edge.exporter.targets.spec import CUDA_GPU, EXPORT, Machine, Option, Packages, Work, Written, check_choices
 from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.errors import BuildError
 from mythos_edge.model.families.table import config_of
@@ -50,10 +50,7 @@ class OrtCudaTarget:
     machines: ClassVar[tuple[Machine, ...]] = (Machine(_KIND, (EXPORT,), (_PACKAGES, CUDA_GPU)),)
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise BuildError(f"dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)} for {_KIND}")
-        if self.weights not in WEIGHTS:
-            raise BuildError(f"weights is {self.weights!r}, expected one of {', '.join(WEIGHTS)} for {_KIND}")
+        check_choices(self)
         if self.weights == "none":
             if self.block is not None:
                 raise BuildError("block is for rounding, and weights none rounds nothing: leave it out")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
 from mythos_edge.model.bundle import Bundle
+from mythos_edge.model.errors import BuildError
 from mythos_edge.model.manifest import TargetRecord
 
 Progress = Callable[[str, float], None]
@@ -154,6 +155,17 @@ class Target(Protocol):
     def write(self, work: Work) -> Written:
         """Writes its graphs, weights and logs. Raises BuildError, and ExportError without room on the disk."""
         ...
+
+
+def check_choices(target: Target) -> None:
+    """Raises BuildError for a field of ``target`` that is given and is none of the choices of its option."""
+    for option in target.options:
+        given = getattr(target, option.field)
+        if option.choices and given is not None and given not in option.choices:
+            elsewhere = ": fp8 is for TensorRT's targets" if (option.field, given) == ("weights", "fp8") else ""
+            raise BuildError(
+                f"{option.field} is {given!r}, expected one of {', '.join(option.choices)} for {target.kind}{elsewhere}"
+            )
 
 
 def form_of_parts(forms: Mapping[str, Collection[str]]) -> dict[str, str]:

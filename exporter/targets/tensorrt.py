@@ -14,7 +14,17 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from mythos_edge.exporter.targets.gpus import THIS_GPU, Gpus, capabilities_in, check_gpus
-from mythos_edge.exporter.targets.spec import CUDA_GPU, EXPORT, GpuNeed, Machine, Option, Packages, Work, Written
+from mythos_edge.exporter.targets.spec import (
+    CUDA_GPU,
+    EXPORT,
+    GpuNeed,
+    Machine,
+    Option,
+    Packages,
+    Work,
+    Written,
+    check_choices,
+)
 from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.errors import BuildError
 from mythos_edge.plugins import trt_bindings
@@ -63,9 +73,7 @@ class TensorRTTarget:
     )
 
     def __post_init__(self) -> None:
-        for name, known in (("dtype", DTYPES), ("layout", LAYOUTS), ("weights", WEIGHTS)):
-            if getattr(self, name) not in known:
-                raise BuildError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
+        check_choices(self)
         if self.layout == "loop" and self.max_rows is not None:
             raise BuildError("max_rows is for the step layout: a loop layout takes the whole sequence at once")
 

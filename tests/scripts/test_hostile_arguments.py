@@ -45,6 +45,7 @@ FORMS = {
     "bench": ("X", "B --target X", "B --weights X", "B --format X"),
     "demo": ("X", "add X 1", "add 1 2 --bundle X"),
     "doctor": ("X",),
+    "completion": ("X",),
     "X": ("",),
 }
 HOSTILE = {

@@ -6,11 +6,14 @@ import { deepest, depthControls, Group, made, remember, remembered, SAMPLING } f
 import { watchTokens } from "./tokens.js";
 
 /**
- * @typedef {{ prompt: string, answers: Answer[], kept: number, element: HTMLElement, line: HTMLElement }} Turn
+ * @typedef {{ prompt: string, chat: boolean, answers: Answer[], kept: number, element: HTMLElement, line: HTMLElement }} Turn
  * @typedef {import("./api.js").Model} Model
  */
 
 const THEMES = ["system", "light", "dark"];
+const MODES = ["chat", "completion"];
+// Tokens whose probability is told beside that of the one that was taken.
+const LIKELIEST = 3;
 const NAMES = ["First answer", "Second answer"];
 
 class Page {
@@ -23,10 +26,10 @@ class Page {
     this.working = null;
     const stored = remembered(model.id);
     this.plain = model.chat_template === "plain";
-    this.mode = stored.mode ?? (this.plain ? "completion" : "chat");
+    this.mode = MODES.includes(stored.mode) ? stored.mode : MODES[Number(this.plain)];
     if (!model.tokenizer) this.mode = "completion";
-    this.heat = stored.heat ?? true;
-    this.compare = stored.compare ?? false;
+    this.heat = stored.heat !== false;
+    this.compare = stored.compare === true;
     this.system = typeof stored.system === "string" ? stored.system : "";
     const changed = () => this.#changed();
     const second = { max_depth: Math.max(1, Math.floor(deepest(model) / 2)) };
@@ -34,6 +37,9 @@ class Page {
       return new Group(NAMES[at], `answer-${at + 1}`, depthControls(model), values, changed, "Reset to the model's");
     });
     this.sampling = new Group("Sampling", "sampling", SAMPLING, stored.sampling ?? {}, changed, "Reset");
+    this.compareBox = made("input", { type: "checkbox", id: "compare", checked: this.compare });
+    this.systemBox = made("textarea", { id: "system", rows: 2, value: this.system });
+    this.systemControl = made("div", { className: "control system" });
     this.#layOut();
     this.#listen();
     this.#show();
@@ -45,13 +51,10 @@ class Page {
     at("model").replaceChildren(made("b", { textContent: id }), ` ${facts.join(" · ")}`);
     document.title = `${id} · mythos-edge`;
     const compare = made("label", { className: "switch compare" });
-    this.compareBox = made("input", { type: "checkbox", id: "compare", checked: this.compare });
     compare.append(this.compareBox, made("span", { textContent: "A second answer beside it" }));
-    this.systemBox = made("textarea", { id: "system", rows: 2, value: this.system });
-    const system = made("div", { className: "control system" });
-    system.append(made("label", { htmlFor: "system", textContent: "System message" }), this.systemBox);
-    this.systemControl = system;
-    at("controls").replaceChildren(this.depth[0].element, compare, this.depth[1].element, this.sampling.element, system);
+    this.systemControl.append(made("label", { htmlFor: "system", textContent: "System message" }), this.systemBox);
+    const [first, second] = this.depth.map(({ element }) => element);
+    at("controls").replaceChildren(first, compare, second, this.sampling.element, this.systemControl);
     drawScale(at("scale"), deepest(this.model));
     at("welcome").append(made("p", { className: "note", textContent: this.#note() }));
   }
@@ -147,10 +150,16 @@ class Page {
   #edit() {
     const last = this.#dropLast();
     if (!last) return;
-    field("prompt").value = last.prompt;
-    fit(field("prompt"));
-    field("prompt").focus();
+    this.#put(last.prompt);
     this.#show();
+  }
+
+  /** @param {string} text */
+  #put(text) {
+    const prompt = field("prompt");
+    prompt.value = text;
+    fit(prompt);
+    prompt.focus();
   }
 
   #clear() {
@@ -199,15 +208,15 @@ class Page {
     const body = { model: this.model.id, temperature, seed, max_tokens: this.sampling.value("max_tokens") };
     if (this.mode === "chat") {
       const messages = this.system.trim() ? [{ role: "system", content: this.system }] : [];
-      for (const turn of this.turns) {
+      for (const turn of this.turns.filter(({ chat }) => chat)) {
         const content = turn.answers[turn.kept].text;
         if (content) messages.push({ role: "user", content: turn.prompt }, { role: "assistant", content });
       }
       messages.push({ role: "user", content: prompt });
-      return { path: "/v1/chat/completions", body: { ...body, messages, logprobs: true } };
+      return { path: "/v1/chat/completions", body: { ...body, messages, logprobs: true, top_logprobs: LIKELIEST } };
     }
     const given = this.model.tokenizer ? prompt : prompt.split(/[\s,]+/).filter(Boolean).map(Number);
-    return { path: "/v1/completions", body: { ...body, prompt: given, logprobs: 1 } };
+    return { path: "/v1/completions", body: { ...body, prompt: given, logprobs: LIKELIEST } };
   }
 
   /**
@@ -223,10 +232,13 @@ class Page {
     beside.append(...answers.map((one) => one.element));
     const line = made("p", { className: "comparison", hidden: answers.length < 2 });
     element.append(beside, line);
-    const turn = { prompt, answers, kept: 0, element, line };
+    const turn = { prompt, chat, answers, kept: 0, element, line };
     answers.forEach((one, number) => {
       one.copy.addEventListener("click", () => copy(one));
-      one.keep.addEventListener("click", () => this.#keep(turn, number));
+      one.keep.addEventListener("click", () => (chat ? this.#keep(turn, number) : this.#put(prompt + one.text)));
+      one.keep.textContent = "Continue";
+      one.keep.title = "Put the text with this answer into the field, to go on from there";
+      one.keep.hidden = chat;
     });
     at("talk").append(element);
     this.turns.push(turn);
@@ -245,7 +257,8 @@ class Page {
       element.classList.toggle("kept", number === kept);
       keep.hidden = false;
       keep.setAttribute("aria-pressed", String(number === kept));
-      keep.textContent = number === kept ? "The talk goes on here" : "Go on with this one";
+      keep.textContent = number === kept ? "Kept" : "Keep";
+      keep.title = "The talk goes on with the answer that is kept";
     });
   }
 
@@ -312,8 +325,8 @@ class Reader {
  * @param {import("./api.js").Piece} piece
  */
 function spell(piece) {
-  piece.tokens = piece.tokens.map((token) => `${token} `);
-  piece.text = piece.tokens.join("");
+  for (const token of piece.tokens) token.text = `${token.id} `;
+  piece.text = piece.tokens.map(({ text }) => text).join("");
 }
 
 /** @param {Answer} one */

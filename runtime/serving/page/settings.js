@@ -12,9 +12,9 @@ const SPACE = "mythos-edge:settings:";
 const NEVER = 1e9;
 const NEVER_SAID = "never halts";
 const POLICIES = /** @type {[string, string][]} */ ([
-  ["exact", "exact: when needed"],
+  ["exact", "exact: when a token needs them"],
   ["full", "full: at once"],
-  ["last", "last: never (approximate)"],
+  ["last", "last: never, approximate"],
 ]);
 
 /**
@@ -25,11 +25,11 @@ const POLICIES = /** @type {[string, string][]} */ ([
 export function depthControls(model) {
   const { defaults } = model;
   const threshold = defaults.threshold ?? model.threshold;
-  const top = Math.max(1, Math.ceil(model.threshold * 100) / 100);
+  const top = Math.max(1, Math.ceil(Math.max(model.threshold, threshold) * 100) / 100);
   return [
     {
       name: "max_depth",
-      label: "Most depth",
+      label: "Depth limit",
       kind: "range",
       min: 1,
       max: deepest(model),
@@ -51,7 +51,7 @@ export function depthControls(model) {
     },
     {
       name: "policy",
-      label: "Skipped steps run",
+      label: "Skipped loop steps run",
       kind: "select",
       options: POLICIES,
       own: defaults.policy ?? "exact",
@@ -79,8 +79,8 @@ export const SAMPLING = [
     own: 0.7,
     shown: (value) => (value === 0 ? "0, greedy" : value.toFixed(2)),
   },
-  { name: "max_tokens", label: "Most tokens", kind: "number", min: 1, step: 1, own: 200 },
-  { name: "seed", label: "Seed", hint: "empty: another one each time", kind: "number", min: 0, step: 1, own: "" },
+  { name: "max_tokens", label: "Token limit", kind: "number", min: 1, step: 1, own: 200 },
+  { name: "seed", label: "Seed", hint: "empty: a new one each time", kind: "number", min: 0, step: 1, own: "" },
 ];
 
 /** A group of controls and the values they have; null is the own value. */
@@ -134,7 +134,7 @@ export class Group {
   /** What the controls say, in a few words. */
   words() {
     const threshold = this.controls.find(({ name }) => name === "threshold")?.shown?.(this.value("threshold"));
-    const words = [`depth up to ${this.value("max_depth")}`, threshold === NEVER_SAID ? threshold : `threshold ${threshold}`];
+    const words = [`depth ≤ ${this.value("max_depth")}`, threshold === NEVER_SAID ? threshold : `threshold ${threshold}`];
     return this.value("policy") === "exact" ? words : [...words, this.value("policy")];
   }
 
@@ -204,7 +204,7 @@ function inputOf({ kind, min, max, step, own }) {
 function selectOf({ options = [], own }) {
   const select = made("select", {});
   for (const [value, text] of options) {
-    select.append(made("option", { value, textContent: value === own ? `${text} ·` : text }));
+    select.append(made("option", { value, textContent: text }));
   }
   return select;
 }

@@ -1,6 +1,5 @@
 """The graphs TensorRT gets, run by ONNX Runtime through the bodies of their ops, against the eager network."""
 
-import dataclasses
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -442,27 +441,6 @@ def test_experts_whose_input_does_not_divide(weights: str, lower: Lower) -> None
         model.graph.initializers[f"step.block.ffn.{name}"].shape = ir.Shape(shape)
     with pytest.raises(BuildError, match=r"fc1: rows of 100 values are no multiple of 32: build with --weights none"):
         tensorrt_passes.round_weights(model, weights, set())
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"dtype": "fp64"}, "dtype is 'fp64', expected one of fp32, fp16, bf16"),
-        ({"layout": "tree"}, "layout is 'tree', expected one of step, loop"),
-        ({"weights": "int3"}, "weights is 'int3', expected one of none, int8, int4, fp8"),
-        ({"max_rows": 0}, "max_rows is 0, expected at least 1"),
-    ],
-)
-def test_options_are_checked(changes: dict[str, Any], message: str) -> None:
-    options = EngineOptions("fp16", "step", "none", 32, 8)
-    with pytest.raises(BuildError) as caught:
-        dataclasses.replace(options, **changes)
-    assert str(caught.value) == message
-
-
-def test_a_context_beyond_the_bundles_is_refused(mla_bundle: Path, tmp_path: Path) -> None:
-    with pytest.raises(BuildError, match=r"max_context is 257, .* was exported for 256: export with --max-context 257"):
-        lower_for_tensorrt(open_bundle(mla_bundle), tmp_path, EngineOptions("fp16", "step", "none", 257, 8))
 
 
 def test_a_weight_beyond_fp16_is_named(

@@ -107,7 +107,7 @@ def test_a_build_over_another_that_is_interrupted_leaves_a_sound_bundle(
         ({"weights": "int4", "block": 128}, "rows of 64 values do not divide into blocks of 128"),
         ({"weights": "int8", "keep": ("tail",)}, "--keep tail fits no matrix"),
         ({"weights": "fp32", "keep": ("head",)}, "fp32 rounds nothing: leave them out"),
-        ({"weights": "int8", "method": "best"}, "method is 'best', expected one of rtn, search, calibrated"),
+        ({"weights": "int8", "method": "best"}, "method is 'best', expected one of rtn, search for ort-cpu"),
     ],
 )
 def test_bad_wishes_are_refused_in_one_line(bundle: Path, options: dict[str, Any], message: str) -> None:

@@ -193,7 +193,10 @@ def test_built_again_it_replaces_its_files(bundle: Path) -> None:
     ("options", "message"),
     [
         ({"dtype": "bf16"}, "dtype is 'bf16', expected one of fp16, fp32"),
-        ({"weights": "fp8"}, "weights is 'fp8', expected one of none, int8, int4"),
+        (
+            {"weights": "fp8"},
+            "weights is 'fp8', expected one of none, int8, int4 for ort-cuda: fp8 is for TensorRT's targets",
+        ),
         ({"dtype": "fp32", "weights": "int4"}, "no fp32 form: build int4 with --dtype fp16"),
         ({"block": 64}, "weights none rounds nothing: leave it out"),
         ({"weights": "int8", "block": 32}, "block is 32, expected one of 64, 128"),

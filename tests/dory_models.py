@@ -12,15 +12,13 @@ from torch import Tensor, nn
 GOLDEN = Path(__file__).parent / "fixtures" / "dory-small"
 CONFIG: dict[str, Any] = json.loads((GOLDEN / "config.json").read_text())
 # What transformers reads of it, and writes.
-PLAIN = {
-    name: CONFIG[name]
-    for name in (
-        "architectures model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-        "num_key_value_heads head_dim hidden_act max_position_embeddings initializer_range tie_word_embeddings "
-        "rope_parameters attention_bias mlp_bias sliding_window layer_types ngpt_alpha_init n_input_layers "
-        "n_recurrent_layers n_output_layers n_recurrent_loops recurrent_kv_cache_mode"
-    ).split()
-}
+_FIELDS = """
+    architectures model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
+    num_key_value_heads head_dim hidden_act max_position_embeddings initializer_range tie_word_embeddings
+    rope_parameters attention_bias mlp_bias sliding_window layer_types ngpt_alpha_init n_input_layers
+    n_recurrent_layers n_output_layers n_recurrent_loops recurrent_kv_cache_mode
+"""
+PLAIN = {name: CONFIG[name] for name in _FIELDS.split()}
 HALVED = PLAIN | {
     "layer_types": PLAIN["layer_types"][::2],
     **{f"n{part}_layers": PLAIN[f"n{part}_layers"] // 2 for part in ("um_hidden", "_input", "_recurrent", "_output")},

@@ -1,11 +1,12 @@
 """The families that are known. Adding one is a folder like its neighbours and a line here."""
 
 from mythos_edge.model.errors import ConfigError
+from mythos_edge.model.families.dory.family import Dory
 from mythos_edge.model.families.family import Config, Family
 from mythos_edge.model.families.openmythos.family import OpenMythos
 from mythos_edge.model.manifest import Manifest
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (OpenMythos(),)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (OpenMythos(), Dory())}
 
 
 def family_named(name: str) -> Family:

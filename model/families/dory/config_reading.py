@@ -50,14 +50,12 @@ _SAME = {
 _PATTERN = {"S": SLIDING, "*": FULL, "-": "mlp"}
 _COUNTS = ("num_hidden_layers", "n_input_layers", "n_recurrent_layers", "n_output_layers")
 # What else is read here, and what changes nothing at inference.
-_READ = frozenset(
-    """
+_FIELDS = """
     vocab_size hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim attention_head_dim
     max_position_embeddings initializer_range init_method_std ngpt_alpha_init sliding_window swa_window_size layer_types
     hybrid_layer_pattern n_recurrent_loops rope_parameters rope_theta rope_theta_2 rope_profile_layers no_rope_layers
-    """.split()
-)
-_INERT = frozenset(["attention_dropout"])
+    attention_dropout
+"""
 _LARGEST, _MOST_LAYERS = (1 << 31) - 1, 1 << 12
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 60
@@ -97,7 +95,7 @@ def config_from_dict(values: Mapping[str, Any], origin: str) -> DoryConfig:
 
 def notes_on(values: Mapping[str, Any], origin: str) -> tuple[str, ...]:
     """A line on the fields of a config that nothing here reads; none where there are none."""
-    known = _READ | _INERT | set(_ONLY) | set(_SAME) | set(_COUNTS) | HUGGING_FACE_FIELDS
+    known = set(_FIELDS.split()) | set(_ONLY) | set(_SAME) | set(_COUNTS) | HUGGING_FACE_FIELDS
     unknown = sorted(name for name, value in values.items() if name not in known and value and "bias" not in name)
     return (f"{origin}: left out {few(unknown, 8)}, which this version does not know",) if unknown else ()
 

@@ -1,6 +1,6 @@
 // One answer on the screen: its tokens with their depth, the bars, the figures.
+import { at, made } from "./dom.js";
 import { Bars, depthsOf, mean, partsOf, spanOf } from "./heat.js";
-import { made } from "./settings.js";
 
 /** @typedef {import("./heat.js").Part} Part */
 
@@ -146,4 +146,23 @@ export function comparison(first, second) {
   }
   if (!both.every(({ end }) => end)) return same ? `The same so far: ${same} tokens.` : "";
   return `The same text, ${same} tokens.`;
+}
+
+/** Says an answer to a screen reader, a sentence at a time. */
+export class Reader {
+  constructor() {
+    this.held = "";
+    at("live").replaceChildren();
+  }
+
+  /** @param {string} text */
+  hear(text) {
+    this.held += text;
+    if (/[.!?:\n]\s*$/.test(this.held) && this.held.trim()) this.end();
+  }
+
+  end() {
+    if (this.held) at("live").append(made("p", { textContent: this.held }));
+    this.held = "";
+  }
 }

@@ -1,8 +1,10 @@
 // The page: asks the server for answers and puts them on the screen.
-import { Answer, comparison } from "./answer.js";
+import { Answer, comparison, Reader } from "./answer.js";
 import { answer, Failure, servedModel } from "./api.js";
+import { at, field, fit, made, on } from "./dom.js";
+import { listenToFrame } from "./frame.js";
 import { drawScale } from "./heat.js";
-import { deepest, depthControls, Group, made, remember, remembered, SAMPLING } from "./settings.js";
+import { deepest, depthControls, Group, remember, remembered, SAMPLING } from "./settings.js";
 import { watchTokens } from "./tokens.js";
 
 /**
@@ -10,7 +12,6 @@ import { watchTokens } from "./tokens.js";
  * @typedef {import("./api.js").Model} Model
  */
 
-const THEMES = ["system", "light", "dark"];
 const MODES = ["chat", "completion"];
 // Tokens whose probability is told beside that of the one that was taken.
 const LIKELIEST = 3;
@@ -191,7 +192,7 @@ class Page {
     const told = groups.map((group, number) => {
       return this.#follow(turn, answers[number], path, { ...body, ...group.fields() }, working.signal);
     });
-    await Promise.all(told);
+    await Promise.allSettled(told);
     this.working = null;
     this.#show();
   }
@@ -286,8 +287,8 @@ class Page {
       if (signal.aborted) one.close("stopped");
       else if (error instanceof Failure) one.close("failed", error.message);
       else {
-        one.close("failed", "The page could not read the answer.");
-        throw error;
+        one.close("failed", "The page cannot read the answer.");
+        console.error(error);
       }
     } finally {
       read?.end();
@@ -298,25 +299,6 @@ class Page {
   /** @param {Turn} turn */
   #compare({ answers: [first, second], line }) {
     if (second) line.textContent = comparison(first, second);
-  }
-}
-
-/** Says an answer to a screen reader, a sentence at a time. */
-class Reader {
-  constructor() {
-    this.held = "";
-    at("live").replaceChildren();
-  }
-
-  /** @param {string} text */
-  hear(text) {
-    this.held += text;
-    if (/[.!?:\n]\s*$/.test(this.held) && this.held.trim()) this.end();
-  }
-
-  end() {
-    if (this.held) at("live").append(made("p", { textContent: this.held }));
-    this.held = "";
   }
 }
 
@@ -345,55 +327,6 @@ async function copy(one) {
 function atBottom() {
   const { scrollHeight, scrollTop, clientHeight } = at("talk");
   return scrollHeight - scrollTop - clientHeight < 80;
-}
-
-/** @param {HTMLTextAreaElement} area */
-function fit(area) {
-  area.style.setProperty("height", "auto");
-  area.style.setProperty("height", `${Math.min(area.scrollHeight + 2, innerHeight / 3)}px`);
-}
-
-/** @param {string} id */
-function at(id) {
-  return /** @type {HTMLElement} */ (document.getElementById(id));
-}
-
-/** @param {string} id */
-function field(id) {
-  return /** @type {HTMLTextAreaElement} */ (at(id));
-}
-
-/**
- * @param {string} id
- * @param {string} event
- * @param {(event: Event) => void} heard
- */
-function on(id, event, heard) {
-  at(id).addEventListener(event, heard);
-}
-
-function showTheme() {
-  const theme = document.documentElement.dataset.theme ?? "system";
-  at("theme").textContent = { light: "Light", dark: "Dark" }[theme] ?? "Auto";
-  at("theme").setAttribute("aria-label", `Colour theme: ${theme}`);
-}
-
-function listenToFrame() {
-  on("theme", "click", () => {
-    const { dataset } = document.documentElement;
-    dataset.theme = THEMES[(THEMES.indexOf(dataset.theme ?? "system") + 1) % THEMES.length];
-    try {
-      localStorage.setItem("mythos-edge:theme", dataset.theme);
-    } catch {
-      // then it is for this time only
-    }
-    showTheme();
-  });
-  on("open-settings", "click", () => {
-    const open = document.body.classList.toggle("settings-open");
-    at("open-settings").setAttribute("aria-expanded", String(open));
-  });
-  showTheme();
 }
 
 listenToFrame();

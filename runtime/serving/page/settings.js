@@ -1,4 +1,5 @@
 // What a person can set: the controls, what they send, and what is remembered of them.
+import { made } from "./dom.js";
 
 /**
  * @typedef {{ name: string, label: string, hint?: string, kind: "range" | "select" | "number", min?: number,
@@ -217,19 +218,6 @@ function markOf({ min = 0, max = 1, own, shown = String }) {
   const mark = made("span", { className: "mark", title: `the model's: ${shown(own)}` });
   mark.style.setProperty("--at", String((Math.min(own, max) - min) / (max - min || 1)));
   return mark;
-}
-
-/**
- * @template {keyof HTMLElementTagNameMap} K
- * @param {K} tag
- * @param {Record<string, any>} properties
- * @returns {HTMLElementTagNameMap[K]}
- */
-export function made(tag, properties) {
-  const element = document.createElement(tag);
-  const { htmlFor, ...rest } = properties;
-  if (htmlFor) element.setAttribute("for", htmlFor);
-  return Object.assign(element, rest);
 }
 
 /**

@@ -1,6 +1,6 @@
 // What tokens tell under the pointer, and as arrow keys walk through them: number, depth, and what else was likely.
+import { made } from "./dom.js";
 import { depthWords } from "./heat.js";
-import { made } from "./settings.js";
 
 /**
  * @typedef {import("./answer.js").Answer} Answer

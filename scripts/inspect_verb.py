@@ -52,6 +52,7 @@ def _bundle(bundle: Bundle) -> dict[str, Any]:
     return {
         "kind": "bundle",
         "path": str(bundle.path),
+        "family": manifest.family,
         "bytes": sum(record.bytes for record in manifest.files.values()),
         "end_tokens": [token.name for token in manifest.end_tokens],
         "end_ids": [token.id for token in manifest.end_tokens],
@@ -150,6 +151,7 @@ def _checkpoint(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         return {
             "kind": "checkpoint",
             "path": str(path),
+            "family": checkpoint.config.family,
             "format": checkpoint.kind,
             "step": checkpoint.step,
             "parameters": checkpoint.n_parameters,

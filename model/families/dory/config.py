@@ -6,6 +6,8 @@ from typing import Any
 from mythos_edge.model.looped import LoopedModel
 
 FAMILY = "dory"
+# Whatever a config says that a request takes by default, the model was trained for 1 to 4 loop steps.
+_TRAINED_DEPTH = 4
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
@@ -90,6 +92,7 @@ class DoryConfig:
             head_dim=self.head_dim,
             experts_per_token=0,
             exit_rule="none",
+            trained_depth=_TRAINED_DEPTH,
         )
 
     def to_dict(self) -> dict[str, Any]:

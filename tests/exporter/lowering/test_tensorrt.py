@@ -26,7 +26,8 @@ from mythos_edge.runtime.backends.ort_session import ort_session
 
 Arrays = dict[str, np.ndarray]
 Lower = Callable[..., LoweredForTensorRT]
-CHECKPOINTS = {name: FIXTURES / name for name in (*GOLDENS, "dory-small")} | {"demo": ROOT / "scripts" / "assets" / "carry_adder.pt"}
+CHECKPOINTS = {name: FIXTURES / name for name in (*GOLDENS, "dory-small")}
+CHECKPOINTS["demo"] = ROOT / "scripts" / "assets" / "carry_adder.pt"
 IDS = np.arange(3, 16)[None]
 # Largest difference of a logit, over the largest logit. These random networks are sensitive on purpose: they magnify
 # the 2^-24 of float32, and the 2^-11 of fp16, a hundredfold in six loop steps. A row in a wrong place makes it 1.

@@ -1,6 +1,6 @@
 """A Dory bundle: exported, run every way there is, rounded, lowered for GPUs, and held against the golden file."""
 
-import warnings
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ def double() -> LoopedNetwork:
 
 @pytest.fixture
 def session(bundle: Path) -> Iterator[Session]:
-    with Session.open(bundle) as opened, warnings.catch_warnings():
+    with Session.open(bundle) as opened:
         yield opened
 
 
@@ -95,14 +95,11 @@ def test_the_graph_with_a_cache_is_golden(bundle: Path) -> None:
     assert np.abs(np.concatenate(logits, axis=1) - WANTED["logits"]).max() <= ALLOWED
 
 
-def test_graphs_of_standard_ops_are_golden(exported: Callable[..., Path], tmp_path: Path, bundle: Path) -> None:
+def test_graphs_of_standard_ops_are_golden(bundle: Path, tmp_path: Path) -> None:
     """Both kinds of attention are in one graph, which has one function for them."""
-    import shutil
-
     shutil.copytree(bundle, tmp_path / "b")
     inline_bundle(tmp_path / "b")
-    (path,) = (tmp_path / "b").glob("model.standard*.onnx")
-    assert_golden(*_whole(path, 2))
+    assert_golden(*_whole(tmp_path / "b" / "model.portable.onnx", 2))
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
@@ -115,6 +112,12 @@ def test_depth_is_the_requests_to_choose(session: Session, double: LoopedNetwork
     assert score.block_calls == len(IDS) * depth * (POSITIONS - 7 + 1)
 
 
+def test_only_depths_beyond_the_trained_ones_warn(session: Session) -> None:
+    """The config's two loop steps are a default."""
+    with pytest.warns(UserWarning, match="max_depth 5 is beyond the 4 loop steps this model was trained with"):
+        session.score(IDS, max_depth=5)
+
+
 def test_depth_of_a_live_sequence_does_not_change(session: Session) -> None:
     session.generate(PROMPTS[1], max_new_tokens=3, max_depth=1)
     with pytest.raises(UsageError, match="max_depth"):
@@ -122,7 +125,7 @@ def test_depth_of_a_live_sequence_does_not_change(session: Session) -> None:
 
 
 def test_a_threshold_is_refused(session: Session) -> None:
-    with pytest.raises(UsageError, match="threshold is 0.5, but no position of this model halts by itself"):
+    with pytest.raises(UsageError, match=r"threshold is 0\.5, but no position of this model halts by itself"):
         session.score(IDS, threshold=0.5)
 
 
@@ -153,7 +156,7 @@ def test_a_sequence_goes_on_after_a_rollback_and_on_disk(session: Session, tmp_p
     assert session.generate(PROMPTS[2][-1:], resume=True, max_new_tokens=12).ids == whole
 
 
-def test_rounded_weights(bundle: Path, tmp_path: Path, run: Callable[..., Ran]) -> None:
+def test_rounded_weights(bundle: Path) -> None:
     built = build_cpu(bundle, "int8", block=32)
     weights = built.target("ort-cpu-int8").weights
     assert weights == dict.fromkeys(["embedding", "head", "prelude", "attention", "mlp", "coda"], "int8")
@@ -174,6 +177,8 @@ def test_products_of_the_cuda_target(bundle: Path, weights: str) -> None:
 
 
 def test_the_command_line(bundle: Path, tmp_path: Path, run: Callable[..., Ran]) -> None:
+    assert run("inspect", bundle, "--json").json["family"] == "dory"
+    assert run("inspect", GOLDEN, "--json").json["family"] == "dory"
     ran = run("inspect", bundle)
     assert "prelude 1, loop 4 x 2, coda 1" in ran.out
     assert "5 of 6 layers see 8 positions" in ran.out

@@ -103,6 +103,7 @@ def _show_bundle(console: Console, bundle: Bundle) -> None:
     cache = f"{plan.bytes_per_token / 1e3:.1f} kB a token, {plan.cache_bytes / 1e6:.1f} MB when full"
     for name, text in {
         "bundle": f"{bundle.path}, {size / 1e6:.1f} MB, from {source.name} ({source.kind}{step}), {manifest.created}",
+        "family": manifest.family,
         **config_of(manifest).described(),
         "stored as": manifest.dtype,
         "context": f"{manifest.max_context} tokens; caches of {cache}",

@@ -11,7 +11,7 @@ from typing import Any
 
 from mythos_edge.model.errors import ConfigError
 from mythos_edge.model.families.dory.config import FULL, SLIDING, DoryConfig
-from mythos_edge.model.families.openmythos.config_sources import HUGGING_FACE_FIELDS
+from mythos_edge.model.families.hugging_face import HUGGING_FACE_FIELDS
 from mythos_edge.model.json_files import few
 from mythos_edge.model.looped import MOST_DEPTH
 

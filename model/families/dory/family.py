@@ -6,6 +6,7 @@ from typing import Any
 from mythos_edge.model.families.dory.config import FAMILY, DoryConfig
 from mythos_edge.model.families.dory.config_reading import config_from_dict
 from mythos_edge.model.families.family import Opening
+from mythos_edge.model.families.hugging_face import names_model
 
 
 class Dory:
@@ -14,7 +15,9 @@ class Dory:
     name = FAMILY
 
     def recognises(self, names: Collection[str], config: Mapping[str, Any]) -> bool:
-        return config.get("model_type") == FAMILY or "lm_head.logit_scale" in names
+        if config.get("model_type") is None and "lm_head.logit_scale" in names:
+            return True
+        return names_model(config, FAMILY, "DoryForCausalLM")
 
     def config_from(self, values: Mapping[str, Any], origin: str) -> DoryConfig:
         return config_from_dict(values, origin)

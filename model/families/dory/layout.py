@@ -50,7 +50,8 @@ def _layer(c: DoryConfig, name: str, source: str, stage: str) -> list[Recipe]:
 
 def _attention(c: DoryConfig, name: str, source: str, parts: Parts) -> list[Recipe]:
     def query_scale(sqk: Tensor) -> Tensor:
-        return _paired((sqk * (c.head_dim**0.5 / c.initializer_range)).square(), c.head_dim)
+        scale: Tensor = (sqk * (c.head_dim**0.5 / c.initializer_range)).square()
+        return _paired(scale, c.head_dim)
 
     def gate_scale(s_gate: Tensor) -> Tensor:
         return (s_gate * (c.hidden_size**0.25 / c.initializer_range)).square()
@@ -86,7 +87,8 @@ def _queries_to_gate(c: DoryConfig, source: str, reader: TensorReader) -> Iterat
 
 def _paired(rows: Tensor, head_dim: int) -> Tensor:
     """Rows of heads in the order of adjacent pairs: the reference rotates channel j with j + head_dim / 2."""
-    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).reshape(rows.shape)
+    paired: Tensor = rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).reshape(rows.shape)
+    return paired
 
 
 def _scale(name: str, size: int, sources: list[str], formula: Formula) -> Recipe:

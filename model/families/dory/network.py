@@ -86,6 +86,7 @@ class Network(LoopedNetwork):
         assert isinstance(rope, Rope)
         positions, flat, new_rows = rope.positions(window, x.shape[1]), x.flatten(0, 1), []
         for layer, slot in zip(layers, past, strict=True):
+            assert isinstance(layer, Layer)
             flat, rows = layer(flat, self.ropes[layer.kind], positions, slot, window)
             new_rows.append(rows)
         return flat.view(x.shape), new_rows

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from mythos_edge.model.errors import CheckpointError
+from mythos_edge.model.errors import CheckpointError, ConfigError
 from mythos_edge.model.families.dory.config import DoryConfig
 from mythos_edge.model.families.dory.config_reading import config_from_dict, notes_on
 from mythos_edge.model.families.family import Opening
@@ -31,16 +31,23 @@ _EMBEDDINGS = {"backbone.embeddings.weight": "model.embed_tokens.weight"}
 def open_dory(opening: Opening) -> Checkpoint:
     """The checkpoint, checked tensor by tensor; see ``model.checkpoint.open_checkpoint``."""
     path, stored = opening.path, opening.stored
-    values, beside = dict(opening.config_values), (path if path.is_dir() else path.parent) / "config.json"
-    if opening.config_path is not None and beside.is_file():
-        # A config that is given need not be whole.
-        values = read_config_dict(beside) | values
-    origin = str(opening.config_path or beside)
-    config = config_from_dict(values, origin)
+    if opening.rope_table == "stored":
+        raise ConfigError(f"{path}: --rope-table is stored, but Dory models store none: leave it out")
+    origin = _origin(opening)
+    config = config_from_dict(opening.config_values, origin)
     entries = _renamed(stored.entries, path)
     _check_tensors(entries, config, path)
-    notes = (*stored.notes, *notes_on(values, origin))
+    notes = (*stored.notes, *notes_on(opening.config_values, origin))
     return Checkpoint(path, stored.kind, config, entries, stored.step, notes=notes)
+
+
+def _origin(opening: Opening) -> str:
+    """The files that the config comes from, the strongest first. Raises ConfigError where one cannot be read."""
+    beside = (opening.path if opening.path.is_dir() else opening.path.parent) / "config.json"
+    files = [opening.config_path or beside, *([beside] if beside.exists() else [])]
+    for file in files:
+        read_config_dict(file)
+    return " over ".join(dict.fromkeys(map(str, files)))
 
 
 def _renamed(stored: Mapping[str, TensorEntry], path: Path) -> dict[str, TensorEntry]:

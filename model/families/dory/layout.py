@@ -54,7 +54,8 @@ def _attention(c: DoryConfig, name: str, source: str, parts: Parts) -> list[Reci
         return _paired(scale, c.head_dim)
 
     def gate_scale(s_gate: Tensor) -> Tensor:
-        return (s_gate * (c.hidden_size**0.25 / c.initializer_range)).square()
+        scale: Tensor = (s_gate * (c.hidden_size**0.25 / c.initializer_range)).square()
+        return scale
 
     shape = (2 * c.query_dim + 2 * c.kv_dim, c.hidden_size)
     return [

@@ -113,7 +113,8 @@ class _Network:
         }
         halting = {"threshold": np.array(c.threshold, np.float32), "min_depth": np.array(1)}
         for index in range(c.max_depth):
-            feeds = state | halting | window | {"e": e, "step_index": np.full(rows, index), "past": past}
+            feeds = state | halting | window | {"e": e, "step_index": np.full(rows, index)}
+            feeds |= _slots(past, c.step_slots)
             made = self._run("step", feeds, index, see)
             state = {name: made[f"{name}_next"] for name in state}
         last = {"out": state["out"], "logit_rows": np.arange(rows[1])}

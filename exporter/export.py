@@ -18,7 +18,7 @@ from mythos_edge.exporter.tokenizer_files import TOKENIZER_FILE, tokenizer_for
 from mythos_edge.exporter.weights import STORAGE_TYPES, WeightsHashes, WeightsPlan, plan_weights, write_weights
 from mythos_edge.model.bundle import Bundle, open_bundle
 from mythos_edge.model.bundle_writer import BundleWriter, require_free_space
-from mythos_edge.model.errors import ConfigError, ExportError, OSErrorAs
+from mythos_edge.model.errors import ExportError, OSErrorAs
 from mythos_edge.model.families.family import Config
 from mythos_edge.model.manifest import (
     MOST_CONTEXT,
@@ -61,7 +61,7 @@ def export_bundle(
     config = checkpoint.config
     context = config.max_seq_len if max_context is None else max_context
     _check(checkpoint, dtype, context)
-    text = tokenizer_for(tokenizer, end_tokens, config.looped.vocab_size)
+    text = tokenizer_for(tokenizer, end_tokens, config.looped.vocab_size, checkpoint.special_tokens)
     plan = plan_weights(config, context, dtype)
     writer = BundleWriter(output, force=force)
     require_free_space(writer.folder, plan.file.total_bytes + _GRAPHS_BYTES)
@@ -105,14 +105,8 @@ def _identity(config: Config, source: Source, dtype: str, context: int) -> str:
 
 def _check(checkpoint: Checkpoint, dtype: str, context: int) -> None:
     """Raises ExportError and ConfigError for what cannot be exported."""
-    looped = checkpoint.config.looped
     if dtype not in STORAGE_TYPES:
         raise ExportError(f"dtype is {dtype!r}, expected one of {', '.join(STORAGE_TYPES)}")
-    for name, layers in (("prelude_layers", looped.prelude_slots), ("coda_layers", looped.coda_slots)):
-        if layers < 1:
-            raise ConfigError(f"{name} is {layers}: a model without these layers cannot be exported")
-    if looped.step_slots != 1:
-        raise ConfigError(f"a loop step has {looped.step_slots} inner layers: this version exports models with one")
     if not 1 <= context <= MOST_CONTEXT:
         raise ExportError(
             f"max_context is {context}, expected at least 1 and at most {MOST_CONTEXT}: lower it with --max-context"

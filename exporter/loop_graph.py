@@ -42,7 +42,7 @@ def loop_model(stages: Stages, looped: LoopedModel) -> ir.Model:
 
     prelude = weaving.stage("prelude", {"input_ids": input_ids, **window, **_slots([nothing] * looped.prelude_slots)})
     captured = {"e": prelude["e"], "threshold": threshold, **window}
-    final = weaving.loop(max_depth, captured, lambda body, step_index: nothing, some_running)
+    final = weaving.loop(max_depth, captured, lambda body, step_index: [nothing] * looped.step_slots, some_running)
     coda = weaving.coda(final["out"], input_ids, window, _slots([nothing] * looped.coda_slots))
     weaving.output("logits", coda["logits"], ir.DataType.FLOAT, [weaving.batch, "chunk", looped.vocab_size])
     weaving.output("depth", final["depth"], ir.DataType.INT64, [weaving.batch, "chunk"])
@@ -52,34 +52,39 @@ def loop_model(stages: Stages, looped: LoopedModel) -> ir.Model:
 def loop_model_with_past(stages: Stages, looped: LoopedModel) -> ir.Model:
     """``input_ids (B, S), threshold (), past (slots, B, C, W) -> logits, depth, new_rows (slots, B, S, W)``.
 
-    Slots stand in the order prelude, loop steps, coda. Every position runs all loop steps of the model, so
-    that all slots get their rows; append ``new_rows`` to ``past`` along C before the next call.
+    Slots stand in the order prelude, loop steps (each with its inner layers), coda. Every position runs all loop steps
+    of the model, so that all slots get their rows; append ``new_rows`` to ``past`` along C before the next call.
     """
     weaving = _Weaving("model_with_past", stages)
     writer = weaving.writer
-    slots = looped.prelude_slots + looped.max_depth + looped.coda_slots
+    loop_slots = looped.max_depth * looped.step_slots
+    slots = looped.prelude_slots + loop_slots + looped.coda_slots
     input_ids = weaving.input("input_ids", ir.DataType.INT64, ["batch", "chunk"])
     threshold = weaving.input("threshold", ir.DataType.FLOAT, [])
     past = weaving.input("past", ir.DataType.FLOAT, [slots, "batch", "context", looped.cache_width])
     window = _window(writer, input_ids, length=writer.add("Squeeze", [writer.sizes(past, 2)]))
     fixed = [writer.add("Gather", [past, writer.integer(slot)], axis=0) for slot in range(slots)]
-    coda_start = looped.prelude_slots + looped.max_depth
+    coda_start = looped.prelude_slots + loop_slots
 
-    def own_past(body: GraphWriter, step_index: ir.Value) -> ir.Value:
-        slot = body.add("Add", [step_index, body.integer(looped.prelude_slots)])
-        return body.add("Gather", [past, slot], axis=0)
+    def own_past(body: GraphWriter, step_index: ir.Value) -> list[ir.Value]:
+        first = step_index
+        if looped.step_slots > 1:
+            first = body.add("Mul", [step_index, body.integer(looped.step_slots)])
+        slots = [body.integer(looped.prelude_slots + layer) for layer in range(looped.step_slots)]
+        return [body.add("Gather", [past, body.add("Add", [first, slot])], axis=0) for slot in slots]
 
     def always(body: GraphWriter, step: Values) -> ir.Value:
         return body.add("Identity", [body.constant(True)])
 
     prelude = weaving.stage("prelude", {"input_ids": input_ids, **window, **_slots(fixed[: looped.prelude_slots])})
     captured = {"e": prelude["e"], "threshold": threshold, **window}
-    final = weaving.loop(writer.integer(looped.max_depth), captured, own_past, always, scanned=["rows"])
+    scanned = [f"rows_{layer}" for layer in range(looped.step_slots)]
+    final = weaving.loop(writer.integer(looped.max_depth), captured, own_past, always, scanned)
     coda = weaving.coda(final["out"], input_ids, window, _slots(fixed[coda_start:]))
     front = writer.integers([0])
     new_rows = [
         *(writer.add("Unsqueeze", [prelude[f"rows_{i}"], front]) for i in range(looped.prelude_slots)),
-        final["rows"],
+        _by_loop_step(writer, [final[name] for name in scanned]),
         *(writer.add("Unsqueeze", [coda[f"rows_{i}"], front]) for i in range(looped.coda_slots)),
     ]
     weaving.output("logits", coda["logits"], ir.DataType.FLOAT, ["batch", "chunk", looped.vocab_size])
@@ -87,6 +92,16 @@ def loop_model_with_past(stages: Stages, looped: LoopedModel) -> ir.Model:
     joined = writer.add("Concat", new_rows, axis=0)
     weaving.output("new_rows", joined, ir.DataType.FLOAT, [slots, "batch", "chunk", looped.cache_width])
     return weaving.model()
+
+
+def _by_loop_step(writer: GraphWriter, rows: list[ir.Value]) -> ir.Value:
+    """The rows of every inner layer, each ``(loop steps, B, S, W)``, as those of all slots in their order."""
+    if len(rows) == 1:
+        return rows[0]
+    second = writer.integers([1])
+    joined = writer.add("Concat", [writer.add("Unsqueeze", [each, second]) for each in rows], axis=1)
+    shape = writer.add("Concat", [writer.integers([-1]), writer.sizes(joined, 2, 5)], axis=0)
+    return writer.add("Reshape", [joined, shape])
 
 
 def _window(writer: GraphWriter, input_ids: ir.Value, length: ir.Value) -> Values:
@@ -145,13 +160,13 @@ class _Weaving:
         self,
         trips: ir.Value,
         captured: Values,
-        past: Callable[[GraphWriter, ir.Value], ir.Value],
+        past: Callable[[GraphWriter, ir.Value], list[ir.Value]],
         goes_on: Callable[[GraphWriter, Values], ir.Value],
         scanned: Sequence[str] = (),
     ) -> Values:
         """Runs the loop step at most ``trips`` times: the final state, and ``scanned`` outputs stacked by loop step.
 
-        ``past`` writes the cache of a loop step, by its index, and ``goes_on`` whether another follows it.
+        ``past`` writes the caches of a loop step, by its index, and ``goes_on`` whether another follows it.
         """
         body, step = self.writer.subgraph("loop_body"), self._stages["step"].graph
         step_index = ir.Value(name="step_index", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
@@ -160,7 +175,7 @@ class _Weaving:
         body.graph.inputs.extend([step_index, condition, *(state[name] for name in _CARRIED)])
         # Here all rows are at the same loop step.
         rows = self.writer.sizes(captured["e"], 0, 2)
-        own = {"step_index": body.add("Expand", [step_index, rows]), "past": past(body, step_index)}
+        own = {"step_index": body.add("Expand", [step_index, rows]), **_slots(past(body, step_index))}
         made = body.copy_in(step, {**own, "min_depth": body.integer(1), **state, **captured}, "step")
         going = goes_on(body, made)
         going.type, going.shape = ir.TensorType(ir.DataType.BOOL), ir.Shape([])

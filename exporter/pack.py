@@ -42,7 +42,7 @@ def pack_bundle(
     manifest = bundle.manifest
     records = {name: bundle.target(name) for name in dict.fromkeys(targets)}
     copied = manifest.text_files.union(*map(manifest.files_of, records))
-    verify_hashes(bundle, lambda file: progress("hashing the files", 0.0), copied | {WEIGHTS_FILE})
+    verify_hashes(bundle, lambda share: progress("hashing the files", share), copied | {WEIGHTS_FILE})
     graphs = {file: onnx.load(bundle.file(file), load_external_data=False) for file in copied if file.endswith(_GRAPH)}
     entries = read_tensor_file(bundle.file(WEIGHTS_FILE)).entries
     plan = _plan(graphs.values(), entries)

@@ -92,7 +92,7 @@ def inputs_of(stage: Stage, sizes: Sizes) -> Inputs:
     for tensor in stage.inputs:
         value: Any = sizes.example(tensor)
         free: Any = sizes.axes(*tensor.axes) or None
-        if tensor.slot and not stage.one_slot:
+        if tensor.slot:
             slots = sizes.looped.slots[stage.name]
             # Tensors of their own: one that is given twice would be one input.
             value, free = [sizes.example(tensor) for _ in range(slots)], [free] * slots

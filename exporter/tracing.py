@@ -93,15 +93,15 @@ class _Stages(nn.Module):
         min_depth: Tensor,
         length: Tensor,
         first: Tensor,
-        past: Tensor,
+        past: list[Tensor],
     ) -> tuple[Tensor, ...]:
         state, halting, window = (
             LoopState(h, out, halt_mass, depth),
             Halting(threshold, min_depth),
             Window(length, first),
         )
-        state, rows = self.network.loop_step(state, e, step_index, halting, window, past)
-        return *state, rows
+        state, rows = self.network.loop_step(state, e, step_index, halting, window, *past)
+        return *state, *rows
 
     def _coda(
         self, out: Tensor, logit_rows: Tensor, length: Tensor, first: Tensor, past: list[Tensor]

@@ -281,16 +281,26 @@ def _mend(bundle: Bundle, name: str) -> str:
 
 
 def verify_hashes(
-    bundle: Bundle, progress: Callable[[str], None] = lambda name: None, names: Collection[str] | None = None
+    bundle: Bundle, progress: Callable[[float], None] = lambda share: None, names: Collection[str] | None = None
 ) -> None:
-    """Reads the files, all unless named, and compares each sha256; ``progress`` hears the names. Raises BundleError."""
+    """Reads the files, all unless named, and compares each sha256; ``progress`` is told the share that is read.
+
+    Raises BundleError.
+    """
     names = set(bundle.manifest.files if names is None else names)
     check_files(bundle, names)
-    for name in sorted(names - _trusted(bundle)):
-        progress(name)
+    records = {name: bundle.manifest.files[name] for name in sorted(names - _trusted(bundle))}
+    total, before = max(1, sum(record.bytes for record in records.values())), 0
+    progress(0.0)
+    for name, record in records.items():
+
+        def tell(read: int, before: int = before) -> None:
+            progress((before + read) / total)
+
         with OSErrorAs(BundleError, f"{bundle.path / name}: cannot be read"):
-            found = sha256_of(bundle.file(name))
-        listed = bundle.manifest.files[name].sha256
+            found = sha256_of(bundle.file(name), tell)
+        before += record.bytes
+        listed = record.sha256
         if found != listed:
             raise BundleError(
                 f"{bundle.path / name}: has changed: sha256 {found[:12]}..., the manifest says {listed[:12]}...: "
@@ -298,10 +308,11 @@ def verify_hashes(
             )
 
 
-def sha256_of(path: Path) -> str:
-    """Hexadecimal sha256 of a file."""
+def sha256_of(path: Path, progress: Callable[[int], None] = lambda read: None) -> str:
+    """Hexadecimal sha256 of a file; ``progress`` is told the bytes that are read."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_HASH_CHUNK_BYTES):
             digest.update(block)
+            progress(file.tell())
     return digest.hexdigest()

@@ -8,6 +8,9 @@ from mythos_edge.model.errors import BundleError
 # deepest published model takes 64 loop steps.
 MOST_DEPTH = 4096
 _MOST_SLOTS = 1 << 12
+# The output of a position: the sum of its states, each with its halting mass; the state of the last loop step that it
+# took, which a gate decides; or the state of the last of all, where nothing halts and depth is the request's to choose.
+EXIT_RULES = ("weighted", "gate", "none")
 _LARGEST = (1 << 31) - 1
 
 
@@ -18,7 +21,8 @@ class LoopedModel:
     ``cache_width`` values are kept by one position in one cache slot. ``step_slots`` are those of one loop step, one
     for each inner layer. ``max_depth`` loop steps were trained, and ``threshold`` is the halting mass that ends a
     position's loop. ``attention`` is latent or grouped, ``head_dim`` the size of a query, and
-    ``experts_per_token`` the routed experts that each loop step chooses, 0 without any.
+    ``experts_per_token`` the routed experts that each loop step chooses, 0 without any. ``exit_rule`` is one of
+    ``EXIT_RULES``.
     Raises BundleError for numbers that no model has.
     """
 
@@ -33,6 +37,7 @@ class LoopedModel:
     attention: str
     head_dim: int
     experts_per_token: int
+    exit_rule: str = "weighted"
 
     def __post_init__(self) -> None:
         bounds = {"prelude_slots": (0, _MOST_SLOTS), "step_slots": (1, _MOST_SLOTS), "coda_slots": (0, _MOST_SLOTS)}
@@ -45,6 +50,13 @@ class LoopedModel:
             raise BundleError(f"model.threshold is {self.threshold}, expected a number above 0")
         if self.attention not in ("latent", "grouped"):
             raise BundleError(f"model.attention is {self.attention!r}, expected latent or grouped")
+        if self.exit_rule not in EXIT_RULES:
+            raise BundleError(f"model.exit_rule is {self.exit_rule!r}, expected one of {', '.join(EXIT_RULES)}")
+
+    @property
+    def halts(self) -> bool:
+        """Whether positions halt by themselves."""
+        return self.exit_rule != "none"
 
     @property
     def slots(self) -> dict[str, int]:

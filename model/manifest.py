@@ -18,7 +18,7 @@ from mythos_edge.model.looped import MOST_DEPTH, LoopedModel
 from mythos_edge.model.stages import OWN, STAGES, StageTensor
 from mythos_edge.model.typed_json import dataclass_from_json
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.safetensors"
 # Ends the names of graphs in standard ops alone, which are for other engines: no session runs them.

@@ -28,8 +28,8 @@ class StageTensor:
     """One input or output of a stage.
 
     ``dtype`` is numpy's name or ``OWN``. ``on_host``: the host writes it for every call, and it is small. ``slot``:
-    there is one for each cache slot of the stage, named ``<name>_0`` and so on. ``halted`` is what stands in the rows
-    of a tensor with the axis ``ACTIVE`` that are not active any more.
+    there is one for each cache slot that a run of the stage has, named ``<name>_0`` and so on. ``halted`` is what
+    stands in the rows of a tensor with the axis ``ACTIVE`` that are not active any more.
     """
 
     name: str
@@ -53,14 +53,11 @@ class Stage:
     rows: str
     inputs: tuple[StageTensor, ...]
     outputs: tuple[StageTensor, ...]
-    # A loop step has one slot, whose tensors have no number in their names.
-    one_slot: bool = False
 
     def names_of(self, tensors: tuple[StageTensor, ...], slots: int) -> Iterator[tuple[str, StageTensor]]:
         """The names that ``tensors`` have in a graph with ``slots`` cache slots, each with its declaration."""
         for tensor in tensors:
-            numbered = tensor.slot and not self.one_slot
-            names = [f"{tensor.name}_{index}" for index in range(slots)] if numbered else [tensor.name]
+            names = [f"{tensor.name}_{index}" for index in range(slots)] if tensor.slot else [tensor.name]
             yield from ((name, tensor) for name in names)
 
     def tensor(self, name: str) -> StageTensor:
@@ -110,7 +107,6 @@ _STEP = Stage(
         *(StageTensor(f"{tensor.name}_next", tensor.axes, tensor.dtype, halted=tensor.halted) for tensor in STATE),
         _ROWS,
     ),
-    one_slot=True,
 )
 _CODA = Stage(
     "coda",

@@ -43,7 +43,7 @@ class CachePlan:
 
 def plan_cache(model: LoopedModel, max_depth: int, context: int, batch: int = 1, value_bytes: int = 4) -> CachePlan:
     """The memory that ``context`` tokens in each of ``batch`` sequences take at ``max_depth`` loop steps."""
-    slots = model.prelude_slots + max_depth + model.coda_slots
+    slots = model.prelude_slots + max_depth * model.step_slots + model.coda_slots
     return CachePlan(slots, slots * model.cache_width * value_bytes, 2 * model.dim * value_bytes, context, batch)
 
 
@@ -129,6 +129,14 @@ class ColumnBuffer:
             self._origin = self.start
             if self._data.shape[1] > max(_FIRST_CAPACITY, self._memory.room_of(1)):
                 self._data = self._memory.columns(0, self._width)
+
+    def trim(self) -> None:
+        """Gives back room for columns to come where it is more than half of all; none is expected any more."""
+        self.expected, kept = 0, self.end - self.start
+        if self._data.shape[1] > 2 * self._memory.room_of(max(kept, _FIRST_CAPACITY)):
+            data = self._memory.columns(kept, self._width)
+            data[:, :kept] = self.view(self.start, self.end)
+            self._data, self._origin = data, self.start
 
     def _reserve(self, end: int) -> None:
         needed, capacity = end - self._origin, self._data.shape[1]

@@ -53,6 +53,11 @@ class Depth:
                 stacklevel=2,
             )
         threshold = model.threshold if self.threshold is None else self.threshold
+        if threshold != model.threshold and not model.halts:
+            raise UsageError(
+                f"threshold is {threshold:g}, but no position of this model halts by itself: choose its depth with "
+                "max_depth"
+            )
         return ResolvedDepth(Policy(self.policy), max_depth, self.min_depth, threshold)
 
 

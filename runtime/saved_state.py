@@ -143,7 +143,7 @@ def _saved(header: Mapping[str, Any], arrays: dict[str, NDArray[Any]], model: Lo
     if len(ids) > max_context + 1:
         raise ValueError(f"{len(ids)} tokens, more than the context has room for")
     depth = _depth(header["depth"])
-    slots = model.prelude_slots + depth.max_depth + model.coda_slots
+    slots = model.prelude_slots + depth.max_depth * model.step_slots + model.coda_slots
     # Columns and data of every slot, h and e, and two counts; the names are checked as they are looked up.
     if len(arrays) != 2 * (slots + 2) + 2:
         raise ValueError(f"{len(arrays)} arrays are not those of {depth.max_depth} loop steps")

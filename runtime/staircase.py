@@ -1,6 +1,7 @@
 """The staircase: exact dynamic depth with a cache.
 
-Slot t of the loop holds the rows of the first ``lengths[t]`` columns, and never more than slot t - 1: a staircase.
+The slots of loop step t, one for each inner layer, hold the rows of the first ``lengths[t]`` columns, and never more
+than those of step t - 1: a staircase.
 A position that halts early leaves the deeper slots without its row; the first later position that goes deeper
 brings them all up in one causal chunk. Prefill, decode, catch-up and flush are therefore one operation, ``_advance``,
 and rollback is a truncation. It is exact because the state of a position at step t depends only on earlier
@@ -11,7 +12,7 @@ Not here: tokens, sampling, files.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from mythos_edge.runtime.backends.packing import ROWS
 from mythos_edge.runtime.backends.protocol import Backend
 from mythos_edge.runtime.caches import ColumnBuffer
 from mythos_edge.runtime.halting import Policy, ResolvedDepth
-from mythos_edge.runtime.together import StageCall, Work, run_alone
+from mythos_edge.runtime.together import NotRun, StageCall, Work, run_alone
 
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
@@ -73,7 +74,7 @@ class Staircase:
         self._memory = memory = backend.memory
         self.prelude_slots = [self._slot() for _ in range(model.prelude_slots)]
         self.coda_slots = [self._slot() for _ in range(model.coda_slots)]
-        self.loop_slots = [self._slot() for _ in range(depth.max_depth)]
+        self.loop_slots = [[self._slot() for _ in range(model.step_slots)] for _ in range(depth.max_depth)]
         # States of the columns that are not at full depth: h as of their deepest computed step.
         self._h = ColumnBuffer(model.dim, max_context, memory)
         self._e = ColumnBuffer(model.dim, max_context, memory)
@@ -101,7 +102,7 @@ class Staircase:
     @property
     def lengths(self) -> list[int]:
         """Columns computed at each loop step, from step 0 on; never increasing."""
-        return [slot.end for slot in self.loop_slots]
+        return [slots[0].end for slots in self.loop_slots]
 
     @property
     def counts(self) -> tuple[int, int, int, int]:
@@ -113,9 +114,24 @@ class Staircase:
         """Bytes held in caches and pending states."""
         return sum(buffer.nbytes for buffer in self._buffers().values())
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it was never interrupted where that leaves caches of no use."""
+        return not self._torn
+
+    @property
+    def is_caught_up(self) -> bool:
+        """Whether every loop step has every column."""
+        return self.lengths[-1] >= self.columns
+
+    def trim(self) -> None:
+        """Gives back the room for columns to come, where it is more than what there is."""
+        for buffer in self._buffers().values():
+            buffer.trim()
+
     def expect(self, columns: int) -> None:
         """Makes every slot that grows make room for so many columns at once, as far as the longest context."""
-        for slot in [*self.prelude_slots, *self.loop_slots, *self.coda_slots]:
+        for slot in [*self.prelude_slots, *chain(*self.loop_slots), *self.coda_slots]:
             slot.expected = min(columns, self.max_context)
 
     def feed(self, ids: Int64, logit_rows: Int64) -> Fed:
@@ -260,8 +276,8 @@ class Staircase:
 
         Those from ``rows.start`` on are new: their output, halting mass and depth move on in place.
         """
-        slot = self.loop_slots[index]
-        begin, active = slot.end, max(0, upto - rows.start)
+        slots = self.loop_slots[index]
+        begin, active = slots[0].end, max(0, upto - rows.start)
         chunk = upto - begin
         state = {
             "h": self._h.view(begin, upto),
@@ -284,12 +300,16 @@ class Staircase:
             "min_depth": self._min_depth,
         }
         # Making it finds room for the new rows, or fails while nothing has changed.
-        call = self._call("step", begin, [slot], state | others, dict(made))
-        # Slot and pending state move on together; an interrupt in between leaves neither usable.
+        call = self._call("step", begin, slots, state | others, dict(made))
+        # Slots and pending state move on together; an interrupt in between leaves neither usable.
         self._torn = in_place
-        yield call
+        try:
+            yield call
+        except NotRun:
+            self._torn = False
+            raise
         self._torn = True
-        slot.grow(chunk)
+        _grow(slots, chunk)
         if not in_place:
             self._h.write(begin, made["h_next"])
         self._torn = False
@@ -301,7 +321,10 @@ class Staircase:
         self.catch_up_calls += active == 0
 
     def _output_so_far(self, rows: _Rows) -> Rows:
-        """The output as if the halting mass of running rows were whole: their states weigh as they would to the end."""
+        """The output as if ``rows`` ended here. In a weighted sum the halting mass of those that run is taken as whole,
+        so that their states weigh as they would to the end."""
+        if self.model.exit_rule != "weighted":
+            return rows.out
         so_far = self._take("out_so_far", rows.out.shape)
         self._memory.output_so_far(rows.out, rows.halt_mass, self.depth.threshold, so_far)
         return so_far
@@ -321,10 +344,9 @@ class Staircase:
         chunk = feeds[ROWS[stage]].shape[1]
         for number, slot in enumerate(slots):
             assert slot.end == begin
-            suffix = "" if stage == "step" else f"_{number}"
             # New rows are written in their place. Making it may move the buffer, so the filled ones are taken after.
-            made[f"rows{suffix}"] = slot.tail(chunk)
-            feeds[f"past{suffix}"] = slot.view(0, begin)
+            made[f"rows_{number}"] = slot.tail(chunk)
+            feeds[f"past_{number}"] = slot.view(0, begin)
         return StageCall(stage, feeds, made)
 
     def _settle(self) -> Work[None]:
@@ -341,17 +363,19 @@ class Staircase:
 
     def _catch_up(self, index: int) -> Work[None]:
         """Brings loop step ``index`` as far as the step before it, in one call."""
-        upto = self.loop_slots[index - 1].end if index else self.columns
-        if self.loop_slots[index].end < upto:
+        lengths = [self.columns, *self.lengths]
+        upto = lengths[index]
+        if lengths[index + 1] < upto:
             yield from self._advance(index, upto, self._no_rows)
 
     def _repeat_last_rows(self) -> None:
-        for shallow, deep in pairwise(self.loop_slots):
-            if deep.end < shallow.end:
-                deep.append(shallow.view(deep.end, shallow.end))
+        for shallow_slots, deep_slots in pairwise(self.loop_slots):
+            for shallow, deep in zip(shallow_slots, deep_slots, strict=True):
+                if deep.end < shallow.end:
+                    deep.append(shallow.view(deep.end, shallow.end))
 
     def _forget_finished(self) -> None:
-        finished = self.loop_slots[-1].end
+        finished = self.lengths[-1]
         self._h.drop_before(finished)
         self._e.drop_before(finished)
 
@@ -392,12 +416,10 @@ class Staircase:
 
     def _buffers(self) -> dict[str, ColumnBuffer]:
         named = {"h": self._h, "e": self._e}
-        for kind, slots in (
-            ("prelude", self.prelude_slots),
-            ("loop", self.loop_slots),
-            ("coda", self.coda_slots),
-        ):
-            named |= {f"{kind}_{index}": slot for index, slot in enumerate(slots)}
+        groups = {"prelude": self.prelude_slots, "coda": self.coda_slots}
+        groups |= {f"loop_{index}": slots for index, slots in enumerate(self.loop_slots)}
+        for group, slots in groups.items():
+            named |= {f"{group}_{index}": slot for index, slot in enumerate(slots)}
         return named
 
 

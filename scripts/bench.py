@@ -148,6 +148,8 @@ def _measure(
         prompt = np.random.default_rng(0).integers(0, session.model.vocab_size, args.prompt_tokens).tolist()
         depth = options.depth_of(args)
         if args.depth is not None:
+            if not session.model.halts:
+                raise UsageError(f"--depth is {args.depth:g}, but no position of this model halts: use --max-depth")
             console.progress(f"{name}: looking for the threshold", 0.0)
             depth["threshold"] = threshold_of_mean_depth(session, prompt, args.new_tokens, args.depth)
         requests = {name: depth}

@@ -2,7 +2,8 @@
 
 What is shown may come from a file or from the command line: characters that steer a terminal are written as escapes,
 and so is what the stream's encoding lacks. A stderr that takes nothing is no reason to end; a stdout is. Only a
-terminal gets lines that are wrapped to its width and a clock that moves; ``NO_COLOR`` and ``TERM=dumb`` are honoured.
+terminal gets lines that are wrapped to its width, and what is under way with its clock; ``NO_COLOR`` and ``TERM=dumb``
+are honoured.
 """
 
 import json
@@ -14,6 +15,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,7 +23,10 @@ from mythos_edge.model.errors import UsageError
 from mythos_edge.model.output_files import is_standard_output
 
 CLOSED = "stdout is closed, and results go there: leave it open, or send them away with > /dev/null"
+# How often a terminal that cannot move its cursor is told of the same phase.
 _EVERY_S = 5.0
+# What was seen of a phase before it is said how long the rest takes.
+_SEEN_S = 1.0
 # How often the clock of a live line moves, and how soon news may follow others there.
 _TICK_S = 1.0
 _LIVE_PAUSE_S = 0.1
@@ -44,13 +49,33 @@ def printable_line(text: str) -> str:
     return text.translate(_ESCAPED_LINE)
 
 
+@dataclass
+class _Phase:
+    """A phase of work, and which share of it was done when: at first, and as it was last told."""
+
+    name: str
+    began_at: float
+    began: float
+    told_at: float
+    done: float
+
+    def left_s(self, now: float) -> float | None:
+        """Seconds until its end, as fast as it went so far; None where that cannot be said."""
+        took, grown = self.told_at - self.began_at, self.done - self.began
+        if took < _SEEN_S or grown <= 0:
+            return None
+        left = took / grown * (1 - self.done) - (now - self.told_at)
+        return left if left > 0 else None
+
+
 class Console:
     """One verb's output. With ``as_json`` stdout carries one JSON object and nothing else."""
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
         self._started = time.monotonic()
-        self._phase, self._told_at, self._words = "", 0.0, ""
+        self._phase: _Phase | None = None
+        self._shown_at = -math.inf
         # Set when the live line has ended; None where there is none.
         self._clock: threading.Event | None = None
         self._writing = threading.Lock()
@@ -126,12 +151,22 @@ class Console:
             self._people_on_stderr = True
 
     def progress(self, phase: str, fraction: float) -> None:
-        """Elapsed time, phase and share on stderr: a line with a moving clock on a terminal, else one now and then."""
-        now, live = time.monotonic(), _moves_the_cursor(sys.stderr)
-        if phase == self._phase and now - self._told_at < (_LIVE_PAUSE_S if live else _EVERY_S):
+        """Shows people at a terminal the phase that is under way and the share of it that is done.
+
+        It is one line with elapsed and remaining time, whose clock moves. Elsewhere, and with --json, nothing is told.
+        """
+        if self.as_json or not _is_terminal(sys.stderr):
             return
-        self._phase, self._told_at = phase, now
-        self._words = printable_line(phase) + (f" {fraction:.0%}" if fraction else "")
+        now, live, last = time.monotonic(), _moves_the_cursor(sys.stderr), self._phase
+        name = printable_line(phase)
+        if last is None or name != last.name or fraction < last.done:
+            self._phase, self._shown_at = _Phase(name, now, fraction, now, fraction), -math.inf
+        elif fraction > last.done:
+            # Replaced whole, as the clock may read it meanwhile.
+            self._phase = replace(last, told_at=now, done=fraction)
+        if now - self._shown_at < (_LIVE_PAUSE_S if live else _EVERY_S):
+            return
+        self._shown_at = now
         if not live:
             tell(f"{self._progress_line()}\n")
             return
@@ -155,10 +190,15 @@ class Console:
         with self._writing:
             if not clock.is_set():
                 room = shutil.get_terminal_size().columns - 1
-                tell(f"\r{self._progress_line():<{min(60, room)}}"[: room + 1])
+                tell(f"\r{self._progress_line():<{room}}"[: room + 1])
 
     def _progress_line(self) -> str:
-        return f"{time.monotonic() - self._started:7.1f} s  {self._words}"
+        phase, now = self._phase, time.monotonic()
+        assert phase is not None
+        left = phase.left_s(now)
+        share = f" {phase.done:.0%}" if phase.done else ""
+        rest = "" if left is None else f", about {_duration(math.ceil(left))} left"
+        return f"{_duration(now - self._started):>9}  {phase.name}{share}{rest}"
 
     def _print(self, text: str) -> None:
         """Writes to stdout; the first character that its encoding lacks is told.
@@ -182,6 +222,15 @@ class Console:
         except OSError as error:
             drop(sys.stdout)
             raise UsageError(f"stdout: cannot write the result: {error.strerror}") from error
+
+
+def _duration(seconds: float) -> str:
+    """A time for people: 9 s, 9.5 s, 2:05 min or 1:02 h."""
+    if seconds < 60:
+        return f"{seconds} s" if isinstance(seconds, int) else f"{seconds:.1f} s"
+    whole = int(seconds)
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    return f"{hours}:{minutes:02} h" if hours else f"{minutes}:{rest:02} min"
 
 
 def drop(stream: TextIO | None) -> None:

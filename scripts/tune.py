@@ -119,7 +119,8 @@ def settings_of(args: argparse.Namespace, bundle: Bundle) -> list[Setting]:
     """Every combination asked for, and each target as trained. Raises UsageError, BundleError."""
     model = bundle.manifest.model
     own, trained = model.threshold, model.max_depth
-    thresholds = _numbers(args.thresholds, "--thresholds", float) or [own * share for share in _THRESHOLD_SHARES]
+    shares = _THRESHOLD_SHARES if model.halts else ()
+    thresholds = _numbers(args.thresholds, "--thresholds", float) or [own * share for share in shares]
     depths = _numbers(args.max_depths, "--max-depths", int) or [max(1, round(trained * s)) for s in _DEPTH_SHARES]
     default = bundle.manifest.default_target
     targets = [default] if args.targets is None else arguments.target_names(args.targets, "--targets")
@@ -127,7 +128,7 @@ def settings_of(args: argparse.Namespace, bundle: Bundle) -> list[Setting]:
         bundle.target(name)
     wanted = [Setting(*one) for one in itertools.product(targets, {*thresholds, own}, {*depths, trained})]
     for setting in wanted:
-        Depth(**setting.depth)
+        Depth(**setting.depth).resolve(model)
     return sorted(set(wanted), key=lambda one: (targets.index(one.target), -one.max_depth, -one.threshold))
 
 

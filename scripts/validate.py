@@ -67,7 +67,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     ids = _tokens(args, bundle)
     with ExitStack() as opened:
         compare = _comparison(args, bundle, ids, console, opened)  # before minutes of hashing
-        verify_hashes(bundle, lambda name: console.progress("hashing the files", 0.0))
+        verify_hashes(bundle, lambda share: console.progress("hashing the files", share))
         console.progress("self-test", 0.0)
         # Of the manifest whose files were hashed, whatever stands there meanwhile.
         session = opened.enter_context(Session(bundle, open_backend(bundle, bundle.manifest.default_target)))

@@ -60,11 +60,11 @@ def sample_manifest(files: dict[str, FileRecord] = RECORDS, **changes: Any) -> M
                     TensorSpec("min_depth", "int64", ()),
                     TensorSpec("length", "int64", ()),
                     TensorSpec("first", "int64", ("batch",)),
-                    TensorSpec("past", "float32", ("batch", "context", 288)),
+                    TensorSpec("past_0", "float32", ("batch", "context", 288)),
                 ),
                 (
                     *(replace(tensor, name=f"{tensor.name}_next") for tensor in STATE),
-                    TensorSpec("rows", "float32", ("batch", "chunk", 288)),
+                    TensorSpec("rows_0", "float32", ("batch", "chunk", 288)),
                 ),
             )
         },

@@ -53,7 +53,7 @@ def files_beside(bundle: Bundle, name: str, progress: Progress) -> Iterator[Path
     bundle.require_whole("build")
     bundle.target(bundle.manifest.default_target)
     bundle.require_own_files()
-    verify_hashes(bundle, lambda file: progress("hashing the export", 0.0), bundle.manifest.shared_files)
+    verify_hashes(bundle, lambda share: progress("hashing the export", share), bundle.manifest.shared_files)
     with OSErrorAs(BuildError, f"{bundle.path}: cannot be written"):
         partial = PartialFolder(bundle.path, name, of_any=True, recover=lambda left: recover(left, bundle.path))
         try:

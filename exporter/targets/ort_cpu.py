@@ -3,7 +3,7 @@
     ort-cpu                     float32, read from the mapped file of the bundle: what every export has
     ort-cpu-fp32                the same weights, copied into the kernels' own layout when loaded
     ort-cpu-int8                the large matrices in int8, one scale a row, multiplied in integers
-    ort-cpu-int4                routed experts in int4, the other large matrices in int8
+    ort-cpu-int4                routed experts (or the feed-forwards of a loop without) in int4, the others in int8
     ort-cpu-int4-dense-int4     all large matrices in int4
 
 Every target has each stage twice: for the rows of one sequence, and for those of several at once. They share the
@@ -115,9 +115,10 @@ class OrtCpuTarget:
 
     def forms(self, dim: int) -> "Forms":
         """The forms of the matrices of a model of width ``dim``. Raises BuildError."""
-        from mythos_edge.exporter.targets.ort_files import EXPERTS, Forms
+        from mythos_edge.exporter.targets.ort_files import EXPERTS, MLP, Forms
 
-        by_part = {EXPERTS: self.weights, "": self.dense_form()}
+        # The feed-forward of a family without experts is what these are to others: most of the bytes.
+        by_part = {EXPERTS: self.weights, MLP: self.weights, "": self.dense_form()}
         roundings = {form: self._rounding(form, dim) for form in by_part.values() if form in _BITS}
         prepacked = self.weights != MAPPED
         return Forms(self.weights, "fp32", by_part, roundings, self.block, self.keep, prepacked)

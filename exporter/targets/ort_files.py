@@ -33,7 +33,7 @@ from mythos_edge.model.stages import MAX_TOGETHER, STAGES
 from mythos_edge.model.target_options import OrtOptions
 from mythos_edge.plugins.torch_ops import add_functions
 
-EXPERTS = "experts"
+EXPERTS, MLP = "experts", "mlp"
 # Where a model has no matrices that may be rounded.
 _OTHERS = "others"
 

@@ -39,11 +39,25 @@ class Config(Protocol):
 
 
 @dataclass(frozen=True)
+class SpecialTokens:
+    """The texts of the tokens that ``begin`` and ``end`` a turn, where a model's files name ``wrong`` for both."""
+
+    wrong: str
+    begin: str
+    end: str
+
+
+@dataclass(frozen=True)
 class Opening:
-    """A checkpoint's tensors as they are stored, and what the caller said about it; see ``open_checkpoint``."""
+    """A checkpoint's tensors as they are stored, and what the caller said about it; see ``open_checkpoint``.
+
+    ``config_values`` are those of the config that the caller gave over those of the config.json beside the tensors;
+    none where there is neither.
+    """
 
     path: Path
     stored: Any  # tensor_files.TensorFile
+    config_values: Mapping[str, Any]
     config_path: Path | None
     rope_table: str | None
     tolerate: Collection[str]
@@ -54,8 +68,8 @@ class Family(Protocol):
 
     name: str
 
-    def recognises(self, names: Collection[str]) -> bool:
-        """Whether a checkpoint with tensors of these names is one of the family."""
+    def recognises(self, names: Collection[str], config: Mapping[str, Any]) -> bool:
+        """Whether a checkpoint with tensors of these names and a config with these fields is one of the family."""
         ...
 
     def config_from(self, values: Mapping[str, Any], origin: str) -> Config:

@@ -2,10 +2,11 @@
 
 from mythos_edge.model.errors import ConfigError
 from mythos_edge.model.families.family import Config, Family
+from mythos_edge.model.families.looped_llama.family import NANBEIGE, OURO
 from mythos_edge.model.families.openmythos.family import OpenMythos
 from mythos_edge.model.manifest import Manifest
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (OpenMythos(),)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (OpenMythos(), OURO, NANBEIGE)}
 
 
 def family_named(name: str) -> Family:

@@ -1,6 +1,5 @@
 """Exporting: what a bundle holds, and that a failure leaves nothing behind."""
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -214,15 +213,6 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     Tokenizer(models.WordLevel({f"w{i}": i for i in range(400)}, unk_token="w0")).save(str(path))
     with pytest.raises(ConfigError, match=r"own vocabulary reaches id 399 .*, but the model knows ids 0 .. 330"):
         _export(tmp_path / "out", tokenizer=path)
-
-
-@pytest.mark.parametrize("name", ["prelude_layers", "coda_layers"])
-def test_models_without_a_prelude_or_coda_are_refused(name: str, tmp_path: Path) -> None:
-    with open_checkpoint(FIXTURES / "mla-small") as checkpoint:
-        checkpoint.config = dataclasses.replace(checkpoint.config, **{name: 0})
-        with pytest.raises(ConfigError, match=f"{name} is 0: a model without these layers cannot be exported"):
-            export_bundle(checkpoint, tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_bad_options(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def _feeds(bundle: Bundle, random: np.random.Generator, rows: int = 5) -> Feeds:
         "length": np.array(0),
         "positions": np.arange(rows)[None],
         "first": np.zeros(1, np.int64),
-        "past": np.zeros((1, 0, config.cache_width), np.float32),
+        "past_0": np.zeros((1, 0, config.cache_width), np.float32),
     }
 
 
@@ -64,9 +64,9 @@ def test_a_probe_changes_nothing_and_writes_nothing(bundle: Bundle, random: np.r
     before = sorted(path.name for path in bundle.path.iterdir())
     feeds = _feeds(bundle, random)
     path = bundle.path / "step.ort-cpu.onnx"
-    alone = Probe(path, [], kept=["h_next", "rows"]).run(feeds)
-    probed = Probe(path, [ROUTER, "step.block.attn.wo"], kept=["h_next", "rows"]).run(feeds)
-    for name in ("h_next", "rows"):
+    alone = Probe(path, [], kept=["h_next", "rows_0"]).run(feeds)
+    probed = Probe(path, [ROUTER, "step.block.attn.wo"], kept=["h_next", "rows_0"]).run(feeds)
+    for name in ("h_next", "rows_0"):
         np.testing.assert_array_equal(alone[name], probed[name])
     assert sorted(path.name for path in bundle.path.iterdir()) == before
 

@@ -48,9 +48,11 @@ class ScriptedBackend:
 
     def _step(self, feeds: Arrays) -> dict[str, Array]:
         h, e, index = feeds["h"], feeds["e"], int(feeds["step_index"][0, 0])
-        rows = np.tanh(h.sum(-1, keepdims=True) + index)
-        mixed = _attend(rows, feeds["past"], feeds)
-        h_next = (0.5 * h + 0.1 * e + mixed).astype(np.float32)
+        h_next, made_rows = (0.5 * h + 0.1 * e).astype(np.float32), {}
+        for layer in range(sum(name.startswith("past_") for name in feeds)):
+            rows = np.tanh((h + layer * h_next).sum(-1, keepdims=True) + index + layer)
+            h_next = (h_next + _attend(rows, feeds[f"past_{layer}"], feeds)).astype(np.float32)
+            made_rows[f"rows_{layer}"] = rows
         active = h.shape[1] - feeds["out"].shape[1]
         running = feeds["halt_mass"] < feeds["threshold"]
         depths = np.vectorize(self._depths.__getitem__, otypes=[np.int64])(e[:, active:, 0].astype(np.int64))
@@ -61,7 +63,7 @@ class ScriptedBackend:
             "out_next": out,
             "halt_mass_next": np.where(running & halts, np.float32(1), feeds["halt_mass"]),
             "depth_next": feeds["depth"] + running,
-            "rows": rows,
+            **made_rows,
         }
 
     def _coda(self, feeds: Arrays) -> dict[str, Array]:

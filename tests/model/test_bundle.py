@@ -92,10 +92,14 @@ def test_a_changed_byte_is_found_by_the_hashes_only(made: Path, name: str) -> No
         open_bundle(made, hashes=True)
 
 
-def test_progress_hears_of_every_file(made: Path) -> None:
-    told: list[str] = []
+def test_progress_hears_of_every_part(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[float] = []
+    monkeypatch.setattr(bundle_module, "_HASH_CHUNK_BYTES", 7)
     verify_hashes(open_bundle(made), progress=told.append)
-    assert sorted(told) == sorted(CONTENTS)
+    assert told == sorted(told)
+    assert (told[0], told[-1]) == (0, 1)
+    sizes = [(made / name).stat().st_size for name in CONTENTS]
+    assert len(set(told)) == 1 + sum(-(-size // 7) for size in sizes)
 
 
 def test_the_hash_is_over_all_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mythos_edge.model.bundle import open_bundle
-from mythos_edge.model.errors import ConfigError, UsageError
+from mythos_edge.model.errors import BundleError, ConfigError, UsageError
 from mythos_edge.model.families.openmythos.config import VARIANTS
 from mythos_edge.model.manifest import Preset
 from mythos_edge.runtime.halting import Depth, Policy, ResolvedDepth, depth_of_preset
@@ -61,6 +61,15 @@ def test_min_depth_is_at_most_max_depth() -> None:
         Depth(max_depth=3, min_depth=4).resolve(CONFIG.looped)
     with pytest.raises(UsageError, match="min_depth is 7, expected at most max_depth 6"):
         Depth(min_depth=7).resolve(CONFIG.looped)
+
+
+def test_where_nothing_halts_a_threshold_is_refused() -> None:
+    model = dataclasses.replace(CONFIG.looped, exit_rule="none", threshold=1.0)
+    assert Depth(threshold=1.0, max_depth=2).resolve(model) == ResolvedDepth(Policy.EXACT, 2, 1, 1.0)
+    with pytest.raises(UsageError, match=r"threshold is 0\.5, but no position of this model halts by itself"):
+        Depth(threshold=0.5).resolve(model)
+    with pytest.raises(BundleError, match="exit_rule is 'sometimes', expected one of weighted, gate, none"):
+        dataclasses.replace(CONFIG.looped, exit_rule="sometimes")
 
 
 def test_depth_beyond_training_warns() -> None:

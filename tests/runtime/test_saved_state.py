@@ -158,17 +158,17 @@ def _arrays(change: str, saved: Arrays) -> Arrays:
         "counts of floats": {"counts": made["counts"].astype(float)},
         "negative counts": {"counts": -made["counts"] - 1},
         "few counts": {"counts": made["counts"][:3]},
-        "no staircase": {"loop_0.columns": np.array([0, 1]), "loop_0.data": made["loop_0.data"][:, :1]},
-        "a wider cache": {"loop_0.data": np.repeat(made["loop_0.data"], 2, -1)},
-        "a cache of another dtype": {"loop_0.data": made["loop_0.data"].astype(np.float64)},
-        "a cache of text": {"loop_0.data": made["loop_0.data"].astype(str)},
-        "a cache that is not finite": {"loop_0.data": made["loop_0.data"] * np.float32(np.inf)},
-        "a cache in the other order": {"loop_0.data": np.asfortranarray(np.ones((2, 3, 4), np.float32))},
-        "bounds that are no pair": {"loop_0.columns": np.array([0, 1, 2])},
-        "bounds of text": {"loop_0.columns": np.array(["0", "x"])},
-        "huge bounds": {"loop_0.columns": np.array([0, 2**62])},
-        "one array more": {"loop_6.data": np.zeros(1)},
-        "another name": {"loop_9.data": made.pop("loop_5.data")} if change == "another name" else {},
+        "no staircase": {"loop_0_0.columns": np.array([0, 1]), "loop_0_0.data": made["loop_0_0.data"][:, :1]},
+        "a wider cache": {"loop_0_0.data": np.repeat(made["loop_0_0.data"], 2, -1)},
+        "a cache of another dtype": {"loop_0_0.data": made["loop_0_0.data"].astype(np.float64)},
+        "a cache of text": {"loop_0_0.data": made["loop_0_0.data"].astype(str)},
+        "a cache that is not finite": {"loop_0_0.data": made["loop_0_0.data"] * np.float32(np.inf)},
+        "a cache in the other order": {"loop_0_0.data": np.asfortranarray(np.ones((2, 3, 4), np.float32))},
+        "bounds that are no pair": {"loop_0_0.columns": np.array([0, 1, 2])},
+        "bounds of text": {"loop_0_0.columns": np.array(["0", "x"])},
+        "huge bounds": {"loop_0_0.columns": np.array([0, 2**62])},
+        "one array more": {"loop_6_0.data": np.zeros(1)},
+        "another name": {"loop_9_0.data": made.pop("loop_5_0.data")} if change == "another name" else {},
     }
     return made | changes[change]
 
@@ -227,7 +227,7 @@ def test_a_file_cut_or_changed_anywhere_is_refused(session: Session, saved: Arra
 
 
 def test_what_unfolds_is_refused_before_it_does(session: Session, saved: Arrays, tmp_path: Path) -> None:
-    np.savez_compressed(tmp_path / "bomb.npz", **saved | {"loop_0.data": np.zeros(50_000_000, np.float32)})
+    np.savez_compressed(tmp_path / "bomb.npz", **saved | {"loop_0_0.data": np.zeros(50_000_000, np.float32)})
     assert (tmp_path / "bomb.npz").stat().st_size < 2_000_000
     tracemalloc.start()
     with pytest.raises(UsageError, match="its records are compressed"):
@@ -261,9 +261,9 @@ def test_an_array_that_says_it_is_another_is_refused(
 ) -> None:
     text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".encode()
     member = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text) + 1) + text + b"\n" + bytes(64)
-    np.savez(tmp_path / "bad.npz", **{name: array for name, array in saved.items() if name != "loop_0.data"})
+    np.savez(tmp_path / "bad.npz", **{name: array for name, array in saved.items() if name != "loop_0_0.data"})
     with zipfile.ZipFile(tmp_path / "bad.npz", "a") as archive:
-        archive.writestr("loop_0.data.npy", member)
+        archive.writestr("loop_0_0.data.npy", member)
     refused(session, tmp_path / "bad.npz")
 
 

@@ -109,7 +109,7 @@ def test_flush_leaves_nothing_to_catch_up_and_no_pending_memory() -> None:
     held = stairs.nbytes
     stairs.flush()
     assert stairs.lengths == [100] * LOOPS
-    assert stairs.nbytes < held + 4 * 128 * 4
+    assert stairs.nbytes < held + 4 * 2 * 128 * 4
     rows = stairs.block_rows
     feed(stairs, [5])
     assert stairs.block_rows - rows == LOOPS
@@ -118,7 +118,7 @@ def test_flush_leaves_nothing_to_catch_up_and_no_pending_memory() -> None:
 def test_deep_slots_take_no_memory_before_their_first_use() -> None:
     stairs = staircase()
     feed(stairs, [1, 1, 1])
-    assert [slot.nbytes > 0 for slot in stairs.loop_slots] == [True, False, False, False, False]
+    assert [slots[1].nbytes > 0 for slots in stairs.loop_slots] == [True, False, False, False, False]
 
 
 def test_prefill_stops_when_every_position_has_halted() -> None:
@@ -141,8 +141,9 @@ def test_policy_last_copies_rows_and_keeps_nothing_pending() -> None:
         fed = feed(stairs, [token])
         assert stairs.block_calls - before == fed.depth[0, 0]
         assert stairs.lengths == [stairs.columns] * LOOPS
-    copied = stairs.loop_slots[0].view(2, 4)
-    np.testing.assert_array_equal(stairs.loop_slots[4].view(2, 4), copied)
+    for layer in range(2):
+        copied = stairs.loop_slots[0][layer].view(2, 4)
+        np.testing.assert_array_equal(stairs.loop_slots[4][layer].view(2, 4), copied)
 
 
 def test_rollback_then_other_tokens_is_as_if_they_had_always_been_there() -> None:
@@ -227,8 +228,8 @@ def test_a_damaged_state_is_refused() -> None:
     good = stairs.state()
     staircase().restore(good)
     for name, value in {
-        "loop_0.data": good["loop_0.data"][:, :1],
-        "loop_2.columns": np.array([0, 3]),
+        "loop_0_0.data": good["loop_0_0.data"][:, :1],
+        "loop_2_0.columns": np.array([0, 3]),
         "columns": np.array(2),
         "h.columns": np.array([1, 2]),
         "coda_0.columns": np.array([0, 999]),
@@ -236,4 +237,4 @@ def test_a_damaged_state_is_refused() -> None:
         with pytest.raises(ValueError, match=r"do not fit|no staircase"):
             staircase().restore({**good, name: value})
     with pytest.raises(KeyError):
-        staircase().restore({name: array for name, array in good.items() if name != "loop_0.data"})
+        staircase().restore({name: array for name, array in good.items() if name != "loop_0_0.data"})

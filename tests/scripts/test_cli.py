@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -124,31 +125,55 @@ INSTALLED = Path(sys.executable).with_name("mythos-edge")
 _DEADLINE_S = 120.0
 
 
+@dataclass
+class _Exporting:
+    """The installed command at work, at a terminal that takes its stderr."""
+
+    process: subprocess.Popen[str]
+    terminal: int
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def ended(self) -> Ran:
+        out, _ = self.process.communicate(timeout=_DEADLINE_S)
+        return Ran(self.process.returncode, out, self.told())
+
+    def told(self, word: str = "") -> str:
+        """What the terminal gets until it has ``word``, or until nobody is left who writes to it."""
+        told = b""
+        with suppress(OSError):
+            while word.encode() not in told or not word:
+                told += os.read(self.terminal, 1 << 16)
+        return told.decode()
+
+
 @contextmanager
-def _exporting(output: Path, before: Callable[[], object] = lambda: None) -> Iterator[subprocess.Popen[str]]:
-    """The installed command at work: its weights are written, and it traces, as no graphs are kept."""
+def _exporting(output: Path, before: Callable[[], object] = lambda: None) -> Iterator[_Exporting]:
+    """An export whose weights are written, and that traces, as no graphs are kept."""
 
     def prepare() -> None:
         # A shell starts what runs in its background deaf to it.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         before()
 
+    # Of one that moves no cursor, so that every phase is a line.
+    terminal, its_side = os.openpty()
     with subprocess.Popen(
         [INSTALLED, "export", str(CHECKPOINT), "-o", str(output)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=prepare,
-        env={**os.environ, VARIABLE: "off"},
+        stdout=subprocess.PIPE, stderr=its_side, text=True, start_new_session=True, preexec_fn=prepare,
+        env={**os.environ, VARIABLE: "off", "TERM": "dumb"},
     ) as process:  # fmt: skip
+        os.close(its_side)
+        exporting = _Exporting(process, terminal)
         try:
-            assert process.stderr is not None
-            for line in process.stderr:
-                if "graphs" in line:
-                    break
-            else:
-                pytest.fail("ended before it traced")
-            yield process
+            assert "graphs" in exporting.told("graphs"), "ended before it traced"
+            yield exporting
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+            os.close(terminal)
 
 
 def _group_is_gone(group: int) -> None:
@@ -182,9 +207,9 @@ def test_an_interrupt_leaves_nothing_half_written(
     """As a terminal sends it, to the whole process group, or to the process alone."""
     with _exporting(tmp_path / "out.bundle") as process:
         send(process.pid, sent)
-        out, err = process.communicate(timeout=_DEADLINE_S)
+        ran = process.ended()
         _group_is_gone(process.pid)
-    refused(Ran(process.returncode, out, err), "interrupted")
+    refused(ran, "interrupted")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -193,8 +218,8 @@ def test_asking_twice_does_not_break_off_the_cleaning_up(tmp_path: Path) -> None
         for sent in (signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGINT):
             os.killpg(process.pid, sent)
             time.sleep(0.01)
-        out, err = process.communicate(timeout=_DEADLINE_S)
-    refused(Ran(process.returncode, out, err), "interrupted")
+        ran = process.ended()
+    refused(ran, "interrupted")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -206,8 +231,8 @@ def test_what_is_ignored_stays_ignored(tmp_path: Path) -> None:
         ignored = int(next(line.split()[1] for line in status.splitlines() if line.startswith("SigIgn")), 16)
         assert ignored >> (signal.SIGHUP - 1) & 1
         os.kill(process.pid, signal.SIGTERM)
-        out, err = process.communicate(timeout=_DEADLINE_S)
-    refused(Ran(process.returncode, out, err), "interrupted")
+        ran = process.ended()
+    refused(ran, "interrupted")
 
 
 def test_children_end_with_a_parent_that_is_killed() -> None:

@@ -66,6 +66,7 @@ def test_messages_results_and_progress_are_printable(capsys: pytest.CaptureFixtu
     assert out == f"{SHOWN}\n"
     assert err.splitlines()[0] == rf"{SHOWN}\nsecond"
     assert not {*err} & {chr(code) for code in range(32) if code != 10}
+    assert "%" not in err, "progress is for terminals"
     assert err.splitlines()[-1] == f"error: {SHOWN}"
 
 
@@ -157,6 +158,53 @@ def test_the_clock_of_a_terminal_moves_while_nothing_is_told(monkeypatch: pytest
     assert end.endswith("\ndone\n")
     time.sleep(0.1)
     assert terminal.getvalue() == shown, "it goes on after its end"
+
+
+@pytest.mark.parametrize(
+    ("told", "shown"),
+    [
+        ([(0, 0.0)], "10.0 s  work"),
+        ([(0, 0.0), (0.5, 0.1)], "10.5 s  work 10%"),  # too soon to say
+        ([(0, 0.0), (5, 0.25)], "15.0 s  work 25%, about 15 s left"),
+        ([(0, 0.0), (50, 0.25), (51, 0.25)], "1:01 min  work 25%, about 2:29 min left"),
+        ([(0, 0.0), (2000, 0.2)], "33:30 min  work 20%, about 2:13 h left"),
+        ([(0, 0.5), (10, 0.75)], "20.0 s  work 75%, about 10 s left"),  # what was there before took no time
+        ([(0, 0.0), (10, 0.9), (12, 0.9)], "22.0 s  work 90%"),  # it takes longer than it should
+        ([(0, 0.0), (10, 0.9), (12, 0.1)], "22.0 s  work 10%"),  # begun again
+    ],
+)
+def test_the_remaining_time_is_that_of_the_pace_so_far(
+    told: list[tuple[float, float]], shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal, now = _terminal(monkeypatch), 0.0
+    monkeypatch.setattr(console_module.time, "monotonic", lambda: now)
+    monkeypatch.setattr(console_module, "_TICK_S", 1e6)
+    monkeypatch.setenv("COLUMNS", "80")
+    console = Console(as_json=False)
+    for at, share in told:
+        now = 10.0 + at
+        console.progress("work", share)
+    assert terminal.getvalue().split("\r")[-1].strip() == shown
+    console.end_progress()
+
+
+def test_escapes_of_a_phase_are_shown_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = _terminal(monkeypatch)
+    monkeypatch.setenv("COLUMNS", "80")
+    console = Console(as_json=False)
+    console.progress(NASTY, 0.5)
+    console.end_progress()
+    assert SHOWN in terminal.getvalue()
+
+
+def test_json_and_pipes_hear_of_no_progress(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Console(as_json=False).progress("work", 0.5)
+    assert capsys.readouterr() == ("", "")
+    terminal = _terminal(monkeypatch)
+    Console(as_json=True).progress("work", 0.5)
+    assert terminal.getvalue() == ""
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_a_trace_is_what_the_bundle_computes(demo_bundle: Path) -> None:
             {
                 "h": h, "e": e, "out": np.zeros_like(e), "halt_mass": flat, "depth": np.zeros(ids.shape, np.int64),
                 "step_index": np.full(ids.shape, index), "threshold": np.array(0.9, np.float32),
-                "min_depth": np.array(1), "past": empty, **window,
+                "min_depth": np.array(1), "past_0": empty, **window,
             }
         )  # fmt: skip
         h = made["h_next"]

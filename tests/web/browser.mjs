@@ -1,6 +1,6 @@
 // Drives one page of a headless Chromium: a line of JSON in calls a method, a line out answers.
-// In: {"call": "open", "args": [url, options of the context]}, {"call": "heard"} for what the page said and asked for,
-// or a method of playwright's Page ("keyboard.press" too) with its arguments. Out: {"value"}, or {"error"}.
+// In: {"call": "open", "args": [url, options of the context]}, {"call": "heard"} for what the page complained of and
+// asked for, {"call": "forget"} for its complaints, which are then forgotten, or a method of playwright's Page ("keyboard.press" too) with its arguments. Out: {"value"}, or {"error"}.
 import readline from "node:readline";
 import { chromium } from "playwright-core";
 
@@ -25,6 +25,7 @@ async function open(url, options) {
 async function answer({ call, args = [] }) {
   if (call === "open") return open(...args);
   if (call === "heard") return heard;
+  if (call === "forget") return heard.complaints.splice(0);
   const names = call.split(".");
   const owner = names.slice(0, -1).reduce((object, name) => object[name], page);
   const made = await owner[names.at(-1)](...args);

@@ -14,7 +14,8 @@ class OpenMythos:
 
     name = FAMILY
 
-    def recognises(self, names: Collection[str]) -> bool:
+    def recognises(self, names: Collection[str], config: Mapping[str, Any]) -> bool:
+        del config
         # Wrappers may stand before a name; variants without a loop are refused by name when they are opened.
         return any(part in f".{name}" for name in names for part in _PARTS)
 

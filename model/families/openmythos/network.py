@@ -69,11 +69,11 @@ class Network(LoopedNetwork):
         step_index: Int[Tensor, "B S"],
         halting: Halting,
         window: Window,
-        past: Float[Tensor, "B C W"],
-    ) -> tuple[LoopState, Float[Tensor, "B S W"]]:
+        *past: Float[Tensor, "B C W"],
+    ) -> tuple[LoopState, list[Float[Tensor, "B S W"]]]:
         positions = self.rope.positions(window, state.h.shape[1])
-        next_state, rows = self.step(state, e, step_index, halting, self.rope, positions, past, window)
-        return next_state, rows
+        next_state, rows = self.step(state, e, step_index, halting, self.rope, positions, *past, window)
+        return next_state, [rows]
 
     def coda(
         self,

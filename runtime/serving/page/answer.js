@@ -1,15 +1,15 @@
 // One answer on the screen: its tokens with their depth, the bars, the figures.
-import { Bars, mean, partsOf, spanOf, told } from "./heat.js";
-import { made } from "./settings.js";
+import { at, made } from "./dom.js";
+import { Bars, depthsOf, mean, partsOf, spanOf } from "./heat.js";
 
 /** @typedef {import("./heat.js").Part} Part */
 
-// OpenAI's words for why an answer ended, and ours beside them.
+// What ended an answer, by OpenAI's words for it and ours beside them.
 const ENDS = new Map([
-  ["stop", "ended"],
-  ["length", "cut at the most tokens"],
-  ["stopped", "stopped by you"],
-  ["failed", "broken off"],
+  ["stop", "model"],
+  ["length", "limit"],
+  ["stopped", "you"],
+  ["failed", "error"],
 ]);
 
 export class Answer {
@@ -21,8 +21,8 @@ export class Answer {
     this.text = "";
     /** @type {Part[]} */
     this.parts = [];
-    /** @type {string[]} */
-    this.tokens = [];
+    /** @type {number[]} */
+    this.ids = [];
     /** @type {number[]} */
     this.depths = [];
     /** The part that each token is in. @type {number[]} */
@@ -34,12 +34,12 @@ export class Answer {
     /** @type {import("./api.js").Usage | undefined} */
     this.usage = undefined;
 
-    this.element = made("article", { className: "answer working" });
+    this.element = made("article", { className: "answer working", ariaBusy: "true" });
     this.element.setAttribute("aria-label", `${title}: ${words.join(", ")}`);
     const head = made("header", {});
     head.append(made("strong", { textContent: title }));
     for (const word of words) head.append(made("span", { className: "chip", textContent: word }));
-    this.keep = made("button", { type: "button", className: "quiet keep", textContent: "Go on with this one", hidden: true });
+    this.keep = made("button", { type: "button", className: "quiet keep", hidden: true });
     this.copy = made("button", { type: "button", className: "quiet copy", textContent: "Copy" });
     head.append(this.keep, this.copy);
     this.body = made("div", { className: "tokens", tabIndex: 0 });
@@ -64,22 +64,22 @@ export class Answer {
 
   /** @param {import("./api.js").Piece} piece */
   #add(piece) {
-    if (!piece.depths.length && !piece.text) return;
+    if (!piece.tokens.length) return;
     this.lastAt = performance.now();
     this.firstAt ||= this.lastAt;
     this.text += piece.text;
     for (const part of partsOf(piece, this.depths.length + 1)) {
       const span = spanOf(part, this.most);
       span.dataset.part = String(this.parts.length);
-      for (const at of part.depths.keys()) {
+      for (const { id } of part.tokens) {
         this.partOf.push(this.parts.length);
-        this.tokens.push(part.tokens[at] ?? "");
+        this.ids.push(id);
       }
       this.parts.push(part);
-      this.depths.push(...part.depths);
+      this.depths.push(...depthsOf(part));
+      this.bars.add(depthsOf(part));
       this.body.append(span);
     }
-    this.bars.add(piece.depths);
   }
 
   /**
@@ -90,6 +90,7 @@ export class Answer {
   close(end, message) {
     this.end = end ?? this.end;
     this.element.classList.remove("working");
+    this.element.ariaBusy = "false";
     this.error.hidden = !message;
     this.error.textContent = message ?? "";
     this.#tellFigures();
@@ -101,8 +102,8 @@ export class Answer {
   }
 
   /** @param {HTMLElement} span */
-  tell(span) {
-    return told(this.parts[Number(span.dataset.part)], this.most);
+  partOfSpan(span) {
+    return this.parts[Number(span.dataset.part)];
   }
 
   #tellFigures() {
@@ -118,11 +119,10 @@ export class Answer {
       ["tokens/s", seconds > 0 ? ((count - 1) / seconds).toFixed(count > seconds * 100 ? 0 : 1) : "–"],
       ["cached", usage ? `${usage.prompt_tokens_details.cached_tokens} of ${usage.prompt_tokens}` : "–"],
     ];
-    if (this.end) figures.push(["", ENDS.get(this.end) ?? this.end]);
+    if (this.end) figures.push(["ended by", ENDS.get(this.end) ?? this.end]);
     const pairs = figures.map(([name, value]) => {
-      const pair = made("div", { className: name ? "" : "end" });
-      pair.append(made("dt", { textContent: name || "how it ended", className: name ? "" : "unseen" }));
-      pair.append(made("dd", { textContent: value }));
+      const pair = made("div", {});
+      pair.append(made("dt", { textContent: name }), made("dd", { textContent: value }));
       return pair;
     });
     this.figures.replaceChildren(...pairs);
@@ -137,13 +137,32 @@ export class Answer {
  */
 export function comparison(first, second) {
   const both = [first, second];
-  const shorter = Math.min(first.tokens.length, second.tokens.length);
+  const shorter = Math.min(first.ids.length, second.ids.length);
   let same = 0;
-  while (same < shorter && first.tokens[same] === second.tokens[same]) same += 1;
-  if (same < shorter || (both.every(({ end }) => end) && first.tokens.length !== second.tokens.length)) {
+  while (same < shorter && first.ids[same] === second.ids[same]) same += 1;
+  if (same < shorter || (both.every(({ end }) => end) && first.ids.length !== second.ids.length)) {
     for (const one of both) one.spanOfToken(same)?.classList.add("parts");
     return same ? `The same for ${same} ${same === 1 ? "token" : "tokens"}, then they part.` : "They part at the first token.";
   }
   if (!both.every(({ end }) => end)) return same ? `The same so far: ${same} tokens.` : "";
   return `The same text, ${same} tokens.`;
+}
+
+/** Says an answer to a screen reader, a sentence at a time. */
+export class Reader {
+  constructor() {
+    this.held = "";
+    at("live").replaceChildren();
+  }
+
+  /** @param {string} text */
+  hear(text) {
+    this.held += text;
+    if (/[.!?:\n]\s*$/.test(this.held) && this.held.trim()) this.end();
+  }
+
+  end() {
+    if (this.held) at("live").append(made("p", { textContent: this.held }));
+    this.held = "";
+  }
 }

@@ -4,7 +4,9 @@ import { EventParser } from "./sse.js";
 /**
  * @typedef {{ id: string, family: string, target: string, max_depth: number, threshold: number, max_context: number,
  *   chat_template: string, tokenizer: boolean, defaults: Record<string, any> }} Model
- * @typedef {{ text: string, depths: number[], tokens: string[], logprobs: number[] }} Piece
+ * @typedef {{ id: number, text: string, depth: number, logprob: number, others: [string, number][] }} Token
+ *   `others` are the likeliest tokens there with their log-probabilities, itself among them where it is one
+ * @typedef {{ text: string, tokens: Token[] }} Piece text and the tokens that made it
  * @typedef {{ completion_tokens: number, mean_depth: number, block_calls: number, time_s: number,
  *   prompt_tokens: number, prompt_tokens_details: { cached_tokens: number } }} Usage
  * @typedef {{ piece?: Piece, finish?: string, usage?: Usage }} News
@@ -74,15 +76,26 @@ function newsOf(event) {
   const choice = event.choices[0];
   if (!choice) return { usage: event.usage };
   const text = choice.delta?.content ?? choice.text ?? "";
-  const told = choice.logprobs;
-  const entries = told?.content ?? [];
-  return {
-    piece: {
-      text,
-      depths: choice.depths ?? [],
-      tokens: told?.tokens ?? entries.map((/** @type {any} */ one) => one.token),
-      logprobs: told?.token_logprobs ?? entries.map((/** @type {any} */ one) => one.logprob),
-    },
-    finish: choice.finish_reason ?? undefined,
-  };
+  const entries = choice.logprobs ? entriesOf(choice.logprobs) : [];
+  const tokens = choice.depths.map((/** @type {number} */ depth, /** @type {number} */ at) => {
+    return { id: choice.token_ids[at], depth, ...entries[at] };
+  });
+  return { piece: { text, tokens }, finish: choice.finish_reason ?? undefined };
+}
+
+/**
+ * Text and log-probability of tokens, which chat and completions tell in two ways.
+ * @param {any} told
+ * @returns {{ text: string, logprob: number, others: [string, number][] }[]}
+ */
+function entriesOf({ content, tokens, token_logprobs, top_logprobs }) {
+  if (content) {
+    return content.map((/** @type {any} */ one) => {
+      const others = one.top_logprobs.map((/** @type {any} */ other) => [other.token, other.logprob]);
+      return { text: one.token, logprob: one.logprob, others };
+    });
+  }
+  return tokens.map((/** @type {string} */ text, /** @type {number} */ at) => {
+    return { text, logprob: token_logprobs[at], others: Object.entries(top_logprobs?.[at] ?? {}) };
+  });
 }

@@ -1,16 +1,20 @@
 // The page: asks the server for answers and puts them on the screen.
-import { Answer, comparison } from "./answer.js";
+import { Answer, comparison, Reader } from "./answer.js";
 import { answer, Failure, servedModel } from "./api.js";
+import { at, field, fit, made, on } from "./dom.js";
+import { listenToFrame } from "./frame.js";
 import { drawScale } from "./heat.js";
-import { deepest, depthControls, Group, made, remember, remembered, SAMPLING } from "./settings.js";
+import { deepest, depthControls, Group, remember, remembered, SAMPLING } from "./settings.js";
 import { watchTokens } from "./tokens.js";
 
 /**
- * @typedef {{ prompt: string, answers: Answer[], kept: number, element: HTMLElement, line: HTMLElement }} Turn
+ * @typedef {{ prompt: string, chat: boolean, answers: Answer[], kept: number, element: HTMLElement, line: HTMLElement }} Turn
  * @typedef {import("./api.js").Model} Model
  */
 
-const THEMES = ["system", "light", "dark"];
+const MODES = ["chat", "completion"];
+// Tokens whose probability is told beside that of the one that was taken.
+const LIKELIEST = 3;
 const NAMES = ["First answer", "Second answer"];
 
 class Page {
@@ -23,10 +27,10 @@ class Page {
     this.working = null;
     const stored = remembered(model.id);
     this.plain = model.chat_template === "plain";
-    this.mode = stored.mode ?? (this.plain ? "completion" : "chat");
+    this.mode = MODES.includes(stored.mode) ? stored.mode : MODES[Number(this.plain)];
     if (!model.tokenizer) this.mode = "completion";
-    this.heat = stored.heat ?? true;
-    this.compare = stored.compare ?? false;
+    this.heat = stored.heat !== false;
+    this.compare = stored.compare === true;
     this.system = typeof stored.system === "string" ? stored.system : "";
     const changed = () => this.#changed();
     const second = { max_depth: Math.max(1, Math.floor(deepest(model) / 2)) };
@@ -34,6 +38,9 @@ class Page {
       return new Group(NAMES[at], `answer-${at + 1}`, depthControls(model), values, changed, "Reset to the model's");
     });
     this.sampling = new Group("Sampling", "sampling", SAMPLING, stored.sampling ?? {}, changed, "Reset");
+    this.compareBox = made("input", { type: "checkbox", id: "compare", checked: this.compare });
+    this.systemBox = made("textarea", { id: "system", rows: 2, value: this.system });
+    this.systemControl = made("div", { className: "control system" });
     this.#layOut();
     this.#listen();
     this.#show();
@@ -45,13 +52,10 @@ class Page {
     at("model").replaceChildren(made("b", { textContent: id }), ` ${facts.join(" · ")}`);
     document.title = `${id} · mythos-edge`;
     const compare = made("label", { className: "switch compare" });
-    this.compareBox = made("input", { type: "checkbox", id: "compare", checked: this.compare });
     compare.append(this.compareBox, made("span", { textContent: "A second answer beside it" }));
-    this.systemBox = made("textarea", { id: "system", rows: 2, value: this.system });
-    const system = made("div", { className: "control system" });
-    system.append(made("label", { htmlFor: "system", textContent: "System message" }), this.systemBox);
-    this.systemControl = system;
-    at("controls").replaceChildren(this.depth[0].element, compare, this.depth[1].element, this.sampling.element, system);
+    this.systemControl.append(made("label", { htmlFor: "system", textContent: "System message" }), this.systemBox);
+    const [first, second] = this.depth.map(({ element }) => element);
+    at("controls").replaceChildren(first, compare, second, this.sampling.element, this.systemControl);
     drawScale(at("scale"), deepest(this.model));
     at("welcome").append(made("p", { className: "note", textContent: this.#note() }));
   }
@@ -147,10 +151,16 @@ class Page {
   #edit() {
     const last = this.#dropLast();
     if (!last) return;
-    field("prompt").value = last.prompt;
-    fit(field("prompt"));
-    field("prompt").focus();
+    this.#put(last.prompt);
     this.#show();
+  }
+
+  /** @param {string} text */
+  #put(text) {
+    const prompt = field("prompt");
+    prompt.value = text;
+    fit(prompt);
+    prompt.focus();
   }
 
   #clear() {
@@ -182,7 +192,7 @@ class Page {
     const told = groups.map((group, number) => {
       return this.#follow(turn, answers[number], path, { ...body, ...group.fields() }, working.signal);
     });
-    await Promise.all(told);
+    await Promise.allSettled(told);
     this.working = null;
     this.#show();
   }
@@ -199,15 +209,15 @@ class Page {
     const body = { model: this.model.id, temperature, seed, max_tokens: this.sampling.value("max_tokens") };
     if (this.mode === "chat") {
       const messages = this.system.trim() ? [{ role: "system", content: this.system }] : [];
-      for (const turn of this.turns) {
+      for (const turn of this.turns.filter(({ chat }) => chat)) {
         const content = turn.answers[turn.kept].text;
         if (content) messages.push({ role: "user", content: turn.prompt }, { role: "assistant", content });
       }
       messages.push({ role: "user", content: prompt });
-      return { path: "/v1/chat/completions", body: { ...body, messages, logprobs: true } };
+      return { path: "/v1/chat/completions", body: { ...body, messages, logprobs: true, top_logprobs: LIKELIEST } };
     }
     const given = this.model.tokenizer ? prompt : prompt.split(/[\s,]+/).filter(Boolean).map(Number);
-    return { path: "/v1/completions", body: { ...body, prompt: given, logprobs: 1 } };
+    return { path: "/v1/completions", body: { ...body, prompt: given, logprobs: LIKELIEST } };
   }
 
   /**
@@ -223,10 +233,13 @@ class Page {
     beside.append(...answers.map((one) => one.element));
     const line = made("p", { className: "comparison", hidden: answers.length < 2 });
     element.append(beside, line);
-    const turn = { prompt, answers, kept: 0, element, line };
+    const turn = { prompt, chat, answers, kept: 0, element, line };
     answers.forEach((one, number) => {
       one.copy.addEventListener("click", () => copy(one));
-      one.keep.addEventListener("click", () => this.#keep(turn, number));
+      one.keep.addEventListener("click", () => (chat ? this.#keep(turn, number) : this.#put(prompt + one.text)));
+      one.keep.textContent = "Continue";
+      one.keep.title = "Put the text with this answer into the field, to go on from there";
+      one.keep.hidden = chat;
     });
     at("talk").append(element);
     this.turns.push(turn);
@@ -245,7 +258,8 @@ class Page {
       element.classList.toggle("kept", number === kept);
       keep.hidden = false;
       keep.setAttribute("aria-pressed", String(number === kept));
-      keep.textContent = number === kept ? "The talk goes on here" : "Go on with this one";
+      keep.textContent = number === kept ? "Kept" : "Keep";
+      keep.title = "The talk goes on with the answer that is kept";
     });
   }
 
@@ -273,8 +287,8 @@ class Page {
       if (signal.aborted) one.close("stopped");
       else if (error instanceof Failure) one.close("failed", error.message);
       else {
-        one.close("failed", "The page could not read the answer.");
-        throw error;
+        one.close("failed", "The page cannot read the answer.");
+        console.error(error);
       }
     } finally {
       read?.end();
@@ -288,32 +302,13 @@ class Page {
   }
 }
 
-/** Says an answer to a screen reader, a sentence at a time. */
-class Reader {
-  constructor() {
-    this.held = "";
-    at("live").replaceChildren();
-  }
-
-  /** @param {string} text */
-  hear(text) {
-    this.held += text;
-    if (/[.!?:\n]\s*$/.test(this.held) && this.held.trim()) this.end();
-  }
-
-  end() {
-    if (this.held) at("live").append(made("p", { textContent: this.held }));
-    this.held = "";
-  }
-}
-
 /**
  * Tokens without text are shown as their ids.
  * @param {import("./api.js").Piece} piece
  */
 function spell(piece) {
-  piece.tokens = piece.tokens.map((token) => `${token} `);
-  piece.text = piece.tokens.join("");
+  for (const token of piece.tokens) token.text = `${token.id} `;
+  piece.text = piece.tokens.map(({ text }) => text).join("");
 }
 
 /** @param {Answer} one */
@@ -332,55 +327,6 @@ async function copy(one) {
 function atBottom() {
   const { scrollHeight, scrollTop, clientHeight } = at("talk");
   return scrollHeight - scrollTop - clientHeight < 80;
-}
-
-/** @param {HTMLTextAreaElement} area */
-function fit(area) {
-  area.style.setProperty("height", "auto");
-  area.style.setProperty("height", `${Math.min(area.scrollHeight + 2, innerHeight / 3)}px`);
-}
-
-/** @param {string} id */
-function at(id) {
-  return /** @type {HTMLElement} */ (document.getElementById(id));
-}
-
-/** @param {string} id */
-function field(id) {
-  return /** @type {HTMLTextAreaElement} */ (at(id));
-}
-
-/**
- * @param {string} id
- * @param {string} event
- * @param {(event: Event) => void} heard
- */
-function on(id, event, heard) {
-  at(id).addEventListener(event, heard);
-}
-
-function showTheme() {
-  const theme = document.documentElement.dataset.theme ?? "system";
-  at("theme").textContent = { light: "Light", dark: "Dark" }[theme] ?? "Auto";
-  at("theme").setAttribute("aria-label", `Colour theme: ${theme}`);
-}
-
-function listenToFrame() {
-  on("theme", "click", () => {
-    const { dataset } = document.documentElement;
-    dataset.theme = THEMES[(THEMES.indexOf(dataset.theme ?? "system") + 1) % THEMES.length];
-    try {
-      localStorage.setItem("mythos-edge:theme", dataset.theme);
-    } catch {
-      // then it is for this time only
-    }
-    showTheme();
-  });
-  on("open-settings", "click", () => {
-    const open = document.body.classList.toggle("settings-open");
-    at("open-settings").setAttribute("aria-expanded", String(open));
-  });
-  showTheme();
 }
 
 listenToFrame();

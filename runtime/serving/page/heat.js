@@ -2,8 +2,8 @@
 // makes them of --heat, 0 (one loop step) to 1 (all of them).
 
 /**
- * @typedef {{ text: string, depths: number[], tokens: string[], logprobs: number[], first: number }} Part
- *   a text and the tokens that made it, of which `first` is the number of the first, from 1
+ * @typedef {import("./api.js").Piece} Piece
+ * @typedef {Piece & { first: number }} Part a text and the tokens that made it; `first` is the number of the first
  */
 
 const SVG = "http://www.w3.org/2000/svg";
@@ -34,18 +34,20 @@ export function mean(values) {
 
 /**
  * The parts of a piece: one for each token where their texts make up that of the piece, otherwise one for all.
- * @param {import("./api.js").Piece} piece
+ * @param {Piece} piece
  * @param {number} first
  * @returns {Part[]}
  */
-export function partsOf(piece, first) {
-  const { text, depths, tokens, logprobs } = piece;
-  if (depths.length > 1 && tokens.join("") === text) {
-    return depths.map((depth, at) => {
-      return { text: tokens[at], depths: [depth], tokens: [tokens[at]], logprobs: [logprobs[at]], first: first + at };
-    });
+export function partsOf({ text, tokens }, first) {
+  if (tokens.length > 1 && tokens.map((token) => token.text).join("") === text) {
+    return tokens.map((token, at) => ({ text: token.text, tokens: [token], first: first + at }));
   }
-  return depths.length || text ? [{ ...piece, first }] : [];
+  return [{ text, tokens, first }];
+}
+
+/** @param {Part} part */
+export function depthsOf({ tokens }) {
+  return tokens.map(({ depth }) => depth);
 }
 
 /**
@@ -54,34 +56,27 @@ export function partsOf(piece, first) {
  */
 export function spanOf(part, most) {
   const span = document.createElement("span");
+  const depths = depthsOf(part);
   span.className = "token";
   span.textContent = part.text;
-  span.dataset.depths = part.depths.join(" ");
+  span.dataset.depths = depths.join(" ");
   if (part.text === "") span.classList.add("silent");
   if (part.text.endsWith("\n")) span.classList.add("newline");
-  if (part.depths.length) colour(span, heatOf(mean(part.depths), most));
+  if (depths.length) colour(span, heatOf(mean(depths), most));
   return span;
 }
 
 /**
- * What is told of a part: number, text, depth, probability.
+ * The depth of a part in words.
  * @param {Part} part
  * @param {number} most
  */
-export function told(part, most) {
-  const { depths, first, tokens, logprobs } = part;
-  const many = depths.length > 1;
-  const numbers = many ? `tokens ${first}–${first + depths.length - 1}` : `token ${first}`;
-  const depth = many
-    ? `depths ${depths.join(", ")} (mean ${mean(depths).toFixed(1)}, most ${Math.max(...depths)}) of ${most}`
-    : `depth ${depths[0]} of ${most}`;
-  const chances = logprobs.map((one) => `${(100 * Math.exp(one)).toFixed(one < -4.6 ? 2 : 0)} %`);
-  return { title: `${numbers} · ${depth}`, chance: chances.join(", "), text: tokens.map(shown).join(" ") };
-}
-
-/** @param {string} text */
-function shown(text) {
-  return text.replaceAll("\n", "↵").replaceAll(" ", "␣");
+export function depthWords(part, most) {
+  const { first, tokens } = part;
+  const depths = depthsOf(part);
+  if (depths.length === 1) return `token ${first} · depth ${depths[0]} of ${most}`;
+  const last = first + tokens.length - 1;
+  return `tokens ${first}–${last} · depths ${depths.join(", ")} of ${most}, mean ${mean(depths).toFixed(1)}`;
 }
 
 /** Bars of depth over the tokens of an answer. */

@@ -1,4 +1,5 @@
 // What a person can set: the controls, what they send, and what is remembered of them.
+import { made } from "./dom.js";
 
 /**
  * @typedef {{ name: string, label: string, hint?: string, kind: "range" | "select" | "number", min?: number,
@@ -12,9 +13,9 @@ const SPACE = "mythos-edge:settings:";
 const NEVER = 1e9;
 const NEVER_SAID = "never halts";
 const POLICIES = /** @type {[string, string][]} */ ([
-  ["exact", "exact: when needed"],
+  ["exact", "exact: when a token needs them"],
   ["full", "full: at once"],
-  ["last", "last: never (approximate)"],
+  ["last", "last: never, approximate"],
 ]);
 
 /**
@@ -25,11 +26,11 @@ const POLICIES = /** @type {[string, string][]} */ ([
 export function depthControls(model) {
   const { defaults } = model;
   const threshold = defaults.threshold ?? model.threshold;
-  const top = Math.max(1, Math.ceil(model.threshold * 100) / 100);
+  const top = Math.max(1, Math.ceil(Math.max(model.threshold, threshold) * 100) / 100);
   return [
     {
       name: "max_depth",
-      label: "Most depth",
+      label: "Depth limit",
       kind: "range",
       min: 1,
       max: deepest(model),
@@ -51,7 +52,7 @@ export function depthControls(model) {
     },
     {
       name: "policy",
-      label: "Skipped steps run",
+      label: "Skipped loop steps run",
       kind: "select",
       options: POLICIES,
       own: defaults.policy ?? "exact",
@@ -79,8 +80,8 @@ export const SAMPLING = [
     own: 0.7,
     shown: (value) => (value === 0 ? "0, greedy" : value.toFixed(2)),
   },
-  { name: "max_tokens", label: "Most tokens", kind: "number", min: 1, step: 1, own: 200 },
-  { name: "seed", label: "Seed", hint: "empty: another one each time", kind: "number", min: 0, step: 1, own: "" },
+  { name: "max_tokens", label: "Token limit", kind: "number", min: 1, step: 1, own: 200 },
+  { name: "seed", label: "Seed", hint: "empty: a new one each time", kind: "number", min: 0, step: 1, own: "" },
 ];
 
 /** A group of controls and the values they have; null is the own value. */
@@ -134,7 +135,7 @@ export class Group {
   /** What the controls say, in a few words. */
   words() {
     const threshold = this.controls.find(({ name }) => name === "threshold")?.shown?.(this.value("threshold"));
-    const words = [`depth up to ${this.value("max_depth")}`, threshold === NEVER_SAID ? threshold : `threshold ${threshold}`];
+    const words = [`depth ≤ ${this.value("max_depth")}`, threshold === NEVER_SAID ? threshold : `threshold ${threshold}`];
     return this.value("policy") === "exact" ? words : [...words, this.value("policy")];
   }
 
@@ -204,7 +205,7 @@ function inputOf({ kind, min, max, step, own }) {
 function selectOf({ options = [], own }) {
   const select = made("select", {});
   for (const [value, text] of options) {
-    select.append(made("option", { value, textContent: value === own ? `${text} ·` : text }));
+    select.append(made("option", { value, textContent: text }));
   }
   return select;
 }
@@ -217,19 +218,6 @@ function markOf({ min = 0, max = 1, own, shown = String }) {
   const mark = made("span", { className: "mark", title: `the model's: ${shown(own)}` });
   mark.style.setProperty("--at", String((Math.min(own, max) - min) / (max - min || 1)));
   return mark;
-}
-
-/**
- * @template {keyof HTMLElementTagNameMap} K
- * @param {K} tag
- * @param {Record<string, any>} properties
- * @returns {HTMLElementTagNameMap[K]}
- */
-export function made(tag, properties) {
-  const element = document.createElement(tag);
-  const { htmlFor, ...rest } = properties;
-  if (htmlFor) element.setAttribute("for", htmlFor);
-  return Object.assign(element, rest);
 }
 
 /**

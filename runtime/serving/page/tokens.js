@@ -1,8 +1,13 @@
-// What tokens tell under the pointer, and as arrow keys walk through them.
+// What tokens tell under the pointer, and as arrow keys walk through them: number, depth, and what else was likely.
+import { made } from "./dom.js";
+import { depthWords } from "./heat.js";
 
 /**
  * @typedef {import("./answer.js").Answer} Answer
+ * @typedef {import("./api.js").Token} Token
  */
+
+const MOST_TOKENS = 6;
 
 /**
  * @param {HTMLElement} talk
@@ -22,8 +27,9 @@ export function watchTokens(talk, tip, announcer, answerOf) {
     tip.hidden = !answer;
     if (!span || !answer) return;
     span.classList.add("current");
-    const { title, text, chance } = answer.tell(span);
-    tip.replaceChildren(line("strong", title), line("code", text), ...(chance ? [line("span", `probability ${chance}`)] : []));
+    const part = answer.partOfSpan(span);
+    const tables = part.tokens.slice(0, MOST_TOKENS).map(likely);
+    tip.replaceChildren(made("strong", { textContent: depthWords(part, answer.most) }), ...tables);
     place(tip, span);
   }
 
@@ -56,13 +62,26 @@ export function watchTokens(talk, tip, announcer, answerOf) {
 }
 
 /**
- * @param {string} tag
- * @param {string} text
+ * The likeliest tokens where one stands, itself first.
+ * @param {Token} token
  */
-function line(tag, text) {
-  const element = document.createElement(tag);
-  element.textContent = text;
-  return element;
+function likely({ id, text, logprob, others }) {
+  const list = made("ul", {});
+  const rows = [[text, logprob], ...others.filter(([other]) => other !== text)];
+  for (const [at, [name, value]] of /** @type {[string, number][]} */ (rows).entries()) {
+    const row = made("li", { className: at ? "" : "taken" });
+    const share = Math.exp(value);
+    row.style.setProperty("--share", String(share));
+    row.append(made("code", { textContent: spelt(name), title: at ? "" : `id ${id}` }));
+    row.append(made("span", { textContent: `${(100 * share).toFixed(share < 0.01 ? 2 : 0)} %` }));
+    list.append(row);
+  }
+  return list;
+}
+
+/** @param {string} text */
+function spelt(text) {
+  return text.replaceAll("\n", "↵").replaceAll(" ", "␣").replaceAll("\t", "⇥") || "∅";
 }
 
 /**

@@ -95,7 +95,7 @@ class Driver:
         self.model = network.looped
         self.stages = {stage: ort_session(path) for stage, path in lowered.graphs.items()}
         self.float = {"tensor(float)": np.float32, "tensor(float16)": np.float16}[self._type("step", "h")]
-        self.in_place = len(self._input("step", "past").shape) == 4
+        self.in_place = len(self._input("step", "past_0").shape) == 4
         columns = CONTEXT + ROWS if self.in_place else IDS.shape[1] + spare
         shape = (1, 1, columns, self.model.cache_width) if self.in_place else (1, columns, self.model.cache_width)
         slots = [*self._slots("prelude"), *self._slots("step"), *self._slots("coda")]
@@ -131,7 +131,7 @@ class Driver:
     def _run(self, stage: str, length: int, feeds: Arrays, index: int = 0) -> Arrays:
         session = self.stages[stage]
         slots = [f"step@{index}"] if stage == "step" else self._slots(stage)
-        names = ["past"] if stage == "step" else [f"past_{number}" for number in range(len(slots))]
+        names = [f"past_{number}" for number in range(len(slots))]
         pasts = {name: self.caches[slot] for name, slot in zip(names, slots, strict=True)}
         feeds = {**feeds, **pasts, "length": np.array(length)}
         feeds = {name: np.asarray(value) for name, value in feeds.items()}
@@ -328,9 +328,9 @@ def test_inputs_and_outputs_are_those_of_the_contract(lower: Lower) -> None:
         "threshold": ("tensor(float)", []),
         "min_depth": (long, []),
         "length": (long, []),
-        "past": (half, cache),
+        "past_0": (half, cache),
     }
-    made = {f"{name}_next": kind for name, kind in state.items()} | {"past_next": (half, cache)}
+    made = {f"{name}_next": kind for name, kind in state.items()} | {"past_0_next": (half, cache)}
     assert {output.name: (output.type, output.shape) for output in step.get_outputs()} == made
     coda = ort_session(lower("mla-small", "fp32").graphs["coda"])
     assert {given.name: given.shape for given in coda.get_inputs()} == {

@@ -103,8 +103,7 @@ def _check(built: Built, watched: Watched, plugins: dict[str, int], native: bool
         found = {name for name in ("LatentAttention", "SparseMoE", "QuantizedSparseMoE") if name.encode() in plan}
         assert bool(found) == bool(count)
         slots = {"prelude": config.prelude_layers, "coda": config.coda_layers}.get(stage, 1)
-        caches = {f"past_{index}" for index in range(slots)} if stage in ("prelude", "coda") else {"past"}
-        caches = set() if stage == "model" else caches
+        caches = set() if stage == "model" else {f"past_{index}" for index in range(slots)}
         made = {f"{name}_next" if native else name.replace("past", "rows") for name in caches}
         assert watched.inputs[stage] == INPUTS[stage] | caches
         assert watched.outputs[stage] == OUTPUTS[stage] | made

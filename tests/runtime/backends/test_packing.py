@@ -55,7 +55,7 @@ def _step(config: MythosConfig, random: np.random.Generator, rows: int, active: 
         "step_index": np.full((1, rows), index),
         "threshold": np.array(0.99, np.float32),
         "min_depth": np.array(1),
-        "past": noise(1, context, config.cache_width),
+        "past_0": noise(1, context, config.cache_width),
         "length": np.array(context),
         "first": np.zeros(1, np.int64),
     }
@@ -64,7 +64,7 @@ def _step(config: MythosConfig, random: np.random.Generator, rows: int, active: 
         "out_next": np.empty((1, active, config.dim), np.float32),
         "halt_mass_next": np.empty((1, active), np.float32),
         "depth_next": np.empty((1, active), np.int64),
-        "rows": np.empty((1, rows, config.cache_width), np.float32),
+        "rows_0": np.empty((1, rows, config.cache_width), np.float32),
     }
     return Call(feeds, outputs)
 

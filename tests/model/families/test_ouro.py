@@ -55,6 +55,18 @@ def test_a_threshold_of_one_is_never_reached(tmp_path: Path) -> None:
     assert (loop_states(network, GOLDEN["ids"], threshold=0.9999)[-1].depth == 1).all()
 
 
+def test_a_decision_is_as_clear_as_the_reference_says(network: LoopedNetwork) -> None:
+    """The last loop step decides nothing, and none does at a threshold of 1."""
+    for threshold, wanted in zip(GOLDEN["thresholds"], GOLDEN["exit_margin"], strict=True):
+        with torch.no_grad():
+            margin = network(IDS, threshold=float(threshold)).margin
+        assert torch.isinf(margin[..., -1]).all()
+        if threshold == 1:
+            assert torch.isinf(margin).all()
+        else:
+            assert float(margin.min()) == pytest.approx(wanted, abs=NOISE * GOLDEN["fp32_error_gate"])
+
+
 def test_mass_counts_from_the_least_depth_on(network: LoopedNetwork) -> None:
     states = loop_states(network, GOLDEN["ids"], threshold=0.3, min_depth=3)
     assert (states[1].halt_mass == 0).all()

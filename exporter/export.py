@@ -61,7 +61,7 @@ def export_bundle(
     config = checkpoint.config
     context = config.max_seq_len if max_context is None else max_context
     _check(checkpoint, dtype, context)
-    text = tokenizer_for(tokenizer, end_tokens, config.looped.vocab_size)
+    text = tokenizer_for(tokenizer, end_tokens, config.looped.vocab_size, checkpoint.special_tokens)
     plan = plan_weights(config, context, dtype)
     writer = BundleWriter(output, force=force)
     require_free_space(writer.folder, plan.file.total_bytes + _GRAPHS_BYTES)

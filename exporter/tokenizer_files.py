@@ -12,6 +12,7 @@ from typing import Any
 
 from mythos_edge.exporter.chat_templates import TEMPLATE_FILE, ChatText, chat_text_of
 from mythos_edge.model.errors import ConfigError, ExportError
+from mythos_edge.model.families.family import SpecialTokens
 from mythos_edge.model.json_files import read_json_object
 from mythos_edge.model.manifest import ChatTemplate, EndToken
 from mythos_edge.model.tokenizer_file import encoding, read_tokenizer, tokens_around_prompt
@@ -85,11 +86,42 @@ class _Vocabulary:
         return EndToken(number, str(self._library.id_to_token(number) or ""))
 
 
-def tokenizer_for(given: Path | None, end_tokens: Sequence[str], vocab_size: int) -> TokenizerFiles:
+class _Corrections:
+    """Corrects what the files of a model say of its tokens, as its family knows them and the tokenizer has them."""
+
+    def __init__(self, known: SpecialTokens | None, vocabulary: _Vocabulary) -> None:
+        ids = {} if known is None else {text: vocabulary.id_of(text) for text in (known.wrong, known.begin, known.end)}
+        self._known, self._ids = None if None in ids.values() else known, ids
+
+    def ends(self, ids: list[int], said: str, note: Callable[[str], None] = lambda text: None) -> list[int]:
+        """The right ids in place of the wrong one alone; ``said`` by this file."""
+        known = self._known
+        if known is None or ids != [self._ids[known.wrong]]:
+            return ids
+        right = self._ids[known.end]
+        assert right is not None
+        note(
+            f"{said} ends a text at {known.wrong} (id {ids[0]}), which is wrong for this model: {known.end} (id "
+            f"{right}) is taken; --end-token overrules it"
+        )
+        return [right]
+
+    def chat(self, chat: ChatText) -> ChatText:
+        """The chat template with the right tokens to name."""
+        known = self._known
+        if known is None or known.wrong not in (chat.bos_token, chat.eos_token):
+            return chat
+        tokens = ((chat.bos_token, known.begin), (chat.eos_token, known.end))
+        return ChatText(chat.text, *(right if told == known.wrong else told for told, right in tokens))
+
+
+def tokenizer_for(
+    given: Path | None, end_tokens: Sequence[str], vocab_size: int, known: SpecialTokens | None = None
+) -> TokenizerFiles:
     """The tokenizer at ``given``, a tokenizer.json or its folder, for a model that knows ``vocab_size`` ids.
 
-    ``end_tokens`` (texts, or ids where there is no tokenizer) overrule what the folder says. The notes tell what
-    differs from what one might expect. Raises ExportError, ConfigError.
+    ``end_tokens`` (texts, or ids where there is no tokenizer) overrule what the folder says; ``known`` corrects it. The
+    notes tell what differs from what one might expect. Raises ExportError, ConfigError.
     """
     if given is None:
         ends = tuple(EndToken(_number(text, vocab_size), "") for text in end_tokens)
@@ -106,7 +138,8 @@ def tokenizer_for(given: Path | None, end_tokens: Sequence[str], vocab_size: int
         notes.append(f"{path}: {' and '.join(switched_off)} of its own: switched off, prompts are taken as they are")
     vocabulary = _Vocabulary(library)
     _check_vocabulary(path, vocabulary, vocab_size, notes.append)
-    ends, said = _end_tokens(path, vocabulary, end_tokens, notes.append)
+    correct = _Corrections(known, vocabulary)
+    ends, said = _end_tokens(path, vocabulary, end_tokens, correct, notes.append)
     _tell_what_ends_prompts(path, library, ends, notes.append)
     for end in ends:
         if end.id >= vocab_size:
@@ -115,7 +148,7 @@ def tokenizer_for(given: Path | None, end_tokens: Sequence[str], vocab_size: int
         elif not end.text:
             notes.append(f"{path}: has no token of id {end.id}, which ends a text by {said}")
     chat = _chat_text(path, bool(end_tokens), notes.append)
-    return TokenizerFiles(data, ends, chat, tuple(notes))
+    return TokenizerFiles(data, ends, chat and correct.chat(chat), tuple(notes))
 
 
 def _chat_text(path: Path, overruled: bool, note: Callable[[str], None]) -> ChatText | None:
@@ -183,28 +216,33 @@ def _check_vocabulary(path: Path, vocabulary: _Vocabulary, vocab_size: int, note
 
 
 def _end_tokens(
-    path: Path, vocabulary: _Vocabulary, asked: Sequence[str], note: Callable[[str], None]
+    path: Path,
+    vocabulary: _Vocabulary,
+    asked: Sequence[str],
+    correct: _Corrections,
+    note: Callable[[str], None],
 ) -> tuple[tuple[EndToken, ...], str]:
     """The tokens that end a text, and what says so: the strongest source that names any."""
     if asked:
         return tuple(map(vocabulary.end_token, dict.fromkeys(_asked(path, text, vocabulary) for text in asked))), (
             "--end-token"
         )
-    by_ids = _from_generation_config(path.with_name(GENERATION_CONFIG))
+    by_ids = correct.ends(_from_generation_config(path.with_name(GENERATION_CONFIG)), GENERATION_CONFIG, note)
     by_name = _from_tokenizer_config(path.with_name(TOKENIZER_CONFIG))
     named = None if by_name is None else vocabulary.id_of(by_name)
     if by_name is not None and named is None:
         note(f"{path.with_name(TOKENIZER_CONFIG)}: eos_token is {by_name!r}, which {path.name} has not: not used")
     if by_ids:
         ends = tuple(map(vocabulary.end_token, by_ids))
-        if named is not None and named not in by_ids:
+        if named is not None and correct.ends([named], TOKENIZER_CONFIG)[0] not in by_ids:
             note(
                 f"{path.with_name(TOKENIZER_CONFIG)}: eos_token is {vocabulary.end_token(named)}, but "
                 f"{GENERATION_CONFIG} ends a text at {', '.join(map(str, ends))}: taken; --end-token overrules both"
             )
         return ends, GENERATION_CONFIG
     if named is not None:
-        return (vocabulary.end_token(named),), TOKENIZER_CONFIG
+        (right,) = correct.ends([named], TOKENIZER_CONFIG, note)
+        return (vocabulary.end_token(right),), TOKENIZER_CONFIG
     special = vocabulary.special
     names = [name for name in _END_NAMES if name in special and _ENDS_LESS.get(name) not in special]
     return tuple(EndToken(special[name], name) for name in names), "names of special tokens" if names else ""

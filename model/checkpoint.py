@@ -4,7 +4,7 @@ Not a loader: opening reads headers only (and some rows of a rotary table), and 
 asked for, never guessed.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ def open_checkpoint(
     path = Path(path)
     stored = read_tensor_file(path, key)
     given = Path(config_path) if config_path else None
-    values, fault = _config_values(given or (path if path.is_dir() else path.parent) / "config.json")
+    beside = (path if path.is_dir() else path.parent) / "config.json"
+    values, fault = _config_values([beside] if given is None else [beside, given])
     opening = Opening(path, stored, values, given, rope_table, tuple(tolerate))
     for family in FAMILIES.values():
         if family.recognises(stored.entries, values):
@@ -51,9 +52,13 @@ def open_checkpoint(
     )
 
 
-def _config_values(path: Path) -> tuple[dict[str, Any], ConfigError | None]:
-    """The fields of a config, or why they cannot be read; neither where there is no such file."""
-    try:
-        return read_config_dict(path) if path.exists() else {}, None
-    except ConfigError as error:
-        return {}, error
+def _config_values(files: Sequence[Path]) -> tuple[dict[str, Any], ConfigError | None]:
+    """The fields of configs, the last of which counts most, and why one of them cannot be read, if one cannot."""
+    values: dict[str, Any] = {}
+    fault = None
+    for path in files:
+        try:
+            values |= read_config_dict(path) if path.exists() else {}
+        except ConfigError as error:
+            fault = error
+    return values, fault

@@ -80,4 +80,4 @@ class GroupedQueryAttention(nn.Module):
         key = rope(key.view(batch, chunk, self.kv_heads, -1), positions)
         rows = torch.cat([key.flatten(2), value.view(batch, chunk, -1)], dim=-1)
         mixed = self.ops.grouped_query_attention(q, rows, past, window, self.kv_heads, self.head_dim**-0.5)
-        return nn.functional.linear(mixed.view(-1, self.heads * self.head_dim), self.wo), rows
+        return nn.functional.linear(mixed.reshape(-1, self.heads * self.head_dim), self.wo), rows

@@ -184,12 +184,16 @@ class LoopedNetwork(nn.Module):
         mass = torch.zeros(batch, chunk, dtype=torch.promote_types(e.dtype, torch.float32))
         state = LoopState(e, torch.zeros_like(e), mass, torch.zeros(batch, chunk, dtype=torch.int64))
         halting, margins = Halting(torch.tensor(threshold), torch.tensor(1)), []
+        depth = looped.max_depth if max_depth is None else max_depth
         with self.choices() as choices:
-            for index in range(looped.max_depth if max_depth is None else max_depth):
+            for index in range(depth):
                 step_index = torch.full((batch, chunk), index)
                 nothing = [self._no_past(batch)] * looped.step_slots
                 state, _ = self.loop_step(state, e, step_index, halting, window, *nothing)
-                margins.append((state.halt_mass - threshold).abs())
+                # Where a state is chosen, the last has no choice, and no mass reaches a threshold of 1.
+                decides = looped.exit_rule == "weighted" or (threshold < 1 and index < depth - 1)
+                distance = (state.halt_mass - threshold).abs()
+                margins.append(distance if decides else torch.full_like(distance, torch.inf))
         rows = torch.arange(chunk) if logit_rows is None else logit_rows
         logits, _ = self.coda(state.out, rows, window, *[self._no_past(batch)] * looped.coda_slots)
         margin = torch.stack(margins, dim=-1)

@@ -8,7 +8,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from mythos_edge.model.entry_reader import EntryReader
-from mythos_edge.model.families.family import Config
+from mythos_edge.model.families.family import Config, SpecialTokens
 from mythos_edge.model.tensor_files import TensorEntry
 
 
@@ -16,7 +16,8 @@ class Checkpoint:
     """An open checkpoint: ``tensors`` by upstream name (without head and rope tables) and its ``config``.
 
     ``table`` is the rotary table that the file holds, ``rope_table`` says whether that ("stored") or the config's
-    ("config") is computed with, ``unlike_config`` whether they differ ("real" or "theta"). ``notes`` are for people.
+    ("config") is computed with, ``unlike_config`` whether they differ ("real" or "theta"). ``notes`` are for people,
+    ``special_tokens`` are what a family knows better than the files of its models.
     Tensors are read, not mapped, so resident memory holds no more than what ``read`` returned.
     """
 
@@ -32,6 +33,7 @@ class Checkpoint:
         rope_table: str = "config",
         unlike_config: str | None = None,
         notes: tuple[str, ...] = (),
+        special_tokens: SpecialTokens | None = None,
         reader: EntryReader | None = None,
     ) -> None:
         self.path = path
@@ -43,6 +45,7 @@ class Checkpoint:
         self.rope_table = rope_table
         self.unlike_config = unlike_config
         self.notes = notes
+        self.special_tokens = special_tokens
         self._reader = EntryReader() if reader is None else reader
 
     @property

@@ -130,6 +130,14 @@ class ColumnBuffer:
             if self._data.shape[1] > max(_FIRST_CAPACITY, self._memory.room_of(1)):
                 self._data = self._memory.columns(0, self._width)
 
+    def trim(self) -> None:
+        """Gives back room for columns to come where it is more than half of all; none is expected any more."""
+        self.expected, kept = 0, self.end - self.start
+        if self._data.shape[1] > 2 * self._memory.room_of(max(kept, _FIRST_CAPACITY)):
+            data = self._memory.columns(kept, self._width)
+            data[:, :kept] = self.view(self.start, self.end)
+            self._data, self._origin = data, self.start
+
     def _reserve(self, end: int) -> None:
         needed, capacity = end - self._origin, self._data.shape[1]
         if needed <= capacity:

@@ -62,7 +62,7 @@ class ChatTemplate:
     def is_plain(self) -> bool:
         return self.name == PLAIN
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **more: Any) -> str:
+    def render(self, messages: Sequence[Message], /, *, add_generation_prompt: bool = True, **more: Any) -> str:
         """The prompt for ``messages`` (each with ``role`` and ``content``); ``more`` are values the template may read.
 
         Raises UsageError where the template refuses them or is damaged, BackendUnavailable without Jinja.
@@ -71,14 +71,17 @@ class ChatTemplate:
 
         values = {**self._tokens, **more, "messages": messages, "add_generation_prompt": add_generation_prompt}
         try:
-            return str(self._compiled.render(**values))
+            return str(self._compiled.render(values))
         # A template can go wrong in every way that Python can.
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        except (
+            *(TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError),
+            RecursionError,
+        ) as error:
             raise UsageError(
                 f"the chat template ({self.name}) cannot make a prompt of this talk: {one_line(error)}"
             ) from error
 
-    def ids(self, tokenizer: Tokenizer, messages: Sequence[Message], **more: Any) -> list[int]:
+    def ids(self, tokenizer: Tokenizer, messages: Sequence[Message], /, **more: Any) -> list[int]:
         """The token ids of the prompt. A template writes the tokens around a prompt itself; plain text gets them."""
         return tokenizer.encode(self.render(messages, **more), first=self.is_plain)
 

@@ -25,7 +25,7 @@ from mythos_edge.runtime.backends.packing import ROWS
 from mythos_edge.runtime.backends.protocol import Backend
 from mythos_edge.runtime.caches import ColumnBuffer
 from mythos_edge.runtime.halting import Policy, ResolvedDepth
-from mythos_edge.runtime.together import StageCall, Work, run_alone
+from mythos_edge.runtime.together import NotRun, StageCall, Work, run_alone
 
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
@@ -113,6 +113,21 @@ class Staircase:
     def nbytes(self) -> int:
         """Bytes held in caches and pending states."""
         return sum(buffer.nbytes for buffer in self._buffers().values())
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it was never interrupted where that leaves caches of no use."""
+        return not self._torn
+
+    @property
+    def is_caught_up(self) -> bool:
+        """Whether every loop step has every column."""
+        return self.lengths[-1] >= self.columns
+
+    def trim(self) -> None:
+        """Gives back the room for columns to come, where it is more than what there is."""
+        for buffer in self._buffers().values():
+            buffer.trim()
 
     def expect(self, columns: int) -> None:
         """Makes every slot that grows make room for so many columns at once, as far as the longest context."""
@@ -288,7 +303,11 @@ class Staircase:
         call = self._call("step", begin, slots, state | others, dict(made))
         # Slots and pending state move on together; an interrupt in between leaves neither usable.
         self._torn = in_place
-        yield call
+        try:
+            yield call
+        except NotRun:
+            self._torn = False
+            raise
         self._torn = True
         _grow(slots, chunk)
         if not in_place:

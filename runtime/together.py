@@ -7,6 +7,7 @@ been run, and returns its result. Not here: what is asked for, and how a stage r
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
@@ -37,6 +38,10 @@ class StageCall(NamedTuple):
     def kind(self) -> tuple[Any, ...]:
         """Calls of one kind can share a run: those of one stage whose requests have equal scalars."""
         return (self.stage, *(host_array(self.feeds[name]).item() for name in REQUEST[self.stage]))
+
+
+class NotRun(Exception):
+    """Thrown into a work that ends at a call which nobody has begun to run."""
 
 
 Result = TypeVar("Result")
@@ -100,8 +105,14 @@ class Together(Generic[Result]):
 
     def leave(self, number: int) -> None:
         """Ends a work where it is, between two of its calls."""
-        self._waiting = [item for item in self._waiting if item.number != number]
-        if (work := self._works.pop(number, None)) is not None:
+        others = [item for item in self._waiting if item.number != number]
+        waits, self._waiting = len(others) < len(self._waiting), others
+        if (work := self._works.pop(number, None)) is None:
+            return
+        if waits:
+            with suppress(NotRun):
+                work.throw(NotRun())
+        else:  # interrupted inside a run
             work.close()
 
     def round(self) -> None:

@@ -52,6 +52,7 @@ def _bundle(bundle: Bundle) -> dict[str, Any]:
     return {
         "kind": "bundle",
         "path": str(bundle.path),
+        "family": manifest.family,
         "bytes": sum(record.bytes for record in manifest.files.values()),
         "end_tokens": [token.name for token in manifest.end_tokens],
         "end_ids": [token.id for token in manifest.end_tokens],
@@ -102,6 +103,7 @@ def _show_bundle(console: Console, bundle: Bundle) -> None:
     cache = f"{plan.bytes_per_token / 1e3:.1f} kB a token, {plan.cache_bytes / 1e6:.1f} MB when full"
     for name, text in {
         "bundle": f"{bundle.path}, {size / 1e6:.1f} MB, from {source.name} ({source.kind}{step}), {manifest.created}",
+        "family": manifest.family,
         **config_of(manifest).described(),
         "stored as": manifest.dtype,
         "context": f"{manifest.max_context} tokens; caches of {cache}",
@@ -150,6 +152,7 @@ def _checkpoint(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         return {
             "kind": "checkpoint",
             "path": str(path),
+            "family": checkpoint.config.family,
             "format": checkpoint.kind,
             "step": checkpoint.step,
             "parameters": checkpoint.n_parameters,

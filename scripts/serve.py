@@ -11,6 +11,7 @@ from mythos_edge.model.errors import UsageError, unavailable
 from mythos_edge.runtime.chat_template import ChatTemplate
 from mythos_edge.runtime.halting import depth_of_preset
 from mythos_edge.runtime.options import Options
+from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import arguments, options
 from mythos_edge.scripts.console import Console
 
@@ -18,8 +19,16 @@ HELP = "serve a bundle to clients of OpenAI's API, and a page that shows depth"
 EXAMPLE = "mythos-edge serve model.bundle --port 8080 --slots 8"
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+_UVICORN: dict[str, Any] = {
+    "log_level": "warning",
+    "server_header": False,
+    "lifespan": "on",
+    "ws": "none",
+    "timeout_graceful_shutdown": 10,
+}
 _MOST_KEY_BYTES = 1 << 20
-_DEFAULTS = ("policy", "min_depth", "max_depth", "threshold")
+# Options of depth, each with its value where the command line sets none.
+_DEFAULTS = {"policy": "exact", "min_depth": 1, "max_depth": None, "threshold": None}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,10 +72,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     cache_bytes, keys = _bytes(args.cache_memory), _keys(args.api_key_file)
     with options.session_of(args) as session, _bound(args.host, args.port) as listening:
         manifest = session.bundle.manifest
-        defaults = {} if args.preset is None else depth_of_preset(manifest, args.preset)
-        given = {name: getattr(args, name) for name in _DEFAULTS}
-        defaults |= {name: value for name, value in given.items() if value not in (None, "exact", 1)}
-        Options(**defaults).depth.resolve(session.model)
+        defaults = _defaults(args, session)
         template = ChatTemplate.of(session.bundle, args.chat_template)
         target = args.target or (manifest.presets[args.preset].target if args.preset else manifest.default_target)
         running = engine.Engine(session, args.slots, args.queue, cache_bytes)
@@ -92,9 +98,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
             limits=app.Limits(request_s=args.timeout),
             ready=ready,
         )
-        config: Any = uvicorn.Config(
-            app.app_of(serving), log_level="warning", lifespan="on", timeout_graceful_shutdown=10, server_header=False
-        )
+        config: Any = uvicorn.Config(app.app_of(serving), **_UVICORN)
         server = uvicorn.Server(config)
         try:
             server.run(sockets=[listening])
@@ -108,6 +112,14 @@ def run(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def _defaults(args: argparse.Namespace, session: Session) -> dict[str, Any]:
+    """The depth of requests that set none: the preset's, and what the command line says. Raises UsageError."""
+    defaults = {} if args.preset is None else depth_of_preset(session.bundle.manifest, args.preset)
+    defaults |= {name: getattr(args, name) for name, usual in _DEFAULTS.items() if getattr(args, name) != usual}
+    Options(**defaults).depth.resolve(session.model)
+    return defaults
+
+
 def _bound(host: str, port: int) -> socket.socket:
     """A socket that listens. Raises UsageError where it cannot."""
     if not 0 <= port < 1 << 16:
@@ -115,8 +127,9 @@ def _bound(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=256)
-    except OSError as error:
-        raise UsageError(f"cannot serve at {host}:{port}: {error.strerror or error}: choose another --port") from error
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UsageError(f"cannot serve at {host}:{port}: {why}: choose another --port or --host") from error
 
 
 def _address(listening: socket.socket) -> str:
@@ -137,7 +150,7 @@ def _keys(path: Path | None) -> tuple[str, ...]:
     if path is None:
         return ()
     try:
-        lines = read_bounded(path, _MOST_KEY_BYTES, "a file of keys").decode().splitlines()
+        lines = read_bounded(path, _MOST_KEY_BYTES, "a file of keys").decode("utf-8-sig").splitlines()
     except OSError as error:
         raise UsageError(f"{path}: cannot read the API keys: {error.strerror or error}") from error
     except UnicodeDecodeError as error:

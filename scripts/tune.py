@@ -129,7 +129,7 @@ def settings_of(args: argparse.Namespace, bundle: Bundle) -> list[Setting]:
     own, trained = model.threshold, model.max_depth
     shares = _THRESHOLD_SHARES if model.halts else ()
     thresholds = _numbers(args.thresholds, "--thresholds", float) or [own * share for share in shares]
-    depths = _numbers(args.max_depths, "--max-depths", int) or [max(1, round(trained * s)) for s in _DEPTH_SHARES]
+    depths = _numbers(args.max_depths, "--max-depths", int) or [max(1, round(model.deepest * s)) for s in _DEPTH_SHARES]
     default = bundle.manifest.default_target
     targets = [default] if args.targets is None else arguments.target_names(args.targets, "--targets")
     for name in targets:

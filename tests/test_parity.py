@@ -3,7 +3,7 @@
 The standard: within 3x of the reference's own float32 error against float64, and equal depths apart from near ties.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,60 +11,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import FIXTURES
+from golden_runs import Run, chunked, model_onnx, model_with_past, runtime_runs
 
 from mythos_edge.model.checkpoint import open_checkpoint
 from mythos_edge.model.families.table import config_of
 from mythos_edge.model.layout import load_network
 from mythos_edge.model.network import Scored
 from mythos_edge.runtime import parity
-from mythos_edge.runtime.backends.ort_session import ort_session
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts.lab.reference import open_mythos
-
-Run = tuple[np.ndarray, np.ndarray]
-
-
-def model_onnx(bundle: Path, ids: np.ndarray, max_depth: int, threshold: float) -> Run:
-    feeds = {"input_ids": ids, "max_depth": np.array(max_depth), "threshold": np.array(threshold, np.float32)}
-    logits, depth = ort_session(bundle / "model.onnx").run(None, feeds)
-    return logits, depth
-
-
-def model_with_past(session: Session, ids: np.ndarray, chunks: list[int]) -> Run:
-    """The graph for other languages, fed in chunks, its new rows appended to its past."""
-    config = config_of(session.bundle.manifest)
-    graph = ort_session(session.bundle.path / "model_with_past.onnx")
-    slots = config.prelude_layers + config.max_loop_iters + config.coda_layers
-    past = np.zeros((slots, len(ids), 0, config.cache_width), np.float32)
-    logits, depths, start = [], [], 0
-    for size in chunks:
-        feeds = {"input_ids": ids[:, start : start + size], "past": past}
-        made = graph.run(None, {**feeds, "threshold": np.array(config.act_threshold, np.float32)})
-        logits.append(made[0])
-        depths.append(made[1])
-        past, start = np.concatenate([past, made[2]], axis=2), start + size
-    return np.concatenate(logits, axis=1), np.concatenate(depths, axis=1)
-
-
-def runtime_runs(session: Session, ids: np.ndarray, max_depth: int, prefills: list[int]) -> Iterator[tuple[str, Run]]:
-    for policy in ("full", "exact"):
-        for prefill in prefills:
-            score = session.score(ids, prefill=prefill, policy=policy, max_depth=max_depth)
-            yield f"{policy}, prefill {prefill}", (score.logits, score.depth)
-
-
-def chunked(session: Session, ids: np.ndarray, max_depth: int, chunk: int) -> Run:
-    """The staircase of every sequence fed in equal chunks."""
-    logits, depth = np.zeros((*ids.shape, config_of(session.bundle.manifest).vocab_size)), np.zeros(ids.shape, np.int64)
-    for row in range(len(ids)):
-        session.score(ids[row : row + 1, :1], max_depth=max_depth)
-        staircase = session._sequences[0].staircase
-        staircase.rollback(0)
-        for start in range(0, ids.shape[1], chunk):
-            piece = ids[row : row + 1, start : start + chunk]
-            fed = staircase.feed(piece, np.arange(piece.shape[1]))
-            logits[row, start : start + chunk], depth[row, start : start + chunk] = fed.logits[0], fed.depth[0]
-    return logits, depth
 
 
 def test_goldens(golden_bundle: Path, golden: dict[str, np.ndarray], golden_name: str) -> None:

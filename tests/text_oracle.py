@@ -10,9 +10,9 @@ def following(library: Tokenizer, prompt: list[int], ids: list[int], special_tok
     return str(whole)[next(place for place in reversed(places) if before[:place] == whole[:place]) :]
 
 
-def byte_level(special: list[str]) -> Tokenizer:
-    """Ids 0 .. 255 are bytes; then come the ``special`` tokens."""
-    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+def byte_level(special: list[str], first: tuple[str, ...] = ()) -> Tokenizer:
+    """Ids 0 .. 255 are bytes; then come the ``special`` tokens, of which those that are ``first`` move bytes on."""
+    symbols = [*first, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     library = Tokenizer(models.BPE({symbol: number for number, symbol in enumerate(symbols)}, []))
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()

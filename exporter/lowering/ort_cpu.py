@@ -4,7 +4,7 @@ Works on a stage for one sequence (``sequences.for_one_sequence``) or for many. 
 touched, so every lowered graph shares the bundle's weights file; rounded matrices come from ``packs``.
 
     mythos::LatentAttention            products over the cached rows as they lie, scores joined instead of caches
-    mythos::GroupedQueryAttention      stays: ONNX Runtime inlines its body
+    mythos::GroupedQueryAttention      products over keys and values as they lie
     mythos::SparseMoE                  one If an expert around plain products: com.microsoft::MoE leaves cores idle
     mythos::SparseMoE in blocks        com.microsoft::QMoE
     a product with a rounded matrix    com.microsoft::MatMulNBits; one scale a row: com.microsoft::QGemm of integers
@@ -13,6 +13,7 @@ touched, so every lowered graph shares the bundle's weights file; rounded matric
 
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -20,6 +21,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from mythos_edge.exporter.graph_checks import graph_pass, has_no, one_sequence
 from mythos_edge.exporter.graph_writer import GraphWriter, shape_of
+from mythos_edge.exporter.lowering.ort_attention import grouped_query_attention
 from mythos_edge.exporter.lowering.ort_kernels import (
     FUSED_EXPERTS,
     HIDDEN_SCORE,
@@ -40,7 +42,10 @@ from mythos_edge.plugins import ops
 Packs = Mapping[str, Pack]
 
 
-@graph_pass(requires=[one_sequence], ensures=[has_no(ops.LATENT_ATTENTION.name, ops.SPARSE_MOE.name)])
+@graph_pass(
+    requires=[one_sequence],
+    ensures=[has_no(ops.LATENT_ATTENTION.name, ops.GROUPED_QUERY_ATTENTION.name, ops.SPARSE_MOE.name)],
+)
 def lower_for_ort(model: ir.Model, packs: Packs | None = None) -> ir.Model:
     """A copy of ``model`` on ONNX Runtime's kernels; matrices named in ``packs`` are replaced by those.
 
@@ -110,6 +115,7 @@ class Lowering:
         """The rule for each (domain, op)."""
         return {
             (ops.DOMAIN, ops.LATENT_ATTENTION.name): self._latent_attention,
+            (ops.DOMAIN, ops.GROUPED_QUERY_ATTENTION.name): partial(grouped_query_attention, as_they_lie=True),
             (ops.DOMAIN, ops.SPARSE_MOE.name): self._sparse_moe,
             ("", "Gemm"): self._product,
             ("", "Gather"): self._embedding,
@@ -208,10 +214,7 @@ class Lowering:
             _, key_count, query_count = several.add_many(
                 "Split", [several.add("Shape", [scores])], 3, axis=0, num_outputs=3
             )
-            keys, queries = (
-                several.add("Range", [several.integer(0), several.add("Squeeze", [count]), several.integer(1)])
-                for count in (key_count, query_count)
-            )
+            keys, queries = several.range_to(key_count), several.range_to(query_count)
             key = several.add("Unsqueeze", [keys, several.integers([1])])
             seen = several.add("LessOrEqual", [key, several.add("Div", [queries, several.integer(heads)])])
             return several.add("Where", [seen, scores, several.number(HIDDEN_SCORE)])

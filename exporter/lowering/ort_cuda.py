@@ -4,7 +4,7 @@ All else stays float32: norms, rotation, attention, the residual stream, the rou
 computed and are small, and the caches are float32. Every op here has a kernel of the CUDA provider and one of the CPU
 provider, so that a test can run the graph without a GPU.
 
-    mythos::LatentAttention            products, see ``ort_cuda_attention``
+    mythos::LatentAttention            products, see ``ort_attention``
     mythos::GroupedQueryAttention      likewise
     mythos::SparseMoE                  com.microsoft::MoE
     mythos::SparseMoE in blocks        com.microsoft::QMoE (float16 only)
@@ -21,8 +21,8 @@ import onnx_ir as ir
 
 from mythos_edge.exporter.graph_checks import graph_pass, has_no, one_sequence
 from mythos_edge.exporter.graph_writer import GraphWriter
+from mythos_edge.exporter.lowering.ort_attention import grouped_query_attention, latent_attention
 from mythos_edge.exporter.lowering.ort_cpu import Experts, Lowering, Packs, Rule, lowered_by, stored_name
-from mythos_edge.exporter.lowering.ort_cuda_attention import grouped_query_attention, latent_attention
 from mythos_edge.exporter.lowering.ort_kernels import FUSED_EXPERTS, MICROSOFT
 from mythos_edge.model.target_options import ON_SHAPES
 from mythos_edge.plugins import ops

@@ -39,11 +39,20 @@ class Config(Protocol):
 
 
 @dataclass(frozen=True)
+class SpecialTokens:
+    """The texts of the tokens that ``begin`` and ``end`` a turn, where a model's files name ``wrong`` for both."""
+
+    wrong: str
+    begin: str
+    end: str
+
+
+@dataclass(frozen=True)
 class Opening:
     """A checkpoint's tensors as they are stored, and what the caller said about it; see ``open_checkpoint``.
 
-    ``config_values`` are those of the config that the caller gave, or of the config.json beside the tensors; none
-    where there is neither.
+    ``config_values`` are those of the config that the caller gave over those of the config.json beside the tensors;
+    none where there is neither.
     """
 
     path: Path

@@ -24,6 +24,9 @@ _FINISHED = {"stop_id": "stop", "stop_string": "stop", "length": "length", "cont
 _MOST_CHOICES = Within(least=1, most=16)
 _BIAS = Within(least=-100, most=100)
 _BOUNDED = Within(least=1)
+_MOST_PROMPTS = 128
+_MOST_STOPS = 16
+_LONGEST_STOP = 1000
 _ALTERNATIVES = Within(least=0, most=20)
 # Options of ours by their own names, which win over OpenAI's.
 _OURS = (
@@ -85,8 +88,8 @@ def chat_wanted(
     if taken:
         raise UsageError(f"chat_template_kwargs has {', '.join(sorted(taken))}, which are not for the caller to say")
     ids = template.ids(session.tokenizer, [_message(number, one) for number, one in enumerate(messages)], **more)
-    tokens = body.get("max_completion_tokens", body.get("max_tokens"))
-    return _wanted(body, session, [ids], tokens, template.stops, defaults, chat=True)
+    tokens = [body[name] for name in ("max_completion_tokens", "max_tokens") if body.get(name) is not None]
+    return _wanted(body, session, [ids], tokens[0] if tokens else None, template.stops, defaults, chat=True)
 
 
 def completion_wanted(body: Mapping[str, Any], session: Session, defaults: Mapping[str, Any]) -> Wanted:
@@ -94,9 +97,12 @@ def completion_wanted(body: Mapping[str, Any], session: Session, defaults: Mappi
     if "prompt" not in body:
         raise UsageError("prompt is missing, expected text, token ids, or a list of either")
     prompts, _ = separate(body["prompt"])
+    if len(prompts) > _MOST_PROMPTS:
+        raise UsageError(f"prompt is a list of {len(prompts)}, expected at most {_MOST_PROMPTS}: ask more often")
     ids = [ids_of(prompt, session.model, session.tokenizer, first=True) for prompt in prompts]
     # OpenAI's own default is 16.
-    return _wanted(body, session, ids, body.get("max_tokens", 16), (), defaults, chat=False)
+    tokens = body.get("max_tokens")
+    return _wanted(body, session, ids, 16 if tokens is None else tokens, (), defaults, chat=False)
 
 
 def _message(number: int, message: Any) -> dict[str, Any]:
@@ -134,13 +140,13 @@ def _wanted(
         values["max_new_tokens"] = whole("max_tokens", max_tokens, _BOUNDED)
     values |= {name: given[name] for name in ("temperature", "top_p", "seed") if name in given}
     if "reasoning_effort" in given:
-        values["max_depth"] = _depth_of(given["reasoning_effort"], session.model.max_depth)
+        values["max_depth"] = _depth_of(given["reasoning_effort"], session.model.deepest)
     values |= {name: given[name] for name in _OURS if name in given}
     if "auto" in (values.get("draft_depth"), values.get("draft_tokens")) or (
         "draft_depth" in values and "draft_tokens" not in values
     ):
         raise UsageError("draft_depth needs draft_tokens, both as numbers: a server measures no single sequence")
-    values["stop_strings"] = (*stops, *texts("stop", given.get("stop", ())))
+    values["stop_strings"] = (*stops, *_stops(given.get("stop", ())))
     logprobs, values["top_logprobs"] = _logprobs(given, chat)
     include = given.get("stream_options") or {}
     if not isinstance(include, dict):
@@ -152,7 +158,7 @@ def _wanted(
         n=whole("n", given.get("n", 1), _MOST_CHOICES),
         logit_bias=_bias(given.get("logit_bias", {})),
         stream=flag("stream", given.get("stream", False)),
-        include_usage=flag("stream_options.include_usage", include.get("include_usage", False)),
+        include_usage=flag("stream_options.include_usage", include.get("include_usage") or False),
         logprobs=logprobs,
         ignored=tuple(sorted(set(given) - set(_CHAT if chat else _COMPLETION))),
     )
@@ -170,9 +176,20 @@ def _logprobs(given: Mapping[str, Any], chat: bool) -> tuple[bool, int]:
 
 
 def _depth_of(effort: Any, trained: int) -> int:
-    if effort not in EFFORTS:
+    if not isinstance(effort, str) or effort not in EFFORTS:
         raise UsageError(f"reasoning_effort is {shown(effort)}, expected one of {', '.join(EFFORTS)}")
     return max(1, round(EFFORTS[effort] * trained))
+
+
+def _stops(given: Any) -> tuple[str, ...]:
+    """Texts that end an answer. Every token is searched for all of them, while all others wait."""
+    stops = texts("stop", given)
+    if len(stops) > _MOST_STOPS or any(len(stop) > _LONGEST_STOP for stop in stops):
+        raise UsageError(
+            f"stop has {len(stops)} texts of up to {max(map(len, stops))} characters, expected at most {_MOST_STOPS} "
+            f"of at most {_LONGEST_STOP}"
+        )
+    return stops
 
 
 def _bias(given: Any) -> dict[int, float]:

@@ -9,8 +9,8 @@ import binascii
 import hmac
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from mythos_edge.model.errors import CapacityError, MythosEdgeError, UsageError
 from mythos_edge.runtime.chat_template import ChatTemplate
 from mythos_edge.runtime.decoding import Generation, Token
 from mythos_edge.runtime.serving import api, engine
+from mythos_edge.runtime.serving.figures import prometheus
 from mythos_edge.runtime.session import Session
 
 # Resolved, for an editable install is a tree of links, which lacks files that are newer than itself.
@@ -96,14 +97,13 @@ def app_of(serving: Serving) -> Starlette:
     # A route for each file, not a folder at /, so that other paths and methods are refused as ever.
     routes += [_file_route("/", PAGE / "index.html"), *(_file_route(f"/{file.name}", file) for file in PAGE.iterdir())]
     cors = Middleware(CORSMiddleware, allow_origins=serving.origins, allow_methods=["GET", "POST"], allow_headers=["*"])
-    app = Starlette(
+    # Browsers ask for leave without a key, and read a refusal only where its headers let them.
+    return Starlette(
         routes=routes,
         lifespan=lifespan,
-        middleware=[cors] if serving.origins else [],
+        middleware=[*([cors] if serving.origins else []), Middleware(_Gate, keys=serving.keys)],
         exception_handlers={HTTPException: _http_error, Exception: _fault},
     )
-    app.add_middleware(_Gate, keys=serving.keys)
-    return app
 
 
 def _file_route(path: str, file: Path) -> Route:
@@ -133,6 +133,12 @@ class _Gate:
             )
             await _error(refusal)(scope, receive, send)
             return
+        name = Request(scope).url.hostname or ""
+        if not self._keys and _is_local((scope.get("server") or ("",))[0]) and not _is_local(name):
+            # A page of another host can give its own name this machine's address, and then reads all answers.
+            refusal = _Refused(403, f"the host is {name!r}, expected localhost: start the server with --api-key-file")
+            await _error(refusal)(scope, receive, send)
+            return
 
         async def sending(message: Any) -> None:
             if message["type"] == "http.response.start":
@@ -143,7 +149,7 @@ class _Gate:
 
     def _knows(self, request: Request) -> bool:
         kind, _, given = request.headers.get("authorization", "").partition(" ")
-        key = given.strip().encode()
+        key = given.strip().encode("latin-1")  # as headers were decoded
         if kind.lower() == "basic":  # as browsers ask their people for it
             try:
                 key = base64.b64decode(key, validate=True).partition(b":")[2]
@@ -155,6 +161,11 @@ class _Gate:
         return sum(hmac.compare_digest(key, known) for known in self._keys) > 0
 
 
+def _is_local(host: str) -> bool:
+    """Whether a name or address is that of this machine to itself."""
+    return host in ("localhost", "::1") or (host.startswith("127.") and host.replace(".", "").isdigit())
+
+
 class _Server:
     """The endpoints."""
 
@@ -163,7 +174,8 @@ class _Server:
 
     async def health(self, request: Request) -> Response:
         del request
-        return JSONResponse({"status": "ok"})
+        failed = self._it.engine.failed
+        return JSONResponse({"status": "failed" if failed else "ok"}, 503 if failed else 200)
 
     async def models(self, request: Request) -> Response:
         del request
@@ -194,7 +206,7 @@ class _Server:
 
     async def metrics(self, request: Request) -> Response:
         del request
-        return Response(_prometheus(self._it.engine), media_type="text/plain; version=0.0.4")
+        return Response(prometheus(self._it.engine), media_type="text/plain; version=0.0.4")
 
     async def chat(self, request: Request) -> Response:
         it = self._it
@@ -213,12 +225,12 @@ class _Server:
             return _error(error)
         headers = {"X-Mythos-Chat-Template": self._it.template.name} if wanted.chat else {}
         if wanted.ignored:
-            # A header holds no other characters.
-            names = [name.encode("ascii", "backslashreplace").decode() for name in wanted.ignored]
-            headers["X-Mythos-Ignored"] = ", ".join(" ".join(name.split())[:64] for name in names[:20])
+            # A header holds no other characters than ASCII's that can be seen.
+            names = [name.encode("ascii", "backslashreplace").decode() for name in wanted.ignored[:20]]
+            headers["X-Mythos-Ignored"] = ", ".join("".join(filter(str.isprintable, name))[:64] for name in names)
         if wanted.stream:
             headers["Cache-Control"] = "no-store"
-            return StreamingResponse(answer.events(), media_type="text/event-stream", headers=headers)
+            return _Stream(answer, headers)
         try:
             return JSONResponse(await _unless_left(request, answer.whole()), headers=headers)
         except (MythosEdgeError, _Refused) as error:
@@ -239,6 +251,9 @@ class _Answer:
         self._choices: list[api.Choice] = []
         loop = asyncio.get_running_loop()
         deadline = self._started + serving.limits.request_s
+        asked_for, most = wanted.n * len(wanted.prompts), serving.engine.slots + serving.engine.queue
+        if asked_for > most:
+            raise _Refused(400, f"{asked_for} answers are asked for at once, this server takes {most}: ask for fewer")
         try:
             for ids in wanted.prompts:
                 for choice in range(wanted.n):
@@ -282,8 +297,6 @@ class _Answer:
             yield "data: [DONE]\n\n"
         except Exception as error:  # the status is sent already, so that it can only be told here
             yield _event(_told(error)[1])
-        finally:
-            self.cancel()
 
     async def _tokens(self) -> AsyncIterator[tuple[int, Token | None]]:
         """Every token with the number of its choice; None at the end of one."""
@@ -306,11 +319,25 @@ class _Answer:
         return api.usage_of(self._wanted, results, cached, time.monotonic() - self._started)
 
 
+class _Stream(StreamingResponse):
+    """An answer as server-sent events; it is cancelled with the response, be it that nothing of it was ever read."""
+
+    def __init__(self, answer: _Answer, headers: Mapping[str, str]) -> None:
+        super().__init__(answer.events(), media_type="text/event-stream", headers=headers)
+        self._answer = answer
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answer.cancel()
+
+
 def _listener(
     loop: asyncio.AbstractEventLoop, heard: "asyncio.Queue[tuple[int, engine.Event]]", at: int
 ) -> engine.Listener:
     def hear(event: engine.Event) -> None:
-        if not loop.is_closed():
+        with suppress(RuntimeError):  # the loop has ended, and nobody listens
             loop.call_soon_threadsafe(heard.put_nowait, (at, event))
 
     return hear
@@ -378,6 +405,8 @@ def _told(error: Exception) -> tuple[int, dict[str, Any]]:
     # A message about a field begins with its name.
     first = message.partition(" ")[0].partition("[")[0].partition(".")[0]
     param = first if status == 400 and first in api.FIELDS else None
+    # Half of a pair of characters cannot be sent.
+    message = message.encode(errors="backslashreplace").decode()
     return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
@@ -391,7 +420,8 @@ def _error(error: Exception) -> Response:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return _error(_Refused(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
+    told = f"{request.method} {request.scope['path']}: {error.detail}"
+    return _error(_Refused(error.status_code, told, **(error.headers or {})))
 
 
 async def _fault(request: Request, error: Exception) -> Response:
@@ -401,34 +431,3 @@ async def _fault(request: Request, error: Exception) -> Response:
 
 def _event(values: dict[str, Any]) -> str:
     return f"data: {json.dumps(values, ensure_ascii=False, separators=(',', ':'))}\n\n"
-
-
-def _prometheus(running: engine.Engine) -> str:
-    """The engine's figures as Prometheus reads them."""
-    active, waiting = running.load
-    figures: list[tuple[str, str, str, dict[str, float]]] = [
-        ("requests_total", "counter", "requests by how they ended",
-         {f'{{how="{how}"}}': running.counts[how] for how in ("done", "failed", "cancelled")}),
-        ("stage_runs_total", "counter", "runs of a stage, shared ones once",
-         {f'{{stage="{stage}"}}': runs for stage, runs in sorted(running.runs.items())}),
-        ("depth_tokens_total", "counter", "generated tokens by their depth",
-         {f'{{depth="{depth}"}}': tokens for depth, tokens in sorted(running.depths.items())}),
-        ("requests_running", "gauge", "requests in slots", {"": active}),
-        ("requests_waiting", "gauge", "requests in the queue", {"": waiting}),
-        ("prompt_cache_bytes", "gauge", "bytes of kept sequences", {"": running.cache.nbytes}),
-        ("prompt_cache_entries", "gauge", "kept sequences", {"": len(running.cache)}),
-    ]  # fmt: skip
-    for name in (
-        "prompt_tokens",
-        "cached_tokens",
-        "generated_tokens",
-        "block_calls",
-        "drafted_tokens",
-        "accepted_tokens",
-    ):
-        figures.append((f"{name}_total", "counter", name.replace("_", " "), {"": running.counts[name]}))
-    lines = []
-    for name, kind, text, values in figures:
-        lines += [f"# HELP mythos_edge_{name} {text}", f"# TYPE mythos_edge_{name} {kind}"]
-        lines += [f"mythos_edge_{name}{labels} {value:g}" for labels, value in values.items()]
-    return "\n".join(lines) + "\n"

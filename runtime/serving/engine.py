@@ -14,13 +14,14 @@ from typing import TypeAlias
 
 from mythos_edge.model.errors import CapacityError, MythosEdgeError
 from mythos_edge.runtime.backends.protocol import Backend
-from mythos_edge.runtime.caches import plan_cache, require_memory
+from mythos_edge.runtime.caches import CachePlan, plan_cache, require_memory
 from mythos_edge.runtime.decoding import Decoding, Generation, TextSoFar, Token, TokenSequence
 from mythos_edge.runtime.options import Options
 from mythos_edge.runtime.prompts import check_range
 from mythos_edge.runtime.sampling import Sampler
 from mythos_edge.runtime.serving.prompt_cache import PromptCache
 from mythos_edge.runtime.session import Session
+from mythos_edge.runtime.speculation import check_draft
 from mythos_edge.runtime.staircase import Staircase
 from mythos_edge.runtime.together import Together, Work
 
@@ -56,6 +57,7 @@ class Ticket:
         self.number, self.request, self.tell = number, request, listener
         self.cancelled = False
         self.cached_tokens = 0
+        self.worst_bytes = 0
         self.sequence: TokenSequence | None = None
         self.result = Generation()
 
@@ -84,6 +86,10 @@ class Engine:
         self._together: Together[None] = Together(self._backend)
         self._news = threading.Condition()
         self._closing = False
+        self.failed = False
+        """Whether the engine ended by a fault of its own: it takes nothing more."""
+        # Bytes for the caches of all requests and what is kept; memory that is not written yet looks free.
+        self._room = self._backend.memory.free_bytes()
         self._numbers = 0
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
         self._thread.start()
@@ -111,7 +117,7 @@ class Engine:
             )
         check_range(request.ids, self._session.model)
         check_range(list(request.logit_bias), self._session.model, "logit_bias of token")
-        request.options.depth.resolve(self._session.model)
+        check_draft(request.options.draft_depth, request.options.depth.resolve(self._session.model))
         TextSoFar(self._session.tokenizer, request.options)
         with self._news:
             if self._closing:
@@ -143,7 +149,8 @@ class Engine:
             self._serve_all()
         except BaseException as error:
             # A fault of ours: nobody may wait for what does not come.
-            self._closing = True
+            with self._news:
+                self._closing = self.failed = True
             for ticket in [*self._waiting, *self._active.values()]:
                 ticket.tell(MythosEdgeError(f"the engine ended: {type(error).__name__}: {error}"))
             raise
@@ -151,25 +158,25 @@ class Engine:
     def _serve_all(self) -> None:
         while True:
             with self._news:
-                self._let_in()
-                if not self._active:
-                    if self._closing and not self._waiting:
+                while not (self._active or self._waiting or self._has_idle_work()):
+                    if self._closing:
                         return
-                    if not self._waiting and not self._has_idle_work():
-                        self._news.wait()
-                        continue
+                    self._news.wait()
+            self._let_in()
             self._let_go()
             if self._together:
                 self._together.round()
                 self._end_finished()
-            elif not self._waiting:
+            elif not self._waiting and self._has_idle_work():
                 self._catch_up()
 
     def _let_in(self) -> None:
-        """Gives free slots to those that wait, the longest waiting first."""
-        while self._waiting and len(self._active) < self.slots:
-            ticket = self._waiting.popleft()
-            self._active[ticket.number] = ticket
+        """Gives free slots to those that wait, the longest waiting first, as far as there is memory for them."""
+        # Nobody else takes from the queue.
+        while self._waiting and len(self._active) < self.slots and self._has_room_for(self._waiting[0]):
+            with self._news:
+                ticket = self._waiting.popleft()
+                self._active[ticket.number] = ticket
             if ticket.cancelled:
                 continue
             try:
@@ -180,24 +187,44 @@ class Engine:
             self._together.join(ticket.number, work)
         self._end_finished()
 
+    def _plan(self, request: Request) -> CachePlan:
+        """The memory that a request takes at most."""
+        model, memory = self._session.model, self._backend.memory
+        columns = min(len(request.ids) + request.options.max_new_tokens, self._session.max_context)
+        depth = request.options.depth.resolve(model)
+        return plan_cache(model, depth.max_depth, memory.room_of(columns), 1, memory.dtype.itemsize)
+
+    def _held_back(self) -> int:
+        """The bytes that all who run may come to take."""
+        return sum(ticket.worst_bytes for ticket in self._active.values())
+
+    def _has_room_for(self, ticket: Ticket) -> bool:
+        """Whether a request need not wait for the memory of those who run; alone it is let in, or refused."""
+        wanted = self._plan(ticket.request).worst_bytes
+        return not self._active or self._room is None or self._held_back() + wanted <= self._room
+
+    def _make_room(self, plan: CachePlan, held: int) -> None:
+        """Forgets of the prompt cache what a request needs. Raises CapacityError where that is not enough."""
+        if self._room is not None:
+            self.cache.shrink(min(self.cache.limit, self._room - self._held_back()))
+        try:
+            require_memory(plan, held, self._backend.memory.free_bytes())
+        except CapacityError:
+            self.cache.shrink(0)
+            require_memory(plan, held, self._backend.memory.free_bytes())
+
     def _begin(self, ticket: Ticket) -> Work[None]:
         """The work of a request, on what the prompt cache has of its prompt."""
-        request, session = ticket.request, self._session
+        request, session, plan = ticket.request, self._session, self._plan(ticket.request)
         options, model = request.options, session.model
         depth, ids = options.depth.resolve(model), list(request.ids)
         staircase = self.cache.take(ids, depth)
-        columns = min(len(ids) + options.max_new_tokens, session.max_context)
-        memory = self._backend.memory
-        plan = plan_cache(model, depth.max_depth, memory.room_of(columns), 1, memory.dtype.itemsize)
-        try:
-            require_memory(plan, 0 if staircase is None else staircase.nbytes, memory.free_bytes())
-        except CapacityError:
-            self.cache.shrink(0)
-            require_memory(plan, 0 if staircase is None else staircase.nbytes, memory.free_bytes())
+        ticket.worst_bytes = plan.worst_bytes
+        self._make_room(plan, 0 if staircase is None else staircase.nbytes)
         ticket.cached_tokens = 0 if staircase is None else staircase.columns
         staircase = staircase or Staircase(self._backend, model, depth, session.max_context, options.max_lag)
         staircase.max_lag = options.max_lag
-        staircase.expect(columns)
+        staircase.expect(plan.context)
         ticket.sequence = TokenSequence(ids, staircase, Sampler(options.sampling, request.logit_bias))
         text = TextSoFar(session.tokenizer, options)
         ends = tuple(token.id for token in session.bundle.manifest.end_tokens)
@@ -247,7 +274,7 @@ class Engine:
         self.counts["drafted_tokens"] += result.drafted
         self.counts["accepted_tokens"] += result.accepted
         sequence, ticket.sequence = ticket.sequence, None
-        if sequence is not None and not isinstance(how, Exception):
+        if sequence is not None and (isinstance(how, TimedOut) or not isinstance(how, Exception)):
             self.cache.put(sequence.ids, sequence.staircase)
         if how is not None and not ticket.cancelled:
             ticket.tell(how)
@@ -256,6 +283,7 @@ class Engine:
         return not self._closing and self.cache.has_lagging
 
     def _catch_up(self) -> None:
-        staircase = self.cache.lagging()
-        if staircase is not None:
-            staircase.flush(lambda: bool(self._waiting) or self._closing)
+        try:
+            self.cache.catch_up(lambda: bool(self._waiting) or self._closing)
+        except Exception:  # of what may be forgotten, and is; requests go on
+            self.counts["forgotten"] += 1

@@ -1,22 +1,26 @@
 """Sequences that are done, kept for requests that begin alike, within a number of bytes. Not here: who runs them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mythos_edge.runtime.halting import ResolvedDepth
-from mythos_edge.runtime.prompts import common_length
+import numpy as np
+from numpy.typing import NDArray
+
+from mythos_edge.runtime.halting import Policy, ResolvedDepth
 from mythos_edge.runtime.staircase import Staircase
 
+Int64 = NDArray[np.int64]
 # Fewer tokens are computed as fast as they are copied.
 _LEAST_KEPT = 8
+# Sequences that a request is compared with, while all others wait.
+_MOST_KEPT = 256
 
 
-@dataclass
+@dataclass(eq=False)
 class _Entry:
-    ids: list[int]
+    ids: Int64
     staircase: Staircase
-    # Whether every loop step was caught up.
-    flushed: bool = False
+    nbytes: int
 
 
 class PromptCache:
@@ -31,7 +35,7 @@ class PromptCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(entry.staircase.nbytes for entry in self._entries)
+        return sum(entry.nbytes for entry in self._entries)
 
     def take(self, ids: Sequence[int], depth: ResolvedDepth) -> Staircase | None:
         """A staircase that has a beginning of ``ids``, at most all but the last; None where there is none worth it.
@@ -39,13 +43,14 @@ class PromptCache:
         A sequence of which all can be used is given away, of others the beginning is copied, as it may serve again.
         Rows of other depth parameters are of no use.
         """
+        wanted = np.array(ids, np.int64)
         fits = [entry for entry in self._entries if entry.staircase.depth == depth]
-        best = max(fits, key=lambda entry: common_length(entry.ids, ids), default=None)
-        if best is None:
-            return None
-        kept = min(common_length(best.ids, ids), len(ids) - 1, best.staircase.columns)
+        lengths = [min(_common(entry.ids, wanted), len(ids) - 1, entry.staircase.columns) for entry in fits]
+        kept = max(lengths, default=0)
         if kept < _LEAST_KEPT:
             return None
+        # Of several the one used last.
+        best = fits[len(fits) - 1 - lengths[::-1].index(kept)]
         self._entries.remove(best)
         if kept >= len(best.ids) - 1:
             best.staircase.rollback(kept)
@@ -54,32 +59,59 @@ class PromptCache:
         return best.staircase.copy(kept)
 
     def put(self, ids: Sequence[int], staircase: Staircase) -> None:
-        """Keeps a sequence that is done, and forgets those used longest ago where there is no room."""
+        """Keeps a sequence that is done, and forgets those used longest ago where there is no room.
+
+        One that was interrupted may be of no use. Nor are rows of the policy ``last``: what stands in for a row that
+        was not computed depends on how a prompt was cut into chunks.
+        """
+        if not staircase.is_whole or staircase.depth.policy is Policy.LAST:
+            return
         staircase.rollback(len(ids))
-        if staircase.columns < _LEAST_KEPT or staircase.nbytes > self.limit:
+        if staircase.columns < _LEAST_KEPT:
+            return
+        staircase.trim()
+        new = _Entry(np.array(ids, np.int64), staircase, staircase.nbytes)
+        if new.nbytes > self.limit:
             return
         # What begins as the new one and is shorter adds nothing to it.
-        self._entries = [
-            entry
-            for entry in self._entries
-            if entry.staircase.depth != staircase.depth or common_length(entry.ids, ids) < len(entry.ids)
-        ]
-        self._entries.append(_Entry(list(ids), staircase))
+        self._entries = [entry for entry in self._entries if not _adds_nothing(entry, new)]
+        self._entries.append(new)
         self.shrink(self.limit)
 
     def shrink(self, limit: int) -> None:
-        """Forgets the sequences used longest ago until the others have at most ``limit`` bytes."""
-        while self._entries and self.nbytes > limit:
-            del self._entries[0]
+        """Forgets the sequences used longest ago until the others have at most ``limit`` bytes, and are not many."""
+        spare = self.nbytes - limit
+        while self._entries and (spare > 0 or len(self._entries) > _MOST_KEPT):
+            spare -= self._entries.pop(0).nbytes
 
     @property
     def has_lagging(self) -> bool:
-        return not all(entry.flushed for entry in self._entries)
+        """Whether a sequence has loop steps to catch up."""
+        return any(not entry.staircase.is_caught_up for entry in self._entries)
 
-    def lagging(self) -> Staircase | None:
-        """The staircase used last whose loop steps were not caught up since; it is taken for caught up from now on."""
-        for entry in reversed(self._entries):
-            if not entry.flushed:
-                entry.flushed = True
-                return entry.staircase
-        return None
+    def catch_up(self, until: Callable[[], bool]) -> None:
+        """Catches up the loop steps of the sequence used last that has some to; ``until`` ends it between two.
+
+        Raises what a stage raises, and forgets the sequence then.
+        """
+        entry = next(entry for entry in reversed(self._entries) if not entry.staircase.is_caught_up)
+        try:
+            entry.staircase.flush(until)
+        except BaseException:
+            self._entries.remove(entry)
+            raise
+        entry.staircase.trim()
+        entry.nbytes = entry.staircase.nbytes
+        self.shrink(self.limit)
+
+
+def _adds_nothing(old: _Entry, new: _Entry) -> bool:
+    shorter = old.staircase.depth == new.staircase.depth and old.staircase.columns <= new.staircase.columns
+    return shorter and _common(old.ids, new.ids) == len(old.ids)
+
+
+def _common(before: Int64, now: Int64) -> int:
+    """The number of tokens that two sequences begin with alike."""
+    length = min(len(before), len(now))
+    differ = before[:length] != now[:length]
+    return int(differ.argmax()) if differ.any() else length

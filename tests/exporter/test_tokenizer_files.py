@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models
 
 from mythos_edge.exporter.tokenizer_files import TokenizerFiles, tokenizer_beside, tokenizer_for
 from mythos_edge.model.errors import ConfigError, ExportError
+from mythos_edge.model.families.family import SpecialTokens
 from mythos_edge.model.manifest import EndToken
 
 TOKENIZERS = FIXTURES / "tokenizers"
@@ -260,3 +261,61 @@ def test_a_tokenizer_that_lies_by_the_checkpoint_is_found(tmp_path: Path) -> Non
     assert tokenizer_beside(checkpoint) is None
     shutil.copy(TOKENIZERS / "t5.json", tmp_path / "tokenizer.json")
     assert tokenizer_beside(checkpoint) == tokenizer_beside(tmp_path) == tmp_path / "tokenizer.json"
+
+
+# --- what a family knows better than its files ----------------------------------------------------------------------
+
+CHATML = SpecialTokens("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+NAMES = (CHATML.wrong, CHATML.begin, CHATML.end)
+WRONG = {"eos_token_id": 0, "bos_token_id": 0}
+
+
+def of_family(folder: Path, generation: Any, tokenizer: Any, *end_tokens: str) -> TokenizerFiles:
+    byte_level(list(NAMES), NAMES).save(str(folder / "tokenizer.json"))
+    for file, values in (("generation_config.json", generation), ("tokenizer_config.json", tokenizer)):
+        if values is not None:
+            (folder / file).write_text(json.dumps(values))
+    return tokenizer_for(folder, end_tokens, 300, CHATML)
+
+
+@pytest.mark.parametrize(
+    ("generation", "tokenizer", "said"),
+    [
+        (WRONG, None, "generation_config.json ends a text at"),
+        (WRONG, {"eos_token": "<|im_end|>"}, "generation_config.json ends a text at"),
+        (WRONG, {"eos_token": "<|endoftext|>"}, "generation_config.json ends a text at"),
+        (None, {"eos_token": {"content": "<|endoftext|>"}}, "tokenizer_config.json ends a text at"),
+    ],
+)
+def test_a_wrong_end_is_corrected_with_a_note(generation: Any, tokenizer: Any, said: str, tmp_path: Path) -> None:
+    files = of_family(tmp_path, generation, tokenizer)
+    assert files.end_tokens == (EndToken(2, "<|im_end|>"),)
+    words = "<|endoftext|> (id 0), which is wrong for this model: <|im_end|> (id 2) is taken"
+    assert [note for note in files.notes if "ends a text" in note] == [f"{said} {words}; --end-token overrules it"]
+
+
+def test_a_right_end_stays(tmp_path: Path) -> None:
+    for generation, ends in (({"eos_token_id": 2}, [2]), ({"eos_token_id": [0, 2]}, [0, 2]), (None, [0, 2])):
+        for file in tmp_path.iterdir():
+            file.unlink()
+        files = of_family(tmp_path, generation, None)
+        assert sorted(end.id for end in files.end_tokens) == ends
+        assert "wrong" not in " ".join(files.notes)
+    asked = of_family(tmp_path, WRONG, None, "<|endoftext|>")
+    assert asked.end_tokens == (EndToken(0, "<|endoftext|>"),)
+
+
+def test_a_tokenizer_without_the_right_end_is_taken_as_it_is(folder: Callable[..., Path]) -> None:
+    path = folder("gptoss", generation={"eos_token_id": 513})
+    assert [end.id for end in tokenizer_for(path, (), 1000, CHATML).end_tokens] == [513]
+
+
+def test_a_chat_template_names_the_right_tokens(tmp_path: Path) -> None:
+    tokens = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "chat_template": "{{ bos_token }}"}
+    chat = of_family(tmp_path, WRONG, tokens).chat
+    assert chat is not None
+    assert (chat.bos_token, chat.eos_token) == ("<|im_start|>", "<|im_end|>")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**tokens, "bos_token": "<s>", "eos_token": None}))
+    chat = tokenizer_for(tmp_path, (), 300, CHATML).chat
+    assert chat is not None
+    assert (chat.bos_token, chat.eos_token) == ("<s>", "")

@@ -232,7 +232,7 @@ def test_the_client_raises_the_errors_it_has(client: openai.OpenAI, served: Serv
 
 
 def test_a_key_is_asked_for_by_everything_but_health(text_bundle: Path, tmp_path: Path) -> None:
-    (tmp_path / "keys").write_text("first\n\n second \n")
+    (tmp_path / "keys").write_text("\ufefffirst\n\n second \n", encoding="utf-8")
     with Served(text_bundle, "--api-key-file", tmp_path / "keys") as server:
         paths = ("/", "/metrics", "/v1/models", "/nothing", "/index.html")
         for headers in (
@@ -249,6 +249,14 @@ def test_a_key_is_asked_for_by_everything_but_health(text_bundle: Path, tmp_path
             assert httpx.get(f"{server.address}/v1/models", headers={"Authorization": given}).status_code == 200
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(base_url=f"{server.address}/v1", api_key="no", max_retries=0).models.list()
+
+
+def test_a_page_that_gives_its_own_name_this_address_is_refused(served: Served) -> None:
+    port = served.address.rpartition(":")[2]
+    for host, code in ((f"localhost:{port}", 200), ("127.0.0.1", 200), ("evil.example", 403), ("127.0.0.1.evil", 403)):
+        answer = httpx.get(f"{served.address}/v1/models", headers={"Host": host})
+        assert answer.status_code == code, host
+    assert "expected localhost: start the server with --api-key-file" in answer.json()["error"]["message"]
 
 
 def test_a_known_beginning_is_not_computed_again(served: Served) -> None:
@@ -410,6 +418,14 @@ def test_a_request_takes_its_time_and_no_more(text_bundle: Path) -> None:
         assert answer.json()["error"]["code"] == "timeout"
 
 
+def test_depth_on_the_command_line_is_the_default(text_bundle: Path) -> None:
+    with Served(text_bundle, "--max-depth", 1, "--threshold", 1) as server:
+        (model,) = httpx.get(f"{server.address}/v1/models").json()["data"]
+        assert model["defaults"] == {"max_depth": 1, "threshold": 1.0}
+        (choice,) = server.post(COMPLETIONS, {"prompt": "Return ", **GREEDY}).json()["choices"]
+        assert set(choice["depths"]) == {1}
+
+
 def test_mistakes_are_one_line(run: Callable[..., Ran], text_bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").write_text("\n")
     taken = socket.create_server(("127.0.0.1", 0))
@@ -417,6 +433,7 @@ def test_mistakes_are_one_line(run: Callable[..., Ran], text_bundle: Path, tmp_p
         (("--port", taken.getsockname()[1]), "choose another --port"),
         (("--port", 99999), "--port is 99999, expected 0 to 65535"),
         (("--host", "nowhere.invalid"), "cannot serve at nowhere.invalid"),
+        (("--host", "x" * 80), "cannot serve at xxx"),
         (("--slots", 0), "--slots is 0, expected at least 1"),
         (("--queue", -1), "--queue is -1, expected at least 0"),
         (("--cache-memory", "much"), "--cache-memory is 'much', expected a size"),

@@ -1,6 +1,7 @@
 """Graphs lowered for the CUDA provider, run on the CPU provider's kernels and held against the float64 oracle."""
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import onnx_ir as ir
 import pytest
 from single_ops import CUDA_KERNELS, TOLERANCE, Feeds, expert_feeds, experts_model, packed, run_saved
 
+from mythos_edge.exporter.lowering.ort_cpu import lower_for_ort
 from mythos_edge.exporter.lowering.ort_cuda import lower_for_ort_cuda
 from mythos_edge.exporter.lowering.ort_kernels import MICROSOFT, Pack
 from mythos_edge.exporter.rounding import Rounding
@@ -166,10 +168,18 @@ def _attention_model(spec: ops.OpSpec, feeds: Feeds, attributes: dict[str, Any],
     return ir.Model(graph, ir_version=10)
 
 
+@pytest.mark.parametrize("lower", [lower_for_ort, lower_for_ort_cuda])
 @pytest.mark.parametrize(("new", "cached", "heads"), ATTENTIONS)
 @pytest.mark.parametrize(("latent", "window_size"), [(True, 0), (False, 0), (False, 1), (False, 3), (False, 6)])
 def test_attention(
-    latent: bool, window_size: int, new: int, cached: int, heads: int, random: np.random.Generator, tmp_path: Path
+    lower: Callable[[ir.Model], ir.Model],
+    latent: bool,
+    window_size: int,
+    new: int,
+    cached: int,
+    heads: int,
+    random: np.random.Generator,
+    tmp_path: Path,
 ) -> None:
     width, head_width = (20, 20) if latent else (2 * 2 * 6, 6)
     shapes = {"q": (1, new, heads, head_width), "rows": (1, new, width), "past": (1, cached, width)}
@@ -181,7 +191,7 @@ def test_attention(
     else:
         spec, attributes = ops.GROUPED_QUERY_ATTENTION, {"scale": 0.3, "kv_heads": 2, "window_size": window_size}
         wanted = reference.grouped_query_attention(**feeds, **window, **attributes)
-    lowered = lower_for_ort_cuda(_attention_model(spec, feeds, attributes, width))
+    lowered = lower(_attention_model(spec, feeds, attributes, width))
     assert {node.op_type for node in lowered.graph.all_nodes() if node.domain == MICROSOFT} == {"FusedMatMul"}
     found = run_saved(lowered, feeds, tmp_path)
     assert found.shape == wanted.shape

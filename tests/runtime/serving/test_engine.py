@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mythos_edge.model.errors import CapacityError, UsageError
+from mythos_edge.model.errors import CapacityError, MythosEdgeError, UsageError
 from mythos_edge.runtime.decoding import Generation, Token
 from mythos_edge.runtime.options import Options
 from mythos_edge.runtime.serving.engine import Engine, QueueFull, Request, Ticket, TimedOut
 from mythos_edge.runtime.session import Session
+from mythos_edge.runtime.staircase import Staircase
+from mythos_edge.runtime.together import Together
 
 VOCAB = 60
 
@@ -209,3 +211,124 @@ def test_nothing_is_taken_after_the_end(engine_of: Callable[..., Engine]) -> Non
     assert len(last.result().ids) == 3
     with pytest.raises(QueueFull, match="the server is ending"):
         Client(engine, [1])
+
+
+def test_the_policy_last_is_answered_as_alone(
+    engine_of: Callable[..., Engine], alone: Callable[..., Generation], random: np.random.Generator
+) -> None:
+    """What stands in for rows that were not computed depends on the chunks of a prompt, so they are not kept."""
+    engine = engine_of(slots=1)
+    options = {"policy": "last", "threshold": 0.3, "max_new_tokens": 6}
+    ids = random.integers(0, VOCAB, 40).tolist()
+    for _ in range(3):
+        client = Client(engine, ids, **options)
+        found, wanted = client.result(), alone(ids, **options)
+        assert client.ticket.cached_tokens == len(engine.cache) == 0
+        assert (found.ids, found.depths) == (wanted.ids, wanted.depths)
+        np.testing.assert_allclose(found.logprobs, wanted.logprobs, atol=1e-4)
+        ids = [*ids, *found.ids, *random.integers(0, VOCAB, 5).tolist()]
+
+
+def test_what_is_kept_takes_what_it_needs(engine_of: Callable[..., Engine]) -> None:
+    """Not the room of the longest answer; nor do loop steps that are caught up later go beyond the limit."""
+    engine = engine_of(slots=1, cache_bytes=200_000)
+    for number in range(3):
+        ends_at_once = {"logit_bias": {7: 100.0}, "stop_ids": [7]}
+        Client(engine, [number, *range(39)], max_new_tokens=400, threshold=0.3, **ends_at_once).result()
+    for _ in range(200):
+        if not engine.cache.has_lagging:
+            break
+        time.sleep(0.01)
+    assert not engine.cache.has_lagging
+    assert len(engine.cache) > 0
+    held = sum(entry.staircase.nbytes for entry in engine.cache._entries)
+    assert 0 < held == engine.cache.nbytes <= 200_000
+
+
+def test_a_cache_of_many_sequences_stays_quick(engine_of: Callable[..., Engine]) -> None:
+    engine = engine_of(slots=1)
+    for number in range(300):
+        Client(engine, [number % 60, number // 60, *range(10)], max_new_tokens=1).result()
+    assert len(engine.cache) == 256
+
+
+def test_who_has_no_memory_yet_waits_for_it(engine_of: Callable[..., Engine], alone: Callable[..., Generation]) -> None:
+    """What runs may still take all it was let in for, though memory that is not written yet looks free."""
+    engine = engine_of(slots=4)
+    one = engine._plan(Request([1, 2, 3], Options(max_new_tokens=200))).worst_bytes
+    engine._room = int(one * 2.5)
+    most = 0
+    clients = [Client(engine, [1, 2, number], max_new_tokens=200, policy="full") for number in range(6)]
+    while any(engine.load):
+        most = max(most, engine.load[0])
+        time.sleep(0.001)
+    assert most == 2
+    assert all(
+        client.result().ids == alone([1, 2, number], max_new_tokens=200).ids for number, client in enumerate(clients)
+    )
+    engine._room = 10
+    assert Client(engine, [1, 2, 3], max_new_tokens=3).result().ids == alone([1, 2, 3], max_new_tokens=3).ids
+
+
+def test_a_fault_while_idle_costs_no_more_than_what_was_kept(
+    engine_of: Callable[..., Engine], alone: Callable[..., Generation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(slots=1)
+    run = engine._backend.run
+
+    def failing(stage: str, feeds: Any, outputs: Any) -> None:
+        if stage == "step" and not any(engine.load):
+            raise MemoryError("no room")
+        run(stage, feeds, outputs)
+
+    monkeypatch.setattr(engine._backend, "run", failing)
+    for _ in range(2):
+        ids = list(range(40))
+        found = Client(engine, ids, max_new_tokens=8, threshold=0.3).result()
+        assert found.ids == alone(ids, max_new_tokens=8, threshold=0.3).ids
+        while engine.cache.has_lagging:
+            time.sleep(0.001)
+    assert engine.counts["forgotten"] == 2
+    assert not engine.failed
+
+
+def test_a_fault_of_its_own_is_told(engine_of: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of(slots=1)
+
+    def fault() -> None:
+        raise SystemError("a fault")
+
+    monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
+    monkeypatch.setattr(engine, "_let_go", fault)
+    with pytest.raises(MythosEdgeError, match="the engine ended: SystemError: a fault"):
+        Client(engine, [1, 2, 3]).result()
+    assert engine.failed
+    with pytest.raises(QueueFull):
+        Client(engine, [1, 2, 3])
+
+
+def test_a_request_that_ends_in_a_loop_step_leaves_caches_of_use(
+    engine_of: Callable[..., Engine], alone: Callable[..., Generation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where states are overwritten in place, as on a GPU."""
+    engine = engine_of(slots=1)
+    monkeypatch.setattr(engine._backend.memory, "updates_in_place", True, raising=False)
+    model, depth = engine._session.model, Options().depth.resolve(engine._session.model)
+    staircase = Staircase(engine._backend, model, depth, 100)
+    together: Together[Any] = Together(engine._backend)
+    for ids, leaves in (([1, 2, 3], False), ([4, 5], True)):
+        together.join(0, staircase.feeding(np.array([ids]), np.array([0])))
+        while together and not (leaves and together._waiting[0].call.stage == "step"):
+            together.round()
+        together.leave(0)
+    assert (staircase.is_whole, staircase.columns) == (True, 3)
+
+
+def test_what_was_interrupted_is_not_kept(engine_of: Callable[..., Engine]) -> None:
+    engine = engine_of(slots=1)
+    depth = Options().depth.resolve(engine._session.model)
+    staircase = Staircase(engine._backend, engine._session.model, depth, 100)
+    staircase.feed(np.array([range(20)]), np.array([19]))
+    staircase._torn = True
+    engine.cache.put(list(range(20)), staircase)
+    assert len(engine.cache) == 0

@@ -1,5 +1,7 @@
-"""Both attentions of one sequence as products on ONNX Runtime's CUDA kernels, in float32.
+"""Attention of one sequence as products on ONNX Runtime's kernels, in float32: both kinds for CUDA, grouped for CPUs.
 
+On a CPU keys and values are multiplied as they lie in the cache, (columns, heads, width), which FusedMatMul takes as a
+batch of heads; elsewhere they are turned before.
 A sequence begins with an empty cache. A product over none of its rows is an error of the CUDA library under some
 versions, so that case has a branch of its own, in which nothing is empty; the host takes it without waiting.
 """
@@ -17,10 +19,11 @@ _BRANCHES = [1, None, None, None]
 
 
 class _Rows(NamedTuple):
-    """``keys`` and ``values``, each (1, groups, columns, width)."""
+    """``keys`` and ``values``, each (1, groups, columns, width); as they lie, (columns, 1, groups, width)."""
 
     keys: ir.Value
     values: ir.Value
+    as_they_lie: bool = False
 
 
 def latent_attention(writer: GraphWriter, node: ir.Node) -> ir.Value:
@@ -38,7 +41,7 @@ def latent_attention(writer: GraphWriter, node: ir.Node) -> ir.Value:
     return writer.add("Reshape", [writer.add("Slice", [mixed, *bounds]), writer.integers([1, -1, heads, value_dim])])
 
 
-def grouped_query_attention(writer: GraphWriter, node: ir.Node) -> ir.Value:
+def grouped_query_attention(writer: GraphWriter, node: ir.Node, *, as_they_lie: bool = False) -> ir.Value:
     """The output (1, S, H, head_dim) of a GroupedQueryAttention node: the heads of a group are rows of one product."""
     q, rows, past = node.inputs[:3]
     assert q is not None
@@ -48,17 +51,21 @@ def grouped_query_attention(writer: GraphWriter, node: ir.Node) -> ir.Value:
     by_group = writer.add("Reshape", [q, writer.integers([1, -1, groups, share, width])])
     turned = writer.add("Transpose", [by_group], perm=[0, 2, 1, 3, 4])
     q_rows = writer.add("Reshape", [turned, writer.integers([1, groups, -1, width])])
-    new, old = (_keys_and_values(writer, value, groups, width) for value in (rows, past))
+    new, old = (_keys_and_values(writer, value, groups, width, as_they_lie) for value in (rows, past))
     mixed = _attended(writer, q_rows, new, old, share, scale, extra_of(node))
     by_row = writer.add("Reshape", [mixed, writer.integers([1, groups, -1, share, width])])
     back = writer.add("Transpose", [by_row], perm=[0, 2, 1, 3, 4])
     return writer.add("Reshape", [back, writer.integers([1, -1, heads, width])])
 
 
-def _keys_and_values(writer: GraphWriter, rows: ir.Value | None, groups: int, width: int) -> _Rows:
+def _keys_and_values(writer: GraphWriter, rows: ir.Value | None, groups: int, width: int, as_they_lie: bool) -> _Rows:
+    halves = writer.add_many("Split", [rows], 2, axis=2, num_outputs=2)
+    if as_they_lie:
+        shape = writer.add("Concat", [writer.sizes(rows, 1), writer.integers([1, groups, width])], axis=0)
+        keys, values = (writer.add("Reshape", [half, shape], allowzero=1) for half in halves)
+        return _Rows(keys, values, True)
     # 0 keeps the number of columns, which may be 0 itself.
     shape = writer.integers([1, 0, groups, width])
-    halves = writer.add_many("Split", [rows], 2, axis=2, num_outputs=2)
     keys, values = (
         writer.add("Transpose", [writer.add("Reshape", [half, shape])], perm=[0, 2, 1, 3]) for half in halves
     )
@@ -85,30 +92,33 @@ def _attended(
         weights = inside.add("Softmax", [inside.add("Concat", [old_scores, new_scores], axis=3)], axis=-1)
         counts = inside.add("Concat", [_columns(inside, old), _columns(inside, new)], axis=0)
         old_weights, new_weights = inside.add_many("Split", [weights, counts], 2, axis=3)
-        of_old = inside.add("MatMul", [old_weights, old.values])
-        return inside.add("Add", [of_old, inside.add("MatMul", [new_weights, new.values])])
+        return inside.add("Add", [_mixed(inside, old_weights, old), _mixed(inside, new_weights, new)])
 
     def without(inside: GraphWriter) -> ir.Value:
-        return inside.add("MatMul", [inside.add("Softmax", [new_scores], axis=-1), new.values])
+        return _mixed(inside, inside.add("Softmax", [new_scores], axis=-1), new)
 
     has_cache = writer.add("Greater", [_columns(writer, old), writer.integers([0])])
     return writer.either(has_cache, ("cached", with_cache), ("alone", without), _BRANCHES)
 
 
 def _scores(writer: GraphWriter, q_rows: ir.Value, rows: _Rows, scale: float) -> ir.Value:
-    return writer.add("FusedMatMul", [q_rows, rows.keys], MICROSOFT, transB=1, alpha=scale)
+    turned = {"transBatchB": 1} if rows.as_they_lie else {}
+    return writer.add("FusedMatMul", [q_rows, rows.keys], MICROSOFT, transB=1, alpha=scale, **turned)
+
+
+def _mixed(writer: GraphWriter, weights: ir.Value, rows: _Rows) -> ir.Value:
+    if rows.as_they_lie:
+        return writer.add("FusedMatMul", [weights, rows.values], MICROSOFT, transBatchB=1)
+    return writer.add("MatMul", [weights, rows.values])
 
 
 def _columns(writer: GraphWriter, rows: _Rows) -> ir.Value:
-    return writer.sizes(rows.keys, 2)
+    return writer.sizes(rows.keys, 0 if rows.as_they_lie else 2)
 
 
 def _positions(writer: GraphWriter, scores: ir.Value, share: int) -> tuple[ir.Value, ir.Value]:
     """Which row each of the queries (S * share, 1) is of, and the columns (C,), counted from 0 each."""
-    queries, columns = (
-        writer.add("Range", [writer.integer(0), writer.add("Squeeze", [writer.sizes(scores, axis)]), writer.integer(1)])
-        for axis in (2, 3)
-    )
+    queries, columns = (writer.range_to(writer.sizes(scores, axis)) for axis in (2, 3))
     row = writer.add("Div", [queries, writer.integer(share)])
     return writer.add("Unsqueeze", [row, writer.integers([1])]), columns
 

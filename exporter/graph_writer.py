@@ -67,6 +67,10 @@ class GraphWriter:
         """Sizes of the axes ``start .. end`` (one axis without ``end``) as a vector."""
         return self.add("Shape", [value], start=start, end=start + 1 if end is None else end)
 
+    def range_to(self, count: ir.Value) -> ir.Value:
+        """The numbers from 0 to below the one in ``count (1,)``, as a vector."""
+        return self.add("Range", [self.integer(0), self.add("Squeeze", [count]), self.integer(1)])
+
     def tensor(self, tensor: ir.TensorProtocol, name: str) -> ir.Value:
         """``tensor`` as an initializer of the main graph, one for each name."""
         if name not in self._home.initializers:

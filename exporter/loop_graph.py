@@ -153,8 +153,7 @@ class _Weaving:
         return self.writer.copy_in(self._stages[name].graph, inputs, name)
 
     def coda(self, out: ir.Value, input_ids: ir.Value, window: Values, past: Values) -> Values:
-        chunk = self.writer.add("Squeeze", [self.writer.sizes(input_ids, 1)])
-        logit_rows = self.writer.add("Range", [self.writer.integer(0), chunk, self.writer.integer(1)])
+        logit_rows = self.writer.range_to(self.writer.sizes(input_ids, 1))
         return self.stage("coda", {"out": out, "logit_rows": logit_rows, **window, **past})
 
     def loop(

@@ -70,8 +70,7 @@ class Rounding:
                 f"or {ROW} (a whole row) for int8" if self.bits == 8 else f"for int4 ({ROW}, a whole row, is for int8)"
             )
             raise BuildError(f"block is {self.block}, expected one of {', '.join(map(str, BLOCKS))} {row}")
-        if self.method not in METHODS:
-            raise BuildError(f"method is {self.method!r}, expected one of {', '.join(METHODS)}")
+        assert self.method in METHODS, self.method
 
     def blocks(self, columns: int) -> int:
         """Scales of a row."""

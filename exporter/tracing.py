@@ -100,8 +100,10 @@ class _Stages(nn.Module):
             Halting(threshold, min_depth),
             Window(length, first),
         )
-        state, rows = self.network.loop_step(state, e, step_index, halting, window, *past)
-        return *state, *rows
+        made, rows = self.network.loop_step(state, e, step_index, halting, window, *past)
+        # What a loop step leaves alone, as the halting mass where nothing halts, is an output of its own nevertheless.
+        carried = [new.clone() if new is old else new for new, old in zip(made, state, strict=True)]
+        return *carried, *rows
 
     def _coda(
         self, out: Tensor, logit_rows: Tensor, length: Tensor, first: Tensor, past: list[Tensor]

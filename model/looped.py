@@ -19,10 +19,10 @@ class LoopedModel:
     """Sizes of a looped model.
 
     ``cache_width`` values are kept by one position in one cache slot. ``step_slots`` are those of one loop step, one
-    for each inner layer. ``max_depth`` loop steps were trained, and ``threshold`` is the halting mass that ends a
-    position's loop. ``attention`` is latent or grouped, ``head_dim`` the size of a query, and
-    ``experts_per_token`` the routed experts that each loop step chooses, 0 without any. ``exit_rule`` is one of
-    ``EXIT_RULES``.
+    for each inner layer. A request takes ``max_depth`` loop steps unless it says otherwise, which are those that were
+    trained, unless ``trained_depth`` is more. ``threshold`` is the halting mass that ends a position's loop.
+    ``attention`` is latent or grouped, ``head_dim`` the size of a query, and ``experts_per_token`` the routed experts
+    that each loop step chooses, 0 without any. ``exit_rule`` is one of ``EXIT_RULES``.
     Raises BundleError for numbers that no model has.
     """
 
@@ -38,10 +38,12 @@ class LoopedModel:
     head_dim: int
     experts_per_token: int
     exit_rule: str = "weighted"
+    trained_depth: int = 0
 
     def __post_init__(self) -> None:
         bounds = {"prelude_slots": (0, _MOST_SLOTS), "step_slots": (1, _MOST_SLOTS), "coda_slots": (0, _MOST_SLOTS)}
-        bounds |= {"max_depth": (1, MOST_DEPTH), "experts_per_token": (0, _MOST_SLOTS * 16)}
+        bounds |= {"max_depth": (1, MOST_DEPTH), "trained_depth": (0, MOST_DEPTH)}
+        bounds |= {"experts_per_token": (0, _MOST_SLOTS * 16)}
         for name, value in asdict(self).items():
             least, most = bounds.get(name, (1, _LARGEST))
             if isinstance(value, int) and not least <= value <= most:
@@ -52,6 +54,11 @@ class LoopedModel:
             raise BundleError(f"model.attention is {self.attention!r}, expected latent or grouped")
         if self.exit_rule not in EXIT_RULES:
             raise BundleError(f"model.exit_rule is {self.exit_rule!r}, expected one of {', '.join(EXIT_RULES)}")
+
+    @property
+    def deepest(self) -> int:
+        """The most loop steps that were trained."""
+        return max(self.max_depth, self.trained_depth)
 
     @property
     def halts(self) -> bool:

@@ -19,6 +19,8 @@ _MARK = ".partial-"
 _LOCK = ".lock"
 # A name has 255 bytes at most, and what is added to it has some.
 _LONGEST_NAME = 180
+# That are tried beside the one of the pid alone.
+_NAMES = 20
 
 
 class PartialFolder:
@@ -39,8 +41,9 @@ class PartialFolder:
         self._recover = recover
         remove_partials(parent, None if of_any else name, recover)
         parent.mkdir(parents=True, exist_ok=True)
-        # Another container may have the same pid, and a folder of it that is in use.
-        for tag in ("", f"-{secrets.token_hex(4)}"):
+        # Another container may have the same pid, and a folder of it that is in use. And who removes leftovers just
+        # now may hold the lock that was made here: often, where several do.
+        for tag in ("", *(f"-{secrets.token_hex(4)}" for _ in range(_NAMES))):
             self.path = parent / f"{partial_name(name)}{tag}"
             self._lock = try_lock(_lock_of(self.path), create=True)
             if self._lock is not None:

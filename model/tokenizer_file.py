@@ -11,6 +11,8 @@ from mythos_edge.model.foreign_files import foreign_kind
 
 # Several times the largest there are; the library unpacks one to many times its size.
 _MOST_BYTES = 256_000_000
+# Characters that take long to encode: other threads run meanwhile where the library gets a batch, and there alone.
+_LONG = 20_000
 
 
 def read_tokenizer(path: Path) -> tuple[Any, bytes, list[str]]:
@@ -56,6 +58,8 @@ def encoding(library: Any, text: str, *, around: bool) -> Any:
     Raises ValueError that says why the tokenizer cannot encode it.
     """
     try:
+        if len(text) > _LONG:
+            return library.encode_batch([text], add_special_tokens=around)[0]
         return library.encode(text, add_special_tokens=around)
     except TypeError as error:  # lone surrogates, which stand for bytes of a command line
         raise ValueError("it holds bytes that are no UTF-8") from error

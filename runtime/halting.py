@@ -47,9 +47,9 @@ class Depth:
         max_depth = self.max_depth or model.max_depth
         if self.min_depth > max_depth:
             raise UsageError(f"min_depth is {self.min_depth}, expected at most max_depth {max_depth}")
-        if max_depth > model.max_depth:
+        if max_depth > model.deepest:
             warnings.warn(
-                f"max_depth {max_depth} is beyond the {model.max_depth} loop steps this model was trained with",
+                f"max_depth {max_depth} is beyond the {model.deepest} loop steps this model was trained with",
                 stacklevel=2,
             )
         threshold = model.threshold if self.threshold is None else self.threshold

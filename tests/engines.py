@@ -39,15 +39,22 @@ def openvino_engine(bundle: Path) -> Engine:
     return run
 
 
+def needed(lack: str | None) -> None:
+    """Skips the test where something lacks, unless the environment says that nothing may."""
+    if lack is not None:
+        assert not os.environ.get("MYTHOS_EDGE_REQUIRE_NODE"), lack
+        pytest.skip(lack)
+
+
 @contextmanager
 def web_engine(bundle: Path) -> Iterator[Engine]:
     """Runs onnxruntime-web under node. Skips where there is none, unless the environment says that there must be."""
     node = shutil.which("node")
-    if node is None or not (WEB / "node_modules" / "onnxruntime-web").is_dir():
-        missing = "node with the packages of tests/web is not here: scripts/test installs them where npm is"
-        assert not os.environ.get("MYTHOS_EDGE_REQUIRE_NODE"), missing
-        pytest.skip(missing)
-    command = [node, str(WEB / "run.mjs"), str(bundle)]
+    there = node is not None and (WEB / "node_modules" / "onnxruntime-web").is_dir()
+    needed(
+        None if there else "node with the packages of tests/web is not here: scripts/test installs them where npm is"
+    )
+    command = [str(node), str(WEB / "run.mjs"), str(bundle)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = (
     "model",
     "model/families",
+    "model/families/dory",
     "model/families/looped_llama",
     "model/families/openmythos",
     "plugins",
@@ -35,6 +36,7 @@ RENAMED = {"scripts/package": "mythos_edge", "scripts/optimum_command": "optimum
 MAY_IMPORT = {
     "model": set(),
     "model/families": set(),
+    "model/families/dory": set(),
     "model/families/looped_llama": set(),
     "model/families/openmythos": set(),
     "plugins": {"model"},

@@ -19,7 +19,7 @@ from mythos_edge.runtime.halting import Depth
 from mythos_edge.runtime.session import Session
 from mythos_edge.runtime.staircase import Fed, Staircase
 
-NAMES = ("ouro-small", "nanbeige-small")
+NAMES = ("ouro-small", "nanbeige-small", "dory-small")
 THRESHOLDS = (0.3, 0.5, 0.7, 0.9, 1.0)
 
 
@@ -118,7 +118,7 @@ def test_depth_is_a_request_s_to_choose(session: Session, family: str) -> None:
             session.score(ids, threshold=0.5)
 
 
-tokens = st.lists(st.integers(0, 287), min_size=1, max_size=6)
+tokens = st.lists(st.integers(0, 255), min_size=1, max_size=6)
 schedules = st.lists(
     st.one_of(
         st.tuples(st.just("feed"), tokens),

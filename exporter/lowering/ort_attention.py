@@ -118,10 +118,7 @@ def _columns(writer: GraphWriter, rows: _Rows) -> ir.Value:
 
 def _positions(writer: GraphWriter, scores: ir.Value, share: int) -> tuple[ir.Value, ir.Value]:
     """Which row each of the queries (S * share, 1) is of, and the columns (C,), counted from 0 each."""
-    queries, columns = (
-        writer.add("Range", [writer.integer(0), writer.add("Squeeze", [writer.sizes(scores, axis)]), writer.integer(1)])
-        for axis in (2, 3)
-    )
+    queries, columns = (writer.range_to(writer.sizes(scores, axis)) for axis in (2, 3))
     row = writer.add("Div", [queries, writer.integer(share)])
     return writer.add("Unsqueeze", [row, writer.integers([1])]), columns
 

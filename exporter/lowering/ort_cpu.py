@@ -214,10 +214,7 @@ class Lowering:
             _, key_count, query_count = several.add_many(
                 "Split", [several.add("Shape", [scores])], 3, axis=0, num_outputs=3
             )
-            keys, queries = (
-                several.add("Range", [several.integer(0), several.add("Squeeze", [count]), several.integer(1)])
-                for count in (key_count, query_count)
-            )
+            keys, queries = several.range_to(key_count), several.range_to(query_count)
             key = several.add("Unsqueeze", [keys, several.integers([1])])
             seen = several.add("LessOrEqual", [key, several.add("Div", [queries, several.integer(heads)])])
             return several.add("Where", [seen, scores, several.number(HIDDEN_SCORE)])

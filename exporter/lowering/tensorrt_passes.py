@@ -340,9 +340,7 @@ def _columns(writer: GraphWriter) -> ir.Value:
     """The column of each new row (chunk)."""
     # An input with a value for each new row; of a step not the state, which a Loop's body carries.
     like = _input(writer, "input_ids", "e", "out")
-    count = writer.add("Squeeze", [writer.sizes(like, 1)])
-    range_ = writer.add("Range", [writer.integer(0), count, writer.integer(1)])
-    return writer.add("Add", [range_, _input(writer, "length")])
+    return writer.add("Add", [writer.range_to(writer.sizes(like, 1)), _input(writer, "length")])
 
 
 def _input(writer: GraphWriter, *names: str) -> ir.Value:

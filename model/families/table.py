@@ -1,12 +1,13 @@
 """The families that are known. Adding one is a folder like its neighbours and a line here."""
 
 from mythos_edge.model.errors import ConfigError
+from mythos_edge.model.families.dory.family import Dory
 from mythos_edge.model.families.family import Config, Family
 from mythos_edge.model.families.looped_llama.family import NANBEIGE, OURO
 from mythos_edge.model.families.openmythos.family import OpenMythos
 from mythos_edge.model.manifest import Manifest
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (OpenMythos(), OURO, NANBEIGE)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (OpenMythos(), OURO, NANBEIGE, Dory())}
 
 
 def family_named(name: str) -> Family:

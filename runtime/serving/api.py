@@ -140,7 +140,7 @@ def _wanted(
         values["max_new_tokens"] = whole("max_tokens", max_tokens, _BOUNDED)
     values |= {name: given[name] for name in ("temperature", "top_p", "seed") if name in given}
     if "reasoning_effort" in given:
-        values["max_depth"] = _depth_of(given["reasoning_effort"], session.model.max_depth)
+        values["max_depth"] = _depth_of(given["reasoning_effort"], session.model.deepest)
     values |= {name: given[name] for name in _OURS if name in given}
     if "auto" in (values.get("draft_depth"), values.get("draft_tokens")) or (
         "draft_depth" in values and "draft_tokens" not in values

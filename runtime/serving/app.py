@@ -133,6 +133,12 @@ class _Gate:
             )
             await _error(refusal)(scope, receive, send)
             return
+        name = Request(scope).url.hostname or ""
+        if not self._keys and _is_local((scope.get("server") or ("",))[0]) and not _is_local(name):
+            # A page of another host can give its own name this machine's address, and then reads all answers.
+            refusal = _Refused(403, f"the host is {name!r}, expected localhost: start the server with --api-key-file")
+            await _error(refusal)(scope, receive, send)
+            return
 
         async def sending(message: Any) -> None:
             if message["type"] == "http.response.start":
@@ -153,6 +159,11 @@ class _Gate:
             return False
         # All are compared, each in constant time.
         return sum(hmac.compare_digest(key, known) for known in self._keys) > 0
+
+
+def _is_local(host: str) -> bool:
+    """Whether a name or address is that of this machine to itself."""
+    return host in ("localhost", "::1") or (host.startswith("127.") and host.replace(".", "").isdigit())
 
 
 class _Server:

@@ -17,7 +17,7 @@ from pathlib import Path
 from mythos_edge.scripts.lab.browser import Browser, browser
 
 _MOST_BYTES = 400_000
-_VIEW = {"width": 1400, "height": 800}
+_VIEW = {"width": 1400, "height": 720}
 _DONE = "document.getElementById('stop').hidden && document.querySelectorAll('.answer:not(.working)').length == 2"
 
 
@@ -67,12 +67,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Take the pictures of the page.")
     parser.add_argument("bundle", type=Path)
     parser.add_argument("-o", "--output", type=Path, default=Path("docs/page.png"))
-    parser.add_argument("--prompt", default="Return ")
-    parser.add_argument("--second-depth", type=int, default=2, metavar="N")
-    parser.add_argument("--temperature", type=float, default=0.5)
-    parser.add_argument("--tokens", type=int, default=90)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--pointed", type=int, default=30, metavar="N", help="the token that the pointer is on")
+    parser.add_argument("--prompt", default="Return a new")
+    parser.add_argument("--second-depth", type=int, default=3, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.45)
+    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--seed", type=int, default=19)
+    parser.add_argument("--pointed", type=int, default=20, metavar="N", help="the token that the pointer is on")
     args = parser.parse_args()
     dark = args.output.with_stem(f"{args.output.stem}-dark")
     with served(args.bundle) as address, browser() as page:

@@ -74,7 +74,8 @@ def states_by_depth(main: Any, model: Any, ids: Tensor) -> tuple[Tensor, Tensor]
     return torch.stack(states), torch.stack(logits)
 
 
-def _coda(model: Any, x: Tensor) -> Tensor:
+def logits_of(model: Any, x: Tensor) -> Tensor:
+    """The logits that the coda makes of the state of every position ``(B, S, D)``."""
     mask = model._causal_mask(x.shape[1], x.device)
     for layer in model.coda:
         x = layer(x, model.freqs_cis_mla[: x.shape[1]], mask)
@@ -92,7 +93,7 @@ def _loss(main: Any, model: Any, columns: np.ndarray, random: np.random.Generato
         taken = torch.minimum(lengths, torch.tensor(depth)) - 1
         out = states.gather(0, taken[None, :, :, None].expand(1, -1, -1, states.shape[-1]))[0]
         target = torch.from_numpy(addition.digits(columns, int(depth))) + addition.DIGIT_BASE
-        loss = loss + nn.functional.cross_entropy(_coda(model, out).flatten(0, 1), target.flatten())
+        loss = loss + nn.functional.cross_entropy(logits_of(model, out).flatten(0, 1), target.flatten())
     return loss
 
 

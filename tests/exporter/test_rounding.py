@@ -67,10 +67,10 @@ def test_rows_of_zeros_and_single_values_are_exact(bits: int, block: int, method
     np.testing.assert_allclose(unpacked(values, scales, bits, 70), rows, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("bits", "block", "method"), [(4, 16, "rtn"), (4, ROW, "rtn"), (8, 32, "best")])
-def test_what_no_kernel_reads_is_refused(bits: int, block: int, method: str) -> None:
+@pytest.mark.parametrize(("bits", "block"), [(4, 16), (4, ROW)])
+def test_what_no_kernel_reads_is_refused(bits: int, block: int) -> None:
     with pytest.raises(BuildError, match="expected"):
-        Rounding(bits, block, method)
+        Rounding(bits, block, "rtn")
 
 
 class _Reader:

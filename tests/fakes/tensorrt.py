@@ -228,8 +228,3 @@ class FakeContext:
 
         trt.driver._queue(stream, "engine", run)
         return True
-
-
-def _scalar(address: int, dtype: np.dtype[Any]) -> np.ndarray:
-    """The value of a scalar in the host's memory, now."""
-    return np.frombuffer(ctypes.string_at(address, dtype.itemsize), dtype)

@@ -248,9 +248,9 @@ def test_edited_values_are_one_short_line(path: tuple[str, ...], value: Any, wor
         (("inputs", 0, "name"), "state", "state (float32, ['batch', 'chunk', 2048]) where the input h"),
         (("inputs", 3, "dtype"), "int32", "depth (int32"),
         (("inputs",), None, "nothing where the input past"),
-        (("outputs", 4, "shape"), ["batch", "chunk", 576], "rows (float32, ['batch', 'chunk', 576])"),
+        (("outputs", 4, "shape"), ["batch", "chunk", 576], "rows_0 (float32, ['batch', 'chunk', 576])"),
         (("outputs", 1, "shape", 1), "chunk", "where the output out_next"),
-        (("outputs", 4, "dtype"), "float16", "where the output rows (float32"),
+        (("outputs", 4, "dtype"), "float16", "where the output rows_0 (float32"),
         (("inputs", 10, "dtype"), "float8", "graphs compute in 'float8'"),
     ],
 )

@@ -148,3 +148,21 @@ def test_who_finds_a_leftover_first_removes_it_alone(tmp_path: Path, monkeypatch
     monkeypatch.setattr(file_locks.fcntl, "flock", late)
     remove_partials(tmp_path)
     assert (left / "of a new writer").is_file()
+
+
+def test_a_writer_whose_new_locks_others_look_into_takes_another_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who removes leftovers locks what it finds, for a moment also a lock that was made just now."""
+    met = []
+
+    def try_lock(path: Path, create: bool = False) -> int | None:
+        met.append(path)
+        return None if len(met) <= 4 else file_locks.try_lock(path, create)
+
+    monkeypatch.setattr("mythos_edge.model.partial_folders.try_lock", try_lock)
+    own = PartialFolder(tmp_path, "b")
+    assert own.path.is_dir()
+    assert len(set(met)) == 5
+    own.remove()
+    assert list(tmp_path.iterdir()) == []

@@ -223,12 +223,6 @@ write_bundle(Path(PLACE), NEW, force=True)
 """
 
 
-def _put_back(folder: Path, whole: Path) -> None:
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    shutil.copytree(whole, folder, dirs_exist_ok=True)
-
-
 @pytest.mark.parametrize("how", ["kill", "interrupt"])
 @pytest.mark.parametrize("place", [".", "beside"])
 def test_an_export_over_another_loses_nothing_whenever_it_ends(

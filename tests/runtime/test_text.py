@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -58,6 +59,30 @@ def test_encode_and_decode(byte_level: Tokenizer) -> None:
     assert byte_level.encode(text) == list(text.encode())
     assert byte_level.decode(tuple(text.encode())) == text
     assert byte_level.decode([]) == ""
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(byte_level: Tokenizer) -> None:
+    text, began, done, ticks = "ä b" * 200_000, threading.Event(), threading.Event(), 0
+
+    def tick() -> None:
+        nonlocal ticks
+        began.set()
+        while not done.wait(0.001):
+            ticks += 1
+
+    ticking = threading.Thread(target=tick)
+    ticking.start()
+    began.wait()
+    before = ticks
+    encoding = byte_level._library.encode_batch([text])  # as long, and the same
+    after, ids = ticks, byte_level.encode(text)
+    during = ticks - after
+    done.set()
+    ticking.join()
+    assert ids == list(encoding[0].ids) == list(text.encode())
+    assert during > (after - before) / 10
+    with pytest.raises(UsageError, match="no UTF-8"):
+        byte_level.encode(text + "\ud800")
 
 
 def test_special_tokens_are_shown_when_asked_for(tmp_path: Path) -> None:

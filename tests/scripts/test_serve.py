@@ -251,6 +251,14 @@ def test_a_key_is_asked_for_by_everything_but_health(text_bundle: Path, tmp_path
             openai.OpenAI(base_url=f"{server.address}/v1", api_key="no", max_retries=0).models.list()
 
 
+def test_a_page_that_gives_its_own_name_this_address_is_refused(served: Served) -> None:
+    port = served.address.rpartition(":")[2]
+    for host, code in ((f"localhost:{port}", 200), ("127.0.0.1", 200), ("evil.example", 403), ("127.0.0.1.evil", 403)):
+        answer = httpx.get(f"{served.address}/v1/models", headers={"Host": host})
+        assert answer.status_code == code, host
+    assert "expected localhost: start the server with --api-key-file" in answer.json()["error"]["message"]
+
+
 def test_a_known_beginning_is_not_computed_again(served: Served) -> None:
     system = [{"role": "system", "content": "All work and no play. " * 8}]
     used = []

@@ -26,7 +26,8 @@ from mythos_edge.runtime.backends.ort_session import ort_session
 
 Arrays = dict[str, np.ndarray]
 Lower = Callable[..., LoweredForTensorRT]
-CHECKPOINTS = {name: FIXTURES / name for name in GOLDENS} | {"demo": ROOT / "scripts" / "assets" / "carry_adder.pt"}
+CHECKPOINTS = {name: FIXTURES / name for name in (*GOLDENS, "dory-small")}
+CHECKPOINTS["demo"] = ROOT / "scripts" / "assets" / "carry_adder.pt"
 IDS = np.arange(3, 16)[None]
 # Largest difference of a logit, over the largest logit. These random networks are sensitive on purpose: they magnify
 # the 2^-24 of float32, and the 2^-11 of fp16, a hundredfold in six loop steps. A row in a wrong place makes it 1.
@@ -98,7 +99,8 @@ class Driver:
         self.in_place = len(self._input("step", "past_0").shape) == 4
         columns = CONTEXT + ROWS if self.in_place else IDS.shape[1] + spare
         shape = (1, 1, columns, self.model.cache_width) if self.in_place else (1, columns, self.model.cache_width)
-        slots = [*self._slots("prelude"), *self._slots("step"), *self._slots("coda")]
+        steps = [slot for index in range(self.model.max_depth) for slot in self._slots("step", index)]
+        slots = [*self._slots("prelude"), *steps, *self._slots("coda")]
         self.caches = {slot: np.full(shape, 7, self.float) for slot in slots}
 
     def run(self, chunks: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -130,7 +132,7 @@ class Driver:
 
     def _run(self, stage: str, length: int, feeds: Arrays, index: int = 0) -> Arrays:
         session = self.stages[stage]
-        slots = [f"step@{index}"] if stage == "step" else self._slots(stage)
+        slots = self._slots(stage, index)
         names = [f"past_{number}" for number in range(len(slots))]
         pasts = {name: self.caches[slot] for name, slot in zip(names, slots, strict=True)}
         feeds = {**feeds, **pasts, "length": np.array(length)}
@@ -144,13 +146,8 @@ class Driver:
                 self.caches[slot][:, length : length + rows.shape[1]] = rows
         return made
 
-    def _slots(self, stage: str) -> list[str]:
-        counts = {
-            "prelude": self.model.prelude_slots,
-            "step": self.model.max_depth,
-            "coda": self.model.coda_slots,
-        }
-        return [f"{stage}@{index}" for index in range(counts[stage])]
+    def _slots(self, stage: str, index: int = 0) -> list[str]:
+        return [f"{stage}@{index}.{number}" for number in range(self.model.slots[stage])]
 
     def _input(self, stage: str, name: str) -> Any:
         return next(given for given in self.stages[stage].get_inputs() if given.name == name)
@@ -191,6 +188,20 @@ def test_step_layout(lower: Lower, networks: Any, golden_name: str, dtype: str, 
 def test_loop_layout(lower: Lower, networks: Any, golden_name: str, dtype: str) -> None:
     network = networks(golden_name)
     assert_near(run_loop(lower(golden_name, dtype, "loop"), network), eager(network), dtype)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("chunks", [[13], [1] * 13, [5, 1, 1, 6]])
+def test_windows_and_inner_layers(lower: Lower, networks: Any, dtype: str, chunks: list[int]) -> None:
+    """In fp16 by TensorRT's own attention, with the window in its mask."""
+    network = networks("dory-small")
+    lowered = lower("dory-small", dtype)
+    assert_near(Driver(lowered, network, 9).run(chunks), eager(network), dtype)
+
+
+def test_windows_and_inner_layers_in_one_loop(lower: Lower, networks: Any) -> None:
+    network = networks("dory-small")
+    assert_near(run_loop(lower("dory-small", "fp32", "loop"), network), eager(network), "fp32")
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4", "fp8"])

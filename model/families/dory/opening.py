@@ -1,0 +1,116 @@
+"""Opening Dory checkpoints of every layout under one set of names, those of the model of transformers in memory."""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from mythos_edge.model.errors import CheckpointError, ConfigError
+from mythos_edge.model.families.dory.config import DoryConfig
+from mythos_edge.model.families.dory.config_reading import config_from_dict, notes_on
+from mythos_edge.model.families.family import Opening
+from mythos_edge.model.json_files import few, read_config_dict
+from mythos_edge.model.stored_checkpoint import Checkpoint
+from mythos_edge.model.tensor_files import TensorEntry
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_BLOCK = re.compile(r"(backbone|model)\.layers\.(\d{1,6})\.(.+)")
+# The released layout counts the attention and the MLP of a layer apart; its names of either -> those in memory.
+_RELEASED = (
+    {f"mixer.{name}": f"self_attn.{name}" for name in ("q_proj.weight", "k_proj.weight", "v_proj.weight")}
+    | {"mixer.o_proj.weight": "self_attn.o_proj.weight", "mixer.g_proj.weight": "self_attn.gate_proj.weight"}
+    | {"mixer.sqk": "self_attn.sqk", "mixer.s_gate": "self_attn.s_gate", "attn_alpha": "lambda_1"},
+    {f"mixer.{name}_proj.weight": f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
+    | {"mixer.suv_gate": "mlp.suv_gate", "mixer.suv_up": "mlp.suv_up", "mlp_alpha": "lambda_2"},
+)
+_SAVED = {"self_attn.g_proj.weight": "self_attn.gate_proj.weight"}
+_EMBEDDINGS = {"backbone.embeddings.weight": "model.embed_tokens.weight"}
+
+
+def open_dory(opening: Opening) -> Checkpoint:
+    """The checkpoint, checked tensor by tensor; see ``model.checkpoint.open_checkpoint``."""
+    path, stored = opening.path, opening.stored
+    if opening.rope_table == "stored":
+        raise ConfigError(f"{path}: --rope-table is stored, but Dory models store none: leave it out")
+    origin = _origin(opening)
+    config = config_from_dict(opening.config_values, origin)
+    entries = _renamed(stored.entries, path)
+    _check_tensors(entries, config, path)
+    notes = (*stored.notes, *notes_on(opening.config_values, origin))
+    return Checkpoint(path, stored.kind, config, entries, stored.step, notes=notes)
+
+
+def _origin(opening: Opening) -> str:
+    """The files that the config comes from, the strongest first. Raises ConfigError where one cannot be read."""
+    beside = (opening.path if opening.path.is_dir() else opening.path.parent) / "config.json"
+    files = [opening.config_path or beside, *([beside] if beside.exists() else [])]
+    for file in files:
+        read_config_dict(file)
+    return " over ".join(dict.fromkeys(map(str, files)))
+
+
+def _renamed(stored: Mapping[str, TensorEntry], path: Path) -> dict[str, TensorEntry]:
+    """The same tensors under the names in memory."""
+    entries: dict[str, TensorEntry] = {}
+    for stored_name, entry in stored.items():
+        name = _name_in_memory(stored_name)
+        if name in entries:
+            raise CheckpointError(
+                f"{path}: {entries[name].name} and {stored_name} are both {name}: keep one layout of the model"
+            )
+        # Keeps the stored name, which errors say.
+        entries[name] = entry
+    return entries
+
+
+def _name_in_memory(stored: str) -> str:
+    """The name in memory of a tensor of any layout; an unknown one is left as it is."""
+    found = _BLOCK.fullmatch(stored)
+    if found is None:
+        return _EMBEDDINGS.get(stored, stored)
+    base, number, rest = found[1], int(found[2]), found[3]
+    if base == "model":
+        return stored
+    released = _RELEASED[number % 2].get(rest)
+    if released is not None:
+        return f"model.layers.{number // 2}.{released}"
+    return stored if rest.startswith("mixer.") else f"model.layers.{number}.{_SAVED.get(rest, rest)}"
+
+
+def _expected(c: DoryConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The name in memory and the shape of every tensor."""
+    yield "model.embed_tokens.weight", (c.vocab_size, c.hidden_size)
+    yield "lm_head.weight", (c.vocab_size, c.hidden_size)
+    yield "lm_head.logit_scale", (c.vocab_size,)
+    attention = {"q": c.query_dim, "k": c.kv_dim, "v": c.kv_dim, "gate": c.query_dim}
+    for place in range(len(c.layer_types)):
+        layer = f"model.layers.{place}"
+        for matrix, rows in attention.items():
+            yield f"{layer}.self_attn.{matrix}_proj.weight", (rows, c.hidden_size)
+        yield f"{layer}.self_attn.o_proj.weight", (c.hidden_size, c.query_dim)
+        for name in ("self_attn.sqk", "self_attn.s_gate"):
+            yield f"{layer}.{name}", (c.query_dim,)
+        for half in ("gate", "up"):
+            yield f"{layer}.mlp.{half}_proj.weight", (c.intermediate_size, c.hidden_size)
+            yield f"{layer}.mlp.suv_{half}", (c.intermediate_size,)
+        yield f"{layer}.mlp.down_proj.weight", (c.hidden_size, c.intermediate_size)
+        for name in ("lambda_1", "lambda_2"):
+            yield f"{layer}.{name}", (c.hidden_size,)
+
+
+def _check_tensors(entries: Mapping[str, TensorEntry], config: DoryConfig, path: Path) -> None:
+    expected = dict(_expected(config))
+    unknown = [entry.name for name, entry in entries.items() if name not in expected]
+    if unknown:
+        raise CheckpointError(f"{path}: unknown tensors {few(unknown)}; expected those of a Dory model only")
+    missing = [name for name in expected if name not in entries]
+    if missing:
+        raise CheckpointError(f"{path}: missing tensors {few(missing)}; save the whole model")
+    for name, shape in expected.items():
+        entry = entries[name]
+        if entry.shape != shape:
+            raise CheckpointError(f"{path}: {entry.name} has shape {entry.shape}, expected {shape}")
+        if entry.dtype not in _DTYPES:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+            raise CheckpointError(f"{path}: {entry.name} has dtype {entry.dtype}, expected one of {known}")

@@ -1,9 +1,7 @@
 """``mythos-edge bench``: how fast a bundle's targets are on this machine, and how near to what its memory allows."""
 
 import argparse
-import csv
 import dataclasses
-import io
 import statistics
 import time
 from typing import Any
@@ -14,36 +12,20 @@ from mythos_edge.exporter.targets.ort_cpu import OrtCpuTarget
 from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.errors import UsageError
 from mythos_edge.model.machine import free_memory_bytes
+from mythos_edge.model.output_files import check_output, writing
 from mythos_edge.runtime.backends.ort_cpu import OrtCpuBackend
 from mythos_edge.runtime.backends.ort_session import graph_runner, thread_count
 from mythos_edge.runtime.caches import plan_cache, require_memory
 from mythos_edge.runtime.options import Options
 from mythos_edge.runtime.session import Session
 from mythos_edge.runtime.speculation import check_draft
-from mythos_edge.scripts import arguments, measuring, options
+from mythos_edge.scripts import arguments, bench_report, measuring, options
 from mythos_edge.scripts.console import Console
 from mythos_edge.scripts.doctor import processor
 
 HELP = "measure a bundle's speed on this machine"
 EXAMPLE = "mythos-edge bench model.bundle -p 512 -n 128 --target ort-cpu,ort-cpu-int4"
-# The columns of the table, in order; every repetition gives one of each.
-_UNITS = {
-    "ttft_ms": "ms",
-    "prefill_tokens_per_s": "1/s",
-    "decode_tokens_per_s": "1/s",
-    "ms_per_token": "ms",
-    "ms_per_loop_step": "ms",
-    "graph_ms_per_loop_step": "ms",
-    "host_us_per_loop_step": "us",
-    "mean_depth": "loop steps",
-    "block_calls_per_token": "",
-    "weight_mb_per_token": "MB",
-    "stream_percent": "%",
-    "loop_step_stream_percent": "%",
-    "drafted_tokens_accepted": "",
-}
-_ONCE = {"load_ms": "ms", "resident_mb": "MB"}
-_BATCH = ("batch_one_by_one_tokens_per_s", "batch_together_tokens_per_s", "batch_ratio", "batch_equal_tokens")
+_PAGE = "the page"
 _DEPTH_ROUNDS = 6
 _PROMPT_TOKENS, _NEW_TOKENS = 512, 128
 
@@ -60,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     wanted.add_argument("--target", metavar="NAMES", help="one or more, separated by commas; or all")
     wanted.add_argument("--weights", metavar="KINDS", help="fp32, int8, int4: the targets that build makes of them")
     parser.add_argument("--format", choices=("md", "csv"), default="md", help="the table's form (default: md)")
+    parser.add_argument("--html", type=arguments.path, metavar="FILE", help="write the figures as a page, too")
     parser.add_argument("-b", "--batch", type=int, metavar="N", help="N prompts together, and one after another, too")
     parser.add_argument("--loop-graph", action="store_true", help="measure model.onnx over the prompt, too")
     options.add_depth(parser)
@@ -77,6 +60,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
     threads = thread_count(args.threads)
     chosen = choose_lengths(args, open_bundle(args.bundle).manifest.max_context)
     _check_before(args, names)
+    if args.html is not None:
+        check_output(args.html, _PAGE)
+        console.leave_stdout_to(args.html)
     if chosen is not None:
         console.note(chosen)
     bandwidths = [measuring.stream_bandwidth(threads)]
@@ -95,11 +81,14 @@ def run(args: argparse.Namespace, console: Console) -> int:
     }
     if args.loop_graph:
         report["loop_graph"] = _loop_graph(args)
-    console.say(_csv(targets) if args.format == "csv" else _markdown(targets, console.width))
+    if args.html is not None:
+        with writing(args.html, _PAGE) as file:
+            file.write(bench_report.page(report).encode())
+    console.say(bench_report.csv_of(targets) if args.format == "csv" else bench_report.markdown(targets, console.width))
     for name, target in targets.items():
         if target["noise"] is not None:
             console.note(f"{name}: {target['noise']}")
-    console.result(report)
+    console.result(report if args.html is None else {**report, "html": str(args.html)})
     return 0
 
 
@@ -180,7 +169,7 @@ def _figures(runs: list[dict[str, float]], bandwidths: list[float]) -> dict[str,
     for one in runs:
         one["stream_percent"] = one["weight_mb_per_token"] * 1e8 / (one["ms_per_token"] / 1e3) / bandwidth
         one["loop_step_stream_percent"] = 100 * one.pop("step_bytes_per_s") / bandwidth
-    figures = {figure: measuring.spread_of([one[figure] for one in runs]) for figure in _UNITS}
+    figures = {figure: measuring.spread_of([one[figure] for one in runs]) for figure in bench_report.UNITS}
     spreads = {figure: dataclasses.asdict(spread) for figure, spread in figures.items()}
     return spreads | {"noise": measuring.noise(bandwidths[-2:], figures["ms_per_token"])}
 
@@ -295,64 +284,3 @@ def _loop_graph(args: argparse.Namespace) -> dict[str, Any]:
             times.append((time.perf_counter() - started) * 1e3)
         figures[name] = dataclasses.asdict(measuring.spread_of(times[1:]))
     return figures
-
-
-def _csv(targets: dict[str, dict[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["target", "figure", "unit", "median", "min", "max"])
-    for name, target in targets.items():
-        for figure in (*_ONCE, *_BATCH):
-            if figure in target:
-                writer.writerow([name, figure, _ONCE.get(figure, ""), target[figure], "", ""])
-        for figure, unit in _UNITS.items():
-            writer.writerow([name, figure, unit, *(target[figure][part] for part in ("median", "min", "max"))])
-    return text.getvalue().rstrip("\n")
-
-
-def _markdown(targets: dict[str, dict[str, Any]], width: int | None) -> str:
-    """A line for each figure and a column for each target, as median (least to largest).
-
-    Where a terminal has too few columns for all targets, the others follow in tables of their own.
-    """
-    columns = [["", *(_label(figure, unit) for figure, unit in _rows_of(targets).items())]]
-    for name, target in targets.items():
-        columns.append([name, *(_cell(target.get(figure, np.nan)) for figure in _rows_of(targets))])
-    widths = [max(map(len, column)) for column in columns]
-    tables, fits = [[0]], width or sum(widths) + 3 * len(widths) + 1
-    for number in range(1, len(columns)):
-        if len(tables[-1]) > 1 and sum(widths[one] + 3 for one in (*tables[-1], number)) + 1 > fits:
-            tables.append([0])
-        tables[-1].append(number)
-    return "\n\n".join(_lines([columns[one] for one in table], [widths[one] for one in table]) for table in tables)
-
-
-def _rows_of(targets: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """The figures of a table with their units; those of a batch where one was measured."""
-    batch = [figure for figure in _BATCH if any(figure in target for target in targets.values())]
-    return _ONCE | _UNITS | dict.fromkeys(batch, "")
-
-
-def _label(figure: str, unit: str) -> str:
-    label = (
-        figure.replace("_mb_", "_").removesuffix("_ms").removesuffix("_mb").removesuffix("_percent").replace("_", " ")
-    )
-    return f"{label}, {unit}" if unit and not label.startswith("ms") else label
-
-
-def _lines(columns: list[list[str]], widths: list[int]) -> str:
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    padded = [[cell.rjust(width) for cell in column] for column, width in zip(columns, widths, strict=True)]
-    padded[0] = [cell.ljust(widths[0]) for cell in columns[0]]
-    head, *rows = zip(*padded, strict=True)
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *rows))
-
-
-def _cell(figure: Any) -> str:
-    if isinstance(figure, bool):
-        return "yes" if figure else "no"
-    if not isinstance(figure, dict):
-        return "" if np.isnan(figure) else f"{figure:.4g}"
-    if np.isnan(figure["median"]):
-        return ""
-    return f"{figure['median']:.4g} ({figure['min']:.4g} to {figure['max']:.4g})"

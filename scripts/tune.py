@@ -53,8 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=arguments.path,
         metavar="FOLDER",
-        help="for curve.png and curve.html (default: BUNDLE-tune)",
+        help="for curve.png and curve.html (default: BUNDLE-tune; none with --html)",
     )
+    parser.add_argument("--html", type=arguments.path, metavar="FILE", help="write the curve and all points as a page")
     parser.add_argument("--targets", metavar="T,T", help="names of targets (default: the first of the bundle)")
     parser.add_argument("--thresholds", metavar="X,X", help="default: some from 0.3 of the model's own on")
     parser.add_argument(
@@ -80,12 +81,16 @@ def run(args: argparse.Namespace, console: Console) -> int:
         raise UsageError(f"{tokens.file}: has {ids.shape[1]} positions a row, expected at least {_LEAST_POSITIONS}")
     _check_reference(bundle)
     settings = settings_of(args, bundle)
-    folder = args.output or args.bundle.with_name(f"{args.bundle.name}-tune")
-    _check_outputs(bundle, folder, report.FILES)
+    folder = args.output
+    if folder is None and args.html is None:
+        folder = args.bundle.with_name(f"{args.bundle.name}-tune")
+    _check_outputs(bundle, folder, report.FILES, args.html)
+    if args.html is not None:
+        console.leave_stdout_to(args.html)
     points, full = _measure(bundle, settings, ids, args, console)
     full_ms = full.median
     knee = knee_of(points, args.max_kl) if full.share <= measuring.NOISY_SHARE else None
-    files = report.write(folder, points, knee, full_ms, args.max_kl, f"{args.bundle}, {tokens.file}")
+    files = report.write(folder, args.html, points, knee, full_ms, args.max_kl, f"{args.bundle}, {tokens.file}")
     _tell_points(points, knee, full_ms, bundle.manifest.default_target, console)
     for note in notes_of(points, knee, full, args.max_kl, args.repetitions):
         console.note(note)
@@ -106,11 +111,14 @@ def run(args: argparse.Namespace, console: Console) -> int:
     return 0 if knee is not None else 1
 
 
-def _check_outputs(bundle: Bundle, folder: Path, files: Sequence[str]) -> None:
+def _check_outputs(bundle: Bundle, folder: Path | None, files: Sequence[str], page_file: Path | None) -> None:
     """Raises UsageError or BundleError where the curve or the preset cannot be written: before minutes of measuring."""
-    check_output_folder(folder, "the curve")
-    for name in files if folder.is_dir() else ():
-        check_output(folder / name, "the curve")
+    places = [] if page_file is None else [page_file]
+    if folder is not None:
+        check_output_folder(folder, "the curve")
+        places += [folder / name for name in files if folder.is_dir()]
+    for place in places:
+        check_output(place, "the curve")
     bundle.require_own_files()
     check_output(bundle.path / MANIFEST_FILE, "the preset")
 

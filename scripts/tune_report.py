@@ -1,7 +1,5 @@
 """The curve of ``mythos-edge tune`` as a picture, and as one HTML file that needs no other."""
 
-import base64
-import html
 import io
 from collections.abc import Sequence
 from itertools import groupby
@@ -11,30 +9,36 @@ from matplotlib.figure import Figure
 
 from mythos_edge.model.errors import OSErrorAs, UsageError
 from mythos_edge.model.output_files import writing
+from mythos_edge.scripts import html_page
 from mythos_edge.scripts.tune_points import Point
 
 # KL of 0 is drawn, too: below this the axis is linear.
 _LINEAR_KL = 1e-6
 # What ``write`` writes.
 FILES = ("curve.png", "curve.html")
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; }
-img { max-width: 100%; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .2em .8em; text-align: right; border-bottom: 1px solid #ddd; }
-tr.knee { background: #fff3cd; font-weight: bold; }
-"""
 
 
 def write(
-    folder: Path, points: Sequence[Point], knee: Point | None, full_ms: float, max_kl: float, what: str
+    folder: Path | None,
+    page_file: Path | None,
+    points: Sequence[Point],
+    knee: Point | None,
+    full_ms: float,
+    max_kl: float,
+    what: str,
 ) -> list[Path]:
-    """Writes ``curve.png`` and ``curve.html`` to ``folder`` and returns their paths. Raises UsageError."""
+    """Writes ``curve.png`` and ``curve.html`` to ``folder`` and the page to ``page_file``, where these are given.
+
+    Returns what was written. Raises UsageError.
+    """
     picture = _picture(points, knee, full_ms, max_kl)
-    page = _page(points, knee, full_ms, max_kl, what, picture)
-    files = {folder / name: data for name, data in zip(FILES, (picture, page.encode()), strict=True)}
-    with OSErrorAs(UsageError, f"{folder}: cannot write the curve"):
-        folder.mkdir(parents=True, exist_ok=True)
+    page = _page(points, knee, full_ms, max_kl, what, picture).encode()
+    files = {} if folder is None else {folder / name: data for name, data in zip(FILES, (picture, page), strict=True)}
+    if folder is not None:
+        with OSErrorAs(UsageError, f"{folder}: cannot write the curve"):
+            folder.mkdir(parents=True, exist_ok=True)
+    if page_file is not None:
+        files[page_file] = page
     for path, data in files.items():
         with writing(path, "the curve") as file:
             file.write(data)
@@ -59,7 +63,8 @@ def _picture(points: Sequence[Point], knee: Point | None, full_ms: float, max_kl
     if knee is not None:
         axes.scatter([knee.ms_per_token], [knee.kl], s=160, facecolors="none", edgecolors="crimson", label="knee")
     axes.set_yscale("symlog", linthresh=_LINEAR_KL)
-    axes.set_ylim(bottom=0)
+    # Room above the worst point, which would lie on the frame.
+    axes.set_ylim(0, 2 * max([max_kl, *(point.kl for point in points)]) or None)
     axes.set_xlim(left=0)
     axes.set_xlabel("ms per token")
     axes.set_ylabel("KL divergence to full depth, nats per position")
@@ -71,29 +76,18 @@ def _picture(points: Sequence[Point], knee: Point | None, full_ms: float, max_kl
 
 def _page(points: Sequence[Point], knee: Point | None, full_ms: float, max_kl: float, what: str, picture: bytes) -> str:
     names = ("target", "threshold", "max depth", "KL, nats", "top-1", "mean depth", "ms per token", "speedup")
-    head = "".join(f"<th>{name}</th>" for name in names)
-    rows = "\n".join(_row(point, point is knee) for point in points)
-    image = base64.b64encode(picture).decode()
-    return f"""<!doctype html>
-<html lang="en">
-<head><meta charset="utf-8"><title>mythos-edge tune</title><style>{_STYLE}</style></head>
-<body>
-<h1>Quality against speed</h1>
-<p>{html.escape(what)}. Full depth of the fp32 target takes {full_ms:.3g} ms per token; KL and top-1 are measured
-against it. The knee is the fastest point with KL at most {max_kl:g}.</p>
-<img alt="KL divergence over milliseconds per token" src="data:image/png;base64,{image}">
-<table>
-<tr>{head}</tr>
-{rows}
-</table>
-</body>
-</html>
-"""
+    marked = next((number for number, point in enumerate(points) if point is knee), None)
+    about = (
+        f"{what}. Full depth of the fp32 target takes {full_ms:.3g} ms per token; KL and top-1 are measured against "
+        f"it. The knee is the fastest point with KL at most {max_kl:g}."
+    )
+    drawn = html_page.picture(picture, "KL divergence over milliseconds per token")
+    return html_page.page("Quality against speed", about, drawn, html_page.table(names, map(_cells, points), marked))
 
 
-def _row(point: Point, is_knee: bool) -> str:
+def _cells(point: Point) -> tuple[str, ...]:
     one = point.setting
-    cells = (
+    return (
         one.target,
         f"{one.threshold:.4g}",
         str(one.max_depth),
@@ -103,5 +97,3 @@ def _row(point: Point, is_knee: bool) -> str:
         f"{point.ms_per_token:.3g}",
         f"{point.speedup:.2f}x" + ("" if point.steady else ", noisy"),
     )
-    opening = '<tr class="knee">' if is_knee else "<tr>"
-    return opening + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"

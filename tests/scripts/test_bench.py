@@ -4,6 +4,7 @@ import argparse
 import csv
 import io
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -15,12 +16,13 @@ from typing import Any
 import pytest
 from built import build_cpu
 from command_line import Ran, refused
+from html_pages import Page
 
 from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.bundle_writer import update_manifest
 from mythos_edge.model.families.table import config_of
 from mythos_edge.runtime.session import Session
-from mythos_edge.scripts import bench, cli, measuring
+from mythos_edge.scripts import bench, bench_report, cli, measuring
 from mythos_edge.scripts.bench import threshold_of_mean_depth
 from mythos_edge.scripts.measuring import noise, spread_of
 
@@ -69,16 +71,16 @@ def test_tables_to_paste(bundle: Path) -> None:
 
 
 def _target(figure: dict[str, float]) -> dict[str, Any]:
-    return {"load_ms": 12.5, "resident_mb": 99.0, "noise": None, **dict.fromkeys(bench._UNITS, figure)}
+    return {"load_ms": 12.5, "resident_mb": 99.0, "noise": None, **dict.fromkeys(bench_report.UNITS, figure)}
 
 
 def test_targets_that_a_terminal_has_no_room_for_follow_in_tables_of_their_own() -> None:
     figure = {"median": 1234.5, "min": 1.234e-5, "max": 9.876e5}
     targets = {f"ort-cpu-{number}": _target(figure) for number in range(3)} | {"with a batch": _target(figure)}
     targets["with a batch"]["batch_ratio"] = 1.5
-    whole = bench._markdown(targets, None)
+    whole = bench_report.markdown(targets, None)
     assert "\n\n" not in whole
-    tables = bench._markdown(targets, 80).split("\n\n")
+    tables = bench_report.markdown(targets, 80).split("\n\n")
     assert all(len(line) <= 80 for table in tables for line in table.splitlines())
     cells = [[line.split("|") for line in table.splitlines()] for table in (whole, *tables)]
     together = [line[:2] + [cell for table in cells[1:] for cell in table[row][2:-1]] + [""] for row, line in
@@ -87,7 +89,37 @@ def test_targets_that_a_terminal_has_no_room_for_follow_in_tables_of_their_own()
     assert cells[0][-1][1].strip() == "batch ratio"
     assert [cell.strip() for cell in cells[0][-1][2:-1]] == ["", "", "", "1.5"]
     # A terminal too narrow for any gets one target a table.
-    assert len(bench._markdown(targets, 20).split("\n\n")) == 4
+    assert len(bench_report.markdown(targets, 20).split("\n\n")) == 4
+
+
+def test_the_page_has_every_figure_of_the_report(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., Ran]
+) -> None:
+    monkeypatch.setattr(measuring, "noise", lambda *_: "it was <loud>")
+    lengths = ("-p", 12, "-n", 6, "-r", 2, "--target", "all", "--loop-graph")
+    report = run("bench", bundle, *lengths, "--html", tmp_path / "page.html", "--json").json
+    assert report["html"] == str(tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    page = Page(text)
+    bars, whole, loop = page.bars, *page.tables
+    assert whole[0] == ["", *report["targets"]]
+    for number, target in enumerate(report["targets"].values(), 1):
+        for figure, row in zip(bench_report.UNITS, whole[3:], strict=False):
+            assert row[0].startswith(figure.split("_")[0])
+            if not math.isnan(target[figure]["median"] or math.nan):
+                assert row[number].startswith(f"{target[figure]['median']:.4g} (")
+    assert {row[0] for row in loop[1:]} == {"halting at 1, ms", "full depth, ms"}
+    assert bars[:2] == [f"{one['decode_tokens_per_s']['median']:.4g}" for one in report["targets"].values()]
+    assert text.count("it was &lt;loud&gt;") == 2
+    for words in (f"Speed of {bundle}", report["machine"], "12 prompt tokens, 6 new tokens"):
+        assert words in page.text
+
+
+def test_a_page_that_cannot_be_written_is_known_before_measuring(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., Ran]
+) -> None:
+    monkeypatch.setattr(measuring, "stream_bandwidth", lambda _: pytest.fail("measured"))
+    refused(run("bench", bundle, "--html", tmp_path / "absent" / "x"), "cannot write the page: No such file")
 
 
 @pytest.mark.parametrize(

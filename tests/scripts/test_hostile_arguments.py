@@ -40,9 +40,12 @@ FORMS = {
     "tune": (
         "X --data I",
         "B --data X",
-        *(f"B --data I {option} X" for option in ("--targets", "--thresholds", "--max-depths", "--max-depths 0 -o")),
+        *(
+            f"B --data I {option} X"
+            for option in ("--targets", "--thresholds", "--max-depths", "--max-depths 0 -o", "--max-depths 0 --html")
+        ),
     ),
-    "bench": ("X", "B --target X", "B --weights X", "B --format X"),
+    "bench": ("X", "B --target X", "B --weights X", "B --format X", "B --target X --html O"),
     "demo": ("X", "add X 1", "add 1 2 --bundle X"),
     "doctor": ("X",),
     "completion": ("X",),

@@ -3,6 +3,7 @@
 import argparse
 import base64
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from command_line import Ran, refused
+from html_pages import Page
 
 from mythos_edge.model.bundle import open_bundle
 from mythos_edge.runtime.halting import depth_of_preset
@@ -67,6 +69,7 @@ def test_a_run_measures_draws_and_saves(
     picture, page = (Path(file).read_bytes() for file in report["files"])
     assert picture.startswith(b"\x89PNG")
     text = page.decode()
+    assert Page(text).tables
     assert text.count("<tr") == 1 + len(report["points"])
     assert text.count('class="knee"') == 1
     assert not re.search(r'(src|href)="(?!data:)', text), "the page needs no other file"
@@ -74,6 +77,26 @@ def test_a_run_measures_draws_and_saves(
     assert embedded is not None
     assert base64.b64decode(embedded[1]) == picture
     assert sorted(file.name for file in (tmp_path / "new" / "out").iterdir()) == ["curve.html", "curve.png"]
+
+
+def test_the_page_alone(rounded_bundle: Path, data: Path, tmp_path: Path, run: Callable[..., Ran]) -> None:
+    bundle = Path(shutil.copytree(rounded_bundle, tmp_path / "a <b> & c.bundle"))
+    words = ("tune", bundle, "--data", data, "-r", 1, "--thresholds", "0.5", "--max-depths", "2")
+    ran = run(*words, "--html", tmp_path / "page.html", "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["files"] == [str(tmp_path / "page.html")]
+    page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert f"{bundle}, {data}" in page.text
+    (table,) = page.tables
+    points = ran.json["points"]
+    assert [row[:3] for row in table[1:]] == [
+        [p["target"], f"{p['threshold']:.4g}", str(p["max_depth"])] for p in points
+    ]
+    assert not (tmp_path / "a <b> & c.bundle-tune").exists()
+    # Both where both are asked for.
+    both = run(*words, "--html", tmp_path / "page.html", "-o", tmp_path / "out", "--json").json["files"]
+    assert [Path(file).name for file in both] == ["curve.png", "curve.html", "page.html"]
+    refused(run(*words, "--html", tmp_path), "cannot write the curve")
 
 
 def test_figures_are_those_of_the_session(

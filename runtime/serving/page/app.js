@@ -145,12 +145,15 @@ class Page {
 
   #again() {
     const last = this.#dropLast();
-    if (last) this.#ask(last.prompt);
+    if (!last) return;
+    this.mode = MODES[Number(!last.chat)];
+    this.#ask(last.prompt);
   }
 
   #edit() {
     const last = this.#dropLast();
     if (!last) return;
+    this.mode = MODES[Number(!last.chat)];
     this.#put(last.prompt);
     this.#show();
   }

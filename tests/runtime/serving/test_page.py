@@ -406,6 +406,12 @@ def test_answers_are_tried_again_taken_back_and_copied(page: Browser) -> None:
     assert page.call("isVisible", "#welcome")
     page.call("click", "text=Completion")
     _ask(page, "Return the ")
+    # Tried again as it was asked, whatever is chosen by now.
+    completed = page.js(TEXTS.format(""))
+    page.call("click", "text=Chat")
+    page.call("click", "#retry")
+    page.wait(DONE.format(1))
+    assert page.js(TEXTS.format("")) == completed
     page.call("click", ".keep")
     assert page.call("inputValue", "#prompt") == "Return the " + page.js(TEXTS.format(""))[0]
 

@@ -67,7 +67,7 @@ def _exported_target(
     """
     target = OrtCpuTarget()
     note = f"weights are stored in {stored}; the CPU has no fast {stored} and computes in fp32"
-    forms = replace(target.forms(config.looped.dim), note="" if stored == "fp32" else note)
+    forms = replace(target.forms(config.looped), note="" if stored == "fp32" else note)
     return target.name, record_of(target.kind, write_graphs(stages, folder, target.name, config, forms), "")
 
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from mythos_edge.exporter.targets.spec import EXPORT, RUN, Machine, Option, Work, Written, check_choices
 from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.errors import BuildError
+from mythos_edge.model.looped import LoopedModel
 from mythos_edge.plugins.processor import has_integer_dot_products
 
 if TYPE_CHECKING:
@@ -51,8 +52,10 @@ class OrtCpuTarget:
     kind: ClassVar[str] = _KIND
     wishes: ClassVar[str] = _KIND
     options: ClassVar[tuple[Option, ...]] = (
-        Option("weights", "fp32, int8, or int4: routed experts in int4, the rest in int8", FORMS),
-        Option("dense", "form of what is no routed expert (default: int8)", FORMS),
+        Option(
+            "weights", "fp32, int8, or int4: routed experts, or without any the loop, in int4, the rest int8", FORMS
+        ),
+        Option("dense", "form of what is no routed expert (default: as --weights says)", FORMS),
         Option("block", "values that share a scale: 32, 64, 128, or 0: a row", type=int, metavar="N"),
         Option(
             "keep",
@@ -110,28 +113,33 @@ class OrtCpuTarget:
         from mythos_edge.exporter.lowering.ort_cpu import lower_for_ort
         from mythos_edge.exporter.targets.ort_files import write_ort
 
-        forms = self.forms(work.bundle.manifest.model.dim)
+        forms = self.forms(work.bundle.manifest.model)
         return write_ort(work, forms, lower_for_ort, lambda: self._importance(work))
 
-    def forms(self, dim: int) -> "Forms":
-        """The forms of the matrices of a model of width ``dim``. Raises BuildError."""
-        from mythos_edge.exporter.targets.ort_files import EXPERTS, MLP, Forms
+    def forms(self, model: LoopedModel) -> "Forms":
+        """The forms of the matrices of a model. Raises BuildError."""
+        from mythos_edge.exporter.targets.ort_files import Forms
 
-        # The feed-forward of a family without experts is what these are to others: most of the bytes.
-        by_part = {EXPERTS: self.weights, MLP: self.weights, "": self.dense_form()}
-        roundings = {form: self._rounding(form, dim) for form in by_part.values() if form in _BITS}
+        by_part = self._forms_of_parts(model)
+        roundings = {form: self._rounding(form, model.dim) for form in by_part.values() if form in _BITS}
         prepacked = self.weights != MAPPED
         return Forms(self.weights, "fp32", by_part, roundings, self.block, self.keep, prepacked)
 
-    def dense_form(self) -> str:
-        """The form of what is no routed expert.
+    def _forms_of_parts(self, model: LoopedModel) -> dict[str, str]:
+        """The form of each part, of all others under "".
 
         MatMulNBits computes the rows of int4 one by one; in int8 with a scale a row, several rows cost little more than
-        one where the processor has integer dot products.
+        one where the processor has integer dot products. A dense model has its bytes in the loop, which int4 is for;
+        head and embedding, which are a small share of a token, keep more digits.
         """
+        from mythos_edge.exporter.targets.ort_files import EXPERTS
+
+        rest = "int8" if self.weights == "int4" and has_integer_dot_products() else self.weights
         if self.dense is not None:
-            return self.dense
-        return "int8" if self.weights == "int4" and has_integer_dot_products() else self.weights
+            return {EXPERTS: self.weights, "": self.dense}
+        if model.experts_per_token:
+            return {EXPERTS: self.weights, "": rest}
+        return {"": self.weights, "head": rest, "embedding": rest}
 
     def _rounding(self, form: str, dim: int) -> "Rounding":
         """The rounding of matrices of a form, in a model of width ``dim``. Raises BuildError."""

@@ -102,8 +102,7 @@ def _check(built: Built, watched: Watched, plugins: dict[str, int], native: bool
         # Names of plugins are in the plan as they are: they are how the runtime finds them.
         found = {name for name in ("LatentAttention", "SparseMoE", "QuantizedSparseMoE") if name.encode() in plan}
         assert bool(found) == bool(count)
-        slots = {"prelude": config.prelude_layers, "coda": config.coda_layers}.get(stage, 1)
-        caches = set() if stage == "model" else {f"past_{index}" for index in range(slots)}
+        caches = {f"past_{index}" for index in range(config.looped.slots.get(stage, 0))}
         made = {f"{name}_next" if native else name.replace("past", "rows") for name in caches}
         assert watched.inputs[stage] == INPUTS[stage] | caches
         assert watched.outputs[stage] == OUTPUTS[stage] | made
@@ -162,6 +161,18 @@ def test_one_and_sixteen_loops_of_either_attention(
         _check(built, watched, {"model": (blocks if config.is_mla else 0) + 1}, native=False)
     else:
         _check(built, watched, {"prelude": 0, "step": 1, "coda": 0}, native=True)
+
+
+@pytest.mark.parametrize(
+    ("wish", "options"),
+    [("rtx-sm89", {}), ("rtx-sm86", {"weights": "int8", "dtype": "bf16"}), ("rtx-sm120", {"layout": "loop"})],
+)
+def test_windows_and_four_inner_layers(
+    exported: Callable[..., Path], tmp_path: Path, wish: str, options: dict[str, Any]
+) -> None:
+    built, watched = _built(exported(FIXTURES / "dory-small"), tmp_path, wish, max_context=64, **options)
+    stages = ["model"] if options.get("layout") == "loop" else ["prelude", "step", "coda"]
+    _check(built, watched, dict.fromkeys(stages, 0), native=stages != ["model"])
 
 
 @pytest.mark.slow

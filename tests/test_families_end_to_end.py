@@ -21,6 +21,7 @@ from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.errors import UsageError
 from mythos_edge.model.manifest import ChatTemplate, EndToken
 from mythos_edge.runtime import parity
+from mythos_edge.runtime.backends.ort_session import ort_session
 from mythos_edge.runtime.halting import Depth
 from mythos_edge.runtime.session import Session
 from mythos_edge.runtime.staircase import Fed, Staircase
@@ -136,6 +137,14 @@ def test_the_verbs(family: str, exported: Callable[..., Path], tmp_path: Path, r
                 assert np.abs(made["logits"] - golden["logits"]).max() <= parity.NOISE_FACTOR * golden["fp32_error"]
     made = run("generate", bundle, "--ids", "5,9,2", "--max-new-tokens", 6, "--json").json
     assert len(made["ids"]) == 6
+
+
+def test_graphs_of_standard_ops_alone(family: str, exported: Callable[..., Path]) -> None:
+    bundle, golden = exported(FIXTURES / family, portable=True), golden_of(family)
+    feeds = {"input_ids": golden["ids"], "max_depth": golden["n_loops"], "threshold": np.array(1, np.float32)}
+    logits, depth = ort_session(bundle / "model.portable.onnx").run(None, feeds)
+    assert np.abs(logits - golden["logits"]).max() <= parity.NOISE_FACTOR * golden["fp32_error"]
+    assert (depth == golden["n_loops"]).all()
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

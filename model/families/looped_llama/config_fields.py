@@ -118,8 +118,8 @@ def config_from_fields(kind: type[C], values: Mapping[str, Any], origin: str, no
 def _refuse(values: Mapping[str, Any], origin: str) -> None:
     """Raises ConfigError for what is set and cannot be computed."""
     for name, value in values.items():
-        rules = [rule for beginning, rule in _REFUSED_BEGINNINGS.items() if name.startswith(beginning)]
-        rule = _REFUSED.get(name, *rules) if rules else _REFUSED.get(name)
+        alike = (rule for beginning, rule in _REFUSED_BEGINNINGS.items() if name.startswith(beginning))
+        rule = _REFUSED.get(name) or next(alike, None)
         if rule is not None and not rule.is_off(value):
             raise ConfigError(f"{origin}: {name} is {short_text(value)}, expected {rule.expected}: {rule.why}")
 

@@ -177,7 +177,10 @@ def test_how_a_folder_is_recognised(tmp_path: Path) -> None:
     assert_refused(CheckpointError, words, changed(tmp_path / "llama", "nanbeige-small", llama))
     bare = changed(tmp_path / "bare", "ouro-small")
     (bare / "config.json").rename(tmp_path / "whole.json")
-    assert_refused(ConfigError, "config.json: cannot read the config", bare)
+    assert_refused(ConfigError, "config.json: no such file, expected the model's config: copy it there|--config", bare)
+    (bare / "config.json").write_text("{")
+    assert_refused(ConfigError, "config.json: not valid JSON", bare)
+    (bare / "config.json").unlink()
     with open_checkpoint(bare, tmp_path / "whole.json") as checkpoint:
         assert checkpoint.config.family == "ouro"
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from mythos_edge.model.bundle import Bundle, open_bundle, verify_hashes
 from mythos_edge.model.errors import CapacityError, UsageError, unavailable
+from mythos_edge.model.looped import LoopedModel
 from mythos_edge.model.machine import free_memory_bytes
 from mythos_edge.model.manifest import GoldenSample
 from mythos_edge.runtime import parity
@@ -37,6 +38,8 @@ _FLOAT32_RUNS = 4
 # Rounding moves a weight by 0.29 units in the last place (root mean square), as moving one in twelve by a whole unit
 # does. Each run moves some more, the last is where it should be.
 _MOVED = 1 / 12 / (_FLOAT32_RUNS - 1)
+# Where positions halt at depths of their own, for a gate whose own threshold none reaches.
+_HALTING_THRESHOLD = 0.5
 # Random sequences to try until on one of them no tie of the router leaves anything undecided.
 _SEQUENCES = 4
 
@@ -180,32 +183,36 @@ def _undecided(route: dict[str, Any]) -> bool:
 def _compare_on(
     args: argparse.Namespace, checkpoint: "Checkpoint", session: Session, ids: NDArray[np.int64], console: Console
 ) -> dict[str, Any]:
-    reference, own_error = _reference(args, checkpoint, session.bundle, ids, console)
-    logits, depth, margin, router_margin, _ = (part.numpy() for part in reference)
-    allowed = parity.tolerance(own_error, float(np.abs(logits).max()))
+    references, own_error = _references(args, checkpoint, session.bundle, ids, console)
+    largest = max(float(reference.logits.abs().max()) for reference in references.values())
+    allowed = parity.tolerance(own_error, largest)
     routes: dict[str, parity.ParityReport] = {}
-    for name, run_route in _routes(session, ids).items():
-        console.progress(f"running {name}", 0.0)
-        routes[name] = parity.compare(logits, run_route[0], depth, run_route[1], margin, router_margin, allowed)
+    for threshold, reference in references.items():
+        logits, depth, margin, router_margin, _ = (part.numpy() for part in reference)
+        for name, run_route in _routes(session, ids, threshold).items():
+            console.progress(f"running {name}", 0.0)
+            routes[name] = parity.compare(logits, run_route[0], depth, run_route[1], margin, router_margin, allowed)
     passed = all(parity.passes(route, allowed) for route in routes.values())
     second = min(_SECOND_CHUNK, ids.shape[1])
-    exact = session.score(ids, prefill=second).logits
-    last = session.score(ids, prefill=second, policy="last")
+    exact = session.score(ids, prefill=second, threshold=threshold).logits
+    last = session.score(ids, prefill=second, threshold=threshold, policy="last")
     router_ties = parity.router_ties(router_margin)
     ties = {(tie.row, tie.position): tie for route in routes.values() for tie in route.near_ties}
+    width = max(map(len, routes))
     for name, route in routes.items():
         verdict = "DIFFERS" if not parity.passes(route, allowed) else "ok" if route.compared else "tie"
         console.field(
-            f"{name:22} {verdict:8}",
+            f"{name:{width}} {verdict:8}",
             f"max abs {route.max_abs:.2g}, max rel l2 {route.max_rel_l2:.2g}, "
             f"top-1 {route.top1_agreement:.1%}, depth {route.depth_agreement:.1%}"
             + (f", {route.compared:.1%} of positions compared" if route.compared < 1 else "")
             + (f", {route.inconclusive:.1%} inconclusive" if route.inconclusive else ""),
-            32,
+            width + 10,
         )
     console.say(f"allowed max abs {allowed:.2g}: the reference's own float32 error is {own_error:.2g}")
     console.say(f"near ties of halting: {len(ties)}")
-    console.say(f"ties of the router: {len(router_ties)} of {ids.size} positions")
+    if session.model.experts_per_token:
+        console.say(f"ties of the router: {len(router_ties)} of {ids.size} positions")
     if router_ties:
         console.say(
             "there experts are equally good: a bundle takes the lowest index, torch and others may take another"
@@ -232,22 +239,29 @@ def _compare_on(
     }
 
 
-def _routes(session: Session, ids: NDArray[np.int64]) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
+def _thresholds(model: LoopedModel) -> list[float]:
+    """The model's threshold; of a gate that never halts at that, another at which it does."""
+    never = model.exit_rule == "gate" and model.threshold >= 1
+    return [model.threshold, *([_HALTING_THRESHOLD] if never else [])]
+
+
+def _routes(session: Session, ids: NDArray[np.int64], threshold: float) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
     """Every way the bundle can compute the same: logits and depth by the route's name."""
     made: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {}
+    at = "" if threshold == session.model.threshold else f" at {threshold:g}"
     for policy in ("full", "exact"):
         for chunk in (None, min(_SECOND_CHUNK, ids.shape[1])):
-            score = session.score(ids, prefill=chunk, policy=policy)
-            made[f"{policy}, prefill {chunk or 'all'}"] = (score.logits, score.depth)
+            score = session.score(ids, prefill=chunk, policy=policy, threshold=threshold)
+            made[f"{policy}{at}, prefill {chunk or 'all'}"] = (score.logits, score.depth)
     bundle, config = session.bundle, session.model
     run_graph = graph_runner(bundle, "model")
     feeds = {
         "input_ids": ids,
         "max_depth": np.array(config.max_depth),
-        "threshold": np.array(config.threshold, np.float32),
+        "threshold": np.array(threshold, np.float32),
     }
     logits, depth = run_graph(feeds)
-    made["model.onnx"] = (logits, depth)
+    made[f"model.onnx{at}"] = (logits, depth)
     return made
 
 
@@ -266,10 +280,10 @@ def _random_ids(args: argparse.Namespace, bundle: Bundle, seed: int) -> NDArray[
     return random.integers(0, bundle.manifest.model.vocab_size, (1, positions))
 
 
-def _reference(
+def _references(
     args: argparse.Namespace, checkpoint: "Checkpoint", bundle: Bundle, ids: NDArray[np.int64], console: Console
-) -> tuple["Scored", float]:
-    """Runs the checkpoint in float64, and measures how far its own float32 run is from that."""
+) -> tuple[dict[float, "Scored"], float]:
+    """Runs the checkpoint in float64 at each threshold, and measures how far its own float32 run is from that."""
     import torch
 
     from mythos_edge.model.layout import load_network
@@ -280,14 +294,16 @@ def _reference(
         # The tables of angles only as long as the tokens: a bundle's may be longer than memory.
         network = load_network(checkpoint, ids.shape[1], stored=stored, dtype=torch.float64)
         console.progress("reference in float64", 0.0)
-        exact = network(torch.from_numpy(ids))
+        given, thresholds = torch.from_numpy(ids), _thresholds(bundle.manifest.model)
+        references = {threshold: network(given, threshold=threshold) for threshold in thresholds}
+        exact = references[thresholds[0]]
         network.float()
         errors = []
         for index in range(_FLOAT32_RUNS):
             console.progress("reference in float32", index / _FLOAT32_RUNS)
-            errors.append(_own_error(exact, network(torch.from_numpy(ids))))
+            errors.append(_own_error(exact, network(given)))
             _jitter(network, torch.Generator().manual_seed(args.seed + index))
-    return exact, max(errors)
+    return references, max(errors)
 
 
 def _own_error(exact: "Scored", run: "Scored") -> float:

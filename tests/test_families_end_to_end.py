@@ -3,29 +3,31 @@
 The standard: within 3x of the reference's own float32 error against float64, and equal depths.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import Ran, refused
 from conftest import FIXTURES
 from golden_runs import Run, chunked, model_onnx, model_with_past, runtime_runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from looped_llamas import changed, golden_of, weights_of
+from text_oracle import byte_level
 
+from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.errors import UsageError
+from mythos_edge.model.manifest import ChatTemplate, EndToken
 from mythos_edge.runtime import parity
+from mythos_edge.runtime.backends.ort_session import ort_session
 from mythos_edge.runtime.halting import Depth
 from mythos_edge.runtime.session import Session
 from mythos_edge.runtime.staircase import Fed, Staircase
 
 NAMES = ("ouro-small", "nanbeige-small", "dory-small")
 THRESHOLDS = (0.3, 0.5, 0.7, 0.9, 1.0)
-
-
-def golden_of(name: str) -> dict[str, np.ndarray]:
-    with np.load(FIXTURES / name / "golden.npz") as file:
-        return dict(file)
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -116,6 +118,80 @@ def test_depth_is_a_request_s_to_choose(session: Session, family: str) -> None:
     if not session.model.halts:
         with pytest.raises(UsageError, match=r"threshold is 0\.5, but no position of this model halts by itself"):
             session.score(ids, threshold=0.5)
+
+
+def test_the_verbs(family: str, exported: Callable[..., Path], tmp_path: Path, run: Callable[..., Ran]) -> None:
+    golden, bundle = golden_of(family), tmp_path / "made.bundle"
+    assert run("export", FIXTURES / family, "-o", bundle).code == 0
+    inspected = run("inspect", bundle, "--json").json
+    assert inspected["family"] == family.removesuffix("-small")
+    assert f"family     {inspected['family']}" in run("inspect", bundle).out
+    np.save(tmp_path / "ids.npy", golden["ids"])
+    for options in ((), ("--policy", "full"), ("--prefill", 7), ("--max-depth", 1)):
+        argv = ("score", bundle, "--ids", tmp_path / "ids.npy", "-o", tmp_path / "out.npz", *options)
+        assert run(*argv).code == 0
+        with np.load(tmp_path / "out.npz") as made:
+            if "--max-depth" in options:
+                assert (made["depth"] == 1).all()
+            else:
+                assert np.abs(made["logits"] - golden["logits"]).max() <= parity.NOISE_FACTOR * golden["fp32_error"]
+    made = run("generate", bundle, "--ids", "5,9,2", "--max-new-tokens", 6, "--json").json
+    assert len(made["ids"]) == 6
+
+
+def test_graphs_of_standard_ops_alone(family: str, exported: Callable[..., Path]) -> None:
+    bundle, golden = exported(FIXTURES / family, portable=True), golden_of(family)
+    feeds = {"input_ids": golden["ids"], "max_depth": golden["n_loops"], "threshold": np.array(1, np.float32)}
+    logits, depth = ort_session(bundle / "model.portable.onnx").run(None, feeds)
+    assert np.abs(logits - golden["logits"]).max() <= parity.NOISE_FACTOR * golden["fp32_error"]
+    assert (depth == golden["n_loops"]).all()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_validate_compares_with_the_folder(
+    family: str, dtype: str, exported: Callable[..., Path], run: Callable[..., Ran]
+) -> None:
+    bundle = exported(FIXTURES / family, dtype=dtype)
+    ran = run("validate", bundle, "--against", FIXTURES / family, "--json")
+    assert ran.json["passed"], ran.json
+    # Ouro's own threshold tells nothing of its gate.
+    assert ("exact at 0.5, prefill 7" in ran.json["routes"]) == (family == "ouro-small")
+    assert "router" not in run("validate", bundle, "--against", FIXTURES / family).out
+
+
+def test_validate_sees_another_gate(exported: Callable[..., Path], tmp_path: Path, run: Callable[..., Ran]) -> None:
+    other = {"model.early_exit_gate.bias": weights_of("ouro-small")["model.early_exit_gate.bias"] + 0.5}
+    folder = changed(tmp_path / "other", "ouro-small", tensors=other)
+    ran = run("validate", exported(FIXTURES / "ouro-small"), "--against", folder, "--json")
+    assert ran.code == 1
+    assert ran.json["routes"]["exact, prefill all"]["depth_agreement"] == 1
+    assert ran.json["routes"]["exact at 0.5, prefill all"]["depth_agreement"] < 1
+
+
+def test_a_deeper_model_is_lowered_by_a_given_config(tmp_path: Path, run: Callable[..., Ran]) -> None:
+    folder = changed(tmp_path / "deep", "ouro-small", {"total_ut_steps": 6})
+    refused(run("export", folder, "-o", tmp_path / "b"), "total_ut_steps is 6, expected at most 4", "--config")
+    (tmp_path / "lower.json").write_text('{"total_ut_steps": 3}')
+    assert run("export", folder, "-o", tmp_path / "b", "--config", tmp_path / "lower.json").code == 0
+    with Session.open(tmp_path / "b") as session:
+        assert session.model.max_depth == 3
+
+
+def test_the_tokens_of_ouro_come_right_from_its_folder(tmp_path: Path, run: Callable[..., Ran]) -> None:
+    """Its configs say that <|endoftext|> ends a text, which pads; with it no answer of a chat would end."""
+    folder, names = changed(tmp_path / "ouro", "ouro-small"), ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    byte_level(list(names), names).save(str(folder / "tokenizer.json"))
+    (folder / "generation_config.json").write_text('{"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}')
+    template = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
+    tokenizer = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    ran = run("export", folder, "-o", tmp_path / "b", "--tokenizer", folder)
+    assert "<|im_end|> (id 2) is taken" in ran.err
+    manifest = open_bundle(tmp_path / "b").manifest
+    assert manifest.end_tokens == (EndToken(2, "<|im_end|>"),)
+    assert manifest.chat_template == ChatTemplate("chat_template.jinja", "<|im_start|>", "<|im_end|>")
+    with Session.open(tmp_path / "b") as session:
+        assert len(session.generate("hello", max_new_tokens=4).ids) <= 4
 
 
 tokens = st.lists(st.integers(0, 255), min_size=1, max_size=6)

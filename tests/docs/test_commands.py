@@ -10,8 +10,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import FIXTURES, ROOT
 from served import Served
+from text_oracle import byte_level
 
 # Later pages use the files that earlier ones made.
 PAGES = ("README", "guides/export", "guides/run", "guides/chat", "guides/quantise", "guides/parity", "guides/deploy")
@@ -44,6 +45,10 @@ def test_commands_and_examples_work_as_written(text_model: tuple[Path, Path], tm
     checkpoint, tokenizer = text_model
     shutil.copy(checkpoint, tmp_path / "checkpoint.pt")
     shutil.copy(tokenizer, tmp_path / "tokenizer.json")
+    # A small one stands for the released model.
+    shutil.copytree(FIXTURES / "ouro-small", tmp_path / "Ouro-1.4B")
+    chatml = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    byte_level(list(chatml), chatml).save(str(tmp_path / "Ouro-1.4B" / "tokenizer.json"))
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     ran = set()
     busy = False

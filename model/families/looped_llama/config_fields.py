@@ -89,7 +89,7 @@ def config_from_fields(kind: type[C], values: Mapping[str, Any], origin: str, no
     missing, out of range, or set and not known.
     """
     _refuse(values, origin)
-    if kind is NanbeigeConfig and not values.get("num_loops") and not values.get("loop_loss_weights"):
+    if kind is NanbeigeConfig and values.get("num_loops") is None and not values.get("loop_loss_weights"):
         raise ConfigError(
             f"{origin}: num_loops is missing, as in the {kind.family} models before 4.2, which have no loop; expected "
             "a looped model: run this one with any runtime for Llama"
@@ -118,8 +118,8 @@ def config_from_fields(kind: type[C], values: Mapping[str, Any], origin: str, no
 def _refuse(values: Mapping[str, Any], origin: str) -> None:
     """Raises ConfigError for what is set and cannot be computed."""
     for name, value in values.items():
-        rules = [rule for beginning, rule in _REFUSED_BEGINNINGS.items() if name.startswith(beginning)]
-        rule = _REFUSED.get(name, *rules) if rules else _REFUSED.get(name)
+        alike = (rule for beginning, rule in _REFUSED_BEGINNINGS.items() if name.startswith(beginning))
+        rule = _REFUSED.get(name) or next(alike, None)
         if rule is not None and not rule.is_off(value):
             raise ConfigError(f"{origin}: {name} is {short_text(value)}, expected {rule.expected}: {rule.why}")
 
@@ -140,12 +140,14 @@ def _derived(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     rope = values.get("rope_parameters")
     if rope:
-        if not isinstance(rope, Mapping) or rope.get("rope_type", "default") != "default" or len(rope) > 2:
+        others = dict(rope) if isinstance(rope, Mapping) else {"": rope}
+        theta, plain = others.pop("rope_theta", None), {"rope_type": "default", "partial_rotary_factor": 1}
+        if any(name not in plain or told != plain[name] for name, told in others.items()):
             raise ConfigError(
                 f"{origin}: rope_parameters is {short_text(rope)}, expected rope_theta and rope_type 'default': scaled "
                 "rotary angles cannot be computed: give a model without"
             )
-        found["rope_theta"] = rope.get("rope_theta")
+        found["rope_theta"] = theta
     heads = values.get("num_attention_heads")
     found["num_key_value_heads"], found["head_dim"] = heads, values.get("kv_channels")
     for name, other in (("rope_theta", "rope_parameters"), ("head_dim", "kv_channels")):

@@ -43,7 +43,9 @@ def open_looped_llama(kind: type[StackConfig], opening: Opening) -> Checkpoint:
 def _origin(opening: Opening) -> str:
     """The files that the config comes from, the strongest first. Raises ConfigError where one cannot be read."""
     beside = (opening.path if opening.path.is_dir() else opening.path.parent) / "config.json"
-    files = [opening.config_path or beside, *([beside] if beside.exists() else [])]
+    files = [file for file in (opening.config_path, beside) if file is not None and (file != beside or file.exists())]
+    if not files:
+        raise ConfigError(f"{beside}: no such file, expected the model's config: copy it there, or give it in --config")
     for file in files:
         read_config_dict(file)
     return " over ".join(dict.fromkeys(map(str, files)))

@@ -25,6 +25,7 @@ SET: list[tuple[dict[str, Any], str]] = [
     ({"layer_types": "full"}, "layer_types has an entry 'full', expected 'full_attention'"),
     ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling is {'rope_type': 'yarn'}, expected null"),
     ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "rope_parameters is|expected rope_theta and"),
+    ({"rope_parameters": {"rope_theta": 1e6, "factor": 4}}, "rope_parameters is|expected rope_theta and"),
     ({"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}, "rope_theta is|rope_parameters says 5.0"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, expected 1"),
     ({"tie_word_embeddings": True}, "tie_word_embeddings is True, expected it off"),
@@ -77,6 +78,7 @@ def test_what_cannot_be_computed_is_refused_by_name(
         ("ouro", {"early_exit_threshold": float("nan")}, "early_exit_threshold is nan, expected a number above 0"),
         ("ouro", {"num_loops": 2}, "unknown config field num_loops"),
         ("nanbeige", {"num_loops": ...}, "num_loops is missing|before 4.2|any runtime for Llama"),
+        ("nanbeige", {"num_loops": 0}, "num_loops is 0, expected an integer of 1"),
         ("nanbeige", {"num_loops": 1.5}, "num_loops is 1.5, expected an integer of 1"),
         ("nanbeige", {"loop_loss_weights": "many"}, "loop_loss_weights is 'many', expected a list of numbers"),
         ("nanbeige", {"skip_loop_final_norm": 1}, "skip_loop_final_norm is 1, expected true or false"),
@@ -107,7 +109,8 @@ def test_what_changes_nothing_is_ignored(family: str, tmp_path: Path) -> None:
 
 def test_fields_that_others_tell(tmp_path: Path) -> None:
     fields = {"head_dim": ..., "num_key_value_heads": ..., "rope_theta": ..., "total_ut_steps": ...}
-    fields |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000}, "early_exit_threshold": ...}
+    rope = {"rope_type": "default", "rope_theta": 1000000, "partial_rotary_factor": 1.0}
+    fields |= {"rope_parameters": rope, "early_exit_threshold": ...}
     with open_checkpoint(changed(tmp_path / "ouro", "ouro-small", fields)) as told:
         assert (told.config.head_dim, told.config.num_key_value_heads, told.config.rope_theta) == (16, 4, 1e6)
         assert (told.config.max_depth, told.config.threshold) == (4, 1.0)
@@ -177,7 +180,10 @@ def test_how_a_folder_is_recognised(tmp_path: Path) -> None:
     assert_refused(CheckpointError, words, changed(tmp_path / "llama", "nanbeige-small", llama))
     bare = changed(tmp_path / "bare", "ouro-small")
     (bare / "config.json").rename(tmp_path / "whole.json")
-    assert_refused(ConfigError, "config.json: cannot read the config", bare)
+    assert_refused(ConfigError, "config.json: no such file, expected the model's config: copy it there|--config", bare)
+    (bare / "config.json").write_text("{")
+    assert_refused(ConfigError, "config.json: not valid JSON", bare)
+    (bare / "config.json").unlink()
     with open_checkpoint(bare, tmp_path / "whole.json") as checkpoint:
         assert checkpoint.config.family == "ouro"
 

@@ -2,14 +2,16 @@
 
     python -m mythos_edge.scripts.lab.bench_export --shape demo
     python -m mythos_edge.scripts.lab.bench_export --shape 1b --folder /some/disk
+    python -m mythos_edge.scripts.lab.bench_export --shape ouro-1.4b --stored bf16 --dtype bf16 -r 1
 
-Takes the demo's checkpoint, or writes one of random weights in the shape of a named variant; copies it, exports it with
+Takes the demo's checkpoint, or writes one of random weights in the shape of a named model; copies it, exports it with
 no graphs kept and again with those of the first time, and watches each with all its child processes. Prints a table,
 then one line of JSON. Linux only: it reads /proc.
 """
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
@@ -20,17 +22,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mythos_edge.exporter.kept_graphs import VARIABLE
 from mythos_edge.exporter.targets.build import build
 from mythos_edge.exporter.targets.table import target_from
 from mythos_edge.model.bounded_files import size_text
 from mythos_edge.model.bundle_writer import require_free_space
-from mythos_edge.model.families.openmythos.config import VARIANTS, MythosConfig
-from mythos_edge.model.families.openmythos.shapes import expected_shapes
 from mythos_edge.scripts import measuring
 from mythos_edge.scripts.demo import CHECKPOINT
+from mythos_edge.scripts.lab.random_checkpoints import DTYPES, PUBLISHED, shapes_of, write_checkpoint
 
 _DEMO = Path(str(CHECKPOINT))
 _COPY_BYTES = 16 << 20
@@ -41,8 +40,9 @@ _POLL_S = 0.05
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measure an export's memory and time.")
-    parser.add_argument("--shape", choices=("demo", *VARIANTS), default="1b")
-    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32")
+    parser.add_argument("--shape", choices=("demo", *PUBLISHED), default="1b")
+    parser.add_argument("--stored", choices=DTYPES, default="fp32", help="dtype of the checkpoint that is written")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="dtype of the bundle")
     parser.add_argument("--folder", type=Path, default=None, help="where to write (default: a temporary folder)")
     parser.add_argument("-r", "--repetitions", type=int, default=3)
     parser.add_argument("--build", default="", metavar="NAMES", help="to build too: int8,int4,rtx-sm89")
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     builds: dict[str, list[tuple[float, int]]] = {}
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
-        checkpoint, stored = _checkpoint(args.shape, folder)
+        checkpoint, stored = _checkpoint(args.shape, args.stored, folder)
         size = stored.stat().st_size
         os.environ[VARIABLE] = str(folder / "kept")
         copies: list[float] = []
@@ -75,6 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     copied, first, again = (statistics.median(times) for times in (copies, firsts, agains))
     report = {
         "shape": args.shape,
+        "stored": args.stored,
         "dtype": args.dtype,
         "checkpoint_gb": size / 1e9,
         "copy_s": copies,
@@ -95,34 +96,15 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _checkpoint(shape: str, folder: Path) -> tuple[Path, Path]:
+def _checkpoint(shape: str, stored: str, folder: Path) -> tuple[Path, Path]:
     """The checkpoint of a shape, and the file that has its weights."""
     if shape == "demo":
         return _DEMO, _DEMO
-    config = VARIANTS[shape]
-    require_free_space(folder, 3 * 4 * sum(int(np.prod(sizes)) for sizes in expected_shapes(config).values()))
-    write_checkpoint(config, folder / "checkpoint")
+    config = PUBLISHED[shape]
+    # Of 4 bytes a value, as the bundle may store them: the checkpoint, its copy and the bundle.
+    require_free_space(folder, 3 * 4 * sum(math.prod(sizes) for sizes in shapes_of(config).values()))
+    write_checkpoint(config, folder / "checkpoint", stored)
     return folder / "checkpoint", folder / "checkpoint" / "model.safetensors"
-
-
-def write_checkpoint(config: MythosConfig, folder: Path) -> None:
-    """A safetensors checkpoint of random weights, written piece by piece."""
-    shapes = expected_shapes(config)
-    header: dict[str, Any] = {}
-    offset = 0
-    for name, shape in shapes.items():
-        length = 4 * int(np.prod(shape))
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, offset + length]}
-        offset += length
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config.to_dict()))
-    text = json.dumps(header).encode()
-    noise = np.random.default_rng(0).standard_normal(1 << 20, np.float32) * np.float32(0.02)
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for shape in shapes.values():
-            for start in range(0, left := int(np.prod(shape)), len(noise)):
-                file.write(noise[: left - start].data)
 
 
 def _timed_copy(source: Path, target: Path) -> float:

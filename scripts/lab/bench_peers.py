@@ -12,11 +12,12 @@ Prints a table, then one line of JSON. Needs the dev extra, for --llama also lla
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -45,19 +46,23 @@ SHAPES = {
 }
 # Halting logits with some spread between positions, so that depths differ as they do in a trained model.
 _HALT_BIAS, _HALT_SPREAD = -1.5, 0.5
-_REFERENCE = "torch eager"
+REFERENCE = "torch eager"
 _CONTEXT = 4096
 
 
 @dataclass(frozen=True)
 class Run:
-    """One generation: the tokens, seconds until the first and seconds per token after it, and what a token read."""
+    """One generation: the tokens, seconds until the first and seconds per token after it, and what a token read.
+
+    ``accepted`` is the share of drafted tokens that stood verification, NaN where none was drafted.
+    """
 
     ids: list[int]
     prefill_s: float
     token_s: float
     mean_depth: float
     weight_bytes: float
+    accepted: float = float("nan")
 
 
 Runner = Callable[[], Run]
@@ -89,29 +94,29 @@ def main(argv: list[str] | None = None) -> int:
         model = reference_model(config, seed=0)
         bundle = _bundle(model, Path(folder), args)
         prompt = torch.randint(0, config.vocab_size, (1, args.prompt_tokens))
-        runners: dict[str, Runner] = {_REFERENCE: lambda: _reference(model, prompt, args.new_tokens)}
+        runners: dict[str, Runner] = {REFERENCE: lambda: _reference(model, prompt, args.new_tokens)}
         for weights in args.weights.split(","):
-            session = opened.enter_context(Session.open(bundle, target=_target(weights).name))
-            _tell(f"looking for the threshold of {weights}")
+            session = opened.enter_context(Session.open(bundle, target=target_of(weights).name))
+            tell(f"looking for the threshold of {weights}")
             wanted = config.max_loop_iters / 4
             threshold = threshold_of_mean_depth(session, prompt[0].tolist(), args.new_tokens, wanted)
             runners |= _ours(session, weights, prompt[0].tolist(), args.new_tokens, threshold)
             if weights == "fp32":
                 # Its steps are all the same; the threshold decides how it weighs them.
                 model.cfg.act_threshold = threshold
-        runs = _interleaved(runners, args.repetitions)
+        runs = interleaved(runners, args.repetitions)
         if args.compile:
             runs |= _compiled(model, prompt, args)
         llama = _llama(config, Path(folder), args) if args.llama else {}
         bandwidths.append(measuring.stream_bandwidth(torch.get_num_threads()))
-    report = _report(runs, bandwidths) | {"llama.cpp": llama}
+    report = report_of(runs, bandwidths) | {"llama.cpp": llama}
     report |= {
         "machine": f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         "experts": config.n_experts,
         **{name: value for name, value in vars(args).items() if name != "folder"},
         "stream_gb_per_s": [bandwidth / 1e9 for bandwidth in bandwidths],
     }
-    _show(report, max(bandwidths))
+    show(report, max(bandwidths), [name for name in runs if name.startswith("fp32")])
     print(json.dumps(report))
     return 0
 
@@ -133,18 +138,18 @@ def reference_model(config: MythosConfig, seed: int) -> Any:
 def _bundle(model: Any, folder: Path, args: argparse.Namespace) -> Path:
     """A bundle of the model with every target asked for."""
     checkpoint, bundle = folder / "model.pt", folder / "model.bundle"
-    _tell("exporting")
+    tell("exporting")
     torch.save({"model": model.state_dict(), "cfg": model.cfg}, checkpoint)
     with open_checkpoint(checkpoint) as opened:
         export_bundle(opened, bundle)
     checkpoint.unlink()
     for weights in args.weights.split(","):
-        _tell(f"building {weights}")
-        build(bundle, _target(weights, args.block))
+        tell(f"building {weights}")
+        build(bundle, target_of(weights, args.block))
     return bundle
 
 
-def _target(weights: str, block: int | None = None) -> OrtCpuTarget:
+def target_of(weights: str, block: int | None = None) -> OrtCpuTarget:
     """The target of ``weights`` such as int8, or int4-dense-int4; only rounded ones have blocks."""
     target = OrtCpuTarget.from_name(f"{OrtCpuTarget.kind}-{weights}")
     if target is None:
@@ -170,29 +175,32 @@ def _reference(model: Any, prompt: torch.Tensor, count: int) -> Run:
 
 def _ours(session: Session, weights: str, prompt: list[int], count: int, threshold: float) -> dict[str, Runner]:
     """This runtime under both policies."""
-    spec = session.bundle.manifest.targets[_target(weights).name]
-
-    def run(policy: str) -> Run:
-        stream = session.stream(prompt, max_new_tokens=count, policy=policy, threshold=threshold, stop_ids=())
-        started = time.perf_counter()
-        next(stream)
-        first, calls = time.perf_counter(), session.last_generation.block_calls
-        for _ in stream:
-            pass
-        seconds, made = time.perf_counter() - first, session.last_generation
-        calls_per_token = (made.block_calls - calls) / (count - 1)
-        read = spec.fixed_bytes + calls_per_token * spec.step_bytes
-        return Run(made.ids, first - started, seconds / (count - 1), statistics.fmean(made.depths), read)
-
-    return {f"{weights} {policy}": partial(run, policy) for policy in ("exact", "full")}
+    run = partial(generation, session, target_of(weights).name, prompt, count, threshold=threshold)
+    return {f"{weights} {policy}": partial(run, policy=policy) for policy in ("exact", "full")}
 
 
-def _interleaved(runners: dict[str, Runner], repetitions: int) -> dict[str, list[Run]]:
+def generation(session: Session, target: str, prompt: list[int], count: int, **request: Any) -> Run:
+    """One generation of this runtime on the ``target`` that ``session`` has open."""
+    spec = session.bundle.manifest.targets[target]
+    stream = session.stream(prompt, max_new_tokens=count, stop_ids=(), **request)
+    started = time.perf_counter()
+    next(stream)
+    first, calls = time.perf_counter(), session.last_generation.block_calls
+    for _ in stream:
+        pass
+    seconds, made = time.perf_counter() - first, session.last_generation
+    calls_per_token = (made.block_calls - calls) / (count - 1)
+    read = spec.fixed_bytes + calls_per_token * spec.step_bytes
+    accepted = made.accepted / made.drafted if made.drafted else float("nan")
+    return Run(made.ids, first - started, seconds / (count - 1), statistics.fmean(made.depths), read, accepted)
+
+
+def interleaved(runners: dict[str, Runner], repetitions: int) -> dict[str, list[Run]]:
     """Every run in turn, and again, so that the machine's moods fall on all; a first round only warms up."""
     runs: dict[str, list[Run]] = {name: [] for name in runners}
     for repetition in range(repetitions + 1):
         for name, runner in runners.items():
-            _tell(f"{name}: repetition {repetition}" if repetition else f"{name}: warming up")
+            tell(f"{name}: repetition {repetition}" if repetition else f"{name}: warming up")
             runs[name].append(runner())
     return {name: made[1:] for name, made in runs.items()}
 
@@ -201,11 +209,11 @@ def _compiled(model: Any, prompt: torch.Tensor, args: argparse.Namespace) -> dic
     """The reference under torch.compile, if that works."""
     eager = model.forward
     model.forward = torch.compile(eager, dynamic=True)
-    _tell("torch.compile")
+    tell("torch.compile")
     try:
-        return _interleaved({"torch.compile": lambda: _reference(model, prompt, args.new_tokens)}, args.repetitions)
+        return interleaved({"torch.compile": lambda: _reference(model, prompt, args.new_tokens)}, args.repetitions)
     except Exception as error:  # the compiler has no common base class for its errors
-        _tell(f"torch.compile does not work: {str(error).splitlines()[0]}")
+        tell(f"torch.compile does not work: {str(error).splitlines()[0]}")
         return {}
     finally:
         model.forward = eager
@@ -215,7 +223,7 @@ def _llama(config: MythosConfig, folder: Path, args: argparse.Namespace) -> dict
     """Share of the bandwidth that llama.cpp reaches with the same bytes of weights a token, by its quantisation."""
     found = {}
     for weights in ("int8", "int4"):
-        _tell(f"llama.cpp {weights}")
+        tell(f"llama.cpp {weights}")
         shape = peer_llama.shape_from_config(config, config.max_loop_iters / 4, weights)
         path = folder / f"{weights}.gguf"
         peer_llama.write_gguf(path, shape, weights)
@@ -225,9 +233,10 @@ def _llama(config: MythosConfig, folder: Path, args: argparse.Namespace) -> dict
     return found
 
 
-def _report(runs: dict[str, list[Run]], bandwidths: list[float]) -> dict[str, Any]:
+def report_of(runs: dict[str, list[Run]], bandwidths: list[float]) -> dict[str, Any]:
+    """Medians of every run, as a share of the largest of ``bandwidths`` and beside the reference's."""
     bandwidth = max(bandwidths)
-    base = {field: _median(runs[_REFERENCE], field) for field in ("token_s", "prefill_s")}
+    base = {field: _median(runs[REFERENCE], field) for field in ("token_s", "prefill_s")}
     rows = {}
     for name, made in runs.items():
         token_s, prefill_s = _median(made, "token_s"), _median(made, "prefill_s")
@@ -242,7 +251,8 @@ def _report(runs: dict[str, list[Run]], bandwidths: list[float]) -> dict[str, An
             "decode_ratio": base["token_s"] / token_s,
             "prefill_ratio": base["prefill_s"] / prefill_s,
             "noise": measuring.noise(bandwidths, spread),
-            "equal_tokens": made[0].ids == runs[_REFERENCE][0].ids,
+            "drafts_accepted": None if math.isnan(made[0].accepted) else _median(made, "accepted"),
+            "equal_tokens": made[0].ids == runs[REFERENCE][0].ids,
         }
     return {"runs": rows}
 
@@ -252,7 +262,8 @@ def _median(runs: list[Run], field: str) -> float:
     return statistics.median(values)
 
 
-def _show(report: dict[str, Any], bandwidth: float) -> None:
+def show(report: dict[str, Any], bandwidth: float, held: Collection[str]) -> None:
+    """Prints the table, and tells what speaks against its figures; runs ``held`` must give the reference's tokens."""
     print(f"stream bandwidth {bandwidth / 1e9:.1f} GB/s")
     print("| run | ms per token | times torch | prefill, s | times torch | mean depth | MB a token | % of stream |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|")
@@ -266,10 +277,10 @@ def _show(report: dict[str, Any], bandwidth: float) -> None:
         )
     for name, row in report["runs"].items():
         if row["noise"] is not None:
-            _tell(f"{name}: {row['noise']}")
-        if name.startswith("fp32") and not row["equal_tokens"]:
-            _tell(f"{name}: other tokens than the reference's: look at validate before trusting its speed")
-    for weights, row in report["llama.cpp"].items():
+            tell(f"{name}: {row['noise']}")
+        if name in held and not row["equal_tokens"]:
+            tell(f"{name}: other tokens than the reference's: look at validate before trusting its speed")
+    for weights, row in report.get("llama.cpp", {}).items():
         share = row["weight_mb_per_token"] * 1e6 / (row["ms_per_token"] / 1e3) / bandwidth
         print(
             f"| llama.cpp {weights}, as many bytes | {row['ms_per_token']:.1f} | | | | "
@@ -277,7 +288,7 @@ def _show(report: dict[str, Any], bandwidth: float) -> None:
         )
 
 
-def _tell(text: str) -> None:
+def tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 

@@ -78,8 +78,12 @@ def _name_in_memory(stored: str) -> str:
     return stored if rest.startswith("mixer.") else f"model.layers.{number}.{_SAVED.get(rest, rest)}"
 
 
+def tensor_shapes(config: DoryConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of a checkpoint by its name in memory."""
+    return dict(_expected(config))
+
+
 def _expected(c: DoryConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The name in memory and the shape of every tensor."""
     yield "model.embed_tokens.weight", (c.vocab_size, c.hidden_size)
     yield "lm_head.weight", (c.vocab_size, c.hidden_size)
     yield "lm_head.logit_scale", (c.vocab_size,)
@@ -100,7 +104,7 @@ def _expected(c: DoryConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _check_tensors(entries: Mapping[str, TensorEntry], config: DoryConfig, path: Path) -> None:
-    expected = dict(_expected(config))
+    expected = tensor_shapes(config)
     unknown = [entry.name for name, entry in entries.items() if name not in expected]
     if unknown:
         raise CheckpointError(f"{path}: unknown tensors {few(unknown)}; expected those of a Dory model only")

@@ -26,7 +26,7 @@ from mythos_edge.model.checkpoint import open_checkpoint
 from mythos_edge.model.families.openmythos.config import VARIANTS, MythosConfig, config_from_dict
 from mythos_edge.model.families.table import config_of
 from mythos_edge.model.target_options import EngineSpec, options_of
-from mythos_edge.scripts.lab.bench_export import write_checkpoint
+from mythos_edge.scripts.lab.random_checkpoints import write_checkpoint
 
 pytest.importorskip("tensorrt_rtx")
 # The state of a loop step, and what a step layout's engines have beside their caches.

@@ -178,8 +178,8 @@ def _scaled_before_rotation(patch: pytest.MonkeyPatch) -> None:
 
 
 def _one_theta(patch: pytest.MonkeyPatch) -> None:
-    real = layout.rope_table
-    patch.setattr(layout, "rope_table", lambda dim, stop, theta, start: real(dim, stop, 1e4, start))
+    real = rotary_recipes.rope_table
+    patch.setattr(rotary_recipes, "rope_table", lambda dim, stop, theta, start: real(dim, stop, 1e4, start))
 
 
 def _state_not_of_length_1(patch: pytest.MonkeyPatch) -> None:

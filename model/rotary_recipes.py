@@ -1,4 +1,4 @@
-"""What rotary angles make of stored weights: their tables, and heads in the order in which they are rotated."""
+"""Rotary tables as stored tensors, and the rows of heads in the order in which they are rotated."""
 
 from collections.abc import Iterator
 from functools import partial

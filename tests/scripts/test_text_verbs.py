@@ -128,7 +128,7 @@ def test_refusals(with_text: Ran, made: Path, mla_bundle: Path, tmp_path: Path, 
     refused(run("generate", mla_bundle, "--ids", "1", "--special-tokens"), "special tokens need a tokenizer")
     export = ("export", made / "model", "-o", tmp_path / "out", "--tokenizer", made / "model", "--end-token", "<|x|>")
     refused(run(*export), "--end-token is '<|x|>', which is no token of")
-    refused(run(*export[:4], "--end-token", "</s>"), "there is no tokenizer")
+    refused(run(*export[:4], "--no-tokenizer", "--end-token", "</s>"), "there is no tokenizer")
     assert list(tmp_path.iterdir()) == []
 
 

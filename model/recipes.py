@@ -39,8 +39,8 @@ class Recipe:
     as of experts the chosen.
 
     A matrix that targets may round, because flat rows ``x (N, D)`` are multiplied with it, names the ``parts`` of the
-    model that it belongs to: head, prelude, coda, experts, shared, attention, or others. The first is the one that it
-    is counted in. ``role`` is the field of ``Experts`` that it is.
+    model that it belongs to: embedding, head, prelude, coda, experts, shared, attention, mlp, or others. The first is
+    the one that it is counted in. ``role`` is the field of ``Experts`` that it is.
     """
 
     name: str

@@ -4,13 +4,14 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from conftest import FIXTURES
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from mythos_edge.model.checkpoint import open_checkpoint
 from mythos_edge.model.layout import load_network
@@ -85,3 +86,57 @@ def loop_states(network: LoopedNetwork, ids: np.ndarray, threshold: float = 1.0,
 
 def farthest(found: Tensor | np.ndarray, wanted: np.ndarray) -> float:
     return float(np.abs(np.asarray(found, dtype=np.float64) - wanted).max())
+
+
+class Shape(NamedTuple):
+    """The shape of a Llama."""
+
+    hidden: int
+    feed_forward: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+def random_llama(shape: Shape, seed: int) -> LlamaForCausalLM:
+    """A Llama of transformers with weights large enough to matter."""
+    config = LlamaConfig(
+        vocab_size=288,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.feed_forward,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        max_position_embeddings=64,
+        rms_norm_eps=1e-5,
+        rope_theta=1e4,
+        tie_word_embeddings=False,
+        attn_implementation="eager",
+    )
+    torch.manual_seed(seed)
+    llama = LlamaForCausalLM(config).eval()
+    for parameter in llama.requires_grad_(False).parameters():
+        parameter.uniform_(0.5, 1.5) if parameter.ndim == 1 else parameter.normal_(std=parameter.shape[1] ** -0.5)
+    return llama
+
+
+def save_llama(
+    folder: Path,
+    llama: LlamaForCausalLM,
+    model_type: str,
+    fields: Mapping[str, Any],
+    more: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Saves a Llama as the layers of a model of another type, with ``more`` tensors."""
+    save_file({**llama.state_dict(), **(more or {})}, folder / "model.safetensors")
+    config = {**llama.config.to_dict(), "model_type": model_type, "architectures": None, **fields}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def angles_and_mask(llama: LlamaForCausalLM, h: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """The rotary angles and the causal mask that the layers of a Llama want for the states ``h``."""
+    chunk = h.shape[1]
+    mask = torch.full((chunk, chunk), -torch.inf, dtype=h.dtype).triu(1)[None, None]
+    return llama.model.rotary_emb(h, torch.arange(chunk)[None]), mask

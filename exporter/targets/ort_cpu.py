@@ -59,7 +59,7 @@ class OrtCpuTarget:
         Option("block", "values that share a scale: 32, 64, 128, or 0: a row", type=int, metavar="N"),
         Option(
             "keep",
-            "stay fp32: head, attention, experts, shared, prelude, coda, or names of tensors",
+            "stay fp32: head, attention, experts, shared, mlp, embedding, prelude, coda, or names of tensors",
             type=lambda text: tuple(text.split(",")),
             metavar="PARTS",
         ),

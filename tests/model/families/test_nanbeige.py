@@ -1,18 +1,28 @@
 """Looped Nanbeige against its golden folder, and against transformers' Llama run in a loop."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import FIXTURES
-from looped_llamas import NOISE, changed, farthest, golden_of, in_shards, loop_states, network_of
-from safetensors.torch import save_file
+from looped_llamas import (
+    NOISE,
+    Shape,
+    angles_and_mask,
+    changed,
+    farthest,
+    golden_of,
+    in_shards,
+    loop_states,
+    network_of,
+    random_llama,
+    save_llama,
+)
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
+from mythos_edge.model import rotary_recipes
 from mythos_edge.model.eager_ops import EagerOps
-from mythos_edge.model.families.looped_llama import layout
 from mythos_edge.model.network import LoopedNetwork, Window
 
 NAME = "nanbeige-small"
@@ -56,36 +66,31 @@ def tiled(self: EagerOps, q: Tensor, rows: Tensor, past: Tensor, window: Window,
 grouped = EagerOps.grouped_query_attention
 
 
-def as_stored(source: str, heads: int, head_dim: int, reader: layout.TensorReader) -> object:
-    yield reader.read(source)
-
-
 def test_faults_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     allowed = NOISE * GOLDEN["fp32_error"]
     for index, fault in enumerate(({"rms_norm_eps": 1e-6}, {"rope_theta": 1e7}, {"skip_loop_final_norm": True})):
         assert error_of(network_of(changed(tmp_path / str(index), NAME, fault))) > 100 * allowed, fault
     with monkeypatch.context() as patch:
-        patch.setattr(layout, "_in_adjacent_pairs", as_stored)
+        patch.setattr(rotary_recipes, "in_pairs", lambda rows, head_dim: rows)
         assert error_of(network_of(FIXTURES / NAME)) > 100 * allowed
     monkeypatch.setattr(EagerOps, "grouped_query_attention", tiled)
     assert error_of(network_of(FIXTURES / NAME)) > 100 * allowed
 
 
-# Sizes of a Llama (hidden, feed-forward, layers, heads, kv heads, size of a head), loops, whether the norm is skipped.
+# The shape of a Llama, loops, and whether the norm between them is skipped.
 SHAPES = {
-    "one kv head": ((48, 80, 2, 4, 1, 10), 2, False),
-    "as many kv heads": ((40, 56, 1, 5, 5, 8), 3, True),
-    "wide heads": ((24, 32, 3, 4, 2, 24), 2, True),
+    "one kv head": (Shape(48, 80, 2, 4, 1, 10), 2, False),
+    "as many kv heads": (Shape(40, 56, 1, 5, 5, 8), 3, True),
+    "wide heads": (Shape(24, 32, 3, 4, 2, 24), 2, True),
 }
 
 
 @torch.no_grad()
 def looped_logits(llama: LlamaForCausalLM, loops: int, skip: bool) -> Tensor:
     """Nanbeige's own code: the layers of a Llama in a loop, with its norm in between."""
-    model, chunk = llama.model, IDS.shape[1]
+    model = llama.model
     h = model.embed_tokens(IDS)
-    angles = model.rotary_emb(h, torch.arange(chunk)[None])
-    mask = torch.full((chunk, chunk), -torch.inf, dtype=h.dtype).triu(1)[None, None]
+    angles, mask = angles_and_mask(llama, h)
     for index in range(loops):
         for layer in model.layers:
             h = layer(h, attention_mask=mask, position_embeddings=angles)
@@ -95,33 +100,12 @@ def looped_logits(llama: LlamaForCausalLM, loops: int, skip: bool) -> Tensor:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_random_configs_against_transformers(name: str, tmp_path: Path) -> None:
-    (hidden, feed_forward, layers, heads, kv_heads, head_dim), loops, skip = SHAPES[name]
-    config = LlamaConfig(
-        vocab_size=288,
-        hidden_size=hidden,
-        intermediate_size=feed_forward,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        max_position_embeddings=64,
-        rms_norm_eps=1e-5,
-        rope_theta=1e4,
-        tie_word_embeddings=False,
-        attn_implementation="eager",
-    )
-    torch.manual_seed(sorted(SHAPES).index(name))
-    llama = LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in llama.parameters():
-            parameter.uniform_(0.5, 1.5) if parameter.ndim == 1 else parameter.normal_(std=parameter.shape[1] ** -0.5)
-    save_file(llama.state_dict(), tmp_path / "model.safetensors")
-    llama.double()
-    fields = {**config.to_dict(), "model_type": "nanbeige", "architectures": ["NanbeigeForCausalLM"]}
-    fields |= {"num_loops": loops, "loop_loss_weights": [], "skip_loop_final_norm": skip}
-    (tmp_path / "config.json").write_text(json.dumps(fields))
+    shape, loops, skip = SHAPES[name]
+    llama = random_llama(shape, sorted(SHAPES).index(name))
+    fields = {"num_loops": loops, "loop_loss_weights": [], "skip_loop_final_norm": skip}
+    save_llama(tmp_path, llama, "nanbeige", fields)
     with torch.no_grad():
         found = network_of(tmp_path, torch.float64)(IDS).logits
-    wanted = looped_logits(llama, loops, skip)
+        wanted = looped_logits(llama.double(), loops, skip)
     # Norms and softmax of transformers are float32 in every dtype.
     assert farthest(found, wanted.numpy()) < 2e-6 * wanted.abs().max()

@@ -6,16 +6,30 @@ import numpy as np
 import pytest
 import torch
 from conftest import FIXTURES
-from looped_llamas import NOISE, changed, farthest, golden_of, in_shards, loop_states, network_of
+from looped_llamas import (
+    NOISE,
+    Shape,
+    angles_and_mask,
+    changed,
+    farthest,
+    golden_of,
+    in_shards,
+    loop_states,
+    network_of,
+    random_llama,
+    save_llama,
+)
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
-from mythos_edge.model.families.looped_llama import layout
+from mythos_edge.model import rotary_recipes
 from mythos_edge.model.families.looped_llama.network import Network
 from mythos_edge.model.network import LoopedNetwork
 
 NAME = "ouro-small"
 GOLDEN = golden_of(NAME)
 IDS = torch.from_numpy(GOLDEN["ids"])
+GATE = "model.early_exit_gate"
 
 
 @pytest.fixture(scope="module")
@@ -89,10 +103,6 @@ def test_narrow_checkpoints_are_read(tmp_path: Path, dtype: torch.dtype) -> None
     assert torch.equal(network.layers[1].gate_up, kept)
 
 
-def as_stored(source: str, heads: int, head_dim: int, reader: layout.TensorReader) -> object:
-    yield reader.read(source)
-
-
 @torch.no_grad()
 def error_of(network: LoopedNetwork) -> float:
     return farthest(network(IDS).logits, GOLDEN["logits"])
@@ -102,7 +112,7 @@ def test_faults_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     allowed = NOISE * GOLDEN["fp32_error"]
     assert error_of(network_of(changed(tmp_path, NAME, {"rms_norm_eps": 1e-5}))) > 100 * allowed
     with monkeypatch.context() as patch:
-        patch.setattr(layout, "_in_adjacent_pairs", as_stored)
+        patch.setattr(rotary_recipes, "in_pairs", lambda rows, head_dim: rows)
         assert error_of(network_of(FIXTURES / NAME)) > 100 * allowed
     without = network_of(FIXTURES / NAME)
     for layer in without.layers:
@@ -119,3 +129,53 @@ def test_a_gate_in_bfloat16_is_seen(network: LoopedNetwork, monkeypatch: pytest.
     monkeypatch.setattr(Network, "_halt", rounded)
     mass = loop_states(network, GOLDEN["ids"])[0].halt_mass
     assert farthest(mass, GOLDEN["gate"][0]) > 100 * NOISE * GOLDEN["fp32_error_gate"]
+
+
+# The shape of a Llama, loop steps, and the threshold of the config.
+SHAPES = {
+    "one kv head": (Shape(48, 80, 2, 4, 1, 10), 3, 0.6),
+    "as many kv heads": (Shape(40, 56, 1, 5, 5, 8), 4, 0.9),
+    "wide heads": (Shape(24, 32, 3, 4, 2, 24), 2, 1.0),
+}
+POST_NORMS = ("input_layernorm_2", "post_attention_layernorm_2")
+
+
+def rms(x: Tensor, weight: Tensor) -> Tensor:
+    return weight * x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+
+def looped(llama: LlamaForCausalLM, own: dict[str, Tensor], loops: int, threshold: float) -> tuple[Tensor, Tensor]:
+    """Logits and depths of the paper's loop over the attention and feed-forward of a Llama."""
+    h = llama.model.embed_tokens(IDS)
+    angles, mask = angles_and_mask(llama, h)
+    survival, depth, chosen = torch.ones(IDS.shape), torch.zeros(IDS.shape, dtype=torch.int64), torch.zeros_like(h)
+    for index in range(loops):
+        for number, layer in enumerate(llama.model.layers):
+            after_attention, after_mlp = (own[f"model.layers.{number}.{norm}.weight"] for norm in POST_NORMS)
+            x = layer.input_layernorm(h)
+            attended = layer.self_attn(x, position_embeddings=angles, attention_mask=mask)[0]
+            h = h + rms(attended, after_attention)
+            h = h + rms(layer.mlp(layer.post_attention_layernorm(h)), after_mlp)
+        h = llama.model.norm(h)
+        survival = survival * (1 - torch.sigmoid(h @ own[f"{GATE}.weight"][0].double() + own[f"{GATE}.bias"]))
+        last = torch.full(IDS.shape, index == loops - 1)
+        halts = (depth == 0) & (last if threshold >= 1 else last | (1 - survival >= threshold))
+        depth[halts], chosen[halts] = index + 1, h[halts]
+    return llama.lm_head(chosen), depth
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_random_configs_against_parts_of_transformers(name: str, tmp_path: Path) -> None:
+    shape, loops, threshold = SHAPES[name]
+    llama = random_llama(shape, sorted(SHAPES).index(name))
+    norms = [f"model.layers.{number}.{norm}.weight" for number in range(shape.layers) for norm in POST_NORMS]
+    own = {norm: torch.empty(shape.hidden).uniform_(0.5, 1.5) for norm in norms}
+    own |= {f"{GATE}.weight": torch.randn(1, shape.hidden) * 0.2, f"{GATE}.bias": torch.tensor([-0.5])}
+    save_llama(tmp_path, llama, "ouro", {"total_ut_steps": loops, "early_exit_threshold": threshold}, own)
+    with torch.no_grad():
+        found = network_of(tmp_path, torch.float64)(IDS)
+        logits, depth = looped(llama.double(), own, loops, threshold)
+    assert (found.depth == depth).all()
+    assert (len(depth.unique()) > 1) == (threshold < 1)
+    # Norms and softmax of transformers are float32 in every dtype.
+    assert farthest(found.logits, logits.numpy()) < 2e-6 * logits.abs().max()

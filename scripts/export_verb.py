@@ -33,9 +33,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="storage of large weights")
     parser.add_argument("--max-context", type=int, metavar="N", help="longest sequence (default: the checkpoint's)")
-    parser.add_argument(
-        "--tokenizer", type=arguments.path, metavar="PATH", help="Hugging Face tokenizer.json, or its folder"
+    tokenizers = parser.add_mutually_exclusive_group()
+    tokenizers.add_argument(
+        "--tokenizer",
+        type=arguments.path,
+        metavar="PATH",
+        help="Hugging Face tokenizer.json, or its folder (default: the checkpoint's folder, where it is one)",
     )
+    tokenizers.add_argument("--no-tokenizer", action="store_true", help="leave out the one in the checkpoint's folder")
     parser.add_argument(
         "--end-token",
         action="append",
@@ -62,6 +67,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 def _export(args: argparse.Namespace, console: Console) -> int:
     try:
         from mythos_edge.exporter.export import export_bundle
+        from mythos_edge.exporter.tokenizer_files import tokenizer_beside
         from mythos_edge.model.checkpoint import open_checkpoint
     except ImportError as error:
         raise unavailable(error, "exporting", "pip install 'mythos-edge[export]'") from error
@@ -71,6 +77,8 @@ def _export(args: argparse.Namespace, console: Console) -> int:
     if lost:
         console.note(f"note: --force discards what was built in {args.output}, too: {', '.join(lost)}")
     started = time.perf_counter()
+    beside = None if args.tokenizer is not None or args.no_tokenizer else tokenizer_beside(args.checkpoint)
+    taken = beside if args.checkpoint.is_dir() else None
     console.progress("reading the checkpoint", 0.0)
     with open_checkpoint(args.checkpoint, args.config, key=args.key, rope_table=args.rope_table) as checkpoint:
         for note in checkpoint.notes:
@@ -80,27 +88,27 @@ def _export(args: argparse.Namespace, console: Console) -> int:
             args.output,
             dtype=args.dtype,
             max_context=args.max_context,
-            tokenizer=args.tokenizer,
+            tokenizer=args.tokenizer or taken,
             end_tokens=args.end_token,
             force=args.force,
             portable=args.portable,
             progress=console.progress,
             note=lambda text: console.note(f"note: {text}"),
         )
+    if taken is not None:
+        console.note(f"note: {taken} is taken along: --no-tokenizer leaves it out")
+    elif beside is not None:
+        console.note(f"note: {beside} is not taken along: --tokenizer {beside} does")
     _tell(bundle, args, time.perf_counter() - started, console)
     return 0
 
 
 def _tell(bundle: Bundle, args: argparse.Namespace, seconds: float, console: Console) -> None:
-    from mythos_edge.exporter.tokenizer_files import tokenizer_beside
-
     manifest = bundle.manifest
     size = sum(record.bytes for record in manifest.files.values())
     note = manifest.targets[manifest.default_target].note
     if note:
         console.note(f"note: {note}")
-    if args.tokenizer is None and (beside := tokenizer_beside(args.checkpoint)):
-        console.note(f"note: {beside} was not taken along: --tokenizer {beside} does")
     console.say(
         f"{bundle.path}: {size / 1e6:.1f} MB, {manifest.dtype}, context {manifest.max_context}, {seconds:.1f} s"
     )

@@ -67,7 +67,9 @@ NEED_TORCH = {
         "stored_checkpoint",
         "tensor_choice",
     ),
+    "tensor_checks",
     "tensor_files",
+    "rotary_recipes",
 }
 IMPORT_LIGHT = [
     *(f"model.{path.stem}" for path in sorted((ROOT / "model").glob("*.py")) if path.stem not in NEED_TORCH),

@@ -47,16 +47,18 @@ def export(made: Path) -> Callable[..., Ran]:
 
 @pytest.fixture(scope="module")
 def with_text(export: Callable[..., Ran], made: Path) -> Ran:
-    return export("text.bundle", "--tokenizer", made / "model")
+    return export("text.bundle")
 
 
 @pytest.fixture(scope="module")
 def with_ids(export: Callable[..., Ran]) -> Ran:
-    return export("ids.bundle", "--end-token", "7", "--end-token", "2", "--json")
+    return export("ids.bundle", "--no-tokenizer", "--end-token", "7", "--end-token", "2", "--json")
 
 
 def test_export_tells_of_the_tokenizer(with_text: Ran, made: Path) -> None:
     assert with_text.code == 0
+    beside = made / "model" / "tokenizer.json"
+    assert f"note: {beside} is taken along: --no-tokenizer leaves it out" in with_text.err
     assert with_text.out.splitlines()[-1] == "end tokens: <|1|> (257), <|beyond|> (331)"
     for words in (
         "cuts prompts to 4 tokens of its own: switched off",
@@ -68,10 +70,16 @@ def test_export_tells_of_the_tokenizer(with_text: Ran, made: Path) -> None:
     assert copied == (made / "model" / "tokenizer.json").read_bytes()
 
 
-def test_export_of_ids_tells_of_the_tokenizer_it_left(with_ids: Ran, made: Path, run: Callable[..., Ran]) -> None:
+def test_export_of_ids_leaves_the_tokenizer_out(
+    with_ids: Ran, made: Path, run: Callable[..., Ran], tmp_path: Path
+) -> None:
     assert with_ids.json["end_tokens"] == ["7", "2"]
+    (file,) = (made / "model").glob("*.safetensors")
     beside = made / "model" / "tokenizer.json"
-    assert f"note: {beside} was not taken along: --tokenizer {beside} does" in with_ids.err
+    ran = run("export", file, "-o", tmp_path / "of-a-file")
+    assert f"note: {beside} is not taken along: --tokenizer {beside} does" in ran.err
+    both = run("export", file, "-o", tmp_path / "x", "--tokenizer", beside, "--no-tokenizer")
+    assert (both.code, "not allowed with" in both.err) == (2, True)
     shown = run("inspect", made / "ids.bundle", "--json").json
     assert (shown["end_tokens"], shown["end_ids"]) == (["7", "2"], [7, 2])
     assert "prompt_begins_with" not in shown
@@ -120,7 +128,7 @@ def test_refusals(with_text: Ran, made: Path, mla_bundle: Path, tmp_path: Path, 
     refused(run("generate", mla_bundle, "--ids", "1", "--special-tokens"), "special tokens need a tokenizer")
     export = ("export", made / "model", "-o", tmp_path / "out", "--tokenizer", made / "model", "--end-token", "<|x|>")
     refused(run(*export), "--end-token is '<|x|>', which is no token of")
-    refused(run(*export[:4], "--end-token", "</s>"), "there is no tokenizer")
+    refused(run(*export[:4], "--no-tokenizer", "--end-token", "</s>"), "there is no tokenizer")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -10,8 +10,8 @@ from functools import partial
 from torch import Tensor
 
 from mythos_edge.model.families.dory.config import DoryConfig
-from mythos_edge.model.layers import rope_table
-from mythos_edge.model.recipes import Parts, Recipe, TensorReader, row_ranges, rows_in_turn, stacked
+from mythos_edge.model.recipes import Parts, Recipe, TensorReader, rows_in_turn, stacked
+from mythos_edge.model.rotary_recipes import heads_in_pairs, in_pairs, rotary_recipes
 
 Formula = Callable[[Tensor], Tensor]
 
@@ -28,9 +28,7 @@ def recipes(config: DoryConfig, max_context: int) -> list[Recipe]:
         for index, place in enumerate(places):
             found += _layer(c, f"layers.{stage}.{index}", f"model.layers.{place}", stage)
     for kind, theta in c.thetas.items():
-        shape = (max_context, c.head_dim // 2)
-        for part, name in enumerate(("cos", "sin")):
-            found.append(Recipe(f"ropes.{kind}.{name}", shape, partial(_rotary, c.head_dim, theta, max_context, part)))
+        found += rotary_recipes(f"ropes.{kind}", c.head_dim, theta, max_context)
     return found
 
 
@@ -51,7 +49,7 @@ def _layer(c: DoryConfig, name: str, source: str, stage: str) -> list[Recipe]:
 def _attention(c: DoryConfig, name: str, source: str, parts: Parts) -> list[Recipe]:
     def query_scale(sqk: Tensor) -> Tensor:
         scale: Tensor = (sqk * (c.head_dim**0.5 / c.initializer_range)).square()
-        return _paired(scale, c.head_dim)
+        return in_pairs(scale, c.head_dim)
 
     def gate_scale(s_gate: Tensor) -> Tensor:
         scale: Tensor = (s_gate * (c.hidden_size**0.25 / c.initializer_range)).square()
@@ -79,17 +77,9 @@ def _feed_forward(c: DoryConfig, name: str, source: str, parts: Parts) -> list[R
 def _queries_to_gate(c: DoryConfig, source: str, reader: TensorReader) -> Iterator[Tensor]:
     """Rows of queries, keys, values and gate; those that are rotated by head, in pairs."""
     for matrix, heads in (("q_proj", c.num_attention_heads), ("k_proj", c.num_key_value_heads)):
-        for head in range(heads):
-            start = head * c.head_dim
-            yield _paired(reader.read(f"{source}.{matrix}.weight", start, start + c.head_dim), c.head_dim)
+        yield from heads_in_pairs(f"{source}.{matrix}.weight", heads, c.head_dim, reader)
     rest = [(f"{source}.v_proj.weight", c.kv_dim), (f"{source}.gate_proj.weight", c.query_dim)]
     yield from rows_in_turn(rest, c.hidden_size, reader)
-
-
-def _paired(rows: Tensor, head_dim: int) -> Tensor:
-    """Rows of heads in the order of adjacent pairs: the reference rotates channel j with j + head_dim / 2."""
-    paired: Tensor = rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).reshape(rows.shape)
-    return paired
 
 
 def _scale(name: str, size: int, sources: list[str], formula: Formula) -> Recipe:
@@ -100,9 +90,3 @@ def _scale(name: str, size: int, sources: list[str], formula: Formula) -> Recipe
             yield formula(reader.read(source).double()).float()
 
     return Recipe(name, (size,), pieces)
-
-
-def _rotary(head_dim: int, theta: float, max_context: int, part: int, reader: TensorReader) -> Iterator[Tensor]:
-    """Cosines (``part`` 0) or sines (1)."""
-    for start, stop in row_ranges(max_context, head_dim):
-        yield rope_table(head_dim, stop, theta, start)[part]

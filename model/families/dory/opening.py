@@ -4,17 +4,15 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import torch
-
 from mythos_edge.model.errors import CheckpointError, ConfigError
 from mythos_edge.model.families.dory.config import DoryConfig
 from mythos_edge.model.families.dory.config_reading import config_from_dict, notes_on
 from mythos_edge.model.families.family import Opening
-from mythos_edge.model.json_files import few, read_config_dict
+from mythos_edge.model.json_files import read_config_dict
 from mythos_edge.model.stored_checkpoint import Checkpoint
+from mythos_edge.model.tensor_checks import check_tensors
 from mythos_edge.model.tensor_files import TensorEntry
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _BLOCK = re.compile(r"(backbone|model)\.layers\.(\d{1,6})\.(.+)")
 # The released layout counts the attention and the MLP of a layer apart; its names of either -> those in memory.
 _RELEASED = (
@@ -36,7 +34,7 @@ def open_dory(opening: Opening) -> Checkpoint:
     origin = _origin(opening)
     config = config_from_dict(opening.config_values, origin)
     entries = _renamed(stored.entries, path)
-    _check_tensors(entries, config, path)
+    check_tensors(entries, tensor_shapes(config), path, "those of a Dory model")
     notes = (*stored.notes, *notes_on(opening.config_values, origin))
     return Checkpoint(path, stored.kind, config, entries, stored.step, notes=notes)
 
@@ -101,20 +99,3 @@ def _expected(c: DoryConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield f"{layer}.mlp.down_proj.weight", (c.hidden_size, c.intermediate_size)
         for name in ("lambda_1", "lambda_2"):
             yield f"{layer}.{name}", (c.hidden_size,)
-
-
-def _check_tensors(entries: Mapping[str, TensorEntry], config: DoryConfig, path: Path) -> None:
-    expected = tensor_shapes(config)
-    unknown = [entry.name for name, entry in entries.items() if name not in expected]
-    if unknown:
-        raise CheckpointError(f"{path}: unknown tensors {few(unknown)}; expected those of a Dory model only")
-    missing = [name for name in expected if name not in entries]
-    if missing:
-        raise CheckpointError(f"{path}: missing tensors {few(missing)}; save the whole model")
-    for name, shape in expected.items():
-        entry = entries[name]
-        if entry.shape != shape:
-            raise CheckpointError(f"{path}: {entry.name} has shape {entry.shape}, expected {shape}")
-        if entry.dtype not in _DTYPES:
-            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-            raise CheckpointError(f"{path}: {entry.name} has dtype {entry.dtype}, expected one of {known}")

@@ -6,10 +6,8 @@ from functools import partial
 from torch import Tensor
 
 from mythos_edge.model.families.looped_llama.config import StackConfig
-from mythos_edge.model.layers import rope_table
-from mythos_edge.model.recipes import Recipe, TensorReader, row_ranges, rows_in_turn, stacked, vector
-
-_TABLES = ((0, "cos"), (1, "sin"))
+from mythos_edge.model.recipes import Recipe, TensorReader, rows_in_turn, stacked, vector
+from mythos_edge.model.rotary_recipes import heads_in_pairs, rotary_recipes
 
 
 def tensor_shapes(c: StackConfig) -> dict[str, tuple[int, ...]]:
@@ -44,11 +42,7 @@ def recipes(c: StackConfig, max_context: int) -> list[Recipe]:
     if c.gated:
         made.append(stacked("gate_weight", [("model.early_exit_gate.weight", 1)], c.hidden_size))
         made.append(vector("gate_bias", "model.early_exit_gate.bias", 1))
-    table = (max_context, c.head_dim // 2)
-    return made + [
-        Recipe(f"rope.{name}", table, partial(_rotary, c, max_context, part))
-        for part, name in enumerate(("cos", "sin"))
-    ]
+    return made + rotary_recipes("rope", c.head_dim, c.rope_theta, max_context)
 
 
 def _norms(c: StackConfig) -> dict[str, str]:
@@ -80,22 +74,6 @@ def _layer(c: StackConfig, name: str, source: str) -> list[Recipe]:
 
 def _queries_keys_values(c: StackConfig, source: str, reader: TensorReader) -> Iterator[Tensor]:
     for part, heads in (("q", c.num_attention_heads), ("k", c.num_key_value_heads)):
-        yield from _in_adjacent_pairs(f"{source}.{part}_proj.weight", heads, c.head_dim, reader)
+        yield from heads_in_pairs(f"{source}.{part}_proj.weight", heads, c.head_dim, reader)
     values = [(f"{source}.v_proj.weight", c.num_key_value_heads * c.head_dim)]
     yield from rows_in_turn(values, c.hidden_size, reader)
-
-
-def _in_adjacent_pairs(source: str, heads: int, head_dim: int, reader: TensorReader) -> Iterator[Tensor]:
-    """The rows of each head with those that are rotated together side by side: j and j + head_dim / 2.
-
-    Queries and keys change alike, so that their products stay what they are.
-    """
-    for head in range(heads):
-        rows = reader.read(source, head * head_dim, (head + 1) * head_dim)
-        yield rows.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)
-
-
-def _rotary(c: StackConfig, max_context: int, part: int, reader: TensorReader) -> Iterator[Tensor]:
-    """Cosines (``part`` 0) or sines (1) of every position."""
-    for start, stop in row_ranges(max_context, c.head_dim):
-        yield rope_table(c.head_dim, stop, c.rope_theta, start)[part]

@@ -1,20 +1,16 @@
 """Opening the folders of looped Llamas, checked tensor by tensor. Reads headers only."""
 
 import re
-from pathlib import Path
 
-import torch
-
-from mythos_edge.model.errors import CheckpointError, ConfigError
+from mythos_edge.model.errors import ConfigError
 from mythos_edge.model.families.family import Opening
 from mythos_edge.model.families.looped_llama.config import StackConfig
 from mythos_edge.model.families.looped_llama.config_fields import config_from_fields
 from mythos_edge.model.families.looped_llama.layout import tensor_shapes
-from mythos_edge.model.json_files import few, read_config_dict
+from mythos_edge.model.json_files import read_config_dict
 from mythos_edge.model.stored_checkpoint import Checkpoint
-from mythos_edge.model.tensor_files import TensorEntry
+from mythos_edge.model.tensor_checks import check_tensors
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # A buffer that some copies store; it follows from the config.
 _FREQUENCIES = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 
@@ -28,7 +24,8 @@ def open_looped_llama(kind: type[StackConfig], opening: Opening) -> Checkpoint:
     entries = {name: entry for name, entry in opening.stored.entries.items() if not _FREQUENCIES.search(name)}
     if len(entries) < len(opening.stored.entries):
         notes.append(f"{path}: its rotary frequencies (inv_freq) are left out: they are made from rope_theta")
-    _check_tensors(entries, config, path)
+    whose = f"those of {kind.family} with {config.num_hidden_layers} layers"
+    check_tensors(entries, tensor_shapes(config), path, whose)
     return Checkpoint(
         path,
         opening.stored.kind,
@@ -49,24 +46,3 @@ def _origin(opening: Opening) -> str:
     for file in files:
         read_config_dict(file)
     return " over ".join(dict.fromkeys(map(str, files)))
-
-
-def _check_tensors(entries: dict[str, TensorEntry], config: StackConfig, path: Path) -> None:
-    """Raises CheckpointError unless the tensors are those that the config implies."""
-    expected = tensor_shapes(config)
-    unknown = [name for name in entries if name not in expected]
-    if unknown:
-        raise CheckpointError(
-            f"{path}: unknown tensors {few(unknown)}; expected those of {config.family} with "
-            f"{config.num_hidden_layers} layers alone"
-        )
-    missing = [name for name in expected if name not in entries]
-    if missing:
-        raise CheckpointError(f"{path}: missing tensors {few(missing)}; save the whole state dict")
-    for name, shape in expected.items():
-        entry = entries[name]
-        if entry.shape != shape:
-            raise CheckpointError(f"{path}: {name} has shape {entry.shape}, expected {shape} by the config")
-        if entry.dtype not in _DTYPES:
-            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-            raise CheckpointError(f"{path}: {name} has dtype {entry.dtype}, expected one of {known}")

@@ -32,12 +32,12 @@ from mythos_edge.model.families.openmythos.shapes import (
     table_length,
     table_name,
 )
-from mythos_edge.model.json_files import few, read_config_dict
+from mythos_edge.model.json_files import read_config_dict
 from mythos_edge.model.stored_checkpoint import Checkpoint
+from mythos_edge.model.tensor_checks import check_tensor, check_tensors
 from mythos_edge.model.tensor_choice import TENSOR_KEYS
 from mythos_edge.model.tensor_files import TensorEntry, TensorFile
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Put in by DDP, torch.compile, FSDP, activation checkpointing and trainers; no upstream name has such a part.
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", *TENSOR_KEYS})
 # The counter of torch's AveragedModel, which is no tensor of the model.
@@ -62,7 +62,7 @@ def open_openmythos(opening: Opening) -> Checkpoint:
         for name in ROPE_TABLES:
             entries.pop(name, None)
         head = entries.pop("head.weight", None)
-        _check_tensors(entries, config, path)
+        check_tensors(entries, expected_shapes(config), path, "an OpenMythos model")
         if table is not None and opening.rope_table != "config":
             table.check_width(config, str(path))
         _check_tied(reader, entries["embed.weight"], head, path, fields.wishes_untied)
@@ -207,26 +207,6 @@ def _judged(
     return kind, str(error)
 
 
-def _check_tensors(entries: Mapping[str, TensorEntry], config: MythosConfig, path: Path) -> None:
-    expected = expected_shapes(config)
-    unknown = [name for name in entries if name not in expected]
-    if unknown:
-        raise CheckpointError(f"{path}: unknown tensors {few(unknown)}; expected an OpenMythos model only")
-    missing = [name for name in expected if name not in entries]
-    if missing:
-        raise CheckpointError(f"{path}: missing tensors {few(missing)}; save the whole state dict")
-    for name, shape in expected.items():
-        _check_tensor(entries[name], shape, path)
-
-
-def _check_tensor(entry: TensorEntry, shape: tuple[int, ...], path: Path) -> None:
-    if entry.shape != shape:
-        raise CheckpointError(f"{path}: {entry.name} has shape {entry.shape}, expected {shape}")
-    if entry.dtype not in _DTYPES:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-        raise CheckpointError(f"{path}: {entry.name} has dtype {entry.dtype}, expected one of {known}")
-
-
 def _check_tied(
     reader: EntryReader, embed: TensorEntry, head: TensorEntry | None, path: Path, wishes_untied: str | None
 ) -> None:
@@ -238,7 +218,7 @@ def _check_tied(
                 "save the whole state dict"
             )
         return
-    _check_tensor(head, embed.shape, path)
+    check_tensor(head, embed.shape, path)
     if (head.path, head.offset, head.dtype) == (embed.path, embed.offset, embed.dtype):
         return
     rows, columns = embed.shape

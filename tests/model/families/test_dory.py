@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DoryConfig as TheirConfig
 from transformers import DoryForCausalLM
 
+from mythos_edge.model import rotary_recipes
 from mythos_edge.model.checkpoint import open_checkpoint
 from mythos_edge.model.eager_ops import EagerOps
 from mythos_edge.model.errors import CheckpointError, ConfigError
@@ -149,12 +150,12 @@ def _signed_rates(patch: pytest.MonkeyPatch) -> None:
 
 
 def _scale_unpaired(patch: pytest.MonkeyPatch) -> None:
-    paired = layout._paired
-    patch.setattr(layout, "_paired", lambda rows, head_dim: paired(rows, head_dim) if rows.ndim == 2 else rows)
+    patch.setattr(layout, "in_pairs", lambda rows, head_dim: rows)
 
 
 def _half_split_rows(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(layout, "_paired", lambda rows, head_dim: rows)
+    for module in (layout, rotary_recipes):
+        patch.setattr(module, "in_pairs", lambda rows, head_dim: rows)
 
 
 class _ScaledFirst(Rope):
@@ -177,8 +178,8 @@ def _scaled_before_rotation(patch: pytest.MonkeyPatch) -> None:
 
 
 def _one_theta(patch: pytest.MonkeyPatch) -> None:
-    real = layout.rope_table
-    patch.setattr(layout, "rope_table", lambda dim, stop, theta, start: real(dim, stop, 1e4, start))
+    real = rotary_recipes.rope_table
+    patch.setattr(rotary_recipes, "rope_table", lambda dim, stop, theta, start: real(dim, stop, 1e4, start))
 
 
 def _state_not_of_length_1(patch: pytest.MonkeyPatch) -> None:

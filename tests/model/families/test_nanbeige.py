@@ -21,8 +21,8 @@ from looped_llamas import (
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from mythos_edge.model import rotary_recipes
 from mythos_edge.model.eager_ops import EagerOps
-from mythos_edge.model.families.looped_llama import layout
 from mythos_edge.model.network import LoopedNetwork, Window
 
 NAME = "nanbeige-small"
@@ -66,16 +66,12 @@ def tiled(self: EagerOps, q: Tensor, rows: Tensor, past: Tensor, window: Window,
 grouped = EagerOps.grouped_query_attention
 
 
-def as_stored(source: str, heads: int, head_dim: int, reader: layout.TensorReader) -> object:
-    yield reader.read(source)
-
-
 def test_faults_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     allowed = NOISE * GOLDEN["fp32_error"]
     for index, fault in enumerate(({"rms_norm_eps": 1e-6}, {"rope_theta": 1e7}, {"skip_loop_final_norm": True})):
         assert error_of(network_of(changed(tmp_path / str(index), NAME, fault))) > 100 * allowed, fault
     with monkeypatch.context() as patch:
-        patch.setattr(layout, "_in_adjacent_pairs", as_stored)
+        patch.setattr(rotary_recipes, "in_pairs", lambda rows, head_dim: rows)
         assert error_of(network_of(FIXTURES / NAME)) > 100 * allowed
     monkeypatch.setattr(EagerOps, "grouped_query_attention", tiled)
     assert error_of(network_of(FIXTURES / NAME)) > 100 * allowed

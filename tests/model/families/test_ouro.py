@@ -22,7 +22,7 @@ from looped_llamas import (
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from mythos_edge.model.families.looped_llama import layout
+from mythos_edge.model import rotary_recipes
 from mythos_edge.model.families.looped_llama.network import Network
 from mythos_edge.model.network import LoopedNetwork
 
@@ -103,10 +103,6 @@ def test_narrow_checkpoints_are_read(tmp_path: Path, dtype: torch.dtype) -> None
     assert torch.equal(network.layers[1].gate_up, kept)
 
 
-def as_stored(source: str, heads: int, head_dim: int, reader: layout.TensorReader) -> object:
-    yield reader.read(source)
-
-
 @torch.no_grad()
 def error_of(network: LoopedNetwork) -> float:
     return farthest(network(IDS).logits, GOLDEN["logits"])
@@ -116,7 +112,7 @@ def test_faults_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     allowed = NOISE * GOLDEN["fp32_error"]
     assert error_of(network_of(changed(tmp_path, NAME, {"rms_norm_eps": 1e-5}))) > 100 * allowed
     with monkeypatch.context() as patch:
-        patch.setattr(layout, "_in_adjacent_pairs", as_stored)
+        patch.setattr(rotary_recipes, "in_pairs", lambda rows, head_dim: rows)
         assert error_of(network_of(FIXTURES / NAME)) > 100 * allowed
     without = network_of(FIXTURES / NAME)
     for layer in without.layers:

@@ -6,6 +6,7 @@ A sequence begins with an empty cache. A product over none of its rows is an err
 versions, so that case has a branch of its own, in which nothing is empty; the host takes it without waiting.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import onnx_ir as ir
@@ -14,6 +15,8 @@ from mythos_edge.exporter.graph_writer import GraphWriter, shape_of
 from mythos_edge.exporter.lowering.ort_kernels import HIDDEN_SCORE, MICROSOFT
 from mythos_edge.plugins.torch_ops import extra_of
 
+# More columns than any cache has, which Slice takes for all of them.
+_BEYOND = (1 << 31) - 1
 # The results of branches: (1, groups, rows, columns).
 _BRANCHES = [1, None, None, None]
 
@@ -47,21 +50,39 @@ def grouped_query_attention(writer: GraphWriter, node: ir.Node, *, as_they_lie: 
     assert q is not None
     heads, width = shape_of(q)[2:]
     groups, scale = node.attributes["kv_heads"].as_int(), node.attributes["scale"].as_float()
-    share = heads // groups
+    share, window_size = heads // groups, extra_of(node)
     by_group = writer.add("Reshape", [q, writer.integers([1, -1, groups, share, width])])
     turned = writer.add("Transpose", [by_group], perm=[0, 2, 1, 3, 4])
     q_rows = writer.add("Reshape", [turned, writer.integers([1, groups, -1, width])])
-    new, old = (_keys_and_values(writer, value, groups, width, as_they_lie) for value in (rows, past))
-    mixed = _attended(writer, q_rows, new, old, share, scale, extra_of(node))
+    size = groups * width
+    new_halves = writer.add_many("Split", [rows], 2, axis=2, num_outputs=2)
+    old_halves = (
+        [_last_columns(writer, past, window_size - 1, start, start + size) for start in (0, size)]
+        if window_size
+        else writer.add_many("Split", [past], 2, axis=2, num_outputs=2)
+    )
+    new, old = (_keys_and_values(writer, halves, groups, width, as_they_lie) for halves in (new_halves, old_halves))
+    mixed = _attended(writer, q_rows, new, old, share, scale, window_size)
     by_row = writer.add("Reshape", [mixed, writer.integers([1, groups, -1, share, width])])
     back = writer.add("Transpose", [by_row], perm=[0, 2, 1, 3, 4])
     return writer.add("Reshape", [back, writer.integers([1, -1, heads, width])])
 
 
-def _keys_and_values(writer: GraphWriter, rows: ir.Value | None, groups: int, width: int, as_they_lie: bool) -> _Rows:
-    halves = writer.add_many("Split", [rows], 2, axis=2, num_outputs=2)
+def _last_columns(writer: GraphWriter, past: ir.Value | None, count: int, start: int, stop: int) -> ir.Value:
+    """Channels ``start:stop`` of the last ``count`` cached columns, or of as many as there are.
+
+    No row of a chunk looks further back than its first one does.
+    """
+    first = -count if count else _BEYOND
+    bounds = ([first, start], [_BEYOND, stop], [1, 2])
+    return writer.add("Slice", [past, *(writer.integers(list(bound)) for bound in bounds)])
+
+
+def _keys_and_values(
+    writer: GraphWriter, halves: Sequence[ir.Value], groups: int, width: int, as_they_lie: bool
+) -> _Rows:
     if as_they_lie:
-        shape = writer.add("Concat", [writer.sizes(rows, 1), writer.integers([1, groups, width])], axis=0)
+        shape = writer.add("Concat", [writer.sizes(halves[0], 1), writer.integers([1, groups, width])], axis=0)
         keys, values = (writer.add("Reshape", [half, shape], allowzero=1) for half in halves)
         return _Rows(keys, values, True)
     # 0 keeps the number of columns, which may be 0 itself.

@@ -73,9 +73,10 @@ class Wanted:
 
 
 def chat_wanted(
-    body: Mapping[str, Any], session: Session, template: ChatTemplate, defaults: Mapping[str, Any]
+    body: Mapping[str, Any], session: Session, template: ChatTemplate, defaults: Mapping[str, Any], context: int
 ) -> Wanted:
-    """The body of a chat completion. ``defaults`` are options where it sets none. Raises UsageError."""
+    """The body of a chat completion. ``defaults`` are options where it sets none; where it bounds its answer by none,
+    prompt and answer have ``context`` positions. Raises UsageError."""
     if session.tokenizer is None:
         raise UsageError("this model has no tokenizer, which a talk needs: ask for /v1/completions with token ids")
     messages = body.get("messages")
@@ -89,7 +90,8 @@ def chat_wanted(
         raise UsageError(f"chat_template_kwargs has {', '.join(sorted(taken))}, which are not for the caller to say")
     ids = template.ids(session.tokenizer, [_message(number, one) for number, one in enumerate(messages)], **more)
     tokens = [body[name] for name in ("max_completion_tokens", "max_tokens") if body.get(name) is not None]
-    return _wanted(body, session, [ids], tokens[0] if tokens else None, template.stops, defaults, chat=True)
+    most = tokens[0] if tokens else max(1, min(context, session.max_context) - len(ids))
+    return _wanted(body, session, [ids], most, template.stops, defaults, chat=True)
 
 
 def completion_wanted(body: Mapping[str, Any], session: Session, defaults: Mapping[str, Any]) -> Wanted:
@@ -134,10 +136,8 @@ def _wanted(
     if any(not ids for ids in prompts):
         raise UsageError("prompt is empty, expected at least one token")
     given = {name: value for name, value in body.items() if value is not None}
-    room = max(1, session.max_context - max(map(len, prompts)))
-    values: dict[str, Any] = {"temperature": 1.0, "chunk": _CHUNK, "max_new_tokens": room, **defaults}
-    if max_tokens is not None:
-        values["max_new_tokens"] = whole("max_tokens", max_tokens, _BOUNDED)
+    values: dict[str, Any] = {"temperature": 1.0, "chunk": _CHUNK, **defaults}
+    values["max_new_tokens"] = whole("max_tokens", max_tokens, _BOUNDED)
     values |= {name: given[name] for name in ("temperature", "top_p", "seed") if name in given}
     if "reasoning_effort" in given:
         values["max_depth"] = _depth_of(given["reasoning_effort"], session.model.deepest)

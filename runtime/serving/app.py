@@ -210,7 +210,10 @@ class _Server:
 
     async def chat(self, request: Request) -> Response:
         it = self._it
-        return await self._answer(request, lambda body: api.chat_wanted(body, it.session, it.template, it.defaults))
+        context = it.engine.fair_context
+        return await self._answer(
+            request, lambda body: api.chat_wanted(body, it.session, it.template, it.defaults, context)
+        )
 
     async def completions(self, request: Request) -> Response:
         it = self._it

@@ -100,6 +100,13 @@ class Engine:
         return len(self._active), len(self._waiting)
 
     @property
+    def fair_context(self) -> int:
+        """Positions for which every slot has memory while all are taken, at most those that the model takes."""
+        plan = plan_cache(self._session.model, self._session.model.deepest, 1, 1, self._backend.memory.dtype.itemsize)
+        most = self._session.max_context
+        return most if self._room is None else max(1, min(most, self._room // self.slots // plan.worst_bytes))
+
+    @property
     def runs(self) -> Mapping[str, int]:
         """Runs of every stage, shared ones counted once."""
         return self._together.runs

@@ -67,6 +67,22 @@ def test_what_cannot_be_is_refused(ask: Callable[..., httpx.Response], path: str
     assert (answer.status_code, words in answer.json()["error"]["message"]) == (400, True), answer.text
 
 
+def test_a_chat_without_a_limit_takes_no_more_than_every_slot_has_memory_for(
+    ask: Callable[..., httpx.Response], serving_of: Callable[..., Serving], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a long context and large caches, nothing else would be let in, or the chat itself refused."""
+    it = serving_of()
+    prompt = ask("POST", CHAT, json={"messages": TALK, "max_tokens": 1}).json()["usage"]["prompt_tokens"]
+    assert it.engine.fair_context == it.session.max_context
+    one = it.session.plan(context=prompt + 10, max_depth=it.session.model.max_depth).worst_bytes
+    monkeypatch.setattr(it.engine, "_room", one * it.engine.slots)
+    # The end token is barred, so that the limit ends the answer.
+    barred = {str(token.id): -100 for token in it.session.bundle.manifest.end_tokens}
+    answer = ask("POST", CHAT, json={"messages": TALK, "temperature": 0, "logit_bias": barred}).json()
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert answer["usage"]["completion_tokens"] == 10
+
+
 def test_null_is_a_field_that_is_not_there(ask: Callable[..., httpx.Response]) -> None:
     chat = {"messages": TALK, "max_completion_tokens": None, "max_tokens": 2, "stream_options": {"include_usage": None}}
     assert ask("POST", CHAT, json={**chat, "logit_bias": {"7": 100}}).json()["usage"]["completion_tokens"] == 2

@@ -338,7 +338,7 @@ def test_bad_manners_leave_nothing_behind(served: Served, alone: Callable[..., G
 
     def head(body: bytes, length: int | None = None) -> bytes:
         size = len(body) if length is None else length
-        lines = ("Host: x", "Content-Type: application/json", f"Content-Length: {size}", "", "")
+        lines = ("Host: localhost", "Content-Type: application/json", f"Content-Length: {size}", "", "")
         return "\r\n".join((f"POST {COMPLETIONS} HTTP/1.1", *lines)).encode() + body
 
     async def leaving(stream: bool) -> None:
@@ -366,7 +366,8 @@ def test_bad_manners_leave_nothing_behind(served: Served, alone: Callable[..., G
         writer.write(head(json.dumps({"prompt": "Return ", "max_tokens": 40, "stream": True}).encode()))
         data = b""
         while b"[DONE]" not in data:
-            data += await reader.read(64)
+            data += (piece := await reader.read(64))
+            assert piece, data
             await asyncio.sleep(0.001)
         writer.close()
 

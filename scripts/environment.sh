@@ -40,6 +40,7 @@ say_where_to_go_on() {
     echo "To go on, from this folder (or after: . .venv-demo/bin/activate, as mythos-edge everywhere):"
     echo "  ./mythos-edge generate $bundle $*"
     echo "  ./mythos-edge inspect $bundle"
+    echo "  ./mythos-edge serve $bundle     (OpenAI's API, and a page that shows the depth of every token)"
     echo "  ./mythos-edge --help"
 }
 

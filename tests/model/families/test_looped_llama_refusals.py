@@ -147,7 +147,7 @@ GATE = "model.early_exit_gate"
         (
             "nanbeige",
             {"model.layers.3.mlp.up_proj.weight": torch.zeros(144, 72)},
-            "unknown tensors|with 3 layers alone",
+            "unknown tensors|with 3 layers only",
         ),
         ("nanbeige", {"model.layers.0.input_layernorm_2.weight": torch.zeros(72)}, "unknown tensors model.layers.0"),
         ("nanbeige", {f"{GATE}.weight": torch.zeros(1, 72)}, "unknown tensors model.early_exit_gate.weight"),

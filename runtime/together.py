@@ -124,7 +124,7 @@ class Together(Generic[Result]):
         self._waiting = [item for item in self._waiting if all(item is not served for served in chosen)]
         try:
             _run([item.call for item in chosen], self._backend)
-        except Exception as error:
+        except Exception as error:  # each work in the run gets it and may tidy up; the others go on
             for item in chosen:
                 self._resume(item.number, error)
         else:
@@ -143,7 +143,7 @@ class Together(Generic[Result]):
             call = next(work) if error is None else work.throw(error)
         except StopIteration as end:
             self.results[number] = end.value
-        except Exception as failure:
+        except Exception as failure:  # the result of this work alone, for the caller to read
             self.errors[number] = failure
         else:
             self._waiting.append(_Waiting(number, call, self._rounds))

@@ -74,7 +74,7 @@ def heading(text: str) -> str:
 
 
 def picture(png: bytes, what: str) -> str:
-    """A picture that is in the file; ``what`` says what is to be seen."""
+    """Embeds a picture in the page. ``what`` describes it in words."""
     return f'<img alt="{html.escape(what)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 

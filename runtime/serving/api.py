@@ -193,7 +193,7 @@ def _stops(given: Any) -> tuple[str, ...]:
 
 
 def _bias(given: Any) -> dict[int, float]:
-    """What is added to the logits of tokens, by id; JSON has ids as texts."""
+    """Reads the number to add to the logit of each token, by its id. JSON writes ids as texts."""
     if not isinstance(given, dict):
         raise UsageError(f"logit_bias is {shown(given)}, expected an object of token ids and numbers")
     bias = {}
@@ -279,7 +279,7 @@ def finish_reason(result: Generation) -> str:
 
 
 def usage_of(wanted: Wanted, results: Sequence[Generation], cached: int, seconds: float) -> dict[str, Any]:
-    """What a request took. ``cached`` tokens of its prompts were not computed again."""
+    """The usage of a request. The prompt cache had ``cached`` tokens of its prompts."""
     prompt, made = sum(map(len, wanted.prompts)), sum(len(result.ids) for result in results)
     depths = [depth for result in results for depth in result.depths]
     accepted = sum(result.accepted for result in results)

@@ -141,7 +141,7 @@ class _Exporting:
         return Ran(self.process.returncode, out, self.told())
 
     def told(self, word: str = "") -> str:
-        """What the terminal gets until it has ``word``, or until nobody is left who writes to it."""
+        """Reads the terminal until it shows ``word``, or until every writer has closed it."""
         told = b""
         with suppress(OSError):
             while word.encode() not in told or not word:

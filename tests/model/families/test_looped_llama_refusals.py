@@ -1,4 +1,4 @@
-"""What Ouro and Nanbeige folders may not be: each refused in one line that names it; and what changes nothing."""
+"""Ouro and Nanbeige folders that cannot be computed are refused by name; inert config fields change nothing."""
 
 import json
 from pathlib import Path

@@ -216,7 +216,7 @@ def test_nothing_is_taken_after_the_end(engine_of: Callable[..., Engine]) -> Non
 def test_the_policy_last_is_answered_as_alone(
     engine_of: Callable[..., Engine], alone: Callable[..., Generation], random: np.random.Generator
 ) -> None:
-    """What stands in for rows that were not computed depends on the chunks of a prompt, so they are not kept."""
+    """The rows that ``last`` repeats depend on the chunks of the prompt, so the cache does not keep them."""
     engine = engine_of(slots=1)
     options = {"policy": "last", "threshold": 0.3, "max_new_tokens": 6}
     ids = random.integers(0, VOCAB, 40).tolist()
@@ -253,7 +253,7 @@ def test_a_cache_of_many_sequences_stays_quick(engine_of: Callable[..., Engine])
 
 
 def test_who_has_no_memory_yet_waits_for_it(engine_of: Callable[..., Engine], alone: Callable[..., Generation]) -> None:
-    """What runs may still take all it was let in for, though memory that is not written yet looks free."""
+    """A running request keeps its claim on memory that it has not written yet and that still looks free."""
     engine = engine_of(slots=4)
     one = engine._plan(Request([1, 2, 3], Options(max_new_tokens=200))).worst_bytes
     engine._room = int(one * 2.5)

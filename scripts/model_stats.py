@@ -107,7 +107,7 @@ class ModelStats:
 
     @property
     def mean_mass_left(self) -> float:
-        """What the halting mass of a position lacks of 1 where its loop ends, on average; NaN where nothing halts."""
+        """The part of 1 that halting mass lacks where a position's loop ends, on average; NaN where nothing halts."""
         if not self._halts:
             return float("nan")
         return float(np.mean([one["mass_left"] for one in self._positions]))

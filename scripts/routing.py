@@ -90,7 +90,7 @@ class Routing:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """What holds for all loop steps together."""
+        """The figures of all loop steps together."""
         load = np.sum([step.load for step in self._sums], axis=0, dtype=np.int64) if self._sums else np.zeros(0)
         return {
             "count": self.experts,

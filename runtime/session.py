@@ -65,7 +65,7 @@ class Session:
         self._tuners: dict[tuple[object, ...], DraftTuner] = {}
         self.last_generation = Generation()
         self._defaults: dict[str, Any] = {}
-        self._target = bundle.manifest.default_target
+        self.target = bundle.manifest.default_target
 
     @classmethod
     def open(
@@ -115,7 +115,7 @@ class Session:
         target = target or bundle.manifest.default_target
         session = cls(bundle, open_backend(bundle, target, threads, trust))
         session._defaults = defaults
-        session._target = target
+        session.target = target
         return session
 
     @last_turn
@@ -303,7 +303,7 @@ class Session:
         # An interrupt may have fallen between the caches and the list of tokens.
         sequence.staircase.rollback(len(sequence.ids))
         saved_state.write(
-            path, self.bundle.weights_identity(self._target), sequence.ids, sequence.sampler, sequence.staircase
+            path, self.bundle.weights_identity(self.target), sequence.ids, sequence.sampler, sequence.staircase
         )
 
     @in_turn
@@ -313,7 +313,7 @@ class Session:
         Raises UsageError when the file is damaged or belongs to other weights; the session is then as it was.
         """
         path = _path(path, "a file that save wrote")
-        saved = saved_state.read(path, self.bundle.weights_identity(self._target), self.model, self.max_context)
+        saved = saved_state.read(path, self.bundle.weights_identity(self.target), self.model, self.max_context)
         sequence = TokenSequence(saved.ids, self._new_staircase(saved.depth, None), Sampler(saved.sampling))
         try:
             sequence.staircase.restore(saved.arrays)

@@ -1,5 +1,8 @@
 """Chat templates: the same prompts as transformers renders, in a sandbox, and one line for what goes wrong."""
 
+import resource
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ from sample_bundle import sample_manifest, write_bundle
 from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.errors import UsageError
 from mythos_edge.runtime.chat_template import ChatTemplate
+from mythos_edge.runtime.template_process import TemplateFault, TemplateProcess
 
 TALK = [
     {"role": "system", "content": "Be <brief>."},
@@ -88,6 +92,72 @@ def test_a_hostile_template_does_nothing(text: str) -> None:
     assert len(made) < 100
     assert "uid=" not in made
     assert talk == TALK
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{{ 'a'|center(10**9) }}",
+        "{{ '%1000000000d' % 1 }}",
+        "{{ ['a']|batch(10**9, 'x')|list|length }}",
+        "{{ messages|tojson(indent=10**9) }}",
+        "{% set ns = namespace(x='a' * 99) %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+    ],
+)
+def test_a_template_gets_so_much_memory_and_no_more(text: str) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UsageError, match="takes more than 512 MB of memory"):
+        ChatTemplate(text, "bundle").render(TALK)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
+    with pytest.raises(UsageError, match="it makes 10000000 characters, expected at most 8000000"):
+        ChatTemplate("{% for i in range(100) %}{{ 'a' * 100000 }}{% endfor %}", "bundle").render(TALK)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{% for a in range(9**5) %}{% for b in range(9**5) %}{% endfor %}{% endfor %}",
+        "{% set ns = namespace(x=99) %}{% for i in range(60) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
+    ],
+)
+def test_a_template_gets_so_many_seconds_and_no_more(text: str) -> None:
+    """In Python and inside one C function; the next prompt is made as ever."""
+    process = TemplateProcess("{% if slow %}" + text + "{% endif %}{{ n }}", seconds=0.5)
+    for number in range(2):
+        assert process.render({"n": number}) == str(number)
+        with pytest.raises(TemplateFault, match=r"it takes longer than 0\.5 s"):
+            process.render({"slow": True})
+    with pytest.raises(TemplateFault, match="values are not those of JSON"):
+        process.render({"n": object()})
+
+
+def test_the_process_of_a_template_can_do_nothing_else() -> None:
+    """Were a template to get out of Jinja's sandbox."""
+    program = (
+        "import os, socket\nfrom mythos_edge.runtime import template_process as t\nt._confine()\n"
+        "for do in (lambda: open('/etc/hostname'), lambda: open('made', 'w'), socket.socket, lambda: bytes(1 << 30)):\n"
+        "    try:\n        do()\n    except (OSError, MemoryError) as error:\n        print(type(error).__name__)\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert ran.stdout.split() == ["OSError", "OSError", "OSError", "MemoryError"]
+
+
+def test_the_process_of_a_template_ends_with_what_asked_it() -> None:
+    process = TemplateProcess("{{ n }}")
+    assert process.render({"n": 1}) == "1"
+    child = process._process
+    assert child is not None
+    del process
+    assert child.wait(timeout=10) == -9
+    # Killed while nobody looked, as by a machine short of memory: told once, and the next prompt has another.
+    process = TemplateProcess("{{ n }}")
+    process.render({"n": 1})
+    assert process._process is not None
+    process._process.kill()
+    process._process.wait()
+    with pytest.raises(TemplateFault, match="its process ended with SIGKILL"):
+        process.render({"n": 2})
+    assert process.render({"n": 3}) == "3"
 
 
 def test_names_choose_a_template(tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ def _bundle(bundle: Bundle) -> dict[str, Any]:
         "cache": {
             "slots": plan.slots,
             "bytes_per_token": plan.bytes_per_token,
+            "window_bytes": plan.window_bytes,
             "pending_bytes_per_token": plan.pending_bytes_per_token,
             "bytes_at_max_context": plan.cache_bytes,
         },
@@ -96,7 +97,8 @@ def _show_bundle(console: Console, bundle: Bundle) -> None:
     manifest, plan = bundle.manifest, _cache_plan(bundle)
     source, size = manifest.source, sum(record.bytes for record in manifest.files.values())
     step = "" if source.step is None else f", step {source.step}"
-    cache = f"{plan.bytes_per_token / 1e3:.1f} kB a token, {plan.cache_bytes / 1e6:.1f} MB when full"
+    window = f" and {plan.window_bytes / 1e6:.1f} MB of layers with a window" if plan.window_bytes else ""
+    cache = f"{plan.bytes_per_token / 1e3:.1f} kB a token{window}, {plan.cache_bytes / 1e6:.1f} MB when full"
     for name, text in {
         "bundle": f"{bundle.path}, {size / 1e6:.1f} MB, from {source.name} ({source.kind}{step}), {manifest.created}",
         "family": manifest.family,

@@ -89,6 +89,18 @@ class Router:
         chosen: NDArray[np.int64] = np.argsort(-logits, axis=-1, kind="stable")[:, : self.top_k]
         return chosen
 
+    def entropy(self, x: Array) -> NDArray[np.float64]:
+        """How undecided the router is on each row of ``x (rows, D)``, in nats: 0, or log E where all are alike to it.
+
+        It is the entropy of the softmax of its logits over all experts. The bias, which balances loads, says nothing.
+        """
+        logits = (x @ self.weight.T).astype(np.float64)
+        logits -= logits.max(axis=-1, keepdims=True)
+        shares = np.exp(logits)
+        total = shares.sum(axis=-1)
+        entropy: NDArray[np.float64] = np.log(total) - (shares * logits).sum(axis=-1) / total
+        return entropy
+
     def tied(self, x: Array) -> NDArray[np.bool_]:
         """Whether for each row of ``x (rows, D)`` an expert that is not chosen is as good as the last of the chosen.
 

@@ -23,6 +23,8 @@ class LoopedModel:
     trained, unless ``trained_depth`` is more. ``threshold`` is the halting mass that ends a position's loop.
     ``attention`` is latent or grouped, ``head_dim`` the size of a query, and ``experts_per_token`` the routed experts
     that each loop step chooses, 0 without any. ``exit_rule`` is one of ``EXIT_RULES``.
+    ``slot_windows`` says of each slot (of the prelude, of one loop step, of the coda) how many positions a row of it
+    sees, its own included, and 0 for all; it is empty where all see all.
     Raises BundleError for numbers that no model has.
     """
 
@@ -39,6 +41,7 @@ class LoopedModel:
     experts_per_token: int
     exit_rule: str = "weighted"
     trained_depth: int = 0
+    slot_windows: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         bounds = {"prelude_slots": (0, _MOST_SLOTS), "step_slots": (1, _MOST_SLOTS), "coda_slots": (0, _MOST_SLOTS)}
@@ -48,6 +51,10 @@ class LoopedModel:
             least, most = bounds.get(name, (1, _LARGEST))
             if isinstance(value, int) and not least <= value <= most:
                 raise BundleError(f"model.{name} is {value}, expected {least} to {most}")
+        slots, windows = sum(self.slots.values()), self.slot_windows
+        if windows and (len(windows) != slots or not all(0 <= window <= _LARGEST for window in windows)):
+            given = f"{len(windows)} numbers" if len(windows) > 8 else list(windows)
+            raise BundleError(f"model.slot_windows is {given}, expected {slots} numbers of positions, or none")
         if not self.threshold > 0:
             raise BundleError(f"model.threshold is {self.threshold}, expected a number above 0")
         if self.attention not in ("latent", "grouped"):
@@ -69,3 +76,9 @@ class LoopedModel:
     def slots(self) -> dict[str, int]:
         """Cache slots that one run of each stage reads and writes."""
         return {"prelude": self.prelude_slots, "step": self.step_slots, "coda": self.coda_slots}
+
+    @property
+    def windows(self) -> dict[str, tuple[int, ...]]:
+        """The windows of the slots of each stage, 0 for a slot whose rows see all."""
+        given = iter(self.slot_windows)
+        return {stage: tuple(next(given, 0) for _ in range(count)) for stage, count in self.slots.items()}

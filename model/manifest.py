@@ -39,6 +39,8 @@ MOST_MANIFEST_BYTES = 4_000_000
 _MOST_SAMPLE_TOKENS = 64
 # What states and cached rows can be computed in; all of a bundle are of one.
 _COMPUTED = ("float32", "float16", "bfloat16")
+# The field of the model that is left out where it says nothing.
+_WINDOWS = "slot_windows"
 
 
 @dataclass(frozen=True)
@@ -311,13 +313,19 @@ def bundle_identity(
     source: Source, dtype: str, max_context: int, family: str, config: Mapping[str, Any], model: LoopedModel
 ) -> str:
     """A hash that is equal for bundles whose caches mean the same; see ``Manifest.identity``."""
-    parts = [source.sha256, dtype, max_context, family, dict(config), dataclasses.asdict(model)]
+    parts = [source.sha256, dtype, max_context, family, dict(config), _of_model(model)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def manifest_to_dict(manifest: Manifest) -> dict[str, Any]:
     """The JSON object that is written as manifest.json."""
-    return {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(manifest)}
+    return {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(manifest), "model": _of_model(manifest.model)}
+
+
+def _of_model(model: LoopedModel) -> dict[str, Any]:
+    """The fields of a model; without windows as versions that knew none wrote them, and read them."""
+    fields = dataclasses.asdict(model)
+    return fields if model.slot_windows else {name: fields[name] for name in fields if name != _WINDOWS}
 
 
 def manifest_from_dict(values: Mapping[str, Any], *, origin: str) -> Manifest:
@@ -334,6 +342,8 @@ def manifest_from_dict(values: Mapping[str, Any], *, origin: str) -> Manifest:
             f"{origin}: made by a newer mythos-edge (schema {version}, this one reads {SCHEMA_VERSION}): upgrade it"
         )
     rest = {name: value for name, value in values.items() if name != "schema_version"}
+    if isinstance(model := rest.get("model"), dict):
+        rest["model"] = {_WINDOWS: [], **model}
     try:
         return dataclass_from_json(Manifest, rest, "manifest")
     except (BundleError, ConfigError) as error:

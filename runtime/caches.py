@@ -15,13 +15,19 @@ from mythos_edge.model.looped import LoopedModel
 from mythos_edge.runtime.backends.memory import HostMemory, Memory, Rows
 
 _FIRST_CAPACITY = 64
+# What a slot with a window keeps beside the columns that its next row sees, so that the last ones can be taken back.
+ROLLBACK_MARGIN = 256
+# Positions that are run at once unless a request says otherwise.
+_CHUNK = 512
 
 
 @dataclass(frozen=True)
 class CachePlan:
     """The cache memory that a context costs, known before anything is allocated.
 
-    ``bytes_per_token``: rows of all slots; ``pending_bytes_per_token``: h and e of a position below full depth.
+    ``bytes_per_token``: rows of the slots that grow with the context; ``pending_bytes_per_token``: h and e of a
+    position below full depth. ``window_bytes``: all of those slots of a sequence whose layers see a window of the last
+    positions, as many as there are room for in this context.
     """
 
     slots: int
@@ -29,11 +35,12 @@ class CachePlan:
     pending_bytes_per_token: int
     context: int
     batch: int
+    window_bytes: int = 0
 
     @property
     def cache_bytes(self) -> int:
         """All slots full for the whole context."""
-        return self.bytes_per_token * self.context * self.batch
+        return (self.bytes_per_token * self.context + self.window_bytes) * self.batch
 
     @property
     def worst_bytes(self) -> int:
@@ -41,10 +48,46 @@ class CachePlan:
         return self.cache_bytes + self.pending_bytes_per_token * self.context * self.batch
 
 
-def plan_cache(model: LoopedModel, max_depth: int, context: int, batch: int = 1, value_bytes: int = 4) -> CachePlan:
-    """The memory that ``context`` tokens in each of ``batch`` sequences take at ``max_depth`` loop steps."""
-    slots = model.prelude_slots + max_depth * model.step_slots + model.coda_slots
-    return CachePlan(slots, slots * model.cache_width * value_bytes, 2 * model.dim * value_bytes, context, batch)
+def plan_cache(
+    model: LoopedModel,
+    max_depth: int,
+    context: int,
+    batch: int = 1,
+    value_bytes: int = 4,
+    *,
+    chunk: int = _CHUNK,
+    all_columns: bool = False,
+) -> CachePlan:
+    """The memory that ``context`` tokens in each of ``batch`` sequences take at ``max_depth`` loop steps.
+
+    At most ``chunk`` of them are run at once. ``all_columns``: slots give up nothing, whatever their window.
+    """
+    windows = model.windows
+    of_slots = [*windows["prelude"], *windows["step"] * max_depth, *windows["coda"]]
+    # Where positions halt, a slot may have to take in at once all that lag.
+    bounded = [] if all_columns or model.halts else [window for window in of_slots if window]
+    rooms = sum(min(context, kept_columns(window) + spare_columns(window) + chunk) for window in bounded)
+    slot_bytes = model.cache_width * value_bytes
+    growing = (len(of_slots) - len(bounded)) * slot_bytes
+    return CachePlan(len(of_slots), growing, 2 * model.dim * value_bytes, context, batch, rooms * slot_bytes)
+
+
+def plan_in(
+    memory: Memory, model: LoopedModel, max_depth: int, context: int, batch: int = 1, chunk: int = _CHUNK
+) -> CachePlan:
+    """The plan of caches in ``memory``; see ``plan_cache``."""
+    room, size, all_columns = memory.room_of(context), memory.dtype.itemsize, memory.keeps_all_columns
+    return plan_cache(model, max_depth, room, batch, size, chunk=chunk, all_columns=all_columns)
+
+
+def kept_columns(window: int) -> int:
+    """The columns that a slot keeps whose rows see ``window`` of them, their own included."""
+    return window - 1 + ROLLBACK_MARGIN
+
+
+def spare_columns(window: int) -> int:
+    """How far such a slot moves on before what it keeps is copied to the front, so that this is rare."""
+    return max(_FIRST_CAPACITY, kept_columns(window) // 4)
 
 
 def require_memory(plan: CachePlan, already_held: int, free: int | None) -> None:
@@ -60,11 +103,12 @@ def require_memory(plan: CachePlan, already_held: int, free: int | None) -> None
 class ColumnBuffer:
     """Columns ``start .. end`` of a (1, columns, width) array that grows by doubling up to ``limit`` columns.
 
-    Columns below ``start`` are given up. Nothing is allocated before the first column is written.
+    Columns below ``start`` are given up. Nothing is allocated before the first column is written. With ``spare`` it
+    makes room for no more than so many columns to come.
     """
 
-    def __init__(self, width: int, limit: int, memory: Memory | None = None) -> None:
-        self._width, self._limit = width, limit
+    def __init__(self, width: int, limit: int, memory: Memory | None = None, spare: int | None = None) -> None:
+        self._width, self._limit, self._spare = width, limit, spare
         self._memory = memory or HostMemory()
         self._data = self._memory.columns(0, width)
         self._origin = 0  # the column that stands first in _data
@@ -78,6 +122,11 @@ class ColumnBuffer:
     @property
     def nbytes(self) -> int:
         return int(self._data.nbytes)
+
+    @property
+    def capacity(self) -> int:
+        """The columns that there is memory for."""
+        return self._data.shape[1]
 
     def view(self, start: int, end: int) -> Rows:
         """Columns ``start .. end``: C-contiguous memory of the buffer.
@@ -134,25 +183,29 @@ class ColumnBuffer:
         """Gives back room for columns to come where it is more than half of all; none is expected any more."""
         self.expected, kept = 0, self.end - self.start
         if self._data.shape[1] > 2 * self._memory.room_of(max(kept, _FIRST_CAPACITY)):
-            data = self._memory.columns(kept, self._width)
-            data[:, :kept] = self.view(self.start, self.end)
-            self._data, self._origin = data, self.start
+            self.move_to(kept)
 
     def _reserve(self, end: int) -> None:
         needed, capacity = end - self._origin, self._data.shape[1]
         if needed <= capacity:
             return
-        kept = self._data[:, self.start - self._origin : self.end - self._origin]
         needed = end - self.start
         if needed <= self.expected:
             capacity = self.expected
+        elif self._spare is not None:
+            capacity = needed + min(self._spare, max(needed, _FIRST_CAPACITY))
         else:
             capacity = max(_FIRST_CAPACITY, capacity)
             while capacity < needed:
                 capacity *= 2
-        data = self._memory.columns(min(capacity, max(self._limit, needed)), self._width)
+        self.move_to(min(capacity, max(self._limit, needed)))
+
+    def move_to(self, capacity: int) -> None:
+        """Puts what there is to the front of memory for ``capacity`` columns."""
+        kept = self._data[:, self.start - self._origin : self.end - self._origin]
+        data = self._memory.columns(capacity, self._width)
         data[:, : kept.shape[1]] = kept
-        self._data, self._origin = data, self.start
+        self._data, self._origin, self._last_view = data, self.start, None
 
     def state(self) -> dict[str, Any]:
         """The arrays that ``restore`` needs."""

@@ -151,6 +151,8 @@ class Conversation:
         }
         # The last token must run again, as its logits were not kept.
         kept = 0 if self._depth != depth else max(0, min(common_length(self.session.ids, ids), len(ids) - 1))
+        if kept and kept < self.session.rollback_floor:
+            kept = 0  # slots with a window do not go back so far: the talk is computed anew
         if kept:
             self.session.rollback(kept)
         stream = self.session.stream(ids[kept:], resume=kept > 0, **given)

@@ -80,6 +80,22 @@ class TokenSequence:
     staircase: Staircase
     sampler: Sampler
 
+    def rollback(self, length: int) -> None:
+        """Forgets it from position ``length`` on."""
+        self.staircase.rollback(length)
+        del self.ids[length:]
+
+    def check_rollback(self, length: int) -> None:
+        """Raises UsageError unless it can be rolled back to ``length`` positions without computing it anew."""
+        now, floor = len(self.ids), self.staircase.rollback_floor
+        if not 0 <= length <= now:
+            raise UsageError(f"rollback to {length} positions, expected 0 .. {now}, the present length")
+        if 0 < length < floor:
+            raise UsageError(
+                f"rollback to {length} positions, expected 0 or {floor} .. {now}: layers with a window have given up "
+                "what earlier ones see: generate from the tokens anew, without resume"
+            )
+
 
 class Decoding:
     """A request at work on a sequence: ``advance`` gives one more token until it has ``finished``."""

@@ -23,7 +23,7 @@ from mythos_edge.model.errors import CapacityError, UsageError
 from mythos_edge.runtime import saved_state
 from mythos_edge.runtime.backends.opening import open_backend
 from mythos_edge.runtime.backends.protocol import Backend
-from mythos_edge.runtime.caches import CachePlan, plan_cache, require_memory
+from mythos_edge.runtime.caches import CachePlan, plan_in, require_memory
 from mythos_edge.runtime.decoding import Decoding, Generation, TextSoFar, TokenSequence
 from mythos_edge.runtime.draft_tuner import DraftTuner
 from mythos_edge.runtime.halting import LOOP_STEPS, ResolvedDepth, depth_of_preset
@@ -65,7 +65,7 @@ class Session:
         self._tuners: dict[tuple[object, ...], DraftTuner] = {}
         self.last_generation = Generation()
         self._defaults: dict[str, Any] = {}
-        self._target = bundle.manifest.default_target
+        self.target = bundle.manifest.default_target
 
     @classmethod
     def open(
@@ -115,7 +115,7 @@ class Session:
         target = target or bundle.manifest.default_target
         session = cls(bundle, open_backend(bundle, target, threads, trust))
         session._defaults = defaults
-        session._target = target
+        session.target = target
         return session
 
     @last_turn
@@ -146,11 +146,7 @@ class Session:
         room = Within(least=1, most=self.max_context)
         tokens = self.max_context if context is None else whole("context", context, room)
         depth = self.model.max_depth if max_depth is None else whole("max_depth", max_depth, LOOP_STEPS)
-        return self._plan(tokens, whole("batch", batch, _COUNT), depth)
-
-    def _plan(self, tokens: int, batch: int, max_depth: int) -> CachePlan:
-        memory = self.backend.memory
-        return plan_cache(self.model, max_depth, memory.room_of(tokens), batch, memory.dtype.itemsize)
+        return plan_in(self.backend.memory, self.model, depth, tokens, whole("batch", batch, _COUNT))
 
     @overload
     def generate(
@@ -253,7 +249,7 @@ class Session:
         meaningless = sorted(set(options) & RequestOptions.__annotations__.keys() - ScoreOptions.__annotations__.keys())
         if meaningless:
             raise UsageError(f"score chooses no tokens, and {meaningless[0]} means nothing to it: leave it out")
-        wanted = self._options(options)
+        wanted = self._options({**options, "chunk": max(1, prefill)})
         self._start(ids.tolist(), [wanted.depth.resolve(self.model)] * len(ids), [wanted] * len(ids))
         spans = list(spans_of(prefill, positions))
         first, *others = self._sequences
@@ -274,16 +270,19 @@ class Session:
         sequence = self._only_sequence()
         return cast(RequestOptions, {**asdict(sequence.staircase.depth), **asdict(sequence.sampler.params)})
 
+    @property
+    @in_turn
+    def rollback_floor(self) -> int:
+        """The fewest positions, besides none, that ``rollback`` goes back to: layers with a window give up rows."""
+        return self._only_sequence().staircase.rollback_floor
+
     @in_turn
     def rollback(self, length: int) -> None:
-        """Forgets the present sequence from position ``length`` on; no cache is copied."""
-        sequence = self._only_sequence()
-        length = whole("length", length)
-        if not 0 <= length <= len(sequence.ids):
-            raise UsageError(f"rollback to {length} positions, expected 0 .. {len(sequence.ids)}, the present length")
+        """Forgets the present sequence from position ``length`` on; no cache is copied. At least ``rollback_floor``."""
+        sequence, length = self._only_sequence(), whole("length", length)
+        sequence.check_rollback(length)
         self._change()
-        sequence.staircase.rollback(length)
-        del sequence.ids[length:]
+        sequence.rollback(length)
 
     @in_turn
     def flush(self, until: Callable[[], bool] = lambda: False) -> None:
@@ -304,7 +303,7 @@ class Session:
         # An interrupt may have fallen between the caches and the list of tokens.
         sequence.staircase.rollback(len(sequence.ids))
         saved_state.write(
-            path, self.bundle.weights_identity(self._target), sequence.ids, sequence.sampler, sequence.staircase
+            path, self.bundle.weights_identity(self.target), sequence.ids, sequence.sampler, sequence.staircase
         )
 
     @in_turn
@@ -314,7 +313,7 @@ class Session:
         Raises UsageError when the file is damaged or belongs to other weights; the session is then as it was.
         """
         path = _path(path, "a file that save wrote")
-        saved = saved_state.read(path, self.bundle.weights_identity(self._target), self.model, self.max_context)
+        saved = saved_state.read(path, self.bundle.weights_identity(self.target), self.model, self.max_context)
         sequence = TokenSequence(saved.ids, self._new_staircase(saved.depth, None), Sampler(saved.sampling))
         try:
             sequence.staircase.restore(saved.arrays)
@@ -384,7 +383,7 @@ class Session:
             )
         ids = sequence.ids + encoded[0]
         self._check_length(len(ids))
-        self._check_memory(len(ids) + options.max_new_tokens, 1, depth, sequence.staircase.nbytes)
+        self._check_memory(len(ids) + options.max_new_tokens, [options], depth, sequence.staircase.nbytes)
         self._change()
         # An interrupt may have left more cached columns than tokens; they are of other tokens than those to come.
         sequence.staircase.rollback(len(sequence.ids))
@@ -405,7 +404,7 @@ class Session:
         columns = [len(ids) + generating * one.max_new_tokens for ids, one in zip(encoded, each, strict=True)]
         held = sum(sequence.staircase.nbytes for sequence in self._sequences)
         deepest = max(depths, key=lambda depth: depth.max_depth)
-        self._check_memory(max(columns), len(encoded), deepest, held)
+        self._check_memory(max(columns), each, deepest, held)
         self._change()
         self._sequences = []
         self._sequences = [
@@ -428,9 +427,10 @@ class Session:
                 f"export with --max-context {tokens} or shorten it"
             )
 
-    def _check_memory(self, columns: int, batch: int, depth: ResolvedDepth, held: int) -> None:
-        context = min(columns, self.max_context)
-        require_memory(self._plan(context, batch, depth.max_depth), held, self.backend.memory.free_bytes())
+    def _check_memory(self, columns: int, each: Sequence[Options], depth: ResolvedDepth, held: int) -> None:
+        memory, context, chunk = self.backend.memory, min(columns, self.max_context), max(one.chunk for one in each)
+        plan = plan_in(memory, self.model, depth.max_depth, context, len(each), chunk)
+        require_memory(plan, held, memory.free_bytes())
 
     def _stop_ids(self, options: Options) -> tuple[int, ...]:
         ends = self.bundle.manifest.end_tokens

@@ -74,7 +74,7 @@ def speculating(
         if token != guess.token:
             break
     accepted = sum(one.id == guess.token for one, guess in zip(drawn, drafted, strict=False))
-    yield from staircase.keeping(start + len(drawn))
+    yield from staircase.keeping(start, start + len(drawn))
     return Round(drawn, len(drafted), accepted)
 
 

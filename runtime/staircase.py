@@ -25,6 +25,7 @@ from mythos_edge.runtime.backends.packing import ROWS
 from mythos_edge.runtime.backends.protocol import Backend
 from mythos_edge.runtime.caches import ColumnBuffer
 from mythos_edge.runtime.halting import Policy, ResolvedDepth
+from mythos_edge.runtime.slots import Slot, grow, slots_of
 from mythos_edge.runtime.together import NotRun, StageCall, Work, run_alone
 
 Float32 = NDArray[np.float32]
@@ -72,9 +73,11 @@ class Staircase:
         self.block_calls = self.block_rows = self.catch_up_calls = self.rolled_back_rows = 0
         self._backend, self.max_lag = backend, max_lag
         self._memory = memory = backend.memory
-        self.prelude_slots = [self._slot() for _ in range(model.prelude_slots)]
-        self.coda_slots = [self._slot() for _ in range(model.coda_slots)]
-        self.loop_slots = [[self._slot() for _ in range(model.step_slots)] for _ in range(depth.max_depth)]
+        stages = ["prelude", *["step"] * depth.max_depth, "coda"]
+        groups = [slots_of(model, stage, max_context, memory) for stage in stages]
+        self.prelude_slots, *self.loop_slots, self.coda_slots = groups
+        self._slots = list(chain(*groups))
+        self._windowed = [slot for slot in self._slots if slot.window]
         # States of the columns that are not at full depth: h as of their deepest computed step.
         self._h = ColumnBuffer(model.dim, max_context, memory)
         self._e = ColumnBuffer(model.dim, max_context, memory)
@@ -115,6 +118,11 @@ class Staircase:
         return sum(buffer.nbytes for buffer in self._buffers().values())
 
     @property
+    def rollback_floor(self) -> int:
+        """The fewest columns, besides none, that it can be rolled back to: slots with a window give up rows."""
+        return max((slot.floor for slot in self._windowed), default=0)
+
+    @property
     def is_whole(self) -> bool:
         """Whether it was never interrupted where that leaves caches of no use."""
         return not self._torn
@@ -131,8 +139,8 @@ class Staircase:
 
     def expect(self, columns: int) -> None:
         """Makes every slot that grows make room for so many columns at once, as far as the longest context."""
-        for slot in [*self.prelude_slots, *chain(*self.loop_slots), *self.coda_slots]:
-            slot.expected = min(columns, self.max_context)
+        for slot in self._slots:
+            slot.expect(min(columns, self.max_context))
 
     def feed(self, ids: Int64, logit_rows: Int64) -> Fed:
         """Runs the next S columns ``ids (1, S)`` through all stages; logits of the rows ``logit_rows (L,)``.
@@ -193,13 +201,14 @@ class Staircase:
         self._drafted = []
         return Fed(logits, self._memory.to_host(depth))
 
-    def keeping(self, columns: int) -> Work[None]:
-        """Ends a verified draft: forgets it from column ``columns`` on."""
+    def keeping(self, start: int, columns: int) -> Work[None]:
+        """Ends a verified draft that began at column ``start``: forgets it from column ``columns`` on."""
         self.rollback(columns)
-        yield from self._settle()
+        yield from self._settle(start)
 
     def rollback(self, columns: int) -> None:
-        """Forgets everything from column ``columns`` on; nothing is copied."""
+        """Forgets everything from column ``columns`` on, and all below ``rollback_floor``; nothing is copied."""
+        columns = columns if columns >= self.rollback_floor else 0
         self.columns = min(self.columns, columns)
         self._drafted = [rows for rows in self._drafted if rows.start < columns]
         self.rolled_back_rows += sum(max(0, length - columns) for length in self.lengths)
@@ -207,8 +216,9 @@ class Staircase:
             buffer.truncate(columns)
 
     def copy(self, columns: int) -> "Staircase":
-        """A staircase of its own that has the first ``columns`` columns, which are copied."""
+        """A staircase of its own with copies of the first ``columns`` columns, at least ``rollback_floor``."""
         assert not self._drafted
+        assert columns >= self.rollback_floor
         self._check_whole()
         made = Staircase(self._backend, self.model, self.depth, self.max_context, self.max_lag)
         made.columns = min(self.columns, columns)
@@ -231,14 +241,11 @@ class Staircase:
             if until():
                 return
             yield from self._catch_up(index)
-        self._forget_finished()
+        self._forget_finished(self.columns)
 
     def _check_whole(self) -> None:
         if self._torn:
             raise UsageError("this sequence was interrupted inside a loop step: start a new session")
-
-    def _slot(self) -> ColumnBuffer:
-        return ColumnBuffer(self.model.cache_width, self.max_context, self._memory)
 
     def _enter(self, ids: Int64) -> Work[_Rows]:
         """Runs new columns through the prelude: their rows, ready for the loop."""
@@ -252,7 +259,7 @@ class Staircase:
         self.columns += chunk
         e = self._take("e", (1, chunk, self.model.dim))
         yield self._call("prelude", start, self.prelude_slots, {"input_ids": np.ascontiguousarray(ids)}, {"e": e})
-        _grow(self.prelude_slots, chunk)
+        grow(self.prelude_slots, chunk)
         self._e.append(e)
         self._h.append(e)
         out = self._take("out", (1, chunk, self.model.dim))
@@ -309,7 +316,7 @@ class Staircase:
             self._torn = False
             raise
         self._torn = True
-        _grow(slots, chunk)
+        grow(slots, chunk)
         if not in_place:
             self._h.write(begin, made["h_next"])
         self._torn = False
@@ -332,11 +339,11 @@ class Staircase:
     def _coda(self, out: Rows, logit_rows: Int64, start: int) -> Work[Float32]:
         logits = self._memory.empty((1, len(logit_rows), self.model.vocab_size), np.float32)
         yield self._call("coda", start, self.coda_slots, {"out": out, "logit_rows": logit_rows}, {"logits": logits})
-        _grow(self.coda_slots, out.shape[1])
+        grow(self.coda_slots, out.shape[1])
         return self._memory.to_host(logits)
 
     def _call(
-        self, stage: str, begin: int, slots: list[ColumnBuffer], feeds: dict[str, Rows], made: dict[str, Rows]
+        self, stage: str, begin: int, slots: list[Slot], feeds: dict[str, Rows], made: dict[str, Rows]
     ) -> StageCall:
         """A run of ``stage`` for the columns from ``begin`` on, with the cached rows before; see ``_grow``."""
         self._length[()] = begin
@@ -346,11 +353,14 @@ class Staircase:
             assert slot.end == begin
             # New rows are written in their place. Making it may move the buffer, so the filled ones are taken after.
             made[f"rows_{number}"] = slot.tail(chunk)
-            feeds[f"past_{number}"] = slot.view(0, begin)
+            feeds[f"past_{number}"] = slot.seen()
         return StageCall(stage, feeds, made)
 
-    def _settle(self) -> Work[None]:
-        """After a chunk: what the policy does about the steps that were not taken, and memory given back."""
+    def _settle(self, back_to: int | None = None) -> Work[None]:
+        """After a chunk: what the policy does about the steps that were not taken, and memory given back.
+
+        It can still be rolled back to column ``back_to``, by default to the last.
+        """
         if self.depth.policy is Policy.LAST:
             self._repeat_last_rows()
         elif self.max_lag is not None:
@@ -359,7 +369,7 @@ class Staircase:
             gaps = {index: before - now for index, (before, now) in pairs if self.columns - now > self.max_lag}
             if gaps:
                 yield from self._catch_up(max(gaps, key=gaps.__getitem__))
-        self._forget_finished()
+        self._forget_finished(self.columns if back_to is None else back_to)
 
     def _catch_up(self, index: int) -> Work[None]:
         """Brings loop step ``index`` as far as the step before it, in one call."""
@@ -374,7 +384,9 @@ class Staircase:
                 if deep.end < shallow.end:
                     deep.append(shallow.view(deep.end, shallow.end))
 
-    def _forget_finished(self) -> None:
+    def _forget_finished(self, back_to: int) -> None:
+        for slot in self._windowed:
+            slot.give_up(back_to)
         finished = self.lengths[-1]
         self._h.drop_before(finished)
         self._e.drop_before(finished)
@@ -430,9 +442,3 @@ def _moving(rows: _Rows) -> tuple[Rows, Rows, Rows]:
 def _leading(array: Rows, columns: int) -> Rows:
     """The first columns; all of them is the same object, which stays bound."""
     return array if array.shape[1] == columns else array[:, :columns]
-
-
-def _grow(slots: list[ColumnBuffer], chunk: int) -> None:
-    """Takes in the rows that a call has written."""
-    for slot in slots:
-        slot.grow(chunk)

@@ -141,7 +141,7 @@ class Console:
         if self.as_json and not self._result_given:
             self.end_progress()
             self._result_given = True
-            self._print(json.dumps(_without_nan(values), allow_nan=False) + "\n")
+            self._print(json.dumps(without_nan(values), allow_nan=False) + "\n")
 
     def leave_stdout_to(self, output: Path) -> None:
         """Says on stderr what is for people, where ``output`` is stdout. Raises UsageError with --json."""
@@ -266,10 +266,10 @@ def _moves_the_cursor(stream: TextIO | None) -> bool:
     return _is_terminal(stream) and os.environ.get("TERM") != "dumb"
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """JSON has no NaN and no infinity; null says that a figure could not be had."""
     if isinstance(value, Mapping):
-        return {name: _without_nan(item) for name, item in value.items()}
+        return {name: without_nan(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

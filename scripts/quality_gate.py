@@ -6,31 +6,23 @@ the loop carries along grows from one loop step to the next, which logits alone 
 
 import argparse
 import warnings
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mythos_edge.model.bundle import Bundle
-from mythos_edge.model.errors import UsageError, unavailable
-from mythos_edge.model.linked_weights import weights_apart
+from mythos_edge.model.errors import UsageError
 from mythos_edge.model.manifest import TargetRecord
-from mythos_edge.model.stages import OWN
-from mythos_edge.model.target_options import OrtOptions, options_of
-from mythos_edge.runtime.backends.memory import Rows, host_array
 from mythos_edge.runtime.backends.opening import open_backend
-from mythos_edge.runtime.backends.packing import Array, Arrays, Call, declared
 from mythos_edge.runtime.backends.protocol import Backend
 from mythos_edge.runtime.quality import Gate, QualityReport, Trace, difference, quality_report
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import addition, arguments, options
 from mythos_edge.scripts.console import Console
-
-if TYPE_CHECKING:
-    from mythos_edge.exporter.probes import Probe, Router
+from mythos_edge.scripts.loop_watch import StepRun, Watched, router_probe
 
 FP32 = "fp32"
 # By kind of weights: fp32 differs by the order of sums alone; for the others a choice of ours, several times what the
@@ -191,76 +183,26 @@ def _exact_sums(session: Session, streams: NDArray[np.int64]) -> float:
 
 
 class _Traced:
-    """One target of a bundle, run at full depth with every loop step written down."""
+    """One target of a bundle, run at full depth with every loop step written down, by loop step and position."""
 
     def __init__(self, bundle: Bundle, target: str, backend: Backend) -> None:
-        try:
-            from mythos_edge.exporter.probes import Probe, router_of
-        except ImportError as error:
-            raise unavailable(error, "comparing targets", "pip install 'mythos-edge[export]'") from error
+        self._memory = backend.memory
+        self._router = router_probe(bundle, target, "comparing targets")
+        self._session = Session(bundle, Watched(backend, self._look, self._router))
 
-        spec = bundle.target(target)
-        if spec.is_native:
-            # An engine shows its states alone; what the router makes of them is asked in float32.
-            spec = bundle.target(bundle.manifest.default_target)
-        with bundle.unchanged(target):
-            apart = weights_apart(bundle, None, target)
-            prepack = options_of(spec, OrtOptions).prepacked
-            router = router_of(bundle)
-            step = bundle.file(spec.graphs["step"])
-            probe = None if router is None else Probe(step, [router.name], prepack=prepack, apart=apart)
-        self._recorder = _Recorder(backend, probe, router)
-        self._session = Session(bundle, self._recorder)
-
-    def trace(self, ids: NDArray[np.int64]) -> Trace:
-        """Runs the target on one sequence ``ids (1, S)``."""
+    def trace(self, ids: NDArray[np.int64], prefill: int | None = None) -> Trace:
+        """Runs the target on one sequence ``ids (1, S)``, the first ``prefill`` positions in one chunk."""
         model = self._session.model
         shape = (model.max_depth, ids.shape[1])
-        h = self._recorder.h = np.empty((*shape, model.dim), np.float32)
-        chosen = self._recorder.chosen = np.empty((*shape, model.experts_per_token), np.int64)
-        tied = self._recorder.tied = np.zeros(shape, np.bool_)
-        score = self._session.score(ids, policy="full")
-        return Trace(score.logits[0], score.depth[0], h, chosen, tied)
+        self._h = np.empty((*shape, model.dim), np.float32)
+        self._chosen = np.empty((*shape, model.experts_per_token), np.int64)
+        self._tied = np.zeros(shape, np.bool_)
+        score = self._session.score(ids, policy="full", prefill=prefill)
+        return Trace(score.logits[0], score.depth[0], self._h, self._chosen, self._tied)
 
-
-class _Recorder:
-    """A backend that writes down states, chosen experts and ties of the router, by loop step and position."""
-
-    h: NDArray[np.float32]
-    chosen: NDArray[np.int64]
-    tied: NDArray[np.bool_]
-
-    def __init__(self, backend: Backend, probe: "Probe | None", router: "Router | None") -> None:
-        self._backend, self._probe, self._router = backend, probe, router
-        self.memory, self.max_context = backend.memory, backend.max_context
-
-    def run(self, stage: str, feeds: Arrays, outputs: Arrays) -> None:
-        if stage != "step":
-            self._backend.run(stage, feeds, outputs)
-            return
-        # Before the run, which may write over them.
-        seen_by_host = {name: self._on_host(name, rows) for name, rows in feeds.items()}
-        self._backend.run(stage, feeds, outputs)
-        index = host_array(feeds["step_index"])[0]
-        positions = int(host_array(feeds["length"])) + np.arange(len(index))
-        self.h[index, positions] = self.memory.to_floats(outputs["h_next"])[0]
-        if self._probe is None or self._router is None:
-            return
-        # Portable graphs know positions by length and first, lowered ones by themselves.
-        seen = self._probe.run({**seen_by_host, "positions": positions[None]})[self._router.name]
-        self.chosen[index, positions] = self._router.chosen(seen)
-        self.tied[index, positions] = self._router.tied(seen)
-
-    def _on_host(self, name: str, rows: Rows) -> Array:
-        """The values of an input of the loop step, states as float32."""
-        tensor = declared("step", name)
-        if tensor.on_host:
-            return host_array(rows)
-        return self.memory.to_floats(rows) if tensor.dtype == OWN else self.memory.to_host(rows)
-
-    def run_together(self, stage: str, calls: Sequence[Call]) -> None:
-        for call in calls:
-            self.run(stage, *call)
-
-    def close(self) -> None:
-        self._backend.close()
+    def _look(self, run: StepRun) -> None:
+        at = run.step_index, run.positions
+        self._h[at] = self._memory.to_floats(run.outputs["h_next"])[0]
+        if self._router is not None and run.router_input is not None:
+            self._chosen[at] = self._router.router.chosen(run.router_input)
+            self._tied[at] = self._router.router.tied(run.router_input)

@@ -20,10 +20,12 @@ from mythos_edge.runtime.scoring import Score, nats_of
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import arguments, given_tokens, options
 from mythos_edge.scripts.console import Console
+from mythos_edge.scripts.model_stats import WHAT, ModelStats
 
 HELP = "perplexity, bits per byte and depth of a text or of given tokens, and their logits as a file"
 EXAMPLE = (
-    "mythos-edge score model.bundle --text notes.txt\n  mythos-edge score model.bundle --ids ids.npy -o scores.npz"
+    "mythos-edge score model.bundle --text notes.txt\n  mythos-edge score model.bundle --ids ids.npy -o scores.npz\n"
+    "  mythos-edge score model.bundle --text notes.txt --stats stats.json"
 )
 _SCORES = "the scores"
 # Of the rows that are scored together; a row alone may need more.
@@ -41,6 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     given_tokens.add_row_tokens(parser)
     text = "write ids, logits and depth of every position (default: print the figures alone)"
     parser.add_argument("-o", "--output", type=arguments.path, metavar="NPZ", help=text)
+    text = "write what the model does: depth of every token, and which experts each loop step chooses"
+    parser.add_argument("--stats", type=arguments.path, metavar="JSON", help=text)
     parser.add_argument("--prefill", type=int, metavar="N", help="positions fed as one chunk (default: all)")
     options.add_depth(parser)
     options.add_target(parser)
@@ -51,10 +55,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     given_tokens.are_given(args, "--ids", args.ids)
     bundle = open_bundle(args.bundle, trust_engines=args.trust)
     tokens = given_tokens.tokens_of(args, args.ids, bundle)
-    if args.output is not None:
-        check_output(args.output, _SCORES)
-        console.leave_stdout_to(args.output)
-    figures, scores = _score(args, bundle, tokens, console)
+    _check_outputs(args, console)
+    figures, scores, stats = _score(args, bundle, tokens, console)
     if args.output is not None:
         with writing(args.output, _SCORES) as file:
             np.savez(
@@ -65,9 +67,24 @@ def run(args: argparse.Namespace, console: Console) -> int:
                 block_calls=np.array(figures.block_calls),
                 block_rows=np.array(figures.block_rows),
             )
-    _tell(args, tokens, figures, console)
-    console.result({"output": None if args.output is None else str(args.output), **figures.to_dict(tokens)})
+    if stats is not None:
+        stats.write(args.stats, {"bundle": str(args.bundle), "tokens_of": tokens.file, **options.depth_of(args)})
+    _tell(args, tokens, figures, stats, console)
+    output = None if args.output is None else str(args.output)
+    looked_at = {} if stats is None else {"stats": {"file": str(args.stats), **stats.summary()}}
+    console.result({"output": output, **figures.to_dict(tokens), **looked_at})
     return 0
+
+
+def _check_outputs(args: argparse.Namespace, console: Console) -> None:
+    """Raises UsageError where what is asked for cannot be written, as that is better known before the work."""
+    outputs = {args.output: _SCORES, args.stats: WHAT}
+    if args.output is not None and args.output == args.stats:
+        raise UsageError(f"{args.stats}: is where the scores go: choose another place for --stats")
+    for path, what in outputs.items():
+        if path is not None:
+            check_output(path, what)
+            console.leave_stdout_to(path)
 
 
 @dataclass
@@ -130,12 +147,13 @@ class _Figures:
 
 def _score(
     args: argparse.Namespace, bundle: Bundle, tokens: given_tokens.Tokens, console: Console
-) -> tuple[_Figures, list[Score]]:
-    """The figures of all rows, and their scores where they are to be written."""
+) -> tuple[_Figures, list[Score], ModelStats | None]:
+    """The figures of all rows, and their scores and stats where they are to be written."""
     figures, scores, (rows, positions) = _Figures(), [], tokens.ids.shape
     row_bytes = 4 * positions * bundle.manifest.model.vocab_size
-    together = max(1, min(MAX_TOGETHER, _MOST_LOGITS_BYTES // row_bytes))
-    with _scorer(args, bundle) as score_of:
+    # Of rows that run together nobody could tell which is seen at a loop step.
+    together = 1 if args.stats is not None else max(1, min(MAX_TOGETHER, _MOST_LOGITS_BYTES // row_bytes))
+    with _scorer(args, bundle) as (score_of, stats):
         for start in range(0, rows, together):
             some = slice(start, start + together)
 
@@ -144,27 +162,39 @@ def _score(
 
             score = score_of(tokens.ids[some], tell)
             figures.add(tokens.ids[some], tokens.seen[some], score)
+            if stats is not None:
+                stats.add(start, tokens.ids[start], int(tokens.seen[start]), score.depth[0])
             if args.output is not None:
                 scores.append(score)
-    return figures, scores
+    return figures, scores, stats
 
 
 @contextmanager
-def _scorer(args: argparse.Namespace, bundle: Bundle) -> Iterator[Scorer]:
-    """How the target that was asked for scores rows of ids, which is told how much of them is done."""
+def _scorer(args: argparse.Namespace, bundle: Bundle) -> Iterator[tuple[Scorer, ModelStats | None]]:
+    """How the target that was asked for scores rows of ids, which is told how much of them is done, and the stats
+    that look on where they are wanted."""
     depth = options.depth_of(args)
     spec = None if args.target is None else bundle.target(args.target)
     if spec is not None and spec.has_loop_inside:
         if args.prefill is not None:
             raise UsageError("--prefill is for a cache, and this target has none: leave it out")
+        if args.stats is not None:
+            raise UsageError("--stats looks at every loop step, and this target has them inside: choose another one")
         with LoopEngine(bundle, args.target, trust=args.trust) as engine:
-            yield lambda ids, _: engine.score(ids, **depth)
+            yield lambda ids, _: engine.score(ids, **depth), None
         return
     with Session.of(bundle, target=args.target, preset=args.preset, threads=args.threads, trust=args.trust) as session:
-        yield lambda ids, tell: session.score(ids, prefill=args.prefill, progress=tell, **depth)
+        stats = None if args.stats is None else ModelStats(session)
+        yield lambda ids, tell: session.score(ids, prefill=args.prefill, progress=tell, **depth), stats
 
 
-def _tell(args: argparse.Namespace, tokens: given_tokens.Tokens, figures: _Figures, console: Console) -> None:
+def _tell(
+    args: argparse.Namespace,
+    tokens: given_tokens.Tokens,
+    figures: _Figures,
+    stats: ModelStats | None,
+    console: Console,
+) -> None:
     rows, positions = tokens.ids.shape
     console.say(
         f"tokens      {figures.depths.total()} in {rows} x {positions} positions, {figures.predicted} predicted"
@@ -179,5 +209,8 @@ def _tell(args: argparse.Namespace, tokens: given_tokens.Tokens, figures: _Figur
         count = figures.depths[depth]
         bar = "#" * math.ceil(_BAR * count / most)
         console.say(f"{depth:11} {count / figures.depths.total():6.1%} {bar}".rstrip())
-    if args.output is not None:
-        console.say(f"written     {args.output}")
+    if stats is not None:
+        stats.tell(console)
+    for path in (args.output, args.stats):
+        if path is not None:
+            console.say(f"written     {path}")

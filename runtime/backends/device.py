@@ -103,13 +103,14 @@ class Room(NamedTuple):
 class DeviceMemory:
     """The memory of one GPU and the stream all its work is queued in; ``Memory`` says what it is for.
 
-    Without a fixed ``room`` there is as much for columns as is asked for. ``updates_in_place``: see ``Memory``.
+    Without a fixed ``room`` there is as much for columns as is asked for. ``updates_in_place`` and
+    ``keeps_all_columns``: see ``Memory``.
     Raises CapacityError when the GPU has no room left.
     """
 
     def __init__(self, gpu: Gpu, dtype: str, room: Room | None = None, *, updates_in_place: bool = False) -> None:
         self.dtype, self._dtype_name = STATE_DTYPES[dtype], dtype
-        self.updates_in_place = updates_in_place
+        self.updates_in_place, self.keeps_all_columns = updates_in_place, room is not None
         self.device = gpu.device
         self.driver, self.stream = gpu.driver, gpu.driver.stream()
         self._room = room

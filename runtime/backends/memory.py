@@ -60,11 +60,13 @@ class Memory(Protocol):
     """One place for arrays; ``dtype`` is what states and cached rows are kept in there (bfloat16 as uint16).
 
     ``updates_in_place``: backends of this memory have read all feeds before they write, so that a state may be fed
-    and be overwritten by what comes after it.
+    and be overwritten by what comes after it. ``keeps_all_columns``: they find a cached row by its place in the buffer,
+    so that none can be given up.
     """
 
     dtype: np.dtype[Any]
     updates_in_place: bool
+    keeps_all_columns: bool
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Rows: ...
 
@@ -106,6 +108,7 @@ class HostMemory:
 
     dtype: np.dtype[Any] = np.dtype(np.float32)
     updates_in_place = False
+    keeps_all_columns = False
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Rows:
         return np.empty(shape, dtype)

@@ -32,9 +32,10 @@ class OrtCpuBackend:
                 f"mythos-edge build {bundle.path} --weights {options.asked}",
             )
 
-        def open_graph(path: Path) -> BoundGraph:
+        def open_graph(path: Path, of_several: bool) -> BoundGraph:
             apart = weights_apart(bundle, path, target)
-            return BoundGraph(path, ort_session(path, threads, options.prepacked, apart))
+            # Several sequences are several rows, for which mapped weights would be packed anew in every run.
+            return BoundGraph(path, ort_session(path, threads, options.prepacked or of_several, apart))
 
         self.memory = HostMemory()
         self._stages = OrtStages(bundle, target, self.memory, open_graph)

@@ -72,7 +72,8 @@ class OrtCudaBackend:
         # Nothing waits but what reads.
         run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
-        def open_graph(path: Path) -> _DeviceGraph:
+        def open_graph(path: Path, of_several: bool) -> _DeviceGraph:
+            del of_several
             memory.trim()
             apart = weights_apart(bundle, path, target)
             session = gpu_session(path, _provider_options(memory), threads, options.prepacked, apart)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 
@@ -30,10 +30,14 @@ class Graph(Protocol):
     def close(self) -> None: ...
 
 
+# Loads the graph in a file; the flag says whether it is one for several sequences.
+OpenGraph: TypeAlias = Callable[[Path, bool], Graph]
+
+
 class OrtStages:
     """The stages of a target on graphs that ``open_graph`` loads. Raises BundleError when one cannot be loaded."""
 
-    def __init__(self, bundle: Bundle, target: str, memory: Memory, open_graph: Callable[[Path], Graph]) -> None:
+    def __init__(self, bundle: Bundle, target: str, memory: Memory, open_graph: OpenGraph) -> None:
         self._bundle, self._target, self._spec = bundle, target, bundle.target(target)
         self._memory, self._open = memory, open_graph
         self._stages: dict[str, Graph] = {}
@@ -45,7 +49,7 @@ class OrtStages:
         try:
             with bundle.unchanged(target):
                 for stage in STAGES:
-                    self._stages[stage] = open_graph(bundle.file(self._spec.graphs[stage]))
+                    self._stages[stage] = open_graph(bundle.file(self._spec.graphs[stage]), False)
         except BaseException:
             self.close()
             raise
@@ -63,7 +67,7 @@ class OrtStages:
         """Runs a stage for several sequences at once; see ``Backend.run_together``."""
         if stage not in self._many:
             with self._bundle.unchanged(self._target):
-                self._many[stage] = self._open(self._bundle.file(self._spec.graphs[f"{stage}.many"]))
+                self._many[stage] = self._open(self._bundle.file(self._spec.graphs[f"{stage}.many"]), True)
         whole = packed(stage, calls, MAX_TOGETHER, self._memory)
         self._many[stage].run(*whole)
         # Not one of these arrays comes again, and bound they would stay in memory.

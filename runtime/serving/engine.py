@@ -7,14 +7,16 @@ is nothing to do, skipped loop steps of these are caught up. Not here: HTTP (``a
 
 import threading
 import time
+from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeAlias
 
 from mythos_edge.model.errors import CapacityError, MythosEdgeError
 from mythos_edge.runtime.backends.protocol import Backend
-from mythos_edge.runtime.caches import CachePlan, plan_cache, require_memory
+from mythos_edge.runtime.caches import CachePlan, plan_cache, plan_in, require_memory
 from mythos_edge.runtime.decoding import Decoding, Generation, TextSoFar, Token, TokenSequence
 from mythos_edge.runtime.options import Options
 from mythos_edge.runtime.prompts import check_range
@@ -102,9 +104,12 @@ class Engine:
     @property
     def fair_context(self) -> int:
         """Positions for which every slot has memory while all are taken, at most those that the model takes."""
-        plan = plan_cache(self._session.model, self._session.model.deepest, 1, 1, self._backend.memory.dtype.itemsize)
-        most = self._session.max_context
-        return most if self._room is None else max(1, min(most, self._room // self.slots // plan.worst_bytes))
+        model, memory, most = self._session.model, self._backend.memory, self._session.max_context
+        if self._room is None:
+            return most
+        plan = partial(plan_cache, value_bytes=memory.dtype.itemsize, all_columns=memory.keeps_all_columns)
+        share, contexts = self._room // self.slots, range(1, most + 1)
+        return max(1, bisect_right(contexts, share, key=lambda n: plan(model, model.deepest, n).worst_bytes))
 
     @property
     def runs(self) -> Mapping[str, int]:
@@ -199,7 +204,7 @@ class Engine:
         model, memory = self._session.model, self._backend.memory
         columns = min(len(request.ids) + request.options.max_new_tokens, self._session.max_context)
         depth = request.options.depth.resolve(model)
-        return plan_cache(model, depth.max_depth, memory.room_of(columns), 1, memory.dtype.itemsize)
+        return plan_in(memory, model, depth.max_depth, columns, chunk=request.options.chunk)
 
     def _held_back(self) -> int:
         """The bytes that all who run may come to take."""

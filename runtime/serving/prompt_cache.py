@@ -41,11 +41,11 @@ class PromptCache:
         """A staircase that has a beginning of ``ids``, at most all but the last; None where there is none worth it.
 
         A sequence of which all can be used is given away, of others the beginning is copied, as it may serve again.
-        Rows of other depth parameters are of no use.
+        Rows of other depth parameters are of no use, nor is a beginning that slots with a window do not go back to.
         """
         wanted = np.array(ids, np.int64)
         fits = [entry for entry in self._entries if entry.staircase.depth == depth]
-        lengths = [min(_common(entry.ids, wanted), len(ids) - 1, entry.staircase.columns) for entry in fits]
+        lengths = [_usable(entry, wanted) for entry in fits]
         kept = max(lengths, default=0)
         if kept < _LEAST_KEPT:
             return None
@@ -105,9 +105,16 @@ class PromptCache:
         self.shrink(self.limit)
 
 
+def _usable(entry: _Entry, wanted: Int64) -> int:
+    """The columns of an entry that all but the last of the tokens ``wanted`` can begin with."""
+    length = min(_common(entry.ids, wanted), len(wanted) - 1, entry.staircase.columns)
+    return length if length >= entry.staircase.rollback_floor else 0
+
+
 def _adds_nothing(old: _Entry, new: _Entry) -> bool:
     shorter = old.staircase.depth == new.staircase.depth and old.staircase.columns <= new.staircase.columns
-    return shorter and _common(old.ids, new.ids) == len(old.ids)
+    goes_back = new.staircase.rollback_floor <= old.staircase.rollback_floor
+    return shorter and goes_back and _common(old.ids, new.ids) == len(old.ids)
 
 
 def _common(before: Int64, now: Int64) -> int:

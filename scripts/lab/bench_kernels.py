@@ -3,7 +3,9 @@
     python -m mythos_edge.scripts.lab.bench_kernels --dim 2048 --hidden 2048 --experts 32
 
 Routed experts: its MoE and QMoE kernels against one If an expert. Dense: Gemm, MatMulNBits, and QGemm over rows rounded
-to 8 bits. Random weights, medians of milliseconds. Prints a table, then one line of JSON.
+to 8 bits. Random weights, medians of milliseconds. A matrix that is read again and again stays in the processor's
+caches, in part; a second table has as many dense matrices as ``--copies`` read in turn, by one row, and what share of
+the memory bandwidth that reaches. Prints the tables, then one line of JSON.
 """
 
 import argparse
@@ -45,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--experts", type=int, default=32)
     parser.add_argument("--top-k", type=int, default=4)
     parser.add_argument("--rows", default="1,2,4,8,16,64,512")
+    parser.add_argument("--copies", type=int, default=12, help="dense matrices that are read in turn")
     parser.add_argument("-r", "--repetitions", type=int, default=15)
     args = parser.parse_args(argv)
     rows = [int(count) for count in args.rows.split(",")]
@@ -55,12 +58,19 @@ def main(argv: list[str] | None = None) -> int:
             ir.save(model, Path(name) / "model.onnx")
             session = ort_session(Path(name) / "model.onnx", prepack=prepack)
             found[label] = [_median_ms(session, count, args) for count in rows]
+        bandwidths = [measuring.stream_bandwidth(cores())]
+        in_turn = dict(_in_turn(args, Path(name)))
+        bandwidths.append(measuring.stream_bandwidth(cores()))
     print(f"| ms for rows | {' | '.join(map(str, rows))} |")
     print(f"|---|{'---:|' * len(rows)}")
     for label, times in found.items():
         print(f"| {label} | {' | '.join(f'{ms:.2f}' for ms in times)} |")
-    stream = measuring.stream_bandwidth(cores())
-    report = {"machine": measuring.machine(), "stream_gb_per_s": stream / 1e9, "rows": rows, "ms": found}
+    stream = max(bandwidths) / 1e9
+    print(f"\n| one row, {args.copies} matrices in turn | ms each | GB/s | % of the stream, {stream:.1f} GB/s |")
+    print("|---|---:|---:|---:|")
+    for label, (ms, rate) in in_turn.items():
+        print(f"| {label} | {ms:.2f} | {rate:.1f} | {100 * rate / stream:.0f} |")
+    report = {"machine": measuring.machine(), "stream_gb_per_s": stream, "rows": rows, "ms": found, "in_turn": in_turn}
     print(json.dumps({**vars(args), **report}))
     return 0
 
@@ -87,6 +97,21 @@ def _kernels(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, ir.M
         yield f"dense, {label}", _in_file(lower_for_ort(dense, packs), folder), True
 
 
+def _in_turn(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, tuple[float, float]]]:
+    """Milliseconds of one row by one of many dense matrices, and the GB/s of weights that are read."""
+    matrix = _noise(np.random.default_rng(0), 8 * args.hidden, args.dim)
+    names = [f"matrix_{index}" for index in range(args.copies)]
+    plain = _graph("Gemm", dict.fromkeys(names, matrix), args.dim, 8 * args.hidden, folder, transB=1)
+    packs = {label: _pack(matrix, rounding) for label, rounding in _ROUNDINGS.items()}
+    models = {f"dense, {label}": lower_for_ort(plain, dict.fromkeys(names, pack)) for label, pack in packs.items()}
+    sizes = {f"dense, {label}": pack.values.nbytes + pack.scales.nbytes for label, pack in packs.items()}
+    for label, model in {"dense, Gemm, float32 prepacked": plain, **models}.items():
+        print(f"{label}, in turn", file=sys.stderr, flush=True)
+        ir.save(_in_file(model, folder), folder / "model.onnx")
+        ms = _median_ms(ort_session(folder / "model.onnx", prepack=True), 1, args) / args.copies
+        yield label, (ms, sizes.get(label, matrix.nbytes) / ms / 1e6)
+
+
 def _noise(random: np.random.Generator, *shape: int) -> NDArray[np.float32]:
     return random.standard_normal(shape, np.float32) * np.float32(0.02)
 
@@ -95,7 +120,7 @@ def _op(args: argparse.Namespace, weights: dict[str, Array], folder: Path) -> ir
     values = {name: _initializer(name, array) for name, array in weights.items()}
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["rows", args.dim]))
     node = ir.node(ops.SPARSE_MOE.name, [x, *values.values()], {"top_k": args.top_k}, domain=ops.DOMAIN)
-    return _model(node, x, list(values.values()), args.dim, folder)
+    return _model([node], x, list(values.values()), args.dim, folder)
 
 
 def _moe_kernel(args: argparse.Namespace, weights: dict[str, Array], folder: Path) -> ir.Model:
@@ -105,23 +130,26 @@ def _moe_kernel(args: argparse.Namespace, weights: dict[str, Array], folder: Pat
     logits.outputs[0].name = "logits"
     inputs, attributes = [x, logits.outputs[0], values["fc1"], None, values["fc2"]], {"k": args.top_k, **FUSED_EXPERTS}
     node = ir.node("MoE", inputs, attributes, domain=MICROSOFT)
-    return _model(node, x, list(values.values()), args.dim, folder, before=logits)
+    return _model([node], x, list(values.values()), args.dim, folder, before=logits)
 
 
 def _graph(op_type: str, weights: dict[str, Array], dim: int, width: int, folder: Path, **attributes: int) -> ir.Model:
+    """A product of ``x`` with each of the matrices in ``weights``."""
     values = [_initializer(name, array) for name, array in weights.items()]
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["rows", dim]))
-    return _model(ir.node(op_type, [x, *values], attributes), x, values, width, folder)
+    return _model([ir.node(op_type, [x, value], attributes) for value in values], x, values, width, folder)
 
 
 def _model(
-    node: ir.Node, x: ir.Value, weights: list[ir.Value], width: int, folder: Path, before: ir.Node | None = None
+    nodes: list[ir.Node], x: ir.Value, weights: list[ir.Value], width: int, folder: Path, before: ir.Node | None = None
 ) -> ir.Model:
-    y = node.outputs[0]
-    y.name, y.type, y.shape = "y", ir.TensorType(ir.DataType.FLOAT), ir.Shape(["rows", width])
-    nodes = [node] if before is None else [before, node]
+    """A graph whose outputs, each (rows, width), are those of ``nodes``."""
+    outputs = [node.outputs[0] for node in nodes]
+    for index, y in enumerate(outputs):
+        y.name, y.type, y.shape = f"y_{index}", ir.TensorType(ir.DataType.FLOAT), ir.Shape(["rows", width])
+    nodes = nodes if before is None else [before, *nodes]
     imports = {"": ops.OPSET, ops.DOMAIN: ops.VERSION, MICROSOFT: 1}
-    graph = ir.Graph([x], [y], nodes=nodes, initializers=weights, opset_imports=imports, name="one")
+    graph = ir.Graph([x], outputs, nodes=nodes, initializers=weights, opset_imports=imports, name="one")
     return _in_file(ir.Model(graph, ir_version=10), folder)
 
 

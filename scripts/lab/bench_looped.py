@@ -2,12 +2,15 @@
 
     python -m mythos_edge.scripts.lab.bench_looped --shape ouro -p 64 -n 24 -r 2
     python -m mythos_edge.scripts.lab.bench_looped --shape dory --weights int8 --draft-depths 1,2,3
+    python -m mythos_edge.scripts.lab.bench_looped --shape ouro --weights int8,int4 --draft-depths '' --llama
 
 Models of random weights with few inner layers, see ``SHAPES``. All decode greedily after the same prompt. The reference
 is the layers of transformers in PyTorch eager, in float32, with a cache for each loop step and layer. It always takes
 every loop step. Float32 runs at full depth must give its tokens. Where there is a gate, the halting threshold is set
 for each target so that generated tokens take ``--depth`` loop steps on average. Drafts run on the last target.
-Prints tables, then one line of JSON. Needs the dev extra.
+With ``--llama``, after all others, llama.cpp runs a Llama without loops that reads the same bytes of weights a token:
+its layers are the inner layers of all loop steps, each with weights of its own.
+Prints tables, then one line of JSON. Needs the dev extra, for --llama also llama-cpp-python and gguf.
 """
 
 import argparse
@@ -40,11 +43,14 @@ from mythos_edge.scripts.lab.bench_peers import (
     Runner,
     generation,
     interleaved,
+    llama_runs,
     report_of,
     show,
     target_of,
     tell,
 )
+from mythos_edge.scripts.lab.llama_files import Network
+from mythos_edge.scripts.lab.peer_llama import dense_peer
 from mythos_edge.scripts.lab.random_checkpoints import DORY_4B, NANBEIGE_3B, OURO_1_4B, write_checkpoint
 
 _CONTEXT = 1024
@@ -81,8 +87,10 @@ def main(argv: list[str] | None = None) -> int:
             run = partial(generation, session, target_of(weights).name, prompt, args.new_tokens)
             runners[_drafting(weights, depth)] = partial(run, draft_depth=depth, draft_tokens=args.draft_tokens)
         runs = interleaved(runners, args.repetitions)
+        llama = llama_runs(_peers(config, args), Path(folder), args) if args.llama else {}
         bandwidths.append(measuring.stream_bandwidth(torch.get_num_threads()))
     report = report_of(runs, bandwidths) | {
+        "llama.cpp": llama,
         "machine": f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         "config": config.to_dict(),
         **{name: value for name, value in vars(args).items() if name != "folder"},
@@ -104,6 +112,7 @@ def _parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("-p", "--prompt-tokens", type=int, default=64)
     parser.add_argument("-n", "--new-tokens", type=int, default=24)
     parser.add_argument("-r", "--repetitions", type=int, default=3)
+    parser.add_argument("--llama", action="store_true", help="run llama.cpp, too")
     parser.add_argument("--folder", type=Path, help="where to write checkpoint and bundle (default: temporary)")
     args = parser.parse_args(argv)
     args.weights = args.weights.split(",")
@@ -115,6 +124,8 @@ def _parsed(argv: list[str] | None) -> argparse.Namespace:
     if not set(asked) <= set(known):
         parser.error(f"--draft-depths is {args.draft_depths!r}, expected numbers of 1 to {most}, separated by commas")
     args.draft_depths = [known[depth] for depth in asked]
+    if args.llama and not isinstance(SHAPES[args.shape], StackConfig):
+        parser.error(f"--llama is for looped Llamas, --shape is {args.shape}")
     if args.new_tokens < 2 or args.prompt_tokens + args.new_tokens > _CONTEXT:
         parser.error(f"-n is {args.new_tokens}, expected 2 or more, and at most {_CONTEXT} with the prompt")
     return args
@@ -143,6 +154,17 @@ def _ours(session: Session, weights: str, prompt: list[int], args: argparse.Name
         threshold = threshold_of_mean_depth(session, prompt, args.new_tokens, args.depth)
         runners[f"{weights}, mean depth {args.depth:g}"] = partial(run, threshold=threshold)
     return runners
+
+
+def _peers(config: Any, args: argparse.Namespace) -> dict[str, tuple[Network, str]]:
+    """The networks of llama.cpp with the same bytes of weights a token, at full depth and the mean depth asked for."""
+    depths = {"full depth": config.max_depth, f"mean depth {args.depth:g}": args.depth}
+    rounded = [weights for weights in args.weights if weights in ("int8", "int4")]
+    return {
+        f"{weights}, {name}": (dense_peer(config, depth), weights)
+        for weights in rounded
+        for name, depth in depths.items()
+    }
 
 
 def _at_full_depth(weights: str) -> str:

@@ -17,7 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -35,7 +35,8 @@ from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import measuring
 from mythos_edge.scripts.bench import threshold_of_mean_depth
 from mythos_edge.scripts.doctor import processor
-from mythos_edge.scripts.lab import peer_llama
+from mythos_edge.scripts.lab import llama_files, peer_llama
+from mythos_edge.scripts.lab.llama_files import Network
 from mythos_edge.scripts.lab.reference import open_mythos
 
 SHAPES = {
@@ -107,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
         runs = interleaved(runners, args.repetitions)
         if args.compile:
             runs |= _compiled(model, prompt, args)
-        llama = _llama(config, Path(folder), args) if args.llama else {}
+        llama = llama_runs(_peers(config), Path(folder), args) if args.llama else {}
         bandwidths.append(measuring.stream_bandwidth(torch.get_num_threads()))
     report = report_of(runs, bandwidths) | {"llama.cpp": llama}
     report |= {
@@ -219,17 +220,26 @@ def _compiled(model: Any, prompt: torch.Tensor, args: argparse.Namespace) -> dic
         model.forward = eager
 
 
-def _llama(config: MythosConfig, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Share of the bandwidth that llama.cpp reaches with the same bytes of weights a token, by its quantisation."""
+def _peers(config: MythosConfig) -> dict[str, tuple[Network, str]]:
+    """The networks of llama.cpp with the same bytes of weights a token at the mean depth."""
+    depth = config.max_loop_iters / 4
+    return {weights: (peer_llama.shape_from_config(config, depth, weights), weights) for weights in ("int8", "int4")}
+
+
+def llama_runs(networks: Mapping[str, tuple[Network, str]], folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """The speed of llama.cpp on each of ``networks``, stored as the quantisation beside it says, and what it reads."""
     found = {}
-    for weights in ("int8", "int4"):
-        tell(f"llama.cpp {weights}")
-        shape = peer_llama.shape_from_config(config, config.max_loop_iters / 4, weights)
+    for name, (network, weights) in networks.items():
+        tell(f"llama.cpp {name}")
         path = folder / f"{weights}.gguf"
-        peer_llama.write_gguf(path, shape, weights)
-        made = peer_llama.measure(path, args.prompt_tokens, args.new_tokens, torch.get_num_threads())
+        llama_files.write_gguf(path, network, weights)
+        made = llama_files.measure(path, args.prompt_tokens, args.new_tokens, torch.get_num_threads())
         path.unlink()
-        found[weights] = {"ms_per_token": made.ms_per_token, "weight_mb_per_token": made.active_bytes / 1e6}
+        found[name] = {
+            "ms_per_token": made.ms_per_token,
+            "prefill_s": made.prompt_tokens / made.prompt_tokens_per_s,
+            "weight_mb_per_token": made.active_bytes / 1e6,
+        }
     return found
 
 
@@ -280,10 +290,10 @@ def show(report: dict[str, Any], bandwidth: float, held: Collection[str]) -> Non
             tell(f"{name}: {row['noise']}")
         if name in held and not row["equal_tokens"]:
             tell(f"{name}: other tokens than the reference's: look at validate before trusting its speed")
-    for weights, row in report.get("llama.cpp", {}).items():
+    for name, row in report.get("llama.cpp", {}).items():
         share = row["weight_mb_per_token"] * 1e6 / (row["ms_per_token"] / 1e3) / bandwidth
         print(
-            f"| llama.cpp {weights}, as many bytes | {row['ms_per_token']:.1f} | | | | "
+            f"| llama.cpp {name}, as many bytes | {row['ms_per_token']:.1f} | | {row['prefill_s']:.2f} | | "
             f"| {row['weight_mb_per_token']:.0f} | {100 * share:.0f} |"
         )
 

@@ -1,6 +1,7 @@
 """What a manifest must look like, and the one line that anything else ends in."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -53,6 +54,21 @@ def test_a_manifest_survives_the_way_through_json(changes: dict[str, Any]) -> No
     values = _as_json(manifest)
     assert values["schema_version"] == SCHEMA_VERSION
     assert _read(values) == manifest
+
+
+def test_windows_are_part_of_the_model_where_there_are_any() -> None:
+    """Bundles of models without windows are as they were before there were any, and so is what identifies them."""
+    plain = sample_manifest()
+    assert "slot_windows" not in _as_json(plain)["model"]
+    count = sum(plain.model.slots.values())
+    sliding = sample_manifest(model=replace(plain.model, slot_windows=(8, *[0] * (count - 1))))
+    values = _as_json(sliding)
+    assert values["model"]["slot_windows"][:2] == [8, 0]
+    assert _read(values) == sliding
+    assert sliding.identity != plain.identity
+    for wrong in ([8], [-1] * count, [8] * 40):
+        with pytest.raises(BundleError, match=rf"model\.slot_windows is .*, expected {count} numbers of positions"):
+            _read(_changed("model", "slot_windows", value=wrong))
 
 
 @pytest.mark.parametrize(

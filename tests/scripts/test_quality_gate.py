@@ -13,7 +13,7 @@ from mythos_edge.model.families.table import config_of
 from mythos_edge.runtime.backends.ort_cpu import OrtCpuBackend
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import addition
-from mythos_edge.scripts.quality_gate import GATES, _Recorder, _Traced
+from mythos_edge.scripts.quality_gate import GATES, _Traced
 
 
 def test_a_rounded_target_passes_the_gate_of_its_weights(rounded_bundle: Path, run: Callable[..., Ran]) -> None:
@@ -89,19 +89,15 @@ def test_a_trace_is_what_the_bundle_computes(demo_bundle: Path) -> None:
         np.testing.assert_array_equal(np.sort(trace.chosen[index]), np.sort(chosen))
 
 
-def test_a_recorder_puts_chunks_where_they_belong(demo_bundle: Path) -> None:
+def test_what_is_written_down_does_not_depend_on_chunks(demo_bundle: Path) -> None:
     bundle = open_bundle(demo_bundle)
     ids = np.array([addition.stream_of(98765, 1299)])
     with OrtCpuBackend(bundle, "ort-cpu") as backend:
         whole = _Traced(bundle, "ort-cpu", backend).trace(ids)
-        router = router_of(bundle)
-        assert router is not None
-        recorder = _Recorder(backend, Probe(bundle.path / "step.onnx", [router.name]), router)
-        recorder.h, recorder.chosen = np.zeros_like(whole.h), np.zeros_like(whole.chosen)
-        recorder.tied = np.zeros_like(whole.tied)
-        Session(bundle, recorder).score(ids, policy="full", prefill=2)
-    np.testing.assert_allclose(recorder.h, whole.h, rtol=1e-3, atol=1e-4)
-    np.testing.assert_array_equal(np.sort(recorder.chosen), np.sort(whole.chosen))
+        in_chunks = _Traced(bundle, "ort-cpu", backend).trace(ids, prefill=2)
+    np.testing.assert_allclose(in_chunks.h, whole.h, rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(np.sort(in_chunks.chosen), np.sort(whole.chosen))
+    np.testing.assert_array_equal(in_chunks.tied, whole.tied)
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,12 @@ class DoryConfig:
             experts_per_token=0,
             exit_rule="none",
             trained_depth=_TRAINED_DEPTH,
+            slot_windows=self._windows if any(self._windows) else (),
         )
+
+    @property
+    def _windows(self) -> tuple[int, ...]:
+        return tuple(self.sliding_window if kind == SLIDING else 0 for kind in self.layer_types)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values, under the checkpoint's names."""

@@ -1,8 +1,5 @@
 """The three stages of Dory.
 
-In this version the slots of sliding layers keep all their rows, though no row looks further back than its window: what
-is computed is right, and takes the memory and the reading of a full layer.
-
 Source: transformers 5.24.0, ``models/dory/modeling_dory.py`` ``DoryModel`` and ``DoryLMHead``.
 """
 

@@ -1,4 +1,4 @@
-"""What people and clients give beside a model, as readers for ``fuzz``: tokenizers, templates, ids, sessions, requests.
+"""Inputs that people and clients give beside a model, for ``fuzz``: tokenizers, templates, ids, sessions, requests.
 
 Each ``x(folder, bundle)`` gives what reads one input in ``folder``, and valid inputs.
 """

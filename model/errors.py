@@ -11,15 +11,23 @@
     ├── SelfTestError        this machine computes something else than the exporter saw
     └── CapacityError        a request is longer or deeper than the bundle or session allows
 
-A message is one line: what, got, expected, how to mend; the CLI prints it and exits with 1. Broken invariants of
-our own are ``assert``.
+A message is one line: what, got, expected, how to mend; the CLI prints it and exits with 1. A very long one, as a
+stranger's file can cause it, is cut in the middle. Broken invariants of our own are ``assert``.
 """
 
 from pathlib import Path
 
+_MOST_CHARACTERS = 2000
+
 
 class MythosEdgeError(Exception):
     """Base of all errors a caller may want to catch."""
+
+    def __init__(self, message: str = "") -> None:
+        if len(message) > _MOST_CHARACTERS:
+            half = _MOST_CHARACTERS // 2 - 10
+            message = f"{message[:half]} [...] {message[-half:]}"
+        super().__init__(message)
 
 
 class UsageError(MythosEdgeError):

@@ -8,6 +8,7 @@
     ├── BuildError           a bundle could not be lowered to a target; carries TensorRT's log where there is one
     ├── BundleError          a bundle is missing, damaged, unsafe or from a newer schema
     ├── BackendUnavailable   a library this machine lacks is needed; carries the install line
+    ├── SelfTestError        this machine computes something else than the exporter saw
     └── CapacityError        a request is longer or deeper than the bundle or session allows
 
 A message is one line: what, got, expected, how to mend; the CLI prints it and exits with 1. A very long one, as a
@@ -67,6 +68,10 @@ class BackendUnavailable(MythosEdgeError):
 
 class CapacityError(MythosEdgeError):
     """A request exceeds the context or depth that was planned for."""
+
+
+class SelfTestError(MythosEdgeError):
+    """The golden sample of a bundle comes to other numbers on this machine."""
 
 
 class OSErrorAs:

@@ -6,9 +6,9 @@
 
 Inputs are valid ones that were changed (``fuzz_mutations``); those that reach new lines of this package are changed
 further. A reader must accept an input or raise an error of ours that is one line. It may take 5 s of the processor and
-512 MB, touch nothing outside its folder, start nothing and connect to nobody. Each reader runs in a process of its own, which is
-started again when an input ends it. Whatever breaks a rule is kept as a small file. Prints a table, then one line of
-JSON. Linux only; needs the repository, as valid inputs are those of its tests.
+512 MB, touch nothing outside its folder, start nothing and connect to nobody. Each reader runs in a process of its
+own, which is started again when an input ends it. Whatever breaks a rule is kept as a small file. Prints a table, then
+one line of JSON. Linux only; needs the repository, as valid inputs are those of its tests.
 """
 
 import argparse

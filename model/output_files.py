@@ -50,7 +50,9 @@ def remove_partials(path: Path) -> None:
     """Removes what killed writers of ``path`` have left beside it, and nothing of one that is at work."""
     for left in path.parent.glob(f"{glob.escape(_partial_name(path))}*"):
         with suppress(OSError):
-            if not _TAG.fullmatch(left.name.removeprefix(_partial_name(path))) or not stat.S_ISREG(left.lstat().st_mode):
+            if not _TAG.fullmatch(left.name.removeprefix(_partial_name(path))) or not stat.S_ISREG(
+                left.lstat().st_mode
+            ):
                 continue
             if (held := try_lock(left)) in (None, NO_LOCKS):
                 continue

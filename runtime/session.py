@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self, Unpack, cast, overload
 
-from mythos_edge.model.bundle import Bundle, open_bundle
+from mythos_edge.model.bundle import Bundle, made_of_bundle
 from mythos_edge.model.errors import CapacityError, UsageError
 from mythos_edge.runtime import saved_state
 from mythos_edge.runtime.backends.opening import open_backend
@@ -86,9 +86,9 @@ class Session:
         ``threads`` are by default one per core. ``trust`` takes TensorRT engines that are not the files the manifest
         lists, which are native code. Raises BundleError, BackendUnavailable, UsageError.
         """
-        path = _path(path, "a bundle's folder")
-        bundle = open_bundle(path, hashes=flag("hashes", hashes), trust_engines=flag("trust", trust))
-        return cls.of(bundle, target=target, preset=preset, threads=threads, trust=trust)
+        path, hashes, trust = _path(path, "a bundle's folder"), flag("hashes", hashes), flag("trust", trust)
+        options: dict[str, Any] = {"target": target, "preset": preset, "threads": threads, "trust": trust}
+        return made_of_bundle(path, lambda bundle: cls.of(bundle, **options), hashes, trust)
 
     @classmethod
     def of(

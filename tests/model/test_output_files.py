@@ -261,9 +261,7 @@ def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path: Path) ->
     assert sorted(tmp_path.iterdir()) == sorted([*others, folder])
 
 
-def test_a_new_file_that_is_taken_for_a_leftover_is_made_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_new_file_that_is_taken_for_a_leftover_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who looks for leftovers may see the file before its writer has locked it."""
     taken: list[Path] = []
 

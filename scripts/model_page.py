@@ -1,4 +1,4 @@
-"""What a model does with tokens as parts of an HTML page: depth of each, and which experts every loop step chooses."""
+"""The parts of an HTML page that show depth by token, and which experts every loop step chooses."""
 
 import html
 import math

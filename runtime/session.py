@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self, Unpack, cast, overload
 
-from mythos_edge.model.bundle import Bundle, open_bundle
+from mythos_edge.model.bundle import Bundle, made_of_bundle
 from mythos_edge.model.errors import CapacityError, UsageError
 from mythos_edge.runtime import saved_state
 from mythos_edge.runtime.backends.opening import open_backend
@@ -88,9 +88,9 @@ class Session:
         lists, which are native code. ``selftest`` raises SelfTestError unless this machine computes what the exporter
         saw. Raises BundleError, BackendUnavailable, UsageError.
         """
-        path = path_of(path, "a bundle's folder")
-        bundle = open_bundle(path, hashes=flag("hashes", hashes), trust_engines=flag("trust", trust))
-        return cls.of(bundle, target=target, preset=preset, threads=threads, trust=trust, selftest=selftest)
+        path, hashes, trust = path_of(path, "a bundle's folder"), flag("hashes", hashes), flag("trust", trust)
+        options: Any = {"target": target, "preset": preset, "threads": threads, "trust": trust, "selftest": selftest}
+        return made_of_bundle(path, lambda bundle: cls.of(bundle, **options), hashes, trust)
 
     @classmethod
     def of(

@@ -77,6 +77,7 @@ class Session:
         threads: int = 0,
         hashes: bool = False,
         trust: bool = False,
+        cache: str | None = None,
     ) -> Self:
         """The bundle at ``path`` on one of its targets; ``hashes`` also checks the sha256 of every file.
 
@@ -84,11 +85,13 @@ class Session:
         the bundle was exported. ``preset`` names what ``mythos-edge tune`` found: its target, and its depth for
         every request that sets none of its own.
         ``threads`` are by default one per core. ``trust`` takes TensorRT engines that are not the files the manifest
-        lists, which are native code. Raises BundleError, BackendUnavailable, UsageError.
+        lists, which are native code. ``cache`` is what cached rows are kept in: fp32, or fp16 or int8, which take a
+        half and about a quarter of the memory; by default the target's own, which is fp32 on a CPU.
+        Raises BundleError, BackendUnavailable, UsageError.
         """
         path = _path(path, "a bundle's folder")
         bundle = open_bundle(path, hashes=flag("hashes", hashes), trust_engines=flag("trust", trust))
-        return cls.of(bundle, target=target, preset=preset, threads=threads, trust=trust)
+        return cls.of(bundle, target=target, preset=preset, threads=threads, trust=trust, cache=cache)
 
     @classmethod
     def of(
@@ -99,6 +102,7 @@ class Session:
         preset: str | None = None,
         threads: int = 0,
         trust: bool = False,
+        cache: str | None = None,
     ) -> Self:
         """A bundle that is open already, and was looked at, on one of its targets; parameters and errors as ``open``.
 
@@ -113,7 +117,7 @@ class Session:
                 raise UsageError(f"preset {preset!r} was found for target {found_for!r}, not {target!r}: leave one out")
             target = found_for
         target = target or bundle.manifest.default_target
-        session = cls(bundle, open_backend(bundle, target, threads, trust))
+        session = cls(bundle, open_backend(bundle, target, threads, trust, name_or_none("cache", cache)))
         session._defaults = defaults
         session.target = target
         return session
@@ -314,6 +318,7 @@ class Session:
         """
         path = _path(path, "a file that save wrote")
         saved = saved_state.read(path, self.bundle.weights_identity(self.target), self.model, self.max_context)
+        saved_state.require_cache(path, saved, self.backend.memory.cache)
         sequence = TokenSequence(saved.ids, self._new_staircase(saved.depth, None), Sampler(saved.sampling))
         try:
             sequence.staircase.restore(saved.arrays)

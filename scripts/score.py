@@ -180,10 +180,12 @@ def _scorer(args: argparse.Namespace, bundle: Bundle) -> Iterator[tuple[Scorer, 
             raise UsageError("--prefill is for a cache, and this target has none: leave it out")
         if args.stats is not None:
             raise UsageError("--stats looks at every loop step, and this target has them inside: choose another one")
+        if args.cache is not None:
+            raise UsageError("--cache is the form of a cache, and this target has none: leave it out")
         with LoopEngine(bundle, args.target, trust=args.trust) as engine:
             yield lambda ids, _: engine.score(ids, **depth), None
         return
-    with Session.of(bundle, target=args.target, preset=args.preset, threads=args.threads, trust=args.trust) as session:
+    with Session.of(bundle, cache=args.cache, **options.target_of(args)) as session:
         stats = None if args.stats is None else ModelStats(session)
         yield lambda ids, tell: session.score(ids, prefill=args.prefill, progress=tell, **depth), stats
 

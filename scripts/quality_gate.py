@@ -41,9 +41,7 @@ _OPTIONS = ("target", "cache", "demo_streams", "max_kl", "min_top1")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("quality, with --against fp32")
     options.add_trust(group)
-    group.add_argument(
-        "--target", metavar="T", help="the target to compare with the fp32 one (default: that one)"
-    )
+    group.add_argument("--target", metavar="T", help="the target to compare with the fp32 one (default: that one)")
     options.add_cache(group)
     group.add_argument(
         "--demo-streams",

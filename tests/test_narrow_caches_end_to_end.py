@@ -7,8 +7,10 @@ is kept a step apart. So two schedules are held to a share of what narrow caches
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from command_line import Ran, refused
 from conftest import FIXTURES
@@ -17,11 +19,10 @@ from hypothesis import strategies as st
 from looped_llamas import golden_of
 
 from mythos_edge.exporter.lowering import narrow_caches as module
-from mythos_edge.exporter.targets import ort_files
 from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.bundle_writer import update_manifest
 from mythos_edge.model.errors import BundleError, UsageError
-from mythos_edge.runtime.backends.opening import open_backend
+from mythos_edge.runtime.backends.opening import require_cache
 from mythos_edge.runtime.session import Session
 
 NAMES = ("mla-small", "gqa-small", "ouro-small", "dory-small")
@@ -175,28 +176,20 @@ def test_a_cache_that_is_wide_in_its_own_chunk_is_seen(
 ) -> None:
     """A planted fault: new rows are narrowed for later chunks, and seen as they were by their own."""
 
-    def faulty(*args: object) -> object:
-        made = narrow(*args)
-        for value in [value for value in made.graph.outputs if str(value.name).startswith("rows_")]:
-            (wide,) = [one for one in _values(made.graph) if one.name == f"{value.name}/wide"]
-            for node in list(made.graph):
-                for place, read in enumerate(node.inputs):
-                    if read is not None and str(read.name).startswith(f"{value.name}/kept") and read.shape == wide.shape:
-                        node.replace_input_with(place, wide)
-        return made
+    def faulty(graph: ir.Graph, index: int, *form: Any) -> None:
+        rows = graph.outputs[index]
+        readers = list(rows.uses())
+        leave_narrow(graph, index, *form)
+        for node, place in readers:
+            node.replace_input_with(place, rows)
 
-    narrow = module.narrow_caches
-    monkeypatch.setattr(ort_files, "narrow_caches", faulty)
+    leave_narrow = module._leave_narrow
+    monkeypatch.setattr(module, "_leave_narrow", faulty)
     monkeypatch.setenv("MYTHOS_EDGE_CACHE", "off")
     path = exported(FIXTURES / name, max_context=33)
     with Session.open(path, cache=cache) as session:
         in_one, one_by_one = session.score(ids, policy="full"), session.score(ids, policy="full", prefill=0)
     assert _mean(in_one.logits - one_by_one.logits) > SHARE * cost
-
-
-def _values(graph: object) -> Iterator[object]:
-    for node in graph:
-        yield from node.outputs
 
 
 # --- forms that a target cannot keep ------------------------------------------------------------------------------
@@ -217,28 +210,22 @@ def test_a_bundle_without_such_graphs_says_how_to_mend(exported: Callable[..., P
     record = bundle.manifest.targets["ort-cpu"]
     plain = {key: file for key, file in record.graphs.items() if ".int8" not in key and ".fp16" not in key}
     update_manifest(bundle, targets={"ort-cpu": dataclasses.replace(record, graphs=plain)})
-    with pytest.raises(BundleError, match="'ort-cpu' has no graphs for caches in int8, .*: export the bundle again"):
+    with pytest.raises(BundleError, match=r"'ort-cpu' has no graphs for caches in int8, .*: export the bundle again"):
         Session.open(path, cache="int8")
     ran = run("generate", path, "--ids", "1,2", "--cache", "int8")
     assert "export the bundle again" in refused(ran)
     assert run("generate", path, "--ids", "1,2", "--max-new-tokens", 2).code == 0
 
 
-def test_kinds_with_one_form(mla_bundle: Path) -> None:
+@pytest.mark.parametrize(("kind", "file", "own"), [("ort-cuda", "x.onnx", "fp32"), ("tensorrt", "x.engine", "fp16")])
+def test_kinds_with_one_form(mla_bundle: Path, kind: str, file: str, own: str) -> None:
     bundle = open_bundle(mla_bundle)
-    records = {"ort-cpu": "ort-cuda", "compute_dtype": "fp16"}
-    assert records
-    for kind, files, own in (("ort-cuda", "x.onnx", "fp32"), ("tensorrt", "x.engine", "fp16")):
-        record = dataclasses.replace(
-            bundle.target("ort-cpu"), kind=kind, compute_dtype="fp16", graphs={"step": files}, options={}
-        )
-        targets = {**bundle.manifest.targets, "gpu": record}
-        files_of = {**bundle.manifest.files, files: bundle.manifest.files["manifest" if False else "step.onnx"]}
-        changed = dataclasses.replace(bundle.manifest, targets=targets, files=files_of)
-        opened = dataclasses.replace(bundle, manifest=changed)
-        assert record.caches == (own,)
-        with pytest.raises((UsageError, BundleError), match=f"keeps its caches in {own} alone, got cache int8|missing"):
-            open_backend(opened, "gpu", cache="int8")
+    ours = bundle.target("ort-cpu")
+    record = dataclasses.replace(ours, kind=kind, compute_dtype="fp16", graphs={"step": file}, options={})
+    assert record.caches == (own,)
+    require_cache(bundle, "gpu", record, own)
+    with pytest.raises(UsageError, match=f"'gpu' keeps its caches in {own} alone, got cache int8: leave --cache out"):
+        require_cache(bundle, "gpu", record, "int8")
 
 
 # --- verbs --------------------------------------------------------------------------------------------------------

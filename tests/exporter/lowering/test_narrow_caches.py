@@ -1,6 +1,7 @@
 """Narrow caches inside a graph: what is kept and what is read of it, against an oracle in numpy that shares no code."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import onnx
@@ -28,7 +29,9 @@ def looped(parts: Sequence[int]) -> LoopedModel:
 def stage(width: int, halves: bool) -> ir.Model:
     """A stage that keeps ``x`` and shows all that attention would see: past rows, then its own."""
     names = {"past_0": [1, "context", width], "x": [1, "chunk", width]}
-    values = [ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(s)) for name, s in names.items()]
+    values = [
+        ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(s)) for name, s in names.items()
+    ]
     graph = ir.Graph(values, [], nodes=[], name="step", opset_imports={"": ops.OPSET})
     writer = GraphWriter(graph, "made")
     rows = writer.add("Mul", [values[1], writer.number(1.0)])
@@ -82,7 +85,7 @@ def check(run: Run, x: np.ndarray, parts: Sequence[int]) -> None:
     codes, mantissas, exponents = np.split(kept[0].astype(np.int64), [width, width + len(parts)], axis=1)
     ends = np.cumsum([0, *parts])
     for row in range(len(x)):
-        for index, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
+        for index, (start, end) in enumerate(pairwise(ends)):
             part, scale = x[row, start:end], np.ldexp(float(mantissas[row, index]), int(exponents[row, index]))
             wanted = np.ldexp(float(oracle(part)[0]), oracle(part)[1])
             assert 64 <= mantissas[row, index] <= 127

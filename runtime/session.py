@@ -10,7 +10,6 @@ unless told to ``resume``. It serves one call at a time, of whatever thread: one
 UsageError. Several threads open a session each, or one gives several prompts to ``generate``.
 """
 
-import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -18,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self, Unpack, cast, overload
 
-from mythos_edge.model.bundle import Bundle, open_bundle
+from mythos_edge.model.bundle import Bundle, made_of_bundle
 from mythos_edge.model.errors import CapacityError, UsageError
 from mythos_edge.runtime import saved_state
 from mythos_edge.runtime.backends.opening import open_backend
@@ -29,9 +28,10 @@ from mythos_edge.runtime.draft_tuner import DraftTuner
 from mythos_edge.runtime.halting import LOOP_STEPS, ResolvedDepth, depth_of_preset
 from mythos_edge.runtime.options import Options, RequestOptions, ScoreOptions, options_of_each
 from mythos_edge.runtime.prompts import Prompt, Prompts, check_range, checked_ids, ids_of, separate
-from mythos_edge.runtime.request_values import Within, check_names, flag, name_or_none, shown, whole
+from mythos_edge.runtime.request_values import Within, check_names, flag, name_or_none, path_of, whole
 from mythos_edge.runtime.sampling import Sampler
 from mythos_edge.runtime.scoring import Score, score_of, scoring, spans_of
+from mythos_edge.runtime.selftest import require_self_test
 from mythos_edge.runtime.speculation import AUTO, check_draft
 from mythos_edge.runtime.staircase import Staircase
 from mythos_edge.runtime.streams import TokenStream
@@ -78,6 +78,7 @@ class Session:
         hashes: bool = False,
         trust: bool = False,
         cache: str | None = None,
+        selftest: bool = False,
     ) -> Self:
         """The bundle at ``path`` on one of its targets; ``hashes`` also checks the sha256 of every file.
 
@@ -85,13 +86,14 @@ class Session:
         the bundle was exported. ``preset`` names what ``mythos-edge tune`` found: its target, and its depth for
         every request that sets none of its own.
         ``threads`` are by default one per core. ``trust`` takes TensorRT engines that are not the files the manifest
-        lists, which are native code. ``cache`` is what cached rows are kept in: fp32, or fp16 or int8, which take a
-        half and about a quarter of the memory; by default the target's own, which is fp32 on a CPU.
+        lists, which are native code. ``selftest`` raises SelfTestError unless this machine computes what the exporter
+        saw. ``cache`` is what cached rows are kept in: fp32, or fp16 or int8, which take a half and about a quarter of
+        the memory; by default the target's own, which is fp32 on a CPU.
         Raises BundleError, BackendUnavailable, UsageError.
         """
-        path = _path(path, "a bundle's folder")
-        bundle = open_bundle(path, hashes=flag("hashes", hashes), trust_engines=flag("trust", trust))
-        return cls.of(bundle, target=target, preset=preset, threads=threads, trust=trust, cache=cache)
+        path, hashes, trust = path_of(path, "a bundle's folder"), flag("hashes", hashes), flag("trust", trust)
+        options: Any = {"target": target, "preset": preset, "threads": threads, "trust": trust, "selftest": selftest}
+        return made_of_bundle(path, lambda bundle: cls.of(bundle, cache=cache, **options), hashes, trust)
 
     @classmethod
     def of(
@@ -103,12 +105,14 @@ class Session:
         threads: int = 0,
         trust: bool = False,
         cache: str | None = None,
+        selftest: bool = False,
     ) -> Self:
         """A bundle that is open already, and was looked at, on one of its targets; parameters and errors as ``open``.
 
         What stands at its path now may be another bundle, which is refused.
         """
-        target, preset, trust = name_or_none("target", target), name_or_none("preset", preset), flag("trust", trust)
+        target, preset = name_or_none("target", target), name_or_none("preset", preset)
+        trust, selftest = flag("trust", trust), flag("selftest", selftest)
         defaults: dict[str, Any] = {}
         if preset is not None:
             defaults = depth_of_preset(bundle.manifest, preset)
@@ -120,7 +124,15 @@ class Session:
         session = cls(bundle, open_backend(bundle, target, threads, trust, name_or_none("cache", cache)))
         session._defaults = defaults
         session.target = target
+        if selftest:
+            require_self_test(session)
+            session._sequences = []  # it is no sequence to go on with
         return session
+
+    @property
+    def cache(self) -> str:
+        """The form in which it keeps cached rows: fp32, fp16, bf16 or int8."""
+        return self.backend.memory.cache
 
     @last_turn
     def close(self) -> None:
@@ -302,7 +314,7 @@ class Session:
 
         Raises UsageError.
         """
-        path = _path(path, "the file to write")
+        path = path_of(path, "the file to write")
         sequence = self._only_sequence()
         # An interrupt may have fallen between the caches and the list of tokens.
         sequence.staircase.rollback(len(sequence.ids))
@@ -316,9 +328,9 @@ class Session:
 
         Raises UsageError when the file is damaged or belongs to other weights; the session is then as it was.
         """
-        path = _path(path, "a file that save wrote")
+        path = path_of(path, "a file that save wrote")
         saved = saved_state.read(path, self.bundle.weights_identity(self.target), self.model, self.max_context)
-        saved_state.require_cache(path, saved, self.backend.memory.cache)
+        saved_state.require_cache(path, saved, self.cache)
         sequence = TokenSequence(saved.ids, self._new_staircase(saved.depth, None), Sampler(saved.sampling))
         try:
             sequence.staircase.restore(saved.arrays)
@@ -446,10 +458,3 @@ class Session:
             what = f"{len(self._sequences)} sequences" if self._sequences else "no sequence yet"
             raise UsageError(f"this needs a session with one sequence, but it has {what}: generate from one prompt")
         return self._sequences[0]
-
-
-def _path(value: Any, of: str) -> Path:
-    """The place that ``value`` names, as a path. Raises UsageError for what names none."""
-    if not isinstance(value, str | os.PathLike):
-        raise UsageError(f"path is {shown(value)}, expected the path of {of}")
-    return Path(value)

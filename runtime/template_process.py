@@ -1,11 +1,13 @@
 """Chat templates in a process of their own: a template comes from a stranger and is a program.
 
-Jinja's sandbox keeps it from files and from Python's internals. The process has bounded memory and can open no file and
-no socket; the kernel ends it when a prompt takes too long, in Python or in C. It ends with its parent.
+Jinja's sandbox keeps it from files and from Python's internals. It is killed when a prompt takes too long, in Python or
+in C, and ends with its parent. Where the system has such bounds, all but Windows, it has little memory and can open no
+file and no socket.
 """
 
 import codecs
 import importlib
+import importlib.util
 import json
 import signal
 import subprocess
@@ -65,27 +67,35 @@ class TemplateProcess:
         process = self._process or self._started()
         assert process.stdin is not None
         assert process.stdout is not None
-        finished = False
+        finished, late = False, threading.Event()
+
+        def end() -> None:
+            late.set()
+            process.kill()
+
+        clock = threading.Timer(self._seconds, end)
+        clock.daemon = True
         try:
             process.stdin.write(request)
             process.stdin.flush()
+            clock.start()
             line = process.stdout.readline()
             answer: dict[str, Any] = json.loads(line) if line.endswith(b"\n") else {}
             finished = bool(answer)
         except BrokenPipeError:
             answer = {}
         finally:
-            if not finished:
+            clock.cancel()
+            if not finished or late.is_set():
                 # It was ended, or is left alone in the middle of an answer, as by Ctrl-C.
                 self._process = None
                 assert self._end is not None
                 self._end()
-        return answer or {"error": self._why_ended(process.returncode), "unread": False}
-
-    def _why_ended(self, code: int) -> str:
-        if code == -signal.SIGALRM:
-            return f"it takes longer than {self._seconds:g} s"
-        return f"its process ended with {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
+        if answer:
+            return answer
+        code = process.returncode
+        why = f"its process ended with {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
+        return {"error": f"it takes longer than {self._seconds:g} s" if late.is_set() else why, "unread": False}
 
     def _started(self) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
@@ -93,7 +103,12 @@ class TemplateProcess:
         )
         self._process, self._end = process, weakref.finalize(self, _end, process)
         assert process.stdin is not None
-        process.stdin.write(json.dumps([self._text, self._seconds]).encode() + b"\n")
+        assert process.stdout is not None
+        with suppress(BrokenPipeError):  # the first request says so
+            process.stdin.write(json.dumps(self._text).encode() + b"\n")
+            process.stdin.flush()
+        # A line says that it is ready: a slow start is not the template's fault.
+        process.stdout.readline()
         return process
 
 
@@ -189,6 +204,8 @@ def _answer(text: str, values: Mapping[str, Any], kept: list[Any]) -> dict[str, 
 
 def _confine() -> None:
     """Takes from this process what no template needs: much memory, files, sockets, children."""
+    if importlib.util.find_spec("resource") is None:  # Windows
+        return
     import resource
 
     # What Jinja imports when it needs it, and the time zone.
@@ -207,15 +224,12 @@ def _confine() -> None:
 def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
     environment()  # imports what it needs
     _confine()
-    text, seconds = json.loads(requests.readline())
+    text = json.loads(requests.readline())
     kept: list[Any] = []
+    answers.write(b"\n")
+    answers.flush()
     for line in requests:
-        values = json.loads(line)
-        # Without a handler the alarm ends the process, whatever it is at.
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-        answer = json.dumps(_answer(text, values, kept)).encode()
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        answers.write(answer + b"\n")
+        answers.write(json.dumps(_answer(text, json.loads(line), kept)).encode() + b"\n")
         answers.flush()
 
 

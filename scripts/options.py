@@ -68,14 +68,19 @@ def add_cache(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--cache", choices=("fp32", *NARROW_CACHES), help=text)
 
 
+def add_selftest(parser: argparse.ArgumentParser) -> None:
+    text = "first make sure that this machine computes what the exporter saw, and else end with an error"
+    parser.add_argument("--selftest", action="store_true", help=text)
+
+
 def session_of(args: argparse.Namespace) -> Session:
     """The bundle on the target and preset asked for, with its caches in the form asked for."""
-    return Session.open(args.bundle, cache=args.cache, **target_of(args))
+    return Session.open(args.bundle, selftest=args.selftest, **target_of(args))
 
 
 def target_of(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of a Session that ``add_target`` and ``add_threads`` ask for."""
-    return {name: getattr(args, name) for name in ("target", "preset", "threads", "trust")}
+    return {name: getattr(args, name) for name in ("target", "preset", "threads", "trust", "cache")}
 
 
 def depth_of(args: argparse.Namespace) -> dict[str, Any]:

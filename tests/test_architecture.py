@@ -68,6 +68,7 @@ NEED_TORCH = {
         "tensor_choice",
     ),
     "tensor_checks",
+    "tensor_difference",
     "tensor_files",
     "rotary_recipes",
 }

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from mythos_edge.model.errors import ConfigError
+from mythos_edge.model.json_files import read_config_dict
 from mythos_edge.model.looped import LoopedModel
 
 
@@ -61,6 +63,21 @@ class Opening:
     config_path: Path | None
     rope_table: str | None
     tolerate: Collection[str]
+
+    def config_origin(self) -> str:
+        """The files that the config comes from, the strongest first.
+
+        Raises ConfigError where there is none, and where one cannot be read.
+        """
+        beside = (self.path if self.path.is_dir() else self.path.parent) / "config.json"
+        files = [file for file in (self.config_path, beside) if file is not None and (file != beside or file.exists())]
+        if not files:
+            raise ConfigError(
+                f"{beside}: no such file, expected the model's config: copy it there, or give it in --config"
+            )
+        for file in files:
+            read_config_dict(file)
+        return " over ".join(dict.fromkeys(map(str, files)))
 
 
 class Family(Protocol):

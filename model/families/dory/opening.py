@@ -8,7 +8,6 @@ from mythos_edge.model.errors import CheckpointError, ConfigError
 from mythos_edge.model.families.dory.config import DoryConfig
 from mythos_edge.model.families.dory.config_reading import config_from_dict, notes_on
 from mythos_edge.model.families.family import Opening
-from mythos_edge.model.json_files import read_config_dict
 from mythos_edge.model.stored_checkpoint import Checkpoint
 from mythos_edge.model.tensor_checks import check_tensors
 from mythos_edge.model.tensor_files import TensorEntry
@@ -31,21 +30,12 @@ def open_dory(opening: Opening) -> Checkpoint:
     path, stored = opening.path, opening.stored
     if opening.rope_table == "stored":
         raise ConfigError(f"{path}: --rope-table is stored, but Dory models store none: leave it out")
-    origin = _origin(opening)
+    origin = opening.config_origin()
     config = config_from_dict(opening.config_values, origin)
     entries = _renamed(stored.entries, path)
     check_tensors(entries, tensor_shapes(config), path, "those of a Dory model")
     notes = (*stored.notes, *notes_on(opening.config_values, origin))
     return Checkpoint(path, stored.kind, config, entries, stored.step, notes=notes)
-
-
-def _origin(opening: Opening) -> str:
-    """The files that the config comes from, the strongest first. Raises ConfigError where one cannot be read."""
-    beside = (opening.path if opening.path.is_dir() else opening.path.parent) / "config.json"
-    files = [opening.config_path or beside, *([beside] if beside.exists() else [])]
-    for file in files:
-        read_config_dict(file)
-    return " over ".join(dict.fromkeys(map(str, files)))
 
 
 def _renamed(stored: Mapping[str, TensorEntry], path: Path) -> dict[str, TensorEntry]:

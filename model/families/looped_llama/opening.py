@@ -7,7 +7,6 @@ from mythos_edge.model.families.family import Opening
 from mythos_edge.model.families.looped_llama.config import StackConfig
 from mythos_edge.model.families.looped_llama.config_fields import config_from_fields
 from mythos_edge.model.families.looped_llama.layout import tensor_shapes
-from mythos_edge.model.json_files import read_config_dict
 from mythos_edge.model.stored_checkpoint import Checkpoint
 from mythos_edge.model.tensor_checks import check_tensors
 
@@ -20,7 +19,7 @@ def open_looped_llama(kind: type[StackConfig], opening: Opening) -> Checkpoint:
     path, notes = opening.path, list(opening.stored.notes)
     if opening.rope_table == "stored":
         raise ConfigError(f"{path}: --rope-table is stored, but {kind.family} models store none: leave it out")
-    config = config_from_fields(kind, opening.config_values, _origin(opening), notes.append)
+    config = config_from_fields(kind, opening.config_values, opening.config_origin(), notes.append)
     entries = {name: entry for name, entry in opening.stored.entries.items() if not _FREQUENCIES.search(name)}
     if len(entries) < len(opening.stored.entries):
         notes.append(f"{path}: its rotary frequencies (inv_freq) are left out: they are made from rope_theta")
@@ -35,14 +34,3 @@ def open_looped_llama(kind: type[StackConfig], opening: Opening) -> Checkpoint:
         notes=tuple(notes),
         special_tokens=config.special_tokens,
     )
-
-
-def _origin(opening: Opening) -> str:
-    """The files that the config comes from, the strongest first. Raises ConfigError where one cannot be read."""
-    beside = (opening.path if opening.path.is_dir() else opening.path.parent) / "config.json"
-    files = [file for file in (opening.config_path, beside) if file is not None and (file != beside or file.exists())]
-    if not files:
-        raise ConfigError(f"{beside}: no such file, expected the model's config: copy it there, or give it in --config")
-    for file in files:
-        read_config_dict(file)
-    return " over ".join(dict.fromkeys(map(str, files)))

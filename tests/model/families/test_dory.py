@@ -1,5 +1,6 @@
 """Dory against what its own code gives: the golden file, and the model of transformers with random configs."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -340,3 +341,12 @@ def test_fields_that_are_not_known_are_said(tmp_path: Path) -> None:
     with open_checkpoint(checkpoint(tmp_path, released_tensors(), CONFIG | {"looks": "good", "off": False})) as opened:
         (note,) = opened.notes
     assert "left out looks, which this version does not know" in note
+
+
+def test_a_folder_without_its_config_says_where_it_belongs(tmp_path: Path) -> None:
+    bare = Path(shutil.copytree(GOLDEN, tmp_path / "bare"))
+    (bare / "config.json").rename(tmp_path / "whole.json")
+    with pytest.raises(ConfigError, match=r"config\.json: no such file, expected the model's config: copy it there"):
+        open_checkpoint(bare)
+    with open_checkpoint(bare, tmp_path / "whole.json") as checkpoint:
+        assert checkpoint.config.family == "dory"

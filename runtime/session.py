@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Any, Self, Unpack, cast, overload
 
 from mythos_edge.model.bundle import Bundle, made_of_bundle
-from mythos_edge.model.errors import CapacityError, UsageError
+from mythos_edge.model.errors import UsageError
 from mythos_edge.runtime import saved_state
 from mythos_edge.runtime.backends.opening import open_backend
 from mythos_edge.runtime.backends.protocol import Backend
 from mythos_edge.runtime.caches import CachePlan, plan_in, require_memory
 from mythos_edge.runtime.decoding import Decoding, Generation, TextSoFar, TokenSequence
 from mythos_edge.runtime.draft_tuner import DraftTuner
-from mythos_edge.runtime.halting import LOOP_STEPS, ResolvedDepth, depth_of_preset
+from mythos_edge.runtime.halting import LOOP_STEPS, ResolvedDepth, target_and_depth
 from mythos_edge.runtime.options import Options, RequestOptions, ScoreOptions, options_of_each
-from mythos_edge.runtime.prompts import Prompt, Prompts, check_range, checked_ids, ids_of, separate
+from mythos_edge.runtime.prompts import Prompt, Prompts, check_length, check_range, checked_ids, ids_of, separate
 from mythos_edge.runtime.request_values import Within, check_names, flag, name_or_none, path_of, whole
 from mythos_edge.runtime.sampling import Sampler
 from mythos_edge.runtime.scoring import Score, score_of, scoring, spans_of
@@ -113,14 +113,7 @@ class Session:
         """
         target, preset = name_or_none("target", target), name_or_none("preset", preset)
         trust, selftest = flag("trust", trust), flag("selftest", selftest)
-        defaults: dict[str, Any] = {}
-        if preset is not None:
-            defaults = depth_of_preset(bundle.manifest, preset)
-            found_for = bundle.manifest.presets[preset].target
-            if target not in (None, found_for):
-                raise UsageError(f"preset {preset!r} was found for target {found_for!r}, not {target!r}: leave one out")
-            target = found_for
-        target = target or bundle.manifest.default_target
+        target, defaults = target_and_depth(bundle.manifest, target, preset)
         session = cls(bundle, open_backend(bundle, target, threads, trust, name_or_none("cache", cache)))
         session._defaults = defaults
         session.target = target
@@ -242,7 +235,7 @@ class Session:
         """
         ids = ids_of(prompt, self.model, self.tokenizer, first=True)
         self._checked(self._options(options))
-        self._check_length(len(ids))
+        check_length(len(ids), self.max_context)
         return ids
 
     @in_turn
@@ -399,7 +392,7 @@ class Session:
                 "resume with the same depth options, or start a new sequence"
             )
         ids = sequence.ids + encoded[0]
-        self._check_length(len(ids))
+        check_length(len(ids), self.max_context)
         self._check_memory(len(ids) + options.max_new_tokens, [options], depth, sequence.staircase.nbytes)
         self._change()
         # An interrupt may have left more cached columns than tokens; they are of other tokens than those to come.
@@ -417,7 +410,7 @@ class Session:
         generating: bool = False,
     ) -> None:
         for ids in encoded:
-            self._check_length(len(ids))
+            check_length(len(ids), self.max_context)
         columns = [len(ids) + generating * one.max_new_tokens for ids, one in zip(encoded, each, strict=True)]
         held = sum(sequence.staircase.nbytes for sequence in self._sequences)
         deepest = max(depths, key=lambda depth: depth.max_depth)
@@ -433,16 +426,6 @@ class Session:
 
     def _new_staircase(self, depth: ResolvedDepth, max_lag: int | None) -> Staircase:
         return Staircase(self.backend, self.model, depth, self.max_context, max_lag)
-
-    def _check_length(self, tokens: int) -> None:
-        if not tokens:
-            raise UsageError("the prompt is empty: give at least one token")
-        limit = self.max_context
-        if tokens > limit:
-            raise CapacityError(
-                f"the prompt has {tokens} tokens; this bundle was exported for {limit}: "
-                f"export with --max-context {tokens} or shorten it"
-            )
 
     def _check_memory(self, columns: int, each: Sequence[Options], depth: ResolvedDepth, held: int) -> None:
         memory, context, chunk = self.backend.memory, min(columns, self.max_context), max(one.chunk for one in each)

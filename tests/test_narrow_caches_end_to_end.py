@@ -5,6 +5,7 @@ is kept a step apart. So two schedules are held to a share of what narrow caches
 """
 
 import dataclasses
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from built import build_cpu
 from command_line import Ran, refused
 from conftest import FIXTURES
 from hypothesis import given, settings
@@ -172,7 +174,7 @@ def test_the_plan_is_what_is_allocated(session: Session, cache: str) -> None:
 
 
 def test_a_cache_that_is_wide_in_its_own_chunk_is_seen(
-    name: str, cache: str, cost: float, exported: Callable[..., Path], ids: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    bundle: Path, cache: str, cost: float, ids: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A planted fault: new rows are narrowed for later chunks, and seen as they were by their own."""
 
@@ -185,9 +187,9 @@ def test_a_cache_that_is_wide_in_its_own_chunk_is_seen(
 
     leave_narrow = module._leave_narrow
     monkeypatch.setattr(module, "_leave_narrow", faulty)
-    monkeypatch.setenv("MYTHOS_EDGE_CACHE", "off")
-    path = exported(FIXTURES / name, max_context=33)
-    with Session.open(path, cache=cache) as session:
+    path = Path(shutil.copytree(bundle, tmp_path / "faulty.bundle"))
+    build_cpu(path, "fp32")
+    with Session.open(path, target="ort-cpu-fp32", cache=cache) as session:
         in_one, one_by_one = session.score(ids, policy="full"), session.score(ids, policy="full", prefill=0)
     assert _mean(in_one.logits - one_by_one.logits) > SHARE * cost
 
@@ -204,8 +206,10 @@ def test_forms_that_are_none(mla_bundle: Path, run: Callable[..., Ran]) -> None:
         assert session.backend.memory.cache == "fp32"
 
 
-def test_a_bundle_without_such_graphs_says_how_to_mend(exported: Callable[..., Path], run: Callable[..., Ran]) -> None:
-    path = exported(FIXTURES / "mla-small", max_context=31)
+def test_a_bundle_without_such_graphs_says_how_to_mend(
+    mla_bundle: Path, tmp_path: Path, run: Callable[..., Ran]
+) -> None:
+    path = Path(shutil.copytree(mla_bundle, tmp_path / "older.bundle"))
     bundle = open_bundle(path)
     record = bundle.manifest.targets["ort-cpu"]
     plain = {key: file for key, file in record.graphs.items() if ".int8" not in key and ".fp16" not in key}

@@ -1,6 +1,7 @@
 """The command ``mythos-edge``: one verb per module, one line per error.
 
-Exit codes: 0 done, 1 an expected error or a parity failure, 2 a command line that cannot be read.
+Exit codes: 0 done, 1 an expected error or a parity failure, 2 a command line that cannot be read. Of ``diff``: 0 the
+same, 1 different, 2 an error.
 """
 
 import argparse
@@ -33,6 +34,7 @@ VERBS = {
     "serve": "serve",
     "score": "score",
     "validate": "validate",
+    "diff": "diff",
     "tune": "tune",
     "bench": "bench",
     "demo": "demo",
@@ -56,9 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(parse: Callable[[], argparse.Namespace], console: Console, debug: bool) -> int:
     """Runs the verb that ``parse`` names as ``run``, with every error told in one line; returns the exit code."""
+    failed = 1
     try:
         args = parse()
-        console.as_json = args.json
+        console.as_json, failed = args.json, getattr(args, "error_code", failed)
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: console.note(f"warning: {' '.join(str(message).split())}")
             code: int = args.run(args, console)
@@ -66,10 +69,10 @@ def run(parse: Callable[[], argparse.Namespace], console: Console, debug: bool) 
     except BrokenPipeError:
         # The reader of stdout went away; there is nobody to tell, and Python's exit must not try to.
         drop(sys.stdout)
-        return 1
+        return failed
     except (Exception, KeyboardInterrupt) as error:
         console.fail(_message(error), traceback.format_exc() if debug else "")
-        return 2 if isinstance(error, _UnreadableCommand) and not interrupts.caused(error) else 1
+        return 2 if isinstance(error, _UnreadableCommand) and not interrupts.caused(error) else failed
 
 
 def _parsed(words: list[str]) -> argparse.Namespace:
@@ -200,7 +203,7 @@ def parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         module.add_arguments(verb)
-        verb.set_defaults(run=module.run)
+        verb.set_defaults(run=module.run, error_code=getattr(module, "ERROR_CODE", 1))
     return command
 
 

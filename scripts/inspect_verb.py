@@ -5,11 +5,9 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mythos_edge.model.bounded_files import open_regular, require_file
 from mythos_edge.model.bundle import Bundle, has_manifest, open_bundle
-from mythos_edge.model.errors import BackendUnavailable, BundleError, CheckpointError, UsageError, one_line, unavailable
+from mythos_edge.model.errors import BackendUnavailable, CheckpointError, UsageError, unavailable
 from mythos_edge.model.families.table import config_of
-from mythos_edge.model.foreign_files import foreign_kind
 from mythos_edge.model.manifest import manifest_to_dict
 from mythos_edge.runtime.caches import CachePlan, plan_cache
 from mythos_edge.runtime.text import Tokenizer
@@ -19,8 +17,6 @@ from mythos_edge.scripts.console import Console
 if TYPE_CHECKING:
     from mythos_edge.model.stored_checkpoint import Checkpoint
 
-# No protobuf message is longer.
-_MOST_GRAPH_BYTES = 1 << 31
 HELP = "show what a checkpoint, an .onnx file or a bundle holds"
 EXAMPLE = "mythos-edge inspect model.bundle --json"
 
@@ -178,20 +174,10 @@ def _table(checkpoint: "Checkpoint") -> dict[str, Any] | None:
 
 def _onnx(path: Path) -> dict[str, Any]:
     try:
-        import onnx
+        from mythos_edge.exporter.graph_difference import read_graph
     except ImportError as error:
         raise unavailable(error, "reading .onnx", "pip install 'mythos-edge[export]'") from error
-    try:
-        require_file(path, _MOST_GRAPH_BYTES, "a graph")
-        model = onnx.load(str(path), load_external_data=False)
-    except OSError as error:
-        raise BundleError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # protobuf's DecodeError is not public
-        with open_regular(path) as file:
-            known = foreign_kind(file.read(512))
-        if known is not None:
-            raise BundleError(f"{path}: is {known}") from error
-        raise BundleError(f"{path}: not an ONNX file, or damaged: {one_line(error)}") from error
+    model = read_graph(path)
     weights = [tensor for tensor in model.graph.initializer if tensor.external_data]
     files = {entry.value for tensor in weights for entry in tensor.external_data if entry.key == "location"}
     return {

@@ -69,6 +69,7 @@ NEED_TORCH = {
     ),
     "observed",
     "tensor_checks",
+    "tensor_difference",
     "tensor_files",
     "rotary_recipes",
 }

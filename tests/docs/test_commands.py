@@ -78,6 +78,7 @@ def test_commands_and_examples_work_as_written(text_model: tuple[Path, Path], tm
     assert {
         "export",
         "validate",
+        "diff",
         "generate",
         "score",
         "inspect",

@@ -30,7 +30,7 @@ Progress = Callable[[str, float], None]
 
 
 def taps_of(bundle: Bundle, target: str) -> dict[str, Taps]:
-    """What the graphs of a target show of their inside; none of an engine. Raises BundleError."""
+    """The taps of the graphs of a target; none of an engine, which shows nothing of its inside. Raises BundleError."""
     spec = bundle.target(target)
     if spec.is_native:
         return {}
@@ -140,6 +140,6 @@ def _report(
 
 
 def carried_on(growth: NDArray[Any], largest: float) -> NDArray[Any]:
-    """What would be left of the first loop step's error if a factor of ``largest`` alone carried it on."""
+    """The first loop step's error as a factor of ``largest`` alone would carry it on."""
     bound: NDArray[Any] = growth[:1] * largest ** np.arange(len(growth))
     return bound

@@ -35,7 +35,7 @@ def part_of(stage: str, name: str) -> str:
 
 @dataclass
 class LocalFindings:
-    """What the comparison of calls found: ``error (P, M, S)`` as in ``DeepReport``, and the first divergence."""
+    """The findings of the comparison of calls: ``error (P, M, S)`` as in ``DeepReport``, and the first divergence."""
 
     error: Array
     divergence: Divergence | None = None

@@ -112,8 +112,9 @@ def _measured(case: Shape, names: list[str], folder: Path, repetitions: int) -> 
         "rows": random.standard_normal((1, case.rows, row), np.float32),
     }
     wanted = reference.grouped_query_attention(
-        **feeds,
-        past=pasts[0],
+        feeds["q"],
+        feeds["rows"],
+        pasts[0],
         length=case.context,
         first=np.zeros(1, np.int64),
         scale=case.scale,

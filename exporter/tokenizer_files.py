@@ -32,6 +32,8 @@ _END_NAMES = (
 )
 # With the second there, the first ends a message, after which the same turn goes on.
 _ENDS_LESS = {"<|end|>": "<|return|>"}
+# As the library counts them.
+_MOST_IDS = 1 << 32
 # tokenizer_config.json repeats every added token.
 _MOST_BYTES = 16_000_000
 
@@ -268,7 +270,7 @@ def _from_generation_config(path: Path) -> list[int]:
     value = _read_object(path).get("eos_token_id")
     values = [] if value is None else value if isinstance(value, list) else [value]
     for number in values:
-        if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < _MOST_IDS:
             raise ConfigError(f"{path}: eos_token_id is {value!r}, expected a token id, or a list of them")
     return list(dict.fromkeys(values))
 

@@ -4,8 +4,8 @@ A file may be a link out of the folder, as in a cache of downloads, if what it l
 
 A bundle may be replaced, and a target built again, while others read it (``bundle_writer`` says how). So what is opened
 after the manifest was read is opened within ``Bundle.unchanged``, which compares the manifest again, afterwards: what
-was opened is what this manifest lists, or a BundleError. Non-goals: what a manifest says (``manifest``), and writing a
-bundle (``bundle_writer``).
+was opened is what this manifest lists, or a BundleError, after which ``made_of_bundle`` begins again. Non-goals: what a
+manifest says (``manifest``), and writing a bundle (``bundle_writer``).
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from mythos_edge.model.bounded_files import open_regular, read_json
 from mythos_edge.model.errors import BundleError, MythosEdgeError, OSErrorAs
@@ -32,6 +33,9 @@ from mythos_edge.model.manifest import (
 )
 
 _HASH_CHUNK_BYTES = 4 << 20
+# Of a bundle that is replaced again and again; each replacement takes longer than an opening.
+_OPENINGS = 5
+Made = TypeVar("Made")
 # What makes files of the links that a cache of downloads is made of.
 COPY_LINKS = "download it with `hf download REPOSITORY --local-dir FOLDER`, or copy it with `cp -rL`"
 
@@ -200,11 +204,34 @@ def open_bundle(path: Path | str, hashes: bool = False, trust_engines: bool = Fa
     A target's own files are checked by ``Bundle.target``: a damaged one keeps no other from running, and can be
     built again. With ``trust_engines`` TensorRT engines may be other files than those listed. Raises BundleError.
     """
-    bundle = Bundle(Path(path), read_manifest(Path(path)), trust_engines)
-    bundle._check_files(None)
-    if hashes:
-        verify_hashes(bundle)
-    return bundle
+    return made_of_bundle(path, lambda bundle: bundle, hashes, trust_engines)
+
+
+def made_of_bundle(
+    path: Path | str, make: Callable[[Bundle], Made], hashes: bool = False, trust_engines: bool = False
+) -> Made:
+    """The result of ``make`` of the bundle that ``open_bundle`` opens; again where that was replaced meanwhile."""
+    for left in reversed(range(_OPENINGS)):
+        marks = _marks(Path(path))
+        bundle = Bundle(Path(path), read_manifest(Path(path)), trust_engines)
+        try:
+            bundle._check_files(None)
+            if hashes:
+                verify_hashes(bundle)
+            return make(bundle)
+        except BundleError:
+            if not left or _marks(bundle.path) in (marks, None):
+                raise
+    raise AssertionError("the last opening returns or raises")
+
+
+def _marks(path: Path) -> tuple[int, ...] | None:
+    """Others for each manifest that is ever written to ``path``, whatever it says; None where there is none."""
+    try:
+        found = (path / MANIFEST_FILE).stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def read_manifest(path: Path) -> Manifest:

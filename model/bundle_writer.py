@@ -4,8 +4,9 @@ How a bundle is changed, in one place:
 
 1. New files are made in a partial folder (``partial_folders``): beside a bundle that is exported, inside one that a
    target is added to. Its writer holds a lock on it for as long as it lives, so nobody takes it for a leftover.
-2. An export renames its folder over the old bundle. A mount point, or the folder one works in, cannot be replaced: it
-   is filled (``_Filling``), the old files moved away, the new ones in, and the manifest last.
+2. An export swaps its folder with the old bundle, in one step where the system can (``swapped_folders``). A mount
+   point, or the folder one works in, cannot be replaced: it is filled (``_fill``), the old files moved away, the new
+   ones in, and the manifest last.
 3. A change of a bundle (``changing``) holds the lock on its ``manifest.json``, reads what it says now, and replaces it
    as a whole. A target that is built again has its files under names that the old one does not use (``free_name``), so
    the old target stays whole until the manifest is replaced; then its files are removed.
@@ -33,6 +34,7 @@ from mythos_edge.model.errors import BundleError, ExportError, OSErrorAs
 from mythos_edge.model.file_locks import locked
 from mythos_edge.model.manifest import MANIFEST_FILE, MOST_MANIFEST_BYTES, FileRecord, Manifest, manifest_to_dict
 from mythos_edge.model.partial_folders import PartialFolder, is_partial, partial_name, remove_partials
+from mythos_edge.model.swapped_folders import swapped
 
 # In a partial folder: the names that are moved into the bundle, or out of use there.
 _JOURNAL = ".moves.json"
@@ -109,6 +111,9 @@ class BundleWriter:
                 _fill(self.folder, self._path)
 
     def _replace(self) -> None:
+        # What is in the partial folder then is the old bundle, and goes as whatever else is left in it.
+        if swapped(self.folder, self._path):
+            return
         old = _old_beside(self.folder)
         try:
             if self._path.exists():
@@ -264,9 +269,6 @@ def update_manifest(bundle: Bundle, *, held_to: str | None = None, **changes: An
         new = {name: change(getattr(now, name)) if callable(change) else change for name, change in changes.items()}
         beside = bundle.path / partial_name(MANIFEST_FILE)
         with OSErrorAs(BundleError, f"{bundle.path}: cannot write its manifest"):
-            # Whoever holds the lock is the only one, so what others have left is nobody's.
-            for left in bundle.path.glob(f".{MANIFEST_FILE}.partial-*"):
-                left.unlink(missing_ok=True)
             return _replace_manifest(bundle, now, dataclasses.replace(now, **new), beside)
 
 
@@ -299,6 +301,9 @@ def changing(bundle: Bundle) -> Iterator[Manifest]:
     with ExitStack() as held:
         try:
             held.enter_context(locked(bundle.path / MANIFEST_FILE))
+            # Whoever holds the lock is the only one, so what others have left is nobody's.
+            for left in bundle.path.glob(f".{MANIFEST_FILE}.partial-*"):
+                left.unlink(missing_ok=True)
             now = read_manifest(bundle.path)
         except FileNotFoundError as error:
             raise BundleError(f"{bundle.path}: was replaced or removed meanwhile: begin again") from error

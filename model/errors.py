@@ -8,17 +8,26 @@
     ├── BuildError           a bundle could not be lowered to a target; carries TensorRT's log where there is one
     ├── BundleError          a bundle is missing, damaged, unsafe or from a newer schema
     ├── BackendUnavailable   a library this machine lacks is needed; carries the install line
+    ├── SelfTestError        this machine computes something else than the exporter saw
     └── CapacityError        a request is longer or deeper than the bundle or session allows
 
-A message is one line: what, got, expected, how to mend; the CLI prints it and exits with 1. Broken invariants of
-our own are ``assert``.
+A message is one line: what, got, expected, how to mend; the CLI prints it and exits with 1. A very long one, as a
+stranger's file can cause it, is cut in the middle. Broken invariants of our own are ``assert``.
 """
 
 from pathlib import Path
 
+_MOST_CHARACTERS = 2000
+
 
 class MythosEdgeError(Exception):
     """Base of all errors a caller may want to catch."""
+
+    def __init__(self, message: str = "") -> None:
+        if len(message) > _MOST_CHARACTERS:
+            half = _MOST_CHARACTERS // 2 - 10
+            message = f"{message[:half]} [...] {message[-half:]}"
+        super().__init__(message)
 
 
 class UsageError(MythosEdgeError):
@@ -59,6 +68,10 @@ class BackendUnavailable(MythosEdgeError):
 
 class CapacityError(MythosEdgeError):
     """A request exceeds the context or depth that was planned for."""
+
+
+class SelfTestError(MythosEdgeError):
+    """The golden sample of a bundle comes to other numbers on this machine."""
 
 
 class OSErrorAs:

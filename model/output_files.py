@@ -1,7 +1,8 @@
 """Writing one output file: a regular file appears whole or not at all, and whatever else stands there is written to.
 
 A link is followed. A device, a FIFO, ``/dev/stdout`` and other open descriptors are written through, never replaced.
-Standard library only. Not here: bundles (``bundle_writer``), which are folders.
+A partial file is its writer's as long as that holds the lock on it; what a killed one left, the next writer of the same
+file removes. Standard library only. Not here: bundles (``bundle_writer``), which are folders.
 """
 
 import errno
@@ -18,12 +19,16 @@ from pathlib import Path
 from typing import IO, Any
 
 from mythos_edge.model.errors import UsageError
+from mythos_edge.model.file_locks import NO_LOCKS, try_lock, unlock
 
 _DESCRIPTOR = re.compile(r"/(?:dev|proc/(?:self|thread-self|\d+))/fd/(\d+)")
 _STANDARD = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
 _MOST_LINKS = 40
 # Of the name of a file in its partial one, which must not become too long.
 _NAME_CHARACTERS = 32
+_TAG = re.compile(r"[0-9a-f]{8}")
+# That are tried: who removes leftovers just now may hold the lock of a new partial file.
+_NAMES = 20
 
 
 @contextmanager
@@ -35,17 +40,26 @@ def writing(path: Path, what: str) -> Iterator[IO[bytes]]:
     """
     place = _place_of(path, what)
     try:
-        with place.through() if place.partial is None else place.beside() as file:
+        with place.beside() if place.is_replaced else place.through() as file:
             yield file
     except OSError as error:
         raise _refusal(path, what, error) from error
 
 
 def remove_partials(path: Path) -> None:
-    """Removes what killed writers of ``path`` have left beside it; none may be at work."""
+    """Removes what killed writers of ``path`` have left beside it, and nothing of one that is at work."""
     for left in path.parent.glob(f"{glob.escape(_partial_name(path))}*"):
         with suppress(OSError):
-            left.unlink()
+            if not _TAG.fullmatch(left.name.removeprefix(_partial_name(path))) or not stat.S_ISREG(
+                left.lstat().st_mode
+            ):
+                continue
+            if (held := try_lock(left)) in (None, NO_LOCKS):
+                continue
+            try:
+                left.unlink()
+            finally:
+                unlock(held)
 
 
 def check_output(path: Path, what: str) -> None:
@@ -87,11 +101,11 @@ def is_standard_output(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where an output goes: through ``descriptor`` or what stands at ``path``, or beside it as ``partial``, renamed."""
+    """Where an output goes: through ``descriptor`` or what stands at ``path``, or beside it, to be renamed."""
 
     path: Path
-    partial: Path | None
-    descriptor: int | None
+    is_replaced: bool = False
+    descriptor: int | None = None
 
     @contextmanager
     def through(self) -> Iterator[IO[bytes]]:
@@ -105,28 +119,42 @@ class _Place:
 
     @contextmanager
     def beside(self) -> Iterator[IO[bytes]]:
-        assert self.partial is not None
-        try:
-            with self.partial.open("xb") as file:
+        with self._partial_file() as (partial, file):
+            with file:
                 yield file
                 self._keep_owner(file.fileno())
-            self.partial.replace(self.path)
-        finally:
-            with suppress(OSError):
-                self.partial.unlink()
+            partial.replace(self.path)
 
     def try_out(self) -> None:
-        """Writes a byte to the partial file, which is removed again; OSError where it cannot be."""
+        """Writes a byte to a partial file, which is removed again; OSError where it cannot be."""
         if self.descriptor is not None:
             os.write(self.descriptor, b"")
-        if self.partial is None:
-            return
-        try:
-            with self.partial.open("xb") as file:
+        if self.is_replaced:
+            with self._partial_file() as (_, file), file:
                 file.write(b"\0")
+
+    @contextmanager
+    def _partial_file(self) -> Iterator[tuple[Path, IO[bytes]]]:
+        """A new file beside the place, which nobody else removes; at the end it is gone, unless it was renamed."""
+        remove_partials(self.path)
+        partial, held = self.path, None
+        try:
+            for _ in range(_NAMES):
+                partial = self.path.with_name(f"{_partial_name(self.path)}{secrets.token_hex(4)}")
+                file = partial.open("xb")
+                held = try_lock(partial)
+                if held is not None:
+                    break
+                file.close()
+            else:
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(partial))
+            yield partial, file
         finally:
-            with suppress(OSError):
-                self.partial.unlink()
+            if partial != self.path:
+                with suppress(OSError):
+                    partial.unlink()
+            if held is not None:
+                unlock(held)
 
     def _keep_owner(self, descriptor: int) -> None:
         """Mode and owner of a file that is replaced stay."""
@@ -159,7 +187,7 @@ def _place_of(path: Path, what: str) -> _Place:
     try:
         descriptor = _descriptor_of(path)
         if descriptor is not None:
-            return _Place(path, None, descriptor)
+            return _Place(path, descriptor=descriptor)
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, "is a folder")
@@ -169,12 +197,11 @@ def _place_of(path: Path, what: str) -> _Place:
         return _beside(path)
     except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
         raise _refusal(path, what, error) from error
-    return _beside(path) if stat.S_ISREG(mode) else _Place(path, None, None)
+    return _beside(path) if stat.S_ISREG(mode) else _Place(path)
 
 
 def _beside(path: Path) -> _Place:
-    target = Path(os.path.realpath(path))
-    return _Place(target, target.with_name(f"{_partial_name(target)}{secrets.token_hex(4)}"), None)
+    return _Place(Path(os.path.realpath(path)), is_replaced=True)
 
 
 def _partial_name(target: Path) -> str:

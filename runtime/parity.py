@@ -22,6 +22,9 @@ SELF_TEST_SHARE = 1e-4
 ROUNDED_SELF_TEST_SHARE = 0.05
 # Where the self-test meets a tie, other experts give other logits: this share of the run's largest at most.
 TIED_SELF_TEST_SHARE = 0.5
+# A target whose weights were rounded after the export is another model, close by: up to 0.4 of the run's largest logit
+# away with int4 weights that are random. More says that it is no such model.
+OTHER_ROUNDING_SHARE = 0.75
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,13 @@ import enum
 import functools
 import math
 import operator
+import os
 import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -229,3 +231,10 @@ def shown(value: Any) -> str:
 
 def _unexpected(name: str, value: Any, expected: str) -> UsageError:
     return UsageError(f"{name} is {shown(value)}, expected {expected}")
+
+
+def path_of(value: Any, of: str) -> Path:
+    """The place that ``value`` names, as a path. Raises UsageError for what names none."""
+    if not isinstance(value, str | os.PathLike):
+        raise UsageError(f"path is {shown(value)}, expected the path of {of}")
+    return Path(value)

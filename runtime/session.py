@@ -10,7 +10,6 @@ unless told to ``resume``. It serves one call at a time, of whatever thread: one
 UsageError. Several threads open a session each, or one gives several prompts to ``generate``.
 """
 
-import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -18,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self, Unpack, cast, overload
 
-from mythos_edge.model.bundle import Bundle, open_bundle
+from mythos_edge.model.bundle import Bundle, made_of_bundle
 from mythos_edge.model.errors import CapacityError, UsageError
 from mythos_edge.runtime import saved_state
 from mythos_edge.runtime.backends.opening import open_backend
@@ -29,9 +28,10 @@ from mythos_edge.runtime.draft_tuner import DraftTuner
 from mythos_edge.runtime.halting import LOOP_STEPS, ResolvedDepth, depth_of_preset
 from mythos_edge.runtime.options import Options, RequestOptions, ScoreOptions, options_of_each
 from mythos_edge.runtime.prompts import Prompt, Prompts, check_range, checked_ids, ids_of, separate
-from mythos_edge.runtime.request_values import Within, check_names, flag, name_or_none, shown, whole
+from mythos_edge.runtime.request_values import Within, check_names, flag, name_or_none, path_of, whole
 from mythos_edge.runtime.sampling import Sampler
 from mythos_edge.runtime.scoring import Score, score_of, scoring, spans_of
+from mythos_edge.runtime.selftest import require_self_test
 from mythos_edge.runtime.speculation import AUTO, check_draft
 from mythos_edge.runtime.staircase import Staircase
 from mythos_edge.runtime.streams import TokenStream
@@ -77,6 +77,7 @@ class Session:
         threads: int = 0,
         hashes: bool = False,
         trust: bool = False,
+        selftest: bool = False,
     ) -> Self:
         """The bundle at ``path`` on one of its targets; ``hashes`` also checks the sha256 of every file.
 
@@ -84,11 +85,12 @@ class Session:
         the bundle was exported. ``preset`` names what ``mythos-edge tune`` found: its target, and its depth for
         every request that sets none of its own.
         ``threads`` are by default one per core. ``trust`` takes TensorRT engines that are not the files the manifest
-        lists, which are native code. Raises BundleError, BackendUnavailable, UsageError.
+        lists, which are native code. ``selftest`` raises SelfTestError unless this machine computes what the exporter
+        saw. Raises BundleError, BackendUnavailable, UsageError.
         """
-        path = _path(path, "a bundle's folder")
-        bundle = open_bundle(path, hashes=flag("hashes", hashes), trust_engines=flag("trust", trust))
-        return cls.of(bundle, target=target, preset=preset, threads=threads, trust=trust)
+        path, hashes, trust = path_of(path, "a bundle's folder"), flag("hashes", hashes), flag("trust", trust)
+        options: Any = {"target": target, "preset": preset, "threads": threads, "trust": trust, "selftest": selftest}
+        return made_of_bundle(path, lambda bundle: cls.of(bundle, **options), hashes, trust)
 
     @classmethod
     def of(
@@ -99,12 +101,14 @@ class Session:
         preset: str | None = None,
         threads: int = 0,
         trust: bool = False,
+        selftest: bool = False,
     ) -> Self:
         """A bundle that is open already, and was looked at, on one of its targets; parameters and errors as ``open``.
 
         What stands at its path now may be another bundle, which is refused.
         """
-        target, preset, trust = name_or_none("target", target), name_or_none("preset", preset), flag("trust", trust)
+        target, preset = name_or_none("target", target), name_or_none("preset", preset)
+        trust, selftest = flag("trust", trust), flag("selftest", selftest)
         defaults: dict[str, Any] = {}
         if preset is not None:
             defaults = depth_of_preset(bundle.manifest, preset)
@@ -116,6 +120,9 @@ class Session:
         session = cls(bundle, open_backend(bundle, target, threads, trust))
         session._defaults = defaults
         session.target = target
+        if selftest:
+            require_self_test(session)
+            session._sequences = []  # it is no sequence to go on with
         return session
 
     @last_turn
@@ -298,7 +305,7 @@ class Session:
 
         Raises UsageError.
         """
-        path = _path(path, "the file to write")
+        path = path_of(path, "the file to write")
         sequence = self._only_sequence()
         # An interrupt may have fallen between the caches and the list of tokens.
         sequence.staircase.rollback(len(sequence.ids))
@@ -312,7 +319,7 @@ class Session:
 
         Raises UsageError when the file is damaged or belongs to other weights; the session is then as it was.
         """
-        path = _path(path, "a file that save wrote")
+        path = path_of(path, "a file that save wrote")
         saved = saved_state.read(path, self.bundle.weights_identity(self.target), self.model, self.max_context)
         sequence = TokenSequence(saved.ids, self._new_staircase(saved.depth, None), Sampler(saved.sampling))
         try:
@@ -441,10 +448,3 @@ class Session:
             what = f"{len(self._sequences)} sequences" if self._sequences else "no sequence yet"
             raise UsageError(f"this needs a session with one sequence, but it has {what}: generate from one prompt")
         return self._sequences[0]
-
-
-def _path(value: Any, of: str) -> Path:
-    """The place that ``value`` names, as a path. Raises UsageError for what names none."""
-    if not isinstance(value, str | os.PathLike):
-        raise UsageError(f"path is {shown(value)}, expected the path of {of}")
-    return Path(value)

@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_sampling(parser)
     options.add_drafts(parser)
     options.add_target(parser)
+    options.add_selftest(parser)
     options.add_threads(parser)
 
 

@@ -56,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_sampling(parser)
     options.add_drafts(parser)
     options.add_target(parser)
+    options.add_selftest(parser)
     options.add_threads(parser)
     # None where they are not given, so that a session can say them.
     parser.set_defaults(**dict.fromkeys(_OF_SEQUENCE))

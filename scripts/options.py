@@ -61,9 +61,21 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: all cores)")
 
 
+def add_selftest(parser: argparse.ArgumentParser) -> None:
+    text = "first make sure that this machine computes what the exporter saw, and else end with an error"
+    parser.add_argument("--selftest", action="store_true", help=text)
+
+
 def session_of(args: argparse.Namespace) -> Session:
     """The bundle on the target and preset asked for."""
-    return Session.open(args.bundle, target=args.target, preset=args.preset, threads=args.threads, trust=args.trust)
+    return Session.open(
+        args.bundle,
+        target=args.target,
+        preset=args.preset,
+        threads=args.threads,
+        trust=args.trust,
+        selftest=args.selftest,
+    )
 
 
 def depth_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -54,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     options.add_depth(parser)
     options.add_target(parser)
+    options.add_selftest(parser)
     options.add_threads(parser)
 
 

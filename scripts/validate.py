@@ -13,10 +13,10 @@ from mythos_edge.model.bundle import Bundle, open_bundle, verify_hashes
 from mythos_edge.model.errors import CapacityError, UsageError, unavailable
 from mythos_edge.model.looped import LoopedModel
 from mythos_edge.model.machine import free_memory_bytes
-from mythos_edge.model.manifest import GoldenSample
 from mythos_edge.runtime import parity
 from mythos_edge.runtime.backends.opening import open_backend
 from mythos_edge.runtime.backends.ort_session import graph_runner
+from mythos_edge.runtime.selftest import self_test
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import arguments, given_tokens, options, quality_gate
 from mythos_edge.scripts.console import Console
@@ -74,17 +74,16 @@ def run(args: argparse.Namespace, console: Console) -> int:
         console.progress("self-test", 0.0)
         # Of the manifest whose files were hashed, whatever stands there meanwhile.
         session = opened.enter_context(Session(bundle, open_backend(bundle, bundle.manifest.default_target)))
-        sample = bundle.manifest.sample
-        sample_error, largest = _self_test(session, sample)
-        allowed = _self_test_share(bundle) * max(1.0, *map(abs, sample.top_logits))
-        # With a tie, another kernel than the export's may rightly come to other numbers, but not to any.
-        tied = sample.tie != "" and allowed < sample_error <= parity.TIED_SELF_TEST_SHARE * largest
-        tie, passed = sample.tie if tied else "", sample_error <= allowed or tied
-        report: dict[str, Any] = {"passed": passed, "self_test_max_abs": sample_error, "self_test_tie": tie or None}
+        tested = self_test(session)
+        report: dict[str, Any] = {
+            "passed": tested.passed,
+            "self_test_max_abs": tested.max_abs,
+            "self_test_tie": tested.tie or None,
+        }
         console.say(f"files     whole ({len(bundle.manifest.files)} files)")
-        console.say(f"self-test largest logit difference {sample_error:.2g}, allowed {allowed:.2g}")
-        if tie:
-            console.say(f"          not decisive: {_TIES[tie]}, so the difference is no failure")
+        console.say(f"self-test largest logit difference {tested.max_abs:.2g}, allowed {tested.allowed:.2g}")
+        if tested.tie:
+            console.say(f"          not decisive: {_TIES[tested.tie]}, so the difference is no failure")
         if compare is not None:
             compared = compare(session)
             report |= compared | {"passed": report["passed"] and compared["passed"]}
@@ -132,28 +131,6 @@ def _comparison(
             "use a larger machine, or validate without --against"
         )
     return lambda session: _compare(args, checkpoint, session, ids, console)
-
-
-def _self_test_share(bundle: Bundle) -> float:
-    """The share of the largest logit by which the self-test of the default target may be off."""
-    record = bundle.manifest.targets[bundle.manifest.default_target]
-    rounded = {*record.weights.values(), record.compute_dtype} != {"fp32"}
-    return parity.ROUNDED_SELF_TEST_SHARE if rounded else parity.SELF_TEST_SHARE
-
-
-def _self_test(session: Session, sample: GoldenSample) -> tuple[float, float]:
-    """Largest difference to the logits recorded at export, and the largest logit of the run itself.
-
-    The difference is NaN for logits that are none, infinite when a depth differs that no tie of halting explains.
-    """
-    score = session.score(np.array([sample.ids]), max_depth=sample.max_depth, threshold=sample.threshold)
-    if not np.isfinite(score.logits).all():
-        return float("nan"), float("nan")
-    logits = score.logits[0, -1]
-    largest = float(np.abs(logits).max())
-    if sample.tie != "halting" and tuple(score.depth[0].tolist()) != sample.depth:
-        return float("inf"), largest
-    return float(np.abs(logits[list(sample.top_ids)] - np.array(sample.top_logits)).max()), largest
 
 
 def _compare(

@@ -24,6 +24,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
+from mythos_edge.model.bounded_files import parse_json
 from mythos_edge.model.errors import CapacityError, MythosEdgeError, UsageError
 from mythos_edge.runtime.chat_template import ChatTemplate
 from mythos_edge.runtime.decoding import Generation, Token
@@ -364,8 +365,8 @@ async def _body(request: Request, limits: Limits) -> dict[str, Any]:
     except ClientDisconnect:
         raise _Refused(400, "the client left") from None
     try:
-        values = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        values = parse_json(bytes(data))
+    except ValueError as error:
         raise _Refused(400, f"the body is no JSON: {error}") from None
     if not isinstance(values, dict):
         raise _Refused(400, f"the body is a JSON {type(values).__name__}, expected an object")

@@ -12,7 +12,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mythos_edge.model.errors import BackendUnavailable, BundleError, CapacityError, MythosEdgeError, UsageError
+    from mythos_edge.model.errors import (
+        BackendUnavailable,
+        BundleError,
+        CapacityError,
+        MythosEdgeError,
+        SelfTestError,
+        UsageError,
+    )
     from mythos_edge.runtime.caches import CachePlan
     from mythos_edge.runtime.decoding import Generation, Token
     from mythos_edge.runtime.halting import Policy
@@ -31,6 +38,7 @@ __all__ = [
     "MythosEdgeError",
     "Policy",
     "Score",
+    "SelfTestError",
     "Session",
     "Token",
     "TokenStream",

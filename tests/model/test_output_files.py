@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from killed import at_each_step
 
+from mythos_edge.model import file_locks, output_files
 from mythos_edge.model.errors import UsageError
 from mythos_edge.model.output_files import (
     check_output,
@@ -207,13 +209,71 @@ def test_folders_are_tried_out_and_not_left(tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "link", "there"]
 
 
+_SAVES = """
+from pathlib import Path
+from mythos_edge.model.output_files import writing
+with writing(Path(PLACE), "it") as file:
+    file.write(b"new")
+"""
+
+
+@pytest.mark.parametrize("how", ["kill", "interrupt"])
+@pytest.mark.parametrize("before", [b"old", None])
+def test_whenever_a_writer_ends_the_next_one_leaves_nothing_beside(
+    tmp_path: Path, before: bytes | None, how: str
+) -> None:
+    path = tmp_path / "saved"
+    left = 0
+    if before is not None:
+        path.write_bytes(before)
+    for _ in at_each_step(_SAVES.replace("PLACE", repr(str(path))), tmp_path, how):
+        assert (path.read_bytes() if path.exists() else None) in (before, b"new")
+        left += len([file for file in tmp_path.iterdir() if file != path])
+        _write(path, b"next")
+        assert list(tmp_path.iterdir()) == [path]
+        path.unlink()
+        if before is not None:
+            path.write_bytes(before)
+    assert path.read_bytes() == b"new"
+    assert left > 0 or how == "interrupt"
+
+
+def test_a_writer_at_work_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "saved"
+    with writing(path, "it") as first:
+        first.write(b"first")
+        _write(path, b"second")
+        remove_partials(path)
+        assert path.read_bytes() == b"second"
+    assert path.read_bytes() == b"first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / ("long [name] " * 5)
-    others = [tmp_path / "a", tmp_path / f".{path.name}", tmp_path / ".long name.partial-1"]
-    for other in others:
+    begin = f".{path.name[:32]}.partial-"
+    others = [tmp_path / name for name in ("a", f".{path.name}", ".long name.partial-01234567", f"{begin}12", begin)]
+    for other in (*others, tmp_path / f"{begin}01234567"):
         other.touch()
-    with writing(path, "it"):
-        killed = [file for file in tmp_path.iterdir() if file not in others]
-        (tmp_path / f"{killed[0].name}0").touch()
+    folder = tmp_path / f"{begin}89abcdef"
+    folder.mkdir()
     remove_partials(path)
-    assert sorted(tmp_path.iterdir()) == sorted([*others, path])
+    assert sorted(tmp_path.iterdir()) == sorted([*others, folder])
+
+
+def test_a_new_file_that_is_taken_for_a_leftover_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who looks for leftovers may see the file before its writer has locked it."""
+    taken: list[Path] = []
+
+    def first_taken(path: Path) -> int | None:
+        if not taken:
+            path.unlink()
+        taken.append(path)
+        return file_locks.try_lock(path) if len(taken) > 1 else None
+
+    monkeypatch.setattr(output_files, "try_lock", first_taken)
+    _write(tmp_path / "new")
+    assert [file.name for file in tmp_path.iterdir()] == ["new"]
+    monkeypatch.setattr(output_files, "try_lock", lambda path: None)
+    with pytest.raises(UsageError, match="cannot write it: File exists"), writing(tmp_path / "other", "it"):
+        pass

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,7 @@ def test_eight_writers_at_once_lose_nothing(made: Path) -> None:
 
 _BUILDS_OVER_AND_OVER = """
 import sys
+import time
 from pathlib import Path
 from sample_target import build
 sys.stdin.readline()
@@ -115,9 +117,14 @@ def test_a_manifest_that_is_held_for_long_is_one_line(made: Path, monkeypatch: p
     update_manifest(opened, presets={})
 
 
-def test_what_a_killed_change_left_is_removed_by_the_next(made: Path) -> None:
+@pytest.mark.parametrize("next_one", ["a change", "a build"])
+def test_what_a_killed_change_left_is_removed_by_the_next(made: Path, next_one: str) -> None:
+    make_buildable(made)
     (made / f".{MANIFEST_FILE}.partial-1").write_text("{")
-    update_manifest(open_bundle(made), presets={})
+    if next_one == "a change":
+        update_manifest(open_bundle(made), presets={})
+    else:
+        build(made, "new")
     _whole(made)
 
 
@@ -223,8 +230,15 @@ write_bundle(Path(PLACE), NEW, force=True)
 """
 
 
+# As where the system cannot swap two folders in one step.
+_NO_SWAP = """
+from mythos_edge.model import bundle_writer
+bundle_writer.swapped = lambda one, other: False
+"""
+
+
 @pytest.mark.parametrize("how", ["kill", "interrupt"])
-@pytest.mark.parametrize("place", [".", "beside"])
+@pytest.mark.parametrize("place", [".", "beside", "beside, in two steps"])
 def test_an_export_over_another_loses_nothing_whenever_it_ends(
     made: Path,
     tmp_path: Path,
@@ -238,6 +252,7 @@ def test_an_export_over_another_loses_nothing_whenever_it_ends(
     before = Path(shutil.copytree(made, tmp_path_factory.mktemp("before") / "some.bundle"))
     ends = set()
     program = _EXPORTS.replace("PLACE", repr("." if place == "." else str(made)))
+    program = _NO_SWAP + program if place == "beside, in two steps" else program
     for _ in at_each_step(program, made if place == "." else tmp_path, how):
         # The next export takes up what a killed one was at, even where it then does nothing.
         if made.exists():
@@ -288,6 +303,7 @@ def test_a_bundle_that_the_system_does_not_let_be_renamed_is_filled(
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", fixed)
+    monkeypatch.setattr(bundle_writer, "swapped", lambda one, other: False)
     inode = made.stat().st_ino
     write_bundle(made, NEW, force=True)
     assert set(_whole(made).manifest.files) == set(NEW)
@@ -337,3 +353,31 @@ def test_a_mount_point_is_filled(tmp_path: Path, kind: str) -> None:
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     assert sorted(ran.stdout.split()) == sorted([*CONTENTS, MANIFEST_FILE])
+
+
+_READS = """
+import sys
+import time
+from pathlib import Path
+from mythos_edge.model.bundle import open_bundle
+place, found = Path(sys.argv[1]), set()
+print(flush=True)
+while not Path(sys.argv[2]).exists():
+    found.add("extra" in open_bundle(place).manifest.files)
+print(*sorted(found))
+"""
+
+
+def test_a_reader_finds_the_old_or_the_new_bundle_at_any_moment(made: Path, tmp_path: Path) -> None:
+    end = tmp_path / "end"
+    reader = subprocess.Popen(
+        [sys.executable, "-c", _READS, str(made), str(end)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert reader.stdout is not None
+    reader.stdout.readline()
+    for number in range(150):
+        write_bundle(made, CONTENTS if number % 2 else NEW, force=True)
+        time.sleep(0.01)
+    end.touch()
+    output, errors = reader.communicate(timeout=60)
+    assert (output.split(), errors) == (["False", "True"], "")

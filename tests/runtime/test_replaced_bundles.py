@@ -141,7 +141,49 @@ def test_a_session_is_of_one_model_even_when_it_is_replaced_while_it_opens(
         monkeypatch.undo()
         monkeypatch.setattr(session, "Tokenizer", overtaken(lambda path: path.read_text()))
     with pytest.raises(BundleError, match=REPLACED):
+        Session.of(open_bundle(bundle))
+
+
+def test_a_session_opens_on_what_took_the_place_of_a_bundle_meanwhile(
+    bundle: Path, replace: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, and not for ever where it is replaced at each opening."""
+    with Session.open(bundle) as opened:
+        old = opened.score([PROMPTS[0]]).logits
+    original, left = ort_cpu.ort_session, [1]
+
+    def overtaken(path: Path, *arguments: Any) -> Any:
+        if path.name.startswith("coda") and left[0]:
+            left[0] -= 1
+            replace(bundle)
+        return original(path, *arguments)
+
+    monkeypatch.setattr(ort_cpu, "ort_session", overtaken)
+    with Session.open(bundle) as opened:
+        new = opened.score([PROMPTS[0]]).logits
+    with Session.open(bundle) as again:
+        np.testing.assert_array_equal(again.score([PROMPTS[0]]).logits, new)
+    assert not np.array_equal(old, new)
+
+
+def test_a_bundle_that_is_replaced_at_each_opening_is_one_line(
+    bundle: Path, demo_bundle: Path, replace: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, openings = ort_cpu.ort_session, [0]
+
+    def overtaken(path: Path, *arguments: Any) -> Any:
+        if path.name.startswith("coda"):
+            openings[0] += 1
+            replace(bundle)
+            if openings[0] % 2 == 0:
+                shutil.rmtree(bundle)
+                shutil.copytree(demo_bundle, bundle)
+        return original(path, *arguments)
+
+    monkeypatch.setattr(ort_cpu, "ort_session", overtaken)
+    with pytest.raises(BundleError, match=REPLACED):
         Session.open(bundle)
+    assert 1 < openings[0] < 10
 
 
 def test_a_portable_graph_is_not_of_another_model(bundle: Path, replace: Callable[[Path], None]) -> None:

@@ -117,6 +117,25 @@ def test_a_template_that_refuses_is_an_error_of_openais_shape(
     assert words in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"prompt": [1], "temperature": 0, "temperature": 2}', "the key 'temperature' stands there twice"),
+        (b'{"prompt": [1], "temperature": NaN}', "temperature is nan, expected a finite number"),
+        (b'{"prompt": [1], "logit_bias": {"1": 1e999}}', "logit_bias is inf, expected a finite number"),
+        (b"[" * 100_000, "the body is no JSON: it is nested too deeply"),
+        (b'{"prompt": ' + b"9" * 5000 + b"}", "the body is no JSON: Exceeds the limit"),
+        (b"\xff", "the body is no JSON"),
+    ],
+)
+def test_a_body_that_no_client_writes_is_refused(
+    ask: Callable[..., httpx.Response], content: bytes, words: str
+) -> None:
+    answer = ask("POST", COMPLETIONS, content=content, headers=JSON)
+    assert answer.status_code == 400
+    assert words in answer.json()["error"]["message"]
+
+
 def test_figures_are_exact(serving_of: Callable[..., Serving], ask: Callable[..., httpx.Response]) -> None:
     serving_of().engine.counts["generated_tokens"] += 123_456_789
     text = ask("GET", "/metrics").text

@@ -24,7 +24,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mythos_edge.exporter.graph_writer import GraphWriter
-from mythos_edge.exporter.lowering.ort_attention import grouped_query_attention
+from mythos_edge.exporter.lowering.ort_attention import attention_of_parts, grouped_query_attention
 from mythos_edge.exporter.lowering.ort_kernels import HIDDEN_SCORE, MICROSOFT
 from mythos_edge.plugins import ops, reference
 from mythos_edge.runtime.backends.ort_session import ort_session
@@ -186,6 +186,13 @@ def _products(writer: GraphWriter, given: Inputs, case: Shape) -> ir.Value:
     attributes = {"scale": case.scale, "kv_heads": case.groups}
     node = ir.node("GroupedQueryAttention", [given.q, given.rows, given.past], attributes, domain=ops.DOMAIN)
     return grouped_query_attention(writer, node, as_they_lie=True)
+
+
+def _products_of_parts(writer: GraphWriter, given: Inputs, case: Shape) -> ir.Value:
+    """What it does for chunks, whatever the rows."""
+    attributes = {"scale": case.scale, "kv_heads": case.groups}
+    node = ir.node("GroupedQueryAttention", [given.q, given.rows, given.past], attributes, domain=ops.DOMAIN)
+    return attention_of_parts(writer, node, as_they_lie=True)
 
 
 def _turned_products(writer: GraphWriter, given: Inputs, case: Shape) -> ir.Value:
@@ -369,8 +376,9 @@ class Variant:
 
 VARIANTS = {
     "products": Variant(_products),
-    "turned products": Variant(_turned_products),
-    "products over whole rows": Variant(_whole_rows),
+    "products of parts": Variant(_products_of_parts),
+    "turned products of parts": Variant(_turned_products),
+    "products of whole rows": Variant(_whole_rows),
     "products on caches apart": Variant(_products_apart, apart=True),
     "GroupQueryAttention": Variant(_group_query_op),
     "Attention with its past": Variant(_attention_op),

@@ -25,6 +25,8 @@ def test_attentions_are_compared(kv_heads: str, left_out: list[str], capsys: pyt
 
 def test_a_wrong_attention_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     right = reference.grouped_query_attention
-    monkeypatch.setattr(reference, "grouped_query_attention", lambda *given, **more: right(*given, **more) + np.float32(1e-3))
+    monkeypatch.setattr(
+        reference, "grouped_query_attention", lambda *given, **more: right(*given, **more) + np.float32(1e-3)
+    )
     with pytest.raises(AssertionError, match="products"):
         bench_attention.main([*SIZES, "--kv-heads", "4"])

@@ -182,14 +182,14 @@ def _model(case: Shape, variant: "Variant") -> ir.Model:
 
 
 def _products(writer: GraphWriter, given: Inputs, case: Shape) -> ir.Value:
-    """What the lowering does."""
+    """Attention as the lowering writes it."""
     attributes = {"scale": case.scale, "kv_heads": case.groups}
     node = ir.node("GroupedQueryAttention", [given.q, given.rows, given.past], attributes, domain=ops.DOMAIN)
     return grouped_query_attention(writer, node, as_they_lie=True)
 
 
 def _products_of_parts(writer: GraphWriter, given: Inputs, case: Shape) -> ir.Value:
-    """What it does for chunks, whatever the rows."""
+    """Attention as the lowering writes it for chunks."""
     attributes = {"scale": case.scale, "kv_heads": case.groups}
     node = ir.node("GroupedQueryAttention", [given.q, given.rows, given.past], attributes, domain=ops.DOMAIN)
     return attention_of_parts(writer, node, as_they_lie=True)

@@ -11,6 +11,7 @@ for the least scale are 0; a part with a value that is not finite says so when i
 the largest float16.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from itertools import groupby
 from typing import NamedTuple, Protocol
@@ -118,40 +119,36 @@ def narrow_caches(model: ir.Model, cache: str, looped: LoopedModel) -> ir.Model:
 
 
 def _keep_narrow(graph: ir.Graph, past: ir.Value, form: _Form, width: int) -> None:
-    """Makes an input narrow, and widens it before the first node that reads its values."""
+    """Makes an input narrow, and widens it in each branch that reads its values, so that only one taken does it."""
     assert past.shape is not None
     kept = ir.Value(name=past.name, type=ir.TensorType(form.dtype), shape=ir.Shape([*past.shape[:2], width]))
     graph.inputs[graph.inputs.index(past)] = kept
     past.name = f"{kept.name}/wide"
-    readers = []
+    readers: dict[ir.Graph, list[tuple[ir.Node, int]]] = defaultdict(list)
     for node, index in list(past.uses()):
         if node.op_type == "Shape":
             # The number of columns, which is the same.
             node.replace_input_with(index, kept)
         else:
-            readers.append((node, index))
-    if not readers:
-        return
-    first = _first(readers)
-    assert isinstance(first.graph, ir.Graph)
-    writer = GraphWriter(first.graph, str(past.name), graph, first)
-    if len(readers) == 1 and _halves(first):
-        for half, wide in zip(first.outputs, form.widen(writer, kept, 2), strict=True):
+            assert isinstance(node.graph, ir.Graph)
+            readers[node.graph].append((node, index))
+    for number, (branch, nodes) in enumerate(readers.items()):
+        places = {node: place for place, node in enumerate(branch)}
+        first = min((node for node, _ in nodes), key=places.__getitem__)
+        _widen(GraphWriter(branch, f"{past.name}_{number}", graph, first), kept, form, nodes)
+
+
+def _widen(writer: GraphWriter, kept: ir.Value, form: _Form, readers: Sequence[tuple[ir.Node, int]]) -> None:
+    """Gives the nodes of one branch wide rows."""
+    (node, _), *others = readers
+    if not others and _halves(node):
+        for half, wide in zip(node.outputs, form.widen(writer, kept, 2), strict=True):
             ir.convenience.replace_all_uses_with(half, wide)
-        first.graph.remove(first, safe=True)
+        writer.graph.remove(node, safe=True)
         return
     (wide,) = form.widen(writer, kept, 1)
     for node, index in readers:
         node.replace_input_with(index, wide)
-
-
-def _first(readers: Sequence[tuple[ir.Node, int]]) -> ir.Node:
-    """The first of the nodes, which must be of one graph, so that what stands before it serves all."""
-    graph = readers[0][0].graph
-    assert graph is not None
-    assert all(node.graph is graph for node, _ in readers), "cached rows are read in several branches"
-    places = {node: place for place, node in enumerate(graph)}
-    return min((node for node, _ in readers), key=places.__getitem__)
 
 
 def _halves(node: ir.Node) -> bool:

@@ -63,7 +63,7 @@ def _chosen(value: Any, where: Path, note: Callable[[str], None]) -> str | None:
 
 
 def _whole(text: str, where: Path) -> str:
-    """The text, which can be written. Raises ConfigError for one with half of a pair of characters, as JSON has them."""
+    """The text, if it can be written. Raises ConfigError for half of a pair of characters, which JSON can hold."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -107,6 +107,11 @@ class ModelStats:
         return self._texts.get(token_id)
 
     @property
+    def texts(self) -> list[str | None]:
+        """The text of every position; None without a tokenizer."""
+        return [one["text"] for one in self._positions]
+
+    @property
     def mean_mass_left(self) -> float:
         """The part of 1 that halting mass lacks where a position's loop ends, on average; NaN where nothing halts."""
         if not self._halts:

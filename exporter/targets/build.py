@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mythos_edge.exporter.stored_graphs import check_stored_graphs
 from mythos_edge.exporter.targets.spec import Progress, Target, Work, record_of
 from mythos_edge.model import bundle_writer
 from mythos_edge.model.bundle import Bundle, open_bundle, read_manifest, verify_hashes
@@ -55,7 +54,6 @@ def files_beside(bundle: Bundle, name: str, progress: Progress) -> Iterator[Path
     bundle.target(bundle.manifest.default_target)
     bundle.require_own_files()
     verify_hashes(bundle, lambda share: progress("hashing the export", share), bundle.manifest.shared_files)
-    check_stored_graphs(bundle)
     with OSErrorAs(BuildError, f"{bundle.path}: cannot be written"):
         partial = PartialFolder(bundle.path, name, of_any=True, recover=lambda left: recover(left, bundle.path))
         try:

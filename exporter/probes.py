@@ -15,6 +15,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 from numpy.typing import NDArray
 
+from mythos_edge.exporter.stored_graphs import read_stored_graph
 from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.errors import BundleError, MythosEdgeError, one_line, unavailable
 from mythos_edge.model.families.table import config_of
@@ -53,7 +54,7 @@ class Probe:
         self._probed = {matrix: str(value.name) for matrix, value in probed.items()}
         passes.RemoveUnusedNodesPass()(model)
         self._path = path
-        self._session = _session(model, path, prepack, apart)
+        self._session = graph_session(model, path, prepack, apart)
         self._inputs = [value.name for value in self._session.get_inputs()]
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -131,12 +132,14 @@ def multiplied_in(path: Path, matrices: Sequence[str]) -> list[str]:
 
 def stored_weights(bundle: Bundle, stage: str) -> dict[str, ir.TensorProtocol]:
     """The weights of the portable graph of ``stage`` by name, mapped from the file and not read yet."""
-    graph = ir.load(bundle.file(bundle.manifest.graphs[stage].file)).graph
+    file = bundle.manifest.graphs[stage].file
+    read_stored_graph(bundle, file)
+    graph = ir.load(bundle.file(file)).graph
     tensors = {name: value.const_value for name, value in graph.initializers.items()}
-    return {name: _followed(bundle, tensor) for name, tensor in tensors.items() if tensor is not None}
+    return {name: in_bundle(bundle, tensor) for name, tensor in tensors.items() if tensor is not None}
 
 
-def _followed(bundle: Bundle, tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+def in_bundle(bundle: Bundle, tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     """The tensor, of the file that a link in the bundle leads to: onnx_ir follows none."""
     if not isinstance(tensor, ir.ExternalTensor):
         return tensor
@@ -160,7 +163,8 @@ def _multiplied(graph: ir.Graph, matrix: str, path: Path) -> ir.Value:
     return x
 
 
-def _session(model: ir.Model, path: Path, prepack: bool, apart: Apart) -> Any:
+def graph_session(model: ir.Model, path: Path, prepack: bool, apart: Apart) -> Any:
+    """A session on the CPU of a graph changed in memory, which reads the weights of the file at ``path``."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime as ort

@@ -8,6 +8,7 @@ import gc
 import logging
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -30,11 +31,14 @@ from mythos_edge.model.errors import ExportError, raise_interrupt
 from mythos_edge.model.families.family import Config
 from mythos_edge.model.layout import network_of
 from mythos_edge.model.network import Halting, LoopedNetwork, LoopState, Window, in_dtype
+from mythos_edge.model.observed import PREFIX, watching
 from mythos_edge.model.stages import STAGES
 from mythos_edge.plugins import ops
 from mythos_edge.plugins.torch_ops import TracedOps
 
 _OP: Any = opset23
+# The node that stands in a traced graph for an observed value.
+_OBSERVED = "Observed"
 # torch's exporter changes torch for all threads while it traces.
 _ONE_AT_A_TIME = threading.Lock()
 # Loggers that tell of what torch's exporter and its passes leave alone, which is meant.
@@ -112,6 +116,31 @@ class _Stages(nn.Module):
         return logits.float(), *rows
 
 
+def _named_in_graph(part: str, value: Tensor) -> Tensor:
+    """A node in the place of an observed value; ``_dissolve_observed`` makes a name of it."""
+    return torch.onnx.ops.symbolic(
+        f"{ops.DOMAIN}::{_OBSERVED}",
+        (value,),
+        {"part": part},
+        dtype=value.dtype,
+        shape=value.shape,
+        version=ops.VERSION,
+    )
+
+
+def _dissolve_observed(graph: ir.Graph) -> None:
+    """Gives observed values their names, as ``observed/attention.0``, and takes the nodes away that marked them."""
+    seen: Counter[str] = Counter()
+    for node in [node for node in graph if node.domain == ops.DOMAIN and node.op_type == _OBSERVED]:
+        (value,), part = node.inputs, node.attributes["part"].as_string()
+        assert value is not None
+        ir.convenience.replace_all_uses_with(node.outputs[0], value, replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+        if value.producer() is not None and not value.is_graph_output():
+            value.name = f"{PREFIX}{part}.{seen[part]}"
+        seen[part] += 1
+
+
 def _but_for_weights(module: nn.Module) -> list[Any]:
     """All that a module computes with; of its weights the names and shapes alone."""
     assert next(module.buffers(), None) is None, "what an attention computes with is a parameter, or no tensor"
@@ -169,7 +198,8 @@ def _trace(config: Config, max_context: int, dtype: torch.dtype, one_sequence: b
                 for name, stage in stages.items()
             }
             values, axes = ({stage: getattr(one, kind) for stage, one in inputs.items()} for kind in ("values", "axes"))
-            exported = torch.export.export(_Stages(network), (), values, dynamic_shapes=axes)
+            with watching(_named_in_graph):
+                exported = torch.export.export(_Stages(network), (), values, dynamic_shapes=axes)
             model = _in_onnx(
                 exported,
                 [f"{stage}/{name}" for stage, one in inputs.items() for name in names_of_inputs(one.values)],
@@ -320,6 +350,7 @@ def _tidy(model: ir.Model, inputs: Inputs) -> ir.Model:
         passes.RemoveUnusedNodesPass(),
         passes.ClearMetadataAndDocStringPass(),
     )(model)
+    _dissolve_observed(graph)
     name_weights(graph)
     return model
 

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mythos_edge.model.network import Window
+from mythos_edge.model.observed import observed
 
 
 class EagerOps:
@@ -66,7 +67,7 @@ class EagerOps:
         Source: ``MoEFFN.forward``; chosen on biased logits, weighted by unbiased scores renormalised.
         """
         logits = nn.functional.linear(x, router).to(torch.promote_types(x.dtype, torch.float32))
-        chosen, _ = chosen_experts(logits + router_bias, top_k)
+        chosen, _ = chosen_experts(observed("router", logits + router_bias), top_k)
         weights = logits.gather(-1, chosen).softmax(-1).to(x.dtype)
         y = swiglu(x, *shared) if shared else torch.zeros_like(x)
         for expert in chosen.unique().tolist():

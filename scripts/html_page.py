@@ -2,7 +2,7 @@
 
 import base64
 import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from mythos_edge.model.versions import version_of
 from mythos_edge.scripts.measuring import Spread
@@ -13,11 +13,12 @@ _STYLE = """
 :root {
   color-scheme: light dark;
   --ground: #faf9f7; --card: #fff; --line: #e3dfd8; --ink: #1d1a22; --soft: #67616f; --accent: #6a3d9a; --mark: #f6ead0;
+  --bad: #c0392b; --good: #2e7d4f; --second: #b8860b;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --ground: #15131a; --card: #1d1a24; --line: #322d3d; --ink: #ece8f2; --soft: #a49cb2; --accent: #c79bf2;
-    --mark: #463a1d;
+    --mark: #463a1d; --bad: #ff7b6b; --good: #7fd6a0; --second: #e6b94d;
   }
 }
 body {
@@ -36,8 +37,30 @@ tr.knee { background: var(--mark); font-weight: bold; }
 .bar { position: relative; height: 1.1em; background: var(--line); border-radius: 4px; }
 .bar span { position: absolute; inset: 0 auto 0 0; background: var(--accent); border-radius: 4px; }
 .bar i { position: absolute; top: .45em; height: .2em; background: var(--ink); }
+.bar i.limit { top: -.15em; width: 2px; height: 1.4em; }
 .note { border-left: 4px solid var(--accent); padding-left: .8em; }
 .soft { color: var(--soft); }
+.bar.bad span { background: var(--bad); }
+.verdict { border-left: 6px solid var(--good); background: var(--card); padding: .6em 1em; border-radius: 0 8px 8px 0; }
+.verdict.bad { border-color: var(--bad); } .verdict strong { font-size: 1.15em; } .verdict p { margin: .3em 0; }
+svg { display: block; font: 12px system-ui, sans-serif; }
+svg text { fill: var(--soft); } svg .cell { fill: var(--accent); stroke: var(--line); stroke-width: .6; }
+svg .cell.bad { fill: var(--bad); } svg .cell.none { fill: none; stroke: var(--soft); stroke-dasharray: 2 2; }
+svg .column { fill: var(--accent); } svg .axis { stroke: var(--soft); } svg .grid { stroke: var(--line); }
+svg polyline { fill: none; stroke: var(--accent); stroke-width: 2; } svg circle { fill: var(--accent); }
+svg polyline.second { stroke: var(--second); } svg circle.second { fill: var(--second); }
+svg polyline.third { stroke: var(--soft); stroke-dasharray: 5 4; } svg circle.third { fill: var(--soft); }
+.legend { display: flex; flex-wrap: wrap; gap: .3em 1.4em; margin: .3em 0; color: var(--soft); font-size: .9em; }
+.legend i { display: inline-block; width: 1.6em; height: .8em; margin-right: .45em; border-radius: 2px; }
+.legend i { background: var(--accent); } .legend .second { background: var(--second); }
+.legend .third { background: var(--soft); } .legend .bad { background: var(--bad); } .legend .weak { opacity: .25; }
+.legend .none { background: none; border: 1px dashed var(--soft); }
+.tokens { background: var(--card); padding: .8em 1em; line-height: 1.9; }
+.tokens { white-space: pre-wrap; overflow-wrap: anywhere; }
+.tokens b {
+  font-weight: inherit; border-radius: 3px;
+  background: color-mix(in srgb, var(--accent) calc(var(--v) * 1%), transparent);
+}
 """
 
 
@@ -85,6 +108,20 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], marked: int | None
     return (
         f'<div class="wide"><table>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{"".join(lines)}</tbody>\n</table></div>'
     )
+
+
+def measures(rows: Iterable[tuple[str, float, str]], scale: Callable[[float], float], limit: float | None) -> str:
+    """A bar for each (name, value, text), as long as ``scale`` says from 0 to 1; those beyond the ``limit`` stand out,
+    and a line shows where it is."""
+    mark = "" if limit is None else f'<i class="limit" style="left:{100 * scale(limit):.2f}%"></i>'
+    lines = [
+        f"<span>{html.escape(name)}</span>"
+        f'<div class="bar{" bad" if limit is not None and not value <= limit else ""}" aria-hidden="true">'
+        f'<span style="width:{100 * min(1.0, max(0.0, scale(value))):.2f}%"></span>{mark}</div>'
+        f"<span>{html.escape(text)}</span>"
+        for name, value, text in rows
+    ]
+    return '<div class="bars">\n' + "\n".join(lines) + "\n</div>"
 
 
 def _row(cells: Sequence[str], marked: bool) -> str:

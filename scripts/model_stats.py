@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from mythos_edge.model.json_files import few
 from mythos_edge.model.output_files import writing
 from mythos_edge.runtime.session import Session
+from mythos_edge.scripts import html_page, model_page
 from mythos_edge.scripts.console import Console, without_nan
 from mythos_edge.scripts.loop_watch import StepRun, Watched, router_probe
 from mythos_edge.scripts.routing import Routing, StepRouting
 
-WHAT = "the stats"
+STATS, PAGE = "the stats", "the page"
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,11 @@ class ModelStats:
         return self._texts.get(token_id)
 
     @property
+    def texts(self) -> list[str | None]:
+        """The text of every position; None without a tokenizer."""
+        return [one["text"] for one in self._positions]
+
+    @property
     def mean_mass_left(self) -> float:
         """The part of 1 that halting mass lacks where a position's loop ends, on average; NaN where nothing halts."""
         if not self._halts:
@@ -137,8 +143,19 @@ class ModelStats:
     def write(self, path: Path, about: Mapping[str, Any]) -> None:
         """Writes all figures to ``path`` as one JSON object, with what they are ``about``. Raises UsageError."""
         values = without_nan({**about, **self.summary(), "positions": self._positions})
-        with writing(path, WHAT) as file:
+        with writing(path, STATS) as file:
             file.write((json.dumps(values, allow_nan=False) + "\n").encode())
+
+    def write_page(self, path: Path, title: str) -> None:
+        """Writes the figures to ``path`` as an HTML page that needs no other file. Raises UsageError."""
+        about = f"{len(self._positions)} tokens, each counted in the loop steps that it takes itself."
+        if self._halts:
+            about += f" Where a position's loop ends, {self.mean_mass_left:.3g} of its halting mass is left on average."
+        tokens = [(one["text"], one["id"], one["depth"]) for one in self._positions]
+        parts = [*model_page.depth_parts(self._histogram()), *model_page.token_parts(tokens)]
+        parts += [] if self.routing is None else model_page.routing_parts(self.routing)
+        with writing(path, PAGE) as file:
+            file.write(html_page.page(title, about, *parts).encode())
 
     def tell(self, console: Console) -> None:
         """The figures for people, in lines of at most 80 columns."""

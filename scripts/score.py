@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -20,7 +21,7 @@ from mythos_edge.runtime.scoring import Score, nats_of
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import arguments, given_tokens, options
 from mythos_edge.scripts.console import Console
-from mythos_edge.scripts.model_stats import WHAT, ModelStats
+from mythos_edge.scripts.model_stats import PAGE, STATS, ModelStats
 
 HELP = "perplexity, bits per byte and depth of a text or of given tokens, and their logits as a file"
 EXAMPLE = (
@@ -45,6 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=arguments.path, metavar="NPZ", help=text)
     text = "write what the model does: depth of every token, and which experts each loop step chooses"
     parser.add_argument("--stats", type=arguments.path, metavar="JSON", help=text)
+    text = "write the same as one HTML page for people"
+    parser.add_argument("--report", type=arguments.path, metavar="HTML", help=text)
     parser.add_argument("--prefill", type=int, metavar="N", help="positions fed as one chunk (default: all)")
     options.add_depth(parser)
     options.add_target(parser)
@@ -67,24 +70,32 @@ def run(args: argparse.Namespace, console: Console) -> int:
                 block_calls=np.array(figures.block_calls),
                 block_rows=np.array(figures.block_rows),
             )
-    if stats is not None:
+    if stats is not None and args.stats is not None:
         stats.write(args.stats, {"bundle": str(args.bundle), "tokens_of": tokens.file, **options.depth_of(args)})
+    if stats is not None and args.report is not None:
+        stats.write_page(args.report, f"What {args.bundle.name} does with {Path(tokens.file).name}")
     _tell(args, tokens, figures, stats, console)
     output = None if args.output is None else str(args.output)
-    looked_at = {} if stats is None else {"stats": {"file": str(args.stats), **stats.summary()}}
+    looked_at = {} if stats is None else {"stats": {**_places(args), **stats.summary()}}
     console.result({"output": output, **figures.to_dict(tokens), **looked_at})
     return 0
 
 
+def _places(args: argparse.Namespace) -> dict[str, str | None]:
+    given = {"file": args.stats, "report": args.report}
+    return {name: None if path is None else str(path) for name, path in given.items()}
+
+
 def _check_outputs(args: argparse.Namespace, console: Console) -> None:
     """Raises UsageError where what is asked for cannot be written, as that is better known before the work."""
-    outputs = {args.output: _SCORES, args.stats: WHAT}
-    if args.output is not None and args.output == args.stats:
-        raise UsageError(f"{args.stats}: is where the scores go: choose another place for --stats")
-    for path, what in outputs.items():
-        if path is not None:
-            check_output(path, what)
-            console.leave_stdout_to(path)
+    outputs = [(args.output, _SCORES), (args.stats, STATS), (args.report, PAGE)]
+    given = [(path, what) for path, what in outputs if path is not None]
+    for number, (path, what) in enumerate(given):
+        taken = next((other for place, other in given[:number] if place == path), None)
+        if taken is not None:
+            raise UsageError(f"{path}: is where {taken} go: choose another place for {what}")
+        check_output(path, what)
+        console.leave_stdout_to(path)
 
 
 @dataclass
@@ -152,7 +163,7 @@ def _score(
     figures, scores, (rows, positions) = _Figures(), [], tokens.ids.shape
     row_bytes = 4 * positions * bundle.manifest.model.vocab_size
     # Of rows that run together nobody could tell which is seen at a loop step.
-    together = 1 if args.stats is not None else max(1, min(MAX_TOGETHER, _MOST_LOGITS_BYTES // row_bytes))
+    together = 1 if _watched(args) else max(1, min(MAX_TOGETHER, _MOST_LOGITS_BYTES // row_bytes))
     with _scorer(args, bundle) as (score_of, stats):
         for start in range(0, rows, together):
             some = slice(start, start + together)
@@ -169,6 +180,11 @@ def _score(
     return figures, scores, stats
 
 
+def _watched(args: argparse.Namespace) -> bool:
+    """Whether the loop steps are to be looked at."""
+    return args.stats is not None or args.report is not None
+
+
 @contextmanager
 def _scorer(args: argparse.Namespace, bundle: Bundle) -> Iterator[tuple[Scorer, ModelStats | None]]:
     """How the target that was asked for scores rows of ids, which is told how much of them is done, and the stats
@@ -178,13 +194,15 @@ def _scorer(args: argparse.Namespace, bundle: Bundle) -> Iterator[tuple[Scorer, 
     if spec is not None and spec.has_loop_inside:
         if args.prefill is not None:
             raise UsageError("--prefill is for a cache, and this target has none: leave it out")
-        if args.stats is not None:
-            raise UsageError("--stats looks at every loop step, and this target has them inside: choose another one")
+        if _watched(args):
+            raise UsageError(
+                "--stats and --report look at every loop step, which this target has inside: choose another"
+            )
         with LoopEngine(bundle, args.target, trust=args.trust) as engine:
             yield lambda ids, _: engine.score(ids, **depth), None
         return
     with Session.of(bundle, target=args.target, preset=args.preset, threads=args.threads, trust=args.trust) as session:
-        stats = None if args.stats is None else ModelStats(session)
+        stats = ModelStats(session) if _watched(args) else None
         yield lambda ids, tell: session.score(ids, prefill=args.prefill, progress=tell, **depth), stats
 
 
@@ -211,6 +229,6 @@ def _tell(
         console.say(f"{depth:11} {count / figures.depths.total():6.1%} {bar}".rstrip())
     if stats is not None:
         stats.tell(console)
-    for path in (args.output, args.stats):
+    for path in (args.output, args.stats, args.report):
         if path is not None:
             console.say(f"written     {path}")

@@ -20,6 +20,7 @@ from mythos_edge.runtime.selftest import self_test
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import arguments, given_tokens, options, quality_gate
 from mythos_edge.scripts.console import Console
+from mythos_edge.scripts.weight_noise import FLOAT32_RUNS, jitter
 
 if TYPE_CHECKING:
     from mythos_edge.model.network import Scored
@@ -33,11 +34,6 @@ _TIES = {
     "router": "a tie of the router: two experts are equally good, and another kernel may choose the other",
     "halting": "a tie of halting: its mass meets the threshold, and another kernel may halt a loop step later",
 }
-# One float32 run may be near float64 by luck; runs with every weight moved by a rounding error show what is usual.
-_FLOAT32_RUNS = 4
-# Rounding moves a weight by 0.29 units in the last place (root mean square), as moving one in twelve by a whole unit
-# does. Each run moves some more, the last is where it should be.
-_MOVED = 1 / 12 / (_FLOAT32_RUNS - 1)
 # Where positions halt at depths of their own, for a gate whose own threshold none reaches.
 _HALTING_THRESHOLD = 0.5
 # Random sequences to try until on one of them no tie of the router leaves anything undecided.
@@ -276,10 +272,10 @@ def _references(
         exact = references[thresholds[0]]
         network.float()
         errors = []
-        for index in range(_FLOAT32_RUNS):
-            console.progress("reference in float32", index / _FLOAT32_RUNS)
+        for index in range(FLOAT32_RUNS):
+            console.progress("reference in float32", index / FLOAT32_RUNS)
             errors.append(_own_error(exact, network(given)))
-            _jitter(network, torch.Generator().manual_seed(args.seed + index))
+            jitter(network, args.seed + index)
     return references, max(errors)
 
 
@@ -289,16 +285,3 @@ def _own_error(exact: "Scored", run: "Scored") -> float:
     same = other.cumsum(1) == 0
     errors = (run.logits - exact.logits).abs().amax(-1)[same]
     return float(errors.max()) if len(errors) else 0.0
-
-
-def _jitter(network: Any, random: Any) -> None:
-    """Moves a few weights to the next float32 up or down, in pieces so that memory does not double."""
-    import torch
-
-    up, down = torch.tensor(torch.inf), torch.tensor(-torch.inf)
-    for parameter in network.parameters():
-        for piece in parameter.data.split(max(1, -(-len(parameter) // 64))):
-            # No rounding moves a zero, and those of a fresh router are exact ties that must stay ones.
-            choice = torch.where(piece == 0, 0.5, torch.rand(piece.shape, generator=random))
-            piece.copy_(torch.where(choice < _MOVED / 2, torch.nextafter(piece, up), piece))
-            piece.copy_(torch.where(choice > 1 - _MOVED / 2, torch.nextafter(piece, down), piece))

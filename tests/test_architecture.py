@@ -67,6 +67,7 @@ NEED_TORCH = {
         "stored_checkpoint",
         "tensor_choice",
     ),
+    "observed",
     "tensor_checks",
     "tensor_difference",
     "tensor_files",

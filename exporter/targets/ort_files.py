@@ -21,6 +21,7 @@ from mythos_edge.exporter.rounding import (
     plan_rounded,
     write_rounded,
 )
+from mythos_edge.exporter.stored_graphs import check_stored_graphs
 from mythos_edge.exporter.targets.spec import Work, Written, form_of_parts
 from mythos_edge.exporter.weights import bytes_read, weights_of
 from mythos_edge.model.bundle_writer import require_free_space
@@ -127,7 +128,8 @@ def _summary(weights: Mapping[str, str], roundings: Mapping[str, Rounding]) -> s
 
 
 def stages_of(work: Work) -> dict[str, ir.Model]:
-    """The portable stage graphs of the bundle."""
+    """The portable stage graphs of the bundle. Raises BundleError for graphs that no export can have written."""
+    check_stored_graphs(work.bundle)
     return {stage: ir.load(work.bundle.file(f"{stage}.onnx")) for stage in STAGES}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pexpect
 import pytest
 from command_line import PROGRAM, Ran, refused
+from sample_bundle import tree
 
 from mythos_edge.runtime.chat_template import ChatTemplate
 from mythos_edge.runtime.session import Session
@@ -50,6 +51,27 @@ def test_a_talk_of_lines(chat: Chat, text_bundle: Path) -> None:
     assert messages[3]["content"] == "/def "
     for at in (2, 4):
         assert messages[at]["content"] == _answer(text_bundle, messages[:at], "chatml")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("/stat", "/stat is no command, did you mean /stats: /help shows all"),
+        ("/qqqq", "/qqqq is no command: /help shows all"),
+        ("/stats", "nothing was answered yet"),
+        ("/load {}/talk", "talk: is no talk that /save wrote: "),
+        ("/load {}/role", "role: has a message of 'robot', expected texts of "),
+        ("/load {}/absent", "absent: cannot read the talk: No such file"),
+    ],
+)
+def test_a_command_that_cannot_be_done_is_one_line(chat: Chat, tmp_path: Path, line: str, words: str) -> None:
+    (tmp_path / "talk").write_text('{"messages": [{"role": "user"}]}')
+    (tmp_path / "role").write_text('{"messages": [{"role": "robot", "content": "x"}]}')
+    before = tree(tmp_path)
+    ran = chat([line.format(tmp_path)])
+    assert words in ran.err
+    assert "Traceback" not in ran.err
+    assert tree(tmp_path) == before
 
 
 def test_without_a_template_text_goes_on(chat: Chat, text_bundle: Path) -> None:

@@ -1,7 +1,9 @@
 """``score --stats``: depth and routing, against the checkpoint's network in torch, counted by hand."""
 
+import html
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 import torch
 from command_line import Ran, refused
 from conftest import FIXTURES
+from html_pages import Page
 
 from mythos_edge.exporter.probes import Router
 from mythos_edge.model.checkpoint import open_checkpoint
@@ -100,7 +103,7 @@ def test_routing_and_depth_are_those_of_torch(
     assert found["mean_depth"] == pytest.approx(depth.mean())
     # What is printed is the same without the positions.
     kept = {name: value for name, value in found.items() if name in told}
-    assert told == {**kept, "file": str(tmp_path / "stats.json")}
+    assert told == {**kept, "file": str(tmp_path / "stats.json"), "report": None}
 
 
 def test_every_token_of_a_text_is_counted_once(text_bundle: Path, tmp_path: Path, run: Callable[..., Ran]) -> None:
@@ -155,6 +158,29 @@ def test_the_figures_for_people(mla_bundle: Path, tmp_path: Path, run: Callable[
     assert max(map(len, lines[:-1])) <= 80
 
 
+def test_the_page_shows_the_same(text_bundle: Path, tmp_path: Path, run: Callable[..., Ran]) -> None:
+    (tmp_path / "text.txt").write_text("if a < b & c:\n    return <b>\n" * 3)
+    argv = (text_bundle, "--text", tmp_path / "text.txt", "--report", tmp_path / "page.html")
+    found, told = stats_of(run, tmp_path, *argv)
+    assert told["report"] == str(tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    page = Page(text)
+    (table,) = page.tables
+    assert [int(row[1]) for row in table[1:]] == [step["positions"] for step in found["loop_steps"]]
+    assert [row[4] for row in table[1:]] == [str(len(step["dead"])) for step in found["loop_steps"]]
+    for index, step in enumerate(found["loop_steps"]):
+        for expert, count in enumerate(step["load"]):
+            assert f"expert {expert}, loop step {index}: chosen {count} times" in text
+    for depth, count in found["depth_histogram"].items():
+        assert f"<title>{depth}: {count}</title>" in text
+    assert html.unescape("".join(re.findall(r"<b style[^>]*>([^<]*)</b>", text))) == (
+        (tmp_path / "text.txt").read_text().replace("\n", "↵\n")
+    )
+    assert "text.bundle does with text.txt" in page.text.replace(text_bundle.name, "text.bundle")
+    # The page alone.
+    assert run("score", *argv).code == 0
+
+
 def test_dead_experts_and_overlap_of_a_made_up_router() -> None:
     routing = Routing(5, 2)
     chosen = np.array([[[0, 1], [1, 2]], [[1, 0], [3, 4]], [[-1, -1], [3, 1]]])
@@ -179,6 +205,8 @@ def test_mistakes_are_one_line(mla_bundle: Path, tmp_path: Path, run: Callable[.
     np.save(tmp_path / "ids.npy", np.arange(6)[None])
     argv = ("score", mla_bundle, "--ids", tmp_path / "ids.npy", "--stats")
     refused(run(*argv, tmp_path / "nowhere" / "stats.json"), "cannot write the stats")
+    refused(run(*argv[:-1], "--report", tmp_path / "nowhere" / "page.html"), "cannot write the page")
+    refused(run(*argv, tmp_path / "out", "--report", tmp_path / "out"), "is where the stats go")
     refused(run(*argv, tmp_path / "out", "-o", tmp_path / "out"), "is where the scores go")
     assert not (tmp_path / "out").exists()
     packed = tmp_path / "packed.bundle"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mythos_edge.model.families.dory.config import SLIDING, DoryConfig
 from mythos_edge.model.layers import Rope
 from mythos_edge.model.network import Ops, Window
+from mythos_edge.model.observed import observed
 
 EPS = 1e-6
 
@@ -101,5 +102,5 @@ class Layer(nn.Module):
     ) -> tuple[Float[Tensor, "N D"], Float[Tensor, "B S W"]]:
         """Rows of length 1 from rows of length 1, and the layer's new cache rows."""
         attended, rows = self.attn(x, rope, positions, past, window)
-        x = unit(x + self.attn_rate * (unit(attended) - x))
-        return unit(x + self.mlp_rate * (unit(self.mlp(x)) - x)), rows
+        x = observed("attention", unit(x + self.attn_rate * (unit(attended) - x)))
+        return observed("experts", unit(x + self.mlp_rate * (unit(self.mlp(x)) - x))), rows

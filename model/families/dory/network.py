@@ -14,6 +14,7 @@ from mythos_edge.model.families.dory.config import DoryConfig
 from mythos_edge.model.families.dory.layers import Layer, unit
 from mythos_edge.model.layers import Rope
 from mythos_edge.model.network import Halting, LoopedNetwork, LoopState, Ops, Window
+from mythos_edge.model.observed import observed
 
 
 class Network(LoopedNetwork):
@@ -55,7 +56,7 @@ class Network(LoopedNetwork):
         window: Window,
         *past: Float[Tensor, "B C W"],
     ) -> tuple[LoopState, list[Float[Tensor, "B S W"]]]:
-        h, rows = self._run("step", unit(state.h + e), window, past)
+        h, rows = self._run("step", observed("injection", unit(state.h + e)), window, past)
         active = h[:, h.shape[1] - state.out.shape[1] :]
         running = state.halt_mass < halting.threshold
         out = torch.where(running.unsqueeze(-1), active, state.out)

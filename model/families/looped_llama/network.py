@@ -11,6 +11,7 @@ from mythos_edge.model.eager_ops import EagerOps, swiglu
 from mythos_edge.model.families.looped_llama.config import StackConfig
 from mythos_edge.model.layers import GroupedQueryAttention, RMSNorm, Rope
 from mythos_edge.model.network import Halting, LoopedNetwork, LoopState, Ops, Window
+from mythos_edge.model.observed import observed
 
 # The largest float32 below 1, where halting mass ends: a threshold of 1 means never.
 _MOST_MASS = 1 - 2**-24
@@ -42,9 +43,9 @@ class InnerLayer(nn.Module):
     ) -> tuple[Float[Tensor, "N D"], Float[Tensor, "B S W"]]:
         """The layer's output and its new cache rows."""
         attended, rows = self.attn(self.attn_norm(x), rope, positions, past, window)
-        x = x + (self.attn_post_norm(attended) if self.post_norms else attended)
+        x = x + observed("attention", self.attn_post_norm(attended) if self.post_norms else attended)
         made = swiglu(self.ffn_norm(x), self.gate_up, self.down)
-        return x + (self.ffn_post_norm(made) if self.post_norms else made), rows
+        return x + observed("experts", self.ffn_post_norm(made) if self.post_norms else made), rows
 
 
 class Network(LoopedNetwork):

@@ -17,6 +17,7 @@ from mythos_edge.model.eager_ops import chosen_experts, swiglu
 from mythos_edge.model.families.openmythos.config import MythosConfig
 from mythos_edge.model.layers import GroupedQueryAttention, RMSNorm, Rope
 from mythos_edge.model.network import Ops, Window
+from mythos_edge.model.observed import observed
 
 # Source: ``RMSNorm``.
 RMS_EPS = 1e-6
@@ -128,5 +129,5 @@ class Block(nn.Module):
     ) -> tuple[Float[Tensor, "N D"], Float[Tensor, "B S W"]]:
         """The block's output and its new cache rows."""
         attended, rows = self.attn(self.attn_norm(x), rope, positions, past, window)
-        x = x + attended
-        return x + self.ffn(self.ffn_norm(x)), rows
+        x = x + observed("attention", attended)
+        return x + observed("experts", self.ffn(self.ffn_norm(x))), rows

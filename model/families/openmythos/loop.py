@@ -13,6 +13,7 @@ from mythos_edge.model.families.openmythos.config import MythosConfig
 from mythos_edge.model.families.openmythos.layers import RMS_EPS, Block
 from mythos_edge.model.layers import RMSNorm, Rope
 from mythos_edge.model.network import Halting, LoopState, Ops, Window
+from mythos_edge.model.observed import observed
 
 
 class LoopTable(nn.Module):
@@ -86,9 +87,9 @@ class LoopStep(nn.Module):
         Every row has a ``step_index`` of its own: rows of different sequences need not be at the same loop step.
         """
         h, e_rows, index = state.h.flatten(0, 1), e.flatten(0, 1), step_index.flatten()
-        x = self.norm(h + self.table(index).to(h.dtype) + e_rows)
+        x = observed("injection", self.norm(h + self.table(index).to(h.dtype) + e_rows))
         y, rows = self.block(x, rope, positions, past, window)
-        y = y + self.lora(y, index)
+        y = y + observed("lora", self.lora(y, index))
         h = (self.decay * h + self.inject * e_rows + y).view(state.h.shape)
         return self.halt(state, h, step_index, halting), rows
 

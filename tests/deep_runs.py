@@ -1,0 +1,36 @@
+"""Deep comparisons of small models of every family, at one call each."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mythos_edge.model.bundle import Bundle, open_bundle
+from mythos_edge.model.checkpoint import open_checkpoint
+from mythos_edge.runtime.backends.opening import open_backend
+from mythos_edge.runtime.backends.protocol import Backend
+from mythos_edge.scripts.deep_check import Deep
+from mythos_edge.scripts.deep_report import DeepReport
+
+MODELS = ("mla-small", "gqa-small", "ouro-small", "nanbeige-small", "dory-small")
+
+
+def deep(
+    path: Path | Bundle,
+    checkpoint: Path,
+    target: str | None = None,
+    changed: Callable[[Backend], Any] = lambda backend: backend,
+    positions: int = 12,
+    threshold: float | None = None,
+) -> DeepReport:
+    """The report of a bundle's target, whose backend was ``changed``, on a few random tokens."""
+    bundle = path if isinstance(path, Bundle) else open_bundle(path)
+    target = target or bundle.manifest.default_target
+    ids = np.random.default_rng(1).integers(0, bundle.manifest.model.vocab_size, positions)
+    backend = open_backend(bundle, target)
+    try:
+        with open_checkpoint(checkpoint) as opened:
+            return Deep(bundle, target, changed(backend), opened).report(ids, threshold)
+    finally:
+        backend.close()

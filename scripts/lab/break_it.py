@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
 
 @dataclass
 class Row:
-    """What the points of one fault left of one job."""
+    """The counts of what the points of one fault left of one job, and the points that broke it."""
 
     job: str
     fault: str
@@ -272,7 +272,7 @@ def _check_said(ran: Ran) -> None:
 
 
 def _marks_of(job: Job, folder: Path) -> list[str]:
-    """What tells the content of each place of a job, whole files only. Raises Broken for one that is not whole."""
+    """Marks of the content of each place of a job. Raises Broken for one that is not whole."""
     try:
         return [_mark_of(folder / place) for place in job.places]
     except (MythosEdgeError, OSError, ValueError) as error:

@@ -43,7 +43,7 @@ class Ran:
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong when step ``step`` of a run is about to be done; ``after_s`` kills it by the clock instead."""
+    """A thing that goes wrong just before step ``step`` of a run; ``after_s`` kills it by the clock instead."""
 
     kind: str
     step: int = 0

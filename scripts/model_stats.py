@@ -43,7 +43,8 @@ class ModelStats:
     """
 
     def __init__(self, session: Session) -> None:
-        self._router = router_probe(session.bundle, session.target, "--stats on a model with experts")
+        cache, purpose = session.cache, "--stats on a model with experts"
+        self._router = router_probe(session.bundle, session.target, purpose, cache)
         self._memory, self._tokenizer = session.backend.memory, session.tokenizer
         session.backend = Watched(session.backend, self._look, self._router)
         self._halts, self._each = session.model.halts, session.model.experts_per_token
@@ -105,6 +106,11 @@ class ModelStats:
         if self._tokenizer is not None and token_id not in self._texts:
             self._texts[token_id] = self._tokenizer.text_alone(token_id)
         return self._texts.get(token_id)
+
+    @property
+    def texts(self) -> list[str | None]:
+        """The text of every position; None without a tokenizer."""
+        return [one["text"] for one in self._positions]
 
     @property
     def mean_mass_left(self) -> float:

@@ -46,6 +46,51 @@ def latent_attention(writer: GraphWriter, node: ir.Node) -> ir.Value:
 
 def grouped_query_attention(writer: GraphWriter, node: ir.Node, *, as_they_lie: bool = False) -> ir.Value:
     """The output (1, S, H, head_dim) of a GroupedQueryAttention node: the heads of a group are rows of one product."""
+    if not as_they_lie:
+        return attention_of_parts(writer, node, as_they_lie=False)
+    # What a decoded token reads is mostly its cache, so that it must not be copied; a chunk has more to compute.
+    rows, past = node.inputs[1:3]
+    cached = writer.add("Greater", [writer.sizes(past, 1), writer.integers([0])])
+    one_row = writer.add("Equal", [writer.sizes(rows, 1), writer.integers([1])])
+    whole = ("decoded", lambda inside: _decoded(inside, node))
+    parts = ("chunk", lambda inside: attention_of_parts(inside, node, as_they_lie=True))
+    return writer.either(writer.add("And", [cached, one_row]), whole, parts, [1, None, *shape_of(node.inputs[0])[2:]])
+
+
+def _decoded(writer: GraphWriter, node: ir.Node) -> ir.Value:
+    """The output for one row and cached ones, whose keys and values are as many groups again of one product.
+
+    Queries for the values are 0, and so are weights of the keys: nothing of a slot is copied to part it.
+    """
+    q, rows, past = node.inputs[:3]
+    heads, width = shape_of(q)[2:]
+    groups, scale = node.attributes["kv_heads"].as_int(), node.attributes["scale"].as_float()
+    share, window_size = heads // groups, extra_of(node)
+    by_group = writer.add("Reshape", [q, writer.integers([1, groups, share, width])])
+    queries = writer.add("Pad", [by_group, writer.integers([0, 0, 0, 0, 0, groups, 0, 0])])
+    shape = writer.integers([-1, 1, 2 * groups, width])
+    old, new = (_Rows(whole, whole, True) for whole in (writer.add("Reshape", [one, shape]) for one in (past, rows)))
+    parts = [_scores(writer, queries, one, scale) for one in (old, new)]
+    if window_size:
+        # The last cached column is the position before the row.
+        last = writer.add("Sub", [_columns(writer, old), writer.integers([window_size])])
+        reached = writer.add("Greater", [writer.range_to(_columns(writer, old)), last])
+        parts[0] = writer.add("Where", [reached, parts[0], writer.number(HIDDEN_SCORE)])
+    scores = _groups(writer, writer.add("Concat", parts, axis=3), 0, groups)
+    weights = writer.add("Pad", [writer.add("Softmax", [scores], axis=-1), writer.integers([0, groups, *[0] * 6])])
+    counts = writer.add("Concat", [_columns(writer, old), writer.integers([1])], axis=0)
+    of_old, of_new = writer.add_many("Split", [weights, counts], 2, axis=3)
+    mixed = writer.add("Add", [_mixed(writer, of_old, old), _mixed(writer, of_new, new)])
+    return writer.add("Reshape", [_groups(writer, mixed, groups, groups), writer.integers([1, 1, heads, width])])
+
+
+def _groups(writer: GraphWriter, value: ir.Value, start: int, count: int) -> ir.Value:
+    """Some of the groups of ``value (1, groups, ...)``."""
+    return writer.add("Slice", [value, *(writer.integers([number]) for number in (start, start + count, 1))])
+
+
+def attention_of_parts(writer: GraphWriter, node: ir.Node, *, as_they_lie: bool) -> ir.Value:
+    """The output of any rows for a GroupedQueryAttention node, of keys and values apart, which copies the cache."""
     q, rows, past = node.inputs[:3]
     assert q is not None
     heads, width = shape_of(q)[2:]

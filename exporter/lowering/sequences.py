@@ -13,6 +13,7 @@ from onnxscript.optimizer import fold_constants
 
 from mythos_edge.exporter.graph_checks import graph_pass, has_inputs, has_no_inputs, one_sequence
 from mythos_edge.exporter.graph_writer import GraphWriter, shape_of
+from mythos_edge.model.stages import CONTEXT
 from mythos_edge.plugins import ops
 
 _ATTENTIONS = (ops.LATENT_ATTENTION.name, ops.GROUPED_QUERY_ATTENTION.name)
@@ -30,6 +31,7 @@ def for_one_sequence(model: ir.Model) -> ir.Model:
     made = model.clone()
     graph = made.graph
     _fix_batch(graph)
+    _free_contexts(graph)
     positions = ir.Value(name="positions", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([1, "chunk"]))
     for node in list(graph):
         if node.op_type == "RotaryEmbedding":
@@ -93,6 +95,16 @@ def _fix_batch(graph: ir.Graph) -> None:
             node.replace_input_with(1, GraphWriter(graph, "").integers(sizes))
 
 
+def _free_contexts(graph: ir.Graph) -> None:
+    """Gives every cache a length of its own: a slot with a window has fewer columns than others.
+
+    ONNX Runtime takes axes of one name for equal, and puts what it makes of them in the same memory.
+    """
+    for value in graph.inputs:
+        if value.shape is not None and CONTEXT in map(str, value.shape):
+            value.shape = ir.Shape([f"{value.name}_columns" if str(size) == CONTEXT else size for size in value.shape])
+
+
 def _window(writer: GraphWriter, past: ir.Value | None) -> tuple[ir.Value, ir.Value]:
     """The ``length`` of an attention node, which is the columns of its cache, and no padding."""
     return writer.add("Squeeze", [writer.sizes(past, 1)]), writer.integers([0])
@@ -137,7 +149,9 @@ def _attend_apart(
     heads, width = shape_of(output)[2:]
     attended = []
     for job, has_rows in enumerate(used):
-        own = ir.Value(name=f"{past.name}@{job}", type=past.type, shape=ir.Shape([1, f"context_{job}", past.shape[2]]))
+        own = ir.Value(
+            name=f"{past.name}@{job}", type=past.type, shape=ir.Shape([1, f"{past.name}@{job}_columns", past.shape[2]])
+        )
         writer.graph.inputs.append(own)
         given = (q[job], rows[job], own)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from built import build_cpu, build_cuda
@@ -18,6 +19,7 @@ from mythos_edge.model.checkpoint import open_checkpoint
 from mythos_edge.model.errors import UsageError
 from mythos_edge.model.layout import load_network
 from mythos_edge.model.network import LoopedNetwork
+from mythos_edge.model.stages import MAX_TOGETHER
 from mythos_edge.runtime.backends.ort_cpu import OrtCpuBackend
 from mythos_edge.runtime.backends.ort_session import ort_session
 from mythos_edge.runtime.session import Session
@@ -122,6 +124,15 @@ def test_a_sequence_goes_on_after_a_rollback_and_on_disk(session: Session, tmp_p
     assert session.generate([], resume=True, max_new_tokens=7).ids == whole[5:]
     session.rollback(len(PROMPTS[2]) - 1)
     assert session.generate(PROMPTS[2][-1:], resume=True, max_new_tokens=12).ids == whole
+
+
+@pytest.mark.parametrize("key", ["step", "step.many"])
+def test_caches_have_lengths_of_their_own(bundle: Path, key: str) -> None:
+    """A slot with a window has fewer columns; what ONNX Runtime takes for equally long it puts in the same memory."""
+    opened = open_bundle(bundle)
+    graph = ir.load(opened.file(opened.target("ort-cpu").graphs[key])).graph
+    lengths = [str(value.shape[1]) for value in graph.inputs if value.shape and str(value.name).startswith("past")]
+    assert len(set(lengths)) == len(lengths) == (4 if key == "step" else 4 * MAX_TOGETHER)
 
 
 def test_rounded_weights(bundle: Path) -> None:

@@ -80,7 +80,7 @@ class Deep:
         growth = self._growth(networks, target)
         self.progress("comparing weights", 0.0)
         others = self._weights()
-        contraction = contraction_of(dict(networks.exact.named_parameters()))
+        contraction = contraction_of(self.weights or TargetWeights(self.bundle, None))
         first = _first(found, growth, others)
         return _report(target, found, growth, first, contraction, others)
 

@@ -18,6 +18,7 @@ from mythos_edge.exporter.targets.spec import record_of
 from mythos_edge.exporter.tracing import traced_stages
 from mythos_edge.exporter.weights import WeightsPlan, attach_weights
 from mythos_edge.model.families.family import Config
+from mythos_edge.model.looped import NARROW_CACHES
 from mythos_edge.model.manifest import GraphSpec, TargetRecord, TensorSpec
 from mythos_edge.model.stages import STAGES
 from mythos_edge.plugins.torch_ops import add_functions
@@ -68,7 +69,8 @@ def _exported_target(
     target = OrtCpuTarget()
     note = f"weights are stored in {stored}; the CPU has no fast {stored} and computes in fp32"
     forms = replace(target.forms(config.looped), note="" if stored == "fp32" else note)
-    return target.name, record_of(target.kind, write_graphs(stages, folder, target.name, config, forms), "")
+    written = write_graphs(stages, folder, target.name, config, forms, caches=NARROW_CACHES)
+    return target.name, record_of(target.kind, written, "")
 
 
 def _tensor_specs(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:

@@ -46,7 +46,7 @@ def _text_of(path: Path) -> str:
 def _chosen(value: Any, where: Path, note: Callable[[str], None]) -> str | None:
     """The template in a field that holds one, or several as a list of ``name`` and ``template``."""
     if value is None or isinstance(value, str):
-        return value
+        return value if value is None else _whole(value, where)
     try:
         named = {str(one["name"]): one["template"] for one in value}
         text = named.pop(_DEFAULT)
@@ -59,6 +59,15 @@ def _chosen(value: Any, where: Path, note: Callable[[str], None]) -> str | None:
         raise ConfigError(f"{where}: the chat template {_DEFAULT!r} is of type {type(text).__name__}, expected a text")
     if named:
         note(f"{where}: of its chat templates {_DEFAULT!r} is taken along, not {', '.join(named)}")
+    return _whole(text, where)
+
+
+def _whole(text: str, where: Path) -> str:
+    """The text, if it can be written. Raises ConfigError for half of a pair of characters, which JSON can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{where}: the chat template is no text: {error.reason}, character {error.start}") from error
     return text
 
 

@@ -165,7 +165,8 @@ def _described(value: onnx.ValueInfoProto) -> str:
     kind = value.type.tensor_type
     if not kind.elem_type:
         return str(value.type.WhichOneof("value"))
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name
+    known = kind.elem_type in onnx.TensorProto.DataType.values()
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name if known else f"type {kind.elem_type}"
     shape = ", ".join(dim.dim_param or str(dim.dim_value) for dim in kind.shape.dim)
     return f"{dtype} [{shape}]"
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import onnx
 
 from mythos_edge.exporter.graph_checks import all_graphs
+from mythos_edge.exporter.stored_graphs import read_stored_graph
 from mythos_edge.exporter.weight_file import StoredTensor, WeightFile, plan_file
 from mythos_edge.exporter.weights import STORAGE_TYPES, copied_pieces, weights_of
 from mythos_edge.model.bundle import Bundle, open_bundle, verify_hashes
@@ -43,7 +44,7 @@ def pack_bundle(
     records = {name: bundle.target(name) for name in dict.fromkeys(targets)}
     copied = manifest.text_files.union(*map(manifest.files_of, records))
     verify_hashes(bundle, lambda share: progress("hashing the files", share), copied | {WEIGHTS_FILE})
-    graphs = {file: onnx.load(bundle.file(file), load_external_data=False) for file in copied if file.endswith(_GRAPH)}
+    graphs = {file: read_stored_graph(bundle, file) for file in copied if file.endswith(_GRAPH)}
     entries = read_tensor_file(bundle.file(WEIGHTS_FILE)).entries
     plan = _plan(graphs.values(), entries)
     size = sum(manifest.files[file].bytes for file in copied) + plan.total_bytes

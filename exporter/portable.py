@@ -12,6 +12,7 @@ import onnx_ir as ir
 from onnx.inliner import inline_local_functions
 
 from mythos_edge.exporter.graph_checks import all_graphs, check_graph
+from mythos_edge.exporter.stored_graphs import check_stored_graphs
 from mythos_edge.exporter.targets.build import files_beside, install_into
 from mythos_edge.model.bundle import Bundle, open_bundle
 from mythos_edge.model.manifest import STANDARD_OPS, FileRecord, GraphSpec, Manifest
@@ -39,6 +40,7 @@ def inline_bundle(path: Path, progress: Callable[[str, float], None] = lambda ph
     """The bundle at ``path`` with its portable graphs added, or made again. Raises BundleError and BuildError."""
     bundle = open_bundle(path)
     with files_beside(bundle, "portable", progress) as folder:
+        check_stored_graphs(bundle)
         graphs = write_portable(bundle.manifest.graphs, bundle.path, folder)
         made = {name: spec for name, spec in graphs.items() if name.endswith(STANDARD_OPS)}
 

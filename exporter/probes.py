@@ -15,6 +15,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 from numpy.typing import NDArray
 
+from mythos_edge.exporter.stored_graphs import read_stored_graph
 from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.errors import BundleError, MythosEdgeError, one_line, unavailable
 from mythos_edge.model.families.table import config_of
@@ -131,7 +132,9 @@ def multiplied_in(path: Path, matrices: Sequence[str]) -> list[str]:
 
 def stored_weights(bundle: Bundle, stage: str) -> dict[str, ir.TensorProtocol]:
     """The weights of the portable graph of ``stage`` by name, mapped from the file and not read yet."""
-    graph = ir.load(bundle.file(bundle.manifest.graphs[stage].file)).graph
+    file = bundle.manifest.graphs[stage].file
+    read_stored_graph(bundle, file)
+    graph = ir.load(bundle.file(file)).graph
     tensors = {name: value.const_value for name, value in graph.initializers.items()}
     return {name: in_bundle(bundle, tensor) for name, tensor in tensors.items() if tensor is not None}
 

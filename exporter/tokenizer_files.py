@@ -76,7 +76,9 @@ class _Vocabulary:
 
     def id_of(self, text: str) -> int | None:
         """The id of the token of that name, or that is all of that text; None where there is none."""
-        number = self._library.token_to_id(text)
+        number = None
+        with suppress(UnicodeEncodeError):  # half of a pair of characters, which JSON can hold and no token is
+            number = self._library.token_to_id(text)
         if number is None and text:
             with suppress(ValueError):
                 ids = encoding(self._library, text, around=False).ids

@@ -75,7 +75,10 @@ class SelfTestError(MythosEdgeError):
 
 
 class OSErrorAs:
-    """Tells an OSError of a block as ``refusal``: ``with OSErrorAs(BundleError, f"{path}: cannot be read"): ...``."""
+    """Tells an OSError of a block as ``refusal``: ``with OSErrorAs(BundleError, f"{path}: cannot be read"): ...``.
+
+    Also one that a library has raised an error of its own from.
+    """
 
     def __init__(self, refusal: type[MythosEdgeError], what: str) -> None:
         self._refusal, self._what = refusal, what
@@ -84,8 +87,11 @@ class OSErrorAs:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError):
-            raise self._refusal(f"{self._what}: {error.strerror or error}") from error
+        behind = error
+        while behind is not None and not isinstance(behind, OSError | MythosEdgeError):
+            behind = behind.__cause__
+        if isinstance(behind, OSError):
+            raise self._refusal(f"{self._what}: {behind.strerror or behind}") from error
 
 
 def one_line(error: object) -> str:

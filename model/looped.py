@@ -11,6 +11,10 @@ _MOST_SLOTS = 1 << 12
 # The output of a position: the sum of its states, each with its halting mass; the state of the last loop step that it
 # took, which a gate decides; or the state of the last of all, where nothing halts and depth is the request's to choose.
 EXIT_RULES = ("weighted", "gate", "none")
+# What a value of a cached row can be kept in, and its bytes. In int8 each part of a row has a scale of two more values.
+CACHE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
+NARROW_CACHES = ("fp16", "int8")
+_SCALE_VALUES = 2
 _LARGEST = (1 << 31) - 1
 
 
@@ -25,6 +29,8 @@ class LoopedModel:
     that each loop step chooses, 0 without any. ``exit_rule`` is one of ``EXIT_RULES``.
     ``slot_windows`` says of each slot (of the prelude, of one loop step, of the coda) how many positions a row of it
     sees, its own included, and 0 for all; it is empty where all see all.
+    ``cache_parts`` are the widths of what has a scale of its own where a cached row is kept in int8, such as the key
+    and the value of each head; it is empty where a row is one part.
     Raises BundleError for numbers that no model has.
     """
 
@@ -42,6 +48,7 @@ class LoopedModel:
     exit_rule: str = "weighted"
     trained_depth: int = 0
     slot_windows: tuple[int, ...] = ()
+    cache_parts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         bounds = {"prelude_slots": (0, _MOST_SLOTS), "step_slots": (1, _MOST_SLOTS), "coda_slots": (0, _MOST_SLOTS)}
@@ -55,6 +62,12 @@ class LoopedModel:
         if windows and (len(windows) != slots or not all(0 <= window <= _LARGEST for window in windows)):
             given = f"{len(windows)} numbers" if len(windows) > 8 else list(windows)
             raise BundleError(f"model.slot_windows is {given}, expected {slots} numbers of positions, or none")
+        parts = self.cache_parts
+        if parts and (len(parts) > _MOST_SLOTS or min(parts) < 1 or sum(parts) != self.cache_width):
+            given = f"{len(parts)} numbers" if len(parts) > 8 else list(parts)
+            raise BundleError(
+                f"model.cache_parts is {given}, expected widths that add up to {self.cache_width}, or none"
+            )
         if not self.threshold > 0:
             raise BundleError(f"model.threshold is {self.threshold}, expected a number above 0")
         if self.attention not in ("latent", "grouped"):
@@ -82,3 +95,16 @@ class LoopedModel:
         """The windows of the slots of each stage, 0 for a slot whose rows see all."""
         given = iter(self.slot_windows)
         return {stage: tuple(next(given, 0) for _ in range(count)) for stage, count in self.slots.items()}
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """The widths of the parts of a cached row."""
+        return self.cache_parts or (self.cache_width,)
+
+    def row_width(self, cache: str) -> int:
+        """Values of a row that is kept in ``cache``, one of ``CACHE_BYTES``, with the scales of int8."""
+        return self.cache_width + (_SCALE_VALUES * len(self.parts) if cache == "int8" else 0)
+
+    def row_bytes(self, cache: str) -> int:
+        """Bytes of a row that is kept in ``cache``."""
+        return self.row_width(cache) * CACHE_BYTES[cache]

@@ -14,7 +14,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from mythos_edge.model.errors import BundleError, ConfigError
-from mythos_edge.model.looped import MOST_DEPTH, LoopedModel
+from mythos_edge.model.looped import MOST_DEPTH, NARROW_CACHES, LoopedModel
 from mythos_edge.model.stages import OWN, STAGES, StageTensor
 from mythos_edge.model.typed_json import dataclass_from_json
 
@@ -39,8 +39,10 @@ MOST_MANIFEST_BYTES = 4_000_000
 _MOST_SAMPLE_TOKENS = 64
 # What states and cached rows can be computed in; all of a bundle are of one.
 _COMPUTED = ("float32", "float16", "bfloat16")
-# The field of the model that is left out where it says nothing.
-_WINDOWS = "slot_windows"
+# The fields of the model that are left out where they say nothing.
+_OPTIONAL = ("slot_windows", "cache_parts")
+# They follow from the config.
+_NOT_IN_IDENTITY = ("cache_parts",)
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,18 @@ class GraphSpec:
     outputs: tuple[TensorSpec, ...]
 
 
+def graph_key(stage: str, cache: str | None = None, *, many: bool = False) -> str:
+    """The key of a stage's graph in a target: for cached rows in the target's own form, or in one of NARROW_CACHES."""
+    return ".".join([stage, *([cache] if cache in NARROW_CACHES else []), *(["many"] if many else [])])
+
+
 @dataclass(frozen=True)
 class TargetRecord:
     """The stages lowered for one kind of backend: stage name -> file.
 
     ``prelude``, ``step`` and ``coda`` have the inputs and outputs of the portable graph of their stage, for a batch of
-    one; ``prelude.many`` and so on, where there are any, run the rows of several sequences at once. ``model`` alone is
+    one; ``prelude.many`` and so on, where there are any, run the rows of several sequences at once, and those named by
+    ``graph_key`` for one of ``NARROW_CACHES`` keep cached rows in that. ``model`` alone is
     one graph with the loop inside. ``weights`` says for each part of the model the form of its large matrices (fp32,
     fp16, bf16, int8, int4, fp8). ``fixed_bytes`` of weights are read once a token, ``step_bytes`` at each loop step (of
     the experts, the chosen ones). ``bundle`` is the identity of the bundle it was built from. ``summary`` is one line
@@ -89,6 +97,16 @@ class TargetRecord:
     def is_native(self) -> bool:
         """Whether its graphs are native code."""
         return any(not file.endswith(".onnx") for file in self.graphs.values())
+
+    @property
+    def own_cache(self) -> str:
+        """The form in which its own graphs keep cached rows."""
+        return self.compute_dtype if self.is_native else "fp32"
+
+    @property
+    def caches(self) -> tuple[str, ...]:
+        """The forms in which it can keep cached rows, its own first."""
+        return (self.own_cache, *(cache for cache in NARROW_CACHES if graph_key("step", cache) in self.graphs))
 
     @property
     def has_loop_inside(self) -> bool:
@@ -313,7 +331,8 @@ def bundle_identity(
     source: Source, dtype: str, max_context: int, family: str, config: Mapping[str, Any], model: LoopedModel
 ) -> str:
     """A hash that is equal for bundles whose caches mean the same; see ``Manifest.identity``."""
-    parts = [source.sha256, dtype, max_context, family, dict(config), _of_model(model)]
+    fields = {name: value for name, value in _of_model(model).items() if name not in _NOT_IN_IDENTITY}
+    parts = [source.sha256, dtype, max_context, family, dict(config), fields]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -323,9 +342,9 @@ def manifest_to_dict(manifest: Manifest) -> dict[str, Any]:
 
 
 def _of_model(model: LoopedModel) -> dict[str, Any]:
-    """The fields of a model; without windows as versions that knew none wrote them, and read them."""
+    """The fields of a model; without those that say nothing as versions that did not know them wrote it."""
     fields = dataclasses.asdict(model)
-    return fields if model.slot_windows else {name: fields[name] for name in fields if name != _WINDOWS}
+    return {name: value for name, value in fields.items() if value or name not in _OPTIONAL}
 
 
 def manifest_from_dict(values: Mapping[str, Any], *, origin: str) -> Manifest:
@@ -343,7 +362,7 @@ def manifest_from_dict(values: Mapping[str, Any], *, origin: str) -> Manifest:
         )
     rest = {name: value for name, value in values.items() if name != "schema_version"}
     if isinstance(model := rest.get("model"), dict):
-        rest["model"] = {_WINDOWS: [], **model}
+        rest["model"] = {**{name: [] for name in _OPTIONAL}, **model}
     try:
         return dataclass_from_json(Manifest, rest, "manifest")
     except (BundleError, ConfigError) as error:

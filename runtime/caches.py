@@ -55,19 +55,21 @@ def plan_cache(
     batch: int = 1,
     value_bytes: int = 4,
     *,
+    row_bytes: int | None = None,
     chunk: int = _CHUNK,
     all_columns: bool = False,
 ) -> CachePlan:
     """The memory that ``context`` tokens in each of ``batch`` sequences take at ``max_depth`` loop steps.
 
-    At most ``chunk`` of them are run at once. ``all_columns``: slots give up nothing, whatever their window.
+    A state has values of ``value_bytes``, and so has a cached row, unless it has ``row_bytes``. At most ``chunk`` of
+    the tokens are run at once. ``all_columns``: slots give up nothing, whatever their window.
     """
     windows = model.windows
     of_slots = [*windows["prelude"], *windows["step"] * max_depth, *windows["coda"]]
     # Where positions halt, a slot may have to take in at once all that lag.
     bounded = [] if all_columns or model.halts else [window for window in of_slots if window]
     rooms = sum(min(context, kept_columns(window) + spare_columns(window) + chunk) for window in bounded)
-    slot_bytes = model.cache_width * value_bytes
+    slot_bytes = model.cache_width * value_bytes if row_bytes is None else row_bytes
     growing = (len(of_slots) - len(bounded)) * slot_bytes
     return CachePlan(len(of_slots), growing, 2 * model.dim * value_bytes, context, batch, rooms * slot_bytes)
 
@@ -76,8 +78,16 @@ def plan_in(
     memory: Memory, model: LoopedModel, max_depth: int, context: int, batch: int = 1, chunk: int = _CHUNK
 ) -> CachePlan:
     """The plan of caches in ``memory``; see ``plan_cache``."""
-    room, size, all_columns = memory.room_of(context), memory.dtype.itemsize, memory.keeps_all_columns
-    return plan_cache(model, max_depth, room, batch, size, chunk=chunk, all_columns=all_columns)
+    return plan_cache(
+        model,
+        max_depth,
+        memory.room_of(context),
+        batch,
+        memory.dtype.itemsize,
+        row_bytes=model.row_bytes(memory.cache),
+        chunk=chunk,
+        all_columns=memory.keeps_all_columns,
+    )
 
 
 def kept_columns(window: int) -> int:
@@ -104,13 +114,21 @@ class ColumnBuffer:
     """Columns ``start .. end`` of a (1, columns, width) array that grows by doubling up to ``limit`` columns.
 
     Columns below ``start`` are given up. Nothing is allocated before the first column is written. With ``spare`` it
-    makes room for no more than so many columns to come.
+    makes room for no more than so many columns to come. Values are of ``dtype``, by default that of states.
     """
 
-    def __init__(self, width: int, limit: int, memory: Memory | None = None, spare: int | None = None) -> None:
+    def __init__(
+        self,
+        width: int,
+        limit: int,
+        memory: Memory | None = None,
+        spare: int | None = None,
+        dtype: np.dtype[Any] | None = None,
+    ) -> None:
         self._width, self._limit, self._spare = width, limit, spare
         self._memory = memory or HostMemory()
-        self._data = self._memory.columns(0, width)
+        self._dtype = dtype or self._memory.dtype
+        self._data = self._columns(0)
         self._origin = 0  # the column that stands first in _data
         # Columns to make room for at once, so that memory is what was planned and nothing moves.
         self.expected = 0
@@ -177,7 +195,7 @@ class ColumnBuffer:
         if self.start >= self.end:
             self._origin = self.start
             if self._data.shape[1] > max(_FIRST_CAPACITY, self._memory.room_of(1)):
-                self._data = self._memory.columns(0, self._width)
+                self._data = self._columns(0)
 
     def trim(self) -> None:
         """Gives back room for columns to come where it is more than half of all; none is expected any more."""
@@ -203,7 +221,7 @@ class ColumnBuffer:
     def move_to(self, capacity: int) -> None:
         """Puts what there is to the front of memory for ``capacity`` columns."""
         kept = self._data[:, self.start - self._origin : self.end - self._origin]
-        data = self._memory.columns(capacity, self._width)
+        data = self._columns(capacity)
         data[:, : kept.shape[1]] = kept
         self._data, self._origin, self._last_view = data, self.start, None
 
@@ -216,8 +234,11 @@ class ColumnBuffer:
         """Takes over what ``state`` gave. Raises ValueError when it does not fit this buffer."""
         start, end = (int(column) for column in columns)
         fits = 0 <= start <= end <= self._limit and data.shape == (1, end - start, self._width)
-        if not fits or data.dtype != self._memory.dtype:
+        if not fits or data.dtype != self._dtype:
             raise ValueError(f"columns {start} .. {end} of {data.dtype} and shape {data.shape} do not fit")
         self.start = self.end = self._origin = int(columns[0])
-        self._data = self._memory.columns(0, self._width)
+        self._data = self._columns(0)
         self.append(self._memory.from_host(data))
+
+    def _columns(self, count: int) -> Rows:
+        return self._memory.columns(count, self._width, self._dtype)

@@ -78,3 +78,16 @@ def depth_of_preset(manifest: Manifest, name: str) -> dict[str, Any]:
         known = f"only {', '.join(sorted(manifest.presets))}" if manifest.presets else "as it has no presets"
         raise UsageError(f"this bundle has no preset {name!r}, {known}: mythos-edge tune makes one")
     return {"max_depth": preset.max_depth, "threshold": preset.threshold}
+
+
+def target_and_depth(manifest: Manifest, target: str | None, preset: str | None) -> tuple[str, dict[str, Any]]:
+    """The target that is asked for by name or by preset, else the first, and the fields of ``Depth`` of the preset.
+
+    Raises UsageError when there is no such preset, or it was found for another target.
+    """
+    if preset is None:
+        return target or manifest.default_target, {}
+    depth, found_for = depth_of_preset(manifest, preset), manifest.presets[preset].target
+    if target not in (None, found_for):
+        raise UsageError(f"preset {preset!r} was found for target {found_for!r}, not {target!r}: leave one out")
+    return found_for, depth

@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from mythos_edge.model.errors import UsageError
+from mythos_edge.model.errors import CapacityError, UsageError
 from mythos_edge.model.looped import LoopedModel
 from mythos_edge.runtime.request_values import as_array, shown, token_ids
 from mythos_edge.runtime.text import Tokenizer
@@ -80,6 +80,17 @@ def checked_ids(ids: Any, model: LoopedModel) -> Int64:
             token_ids("ids", row)
     check_range([int(given.min()), int(given.max())], model)
     return np.ascontiguousarray(given, np.int64)
+
+
+def check_length(tokens: int, limit: int) -> None:
+    """Raises UsageError for a prompt of no tokens, and CapacityError for one of more than ``limit``."""
+    if not tokens:
+        raise UsageError("the prompt is empty: give at least one token")
+    if tokens > limit:
+        raise CapacityError(
+            f"the prompt has {tokens} tokens; this bundle was exported for {limit}: "
+            f"export with --max-context {tokens} or shorten it"
+        )
 
 
 def check_range(ids: Sequence[int], model: LoopedModel, what: str = "token id") -> None:

@@ -19,6 +19,7 @@ from mythos_edge.model.bounded_files import open_regular
 from mythos_edge.model.errors import UsageError, one_line
 from mythos_edge.model.looped import LoopedModel
 from mythos_edge.model.output_files import writing
+from mythos_edge.runtime.backends.memory import ROW_DTYPES
 from mythos_edge.runtime.halting import Depth, Policy, ResolvedDepth
 from mythos_edge.runtime.request_values import Within, shown, token_ids, whole
 from mythos_edge.runtime.sampling import Sampler, SamplingParams
@@ -93,6 +94,16 @@ def read(path: Path, weights: str, model: LoopedModel, max_context: int) -> Save
         return _saved(header, arrays, model, max_context)
     except (*_DAMAGE, UsageError) as error:
         raise damaged(path, error) from error
+
+
+def require_cache(path: Path, saved: Saved, cache: str) -> None:
+    """Raises UsageError unless the cached rows of ``saved`` are in the form ``cache``."""
+    rows = saved.arrays.get("loop_0_0.data")
+    found = next((name for name, dtype in ROW_DTYPES.items() if rows is not None and rows.dtype == dtype), cache)
+    if found != cache:
+        raise UsageError(
+            f"{path}: was saved with caches in {found}, this session keeps them in {cache}: open it with cache {found}"
+        )
 
 
 def damaged(path: Path, error: Exception) -> UsageError:

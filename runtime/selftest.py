@@ -1,7 +1,8 @@
 """The self-test of a bundle: does this machine compute what the exporter saw?
 
 The manifest holds a golden sample: a few tokens, the depth that the network gave each, and the largest logits of the
-last. A target with other weights than the export's comes to other numbers by right, so that it is held to less.
+last. A target with other weights than the export's, or with other caches, comes to other numbers by right, so that it
+is held to less.
 """
 
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ class _Scorer(Protocol):
 
     bundle: Bundle
     target: str
+
+    @property
+    def cache(self) -> str: ...
 
     def score(self, ids: Any, *, max_depth: int | None, threshold: float | None) -> Score: ...
 
@@ -46,7 +50,11 @@ def self_test(session: _Scorer) -> SelfTest:
     score = session.score(np.array([sample.ids]), max_depth=sample.max_depth, threshold=sample.threshold)
     logits = score.logits[0, -1]
     largest = float(np.abs(logits).max())
-    as_exported = _numbers(session.bundle, target) == _numbers(session.bundle, session.bundle.manifest.default_target)
+    default = session.bundle.manifest.default_target
+    as_exported = (*_numbers(session.bundle, target), session.cache) == (
+        *_numbers(session.bundle, default),
+        session.bundle.manifest.targets[default].own_cache,
+    )
     allowed = _share(session.bundle, target) * max(1.0, *map(abs, sample.top_logits))
     if not as_exported:
         allowed = max(allowed, parity.OTHER_ROUNDING_SHARE * largest)

@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Any, Self, Unpack, cast, overload
 
 from mythos_edge.model.bundle import Bundle, made_of_bundle
-from mythos_edge.model.errors import CapacityError, UsageError
+from mythos_edge.model.errors import UsageError
 from mythos_edge.runtime import saved_state
 from mythos_edge.runtime.backends.opening import open_backend
 from mythos_edge.runtime.backends.protocol import Backend
 from mythos_edge.runtime.caches import CachePlan, plan_in, require_memory
 from mythos_edge.runtime.decoding import Decoding, Generation, TextSoFar, TokenSequence
 from mythos_edge.runtime.draft_tuner import DraftTuner
-from mythos_edge.runtime.halting import LOOP_STEPS, ResolvedDepth, depth_of_preset
+from mythos_edge.runtime.halting import LOOP_STEPS, ResolvedDepth, target_and_depth
 from mythos_edge.runtime.options import Options, RequestOptions, ScoreOptions, options_of_each
-from mythos_edge.runtime.prompts import Prompt, Prompts, check_range, checked_ids, ids_of, separate
+from mythos_edge.runtime.prompts import Prompt, Prompts, check_length, check_range, checked_ids, ids_of, separate
 from mythos_edge.runtime.request_values import Within, check_names, flag, name_or_none, path_of, whole
 from mythos_edge.runtime.sampling import Sampler
 from mythos_edge.runtime.scoring import Score, score_of, scoring, spans_of
@@ -77,6 +77,7 @@ class Session:
         threads: int = 0,
         hashes: bool = False,
         trust: bool = False,
+        cache: str | None = None,
         selftest: bool = False,
     ) -> Self:
         """The bundle at ``path`` on one of its targets; ``hashes`` also checks the sha256 of every file.
@@ -86,11 +87,13 @@ class Session:
         every request that sets none of its own.
         ``threads`` are by default one per core. ``trust`` takes TensorRT engines that are not the files the manifest
         lists, which are native code. ``selftest`` raises SelfTestError unless this machine computes what the exporter
-        saw. Raises BundleError, BackendUnavailable, UsageError.
+        saw. ``cache`` is what cached rows are kept in: fp32, or fp16 or int8, which take a half and about a quarter of
+        the memory; by default the target's own, which is fp32 on a CPU.
+        Raises BundleError, BackendUnavailable, UsageError.
         """
         path, hashes, trust = path_of(path, "a bundle's folder"), flag("hashes", hashes), flag("trust", trust)
         options: Any = {"target": target, "preset": preset, "threads": threads, "trust": trust, "selftest": selftest}
-        return made_of_bundle(path, lambda bundle: cls.of(bundle, **options), hashes, trust)
+        return made_of_bundle(path, lambda bundle: cls.of(bundle, cache=cache, **options), hashes, trust)
 
     @classmethod
     def of(
@@ -101,6 +104,7 @@ class Session:
         preset: str | None = None,
         threads: int = 0,
         trust: bool = False,
+        cache: str | None = None,
         selftest: bool = False,
     ) -> Self:
         """A bundle that is open already, and was looked at, on one of its targets; parameters and errors as ``open``.
@@ -109,21 +113,19 @@ class Session:
         """
         target, preset = name_or_none("target", target), name_or_none("preset", preset)
         trust, selftest = flag("trust", trust), flag("selftest", selftest)
-        defaults: dict[str, Any] = {}
-        if preset is not None:
-            defaults = depth_of_preset(bundle.manifest, preset)
-            found_for = bundle.manifest.presets[preset].target
-            if target not in (None, found_for):
-                raise UsageError(f"preset {preset!r} was found for target {found_for!r}, not {target!r}: leave one out")
-            target = found_for
-        target = target or bundle.manifest.default_target
-        session = cls(bundle, open_backend(bundle, target, threads, trust))
+        target, defaults = target_and_depth(bundle.manifest, target, preset)
+        session = cls(bundle, open_backend(bundle, target, threads, trust, name_or_none("cache", cache)))
         session._defaults = defaults
         session.target = target
         if selftest:
             require_self_test(session)
             session._sequences = []  # it is no sequence to go on with
         return session
+
+    @property
+    def cache(self) -> str:
+        """The form in which it keeps cached rows: fp32, fp16, bf16 or int8."""
+        return self.backend.memory.cache
 
     @last_turn
     def close(self) -> None:
@@ -233,7 +235,7 @@ class Session:
         """
         ids = ids_of(prompt, self.model, self.tokenizer, first=True)
         self._checked(self._options(options))
-        self._check_length(len(ids))
+        check_length(len(ids), self.max_context)
         return ids
 
     @in_turn
@@ -321,6 +323,7 @@ class Session:
         """
         path = path_of(path, "a file that save wrote")
         saved = saved_state.read(path, self.bundle.weights_identity(self.target), self.model, self.max_context)
+        saved_state.require_cache(path, saved, self.cache)
         sequence = TokenSequence(saved.ids, self._new_staircase(saved.depth, None), Sampler(saved.sampling))
         try:
             sequence.staircase.restore(saved.arrays)
@@ -389,7 +392,7 @@ class Session:
                 "resume with the same depth options, or start a new sequence"
             )
         ids = sequence.ids + encoded[0]
-        self._check_length(len(ids))
+        check_length(len(ids), self.max_context)
         self._check_memory(len(ids) + options.max_new_tokens, [options], depth, sequence.staircase.nbytes)
         self._change()
         # An interrupt may have left more cached columns than tokens; they are of other tokens than those to come.
@@ -407,7 +410,7 @@ class Session:
         generating: bool = False,
     ) -> None:
         for ids in encoded:
-            self._check_length(len(ids))
+            check_length(len(ids), self.max_context)
         columns = [len(ids) + generating * one.max_new_tokens for ids, one in zip(encoded, each, strict=True)]
         held = sum(sequence.staircase.nbytes for sequence in self._sequences)
         deepest = max(depths, key=lambda depth: depth.max_depth)
@@ -423,16 +426,6 @@ class Session:
 
     def _new_staircase(self, depth: ResolvedDepth, max_lag: int | None) -> Staircase:
         return Staircase(self.backend, self.model, depth, self.max_context, max_lag)
-
-    def _check_length(self, tokens: int) -> None:
-        if not tokens:
-            raise UsageError("the prompt is empty: give at least one token")
-        limit = self.max_context
-        if tokens > limit:
-            raise CapacityError(
-                f"the prompt has {tokens} tokens; this bundle was exported for {limit}: "
-                f"export with --max-context {tokens} or shorten it"
-            )
 
     def _check_memory(self, columns: int, each: Sequence[Options], depth: ResolvedDepth, held: int) -> None:
         memory, context, chunk = self.backend.memory, min(columns, self.max_context), max(one.chunk for one in each)

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from mythos_edge.model.looped import LoopedModel
 from mythos_edge.runtime import caches
-from mythos_edge.runtime.backends.memory import Memory, Rows
+from mythos_edge.runtime.backends.memory import ROW_DTYPES, Memory, Rows
 from mythos_edge.runtime.caches import ColumnBuffer, kept_columns, spare_columns
 
 
@@ -18,8 +18,15 @@ class Slot(ColumnBuffer):
     What it gives up depends on its own last column, not on the newest position: a slot may lag.
     """
 
-    def __init__(self, width: int, limit: int, memory: Memory | None = None, window: int = 0) -> None:
-        super().__init__(width, limit, memory, spare_columns(window) if window else None)
+    def __init__(
+        self,
+        width: int,
+        limit: int,
+        memory: Memory | None = None,
+        window: int = 0,
+        dtype: np.dtype[Any] | None = None,
+    ) -> None:
+        super().__init__(width, limit, memory, spare_columns(window) if window else None, dtype)
         self.window = window
 
     @property
@@ -54,7 +61,8 @@ class Slot(ColumnBuffer):
 def slots_of(model: LoopedModel, stage: str, limit: int, memory: Memory) -> list[Slot]:
     """The slots of one run of a stage, for at most ``limit`` positions."""
     windows = [0 if memory.keeps_all_columns else window for window in model.windows[stage]]
-    return [Slot(model.cache_width, limit, memory, window) for window in windows]
+    width, dtype = model.row_width(memory.cache), ROW_DTYPES[memory.cache]
+    return [Slot(width, limit, memory, window, dtype) for window in windows]
 
 
 def grow(slots: Iterable[Slot], chunk: int) -> None:

@@ -13,6 +13,7 @@ from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.errors import UsageError
 from mythos_edge.model.machine import free_memory_bytes
 from mythos_edge.model.output_files import check_output, writing
+from mythos_edge.runtime.backends.opening import require_cache
 from mythos_edge.runtime.backends.ort_cpu import OrtCpuBackend
 from mythos_edge.runtime.backends.ort_session import graph_runner, thread_count
 from mythos_edge.runtime.caches import plan_cache, require_memory
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--loop-graph", action="store_true", help="measure model.onnx over the prompt, too")
     options.add_depth(parser)
     options.add_drafts(parser)
+    options.add_cache(parser)
     options.add_threads(parser)
 
 
@@ -73,6 +75,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         "bundle": str(args.bundle),
         "machine": f"{processor()}, {threads} threads",
         "policy": args.policy,
+        "cache": args.cache,
         "prompt_tokens": args.prompt_tokens,
         "new_tokens": args.new_tokens,
         "repetitions": args.repetitions,
@@ -132,7 +135,7 @@ def _measure(
     The memory bandwidth is measured again after it, in the same run.
     """
     started = time.perf_counter()
-    with Session.open(args.bundle, target=name, threads=args.threads) as session:
+    with Session.open(args.bundle, target=name, threads=args.threads, cache=args.cache) as session:
         load_ms = (time.perf_counter() - started) * 1e3
         prompt = np.random.default_rng(0).integers(0, session.model.vocab_size, args.prompt_tokens).tolist()
         depth = options.depth_of(args)
@@ -200,7 +203,8 @@ def _check_before(args: argparse.Namespace, names: list[str]) -> None:
     """Raises UsageError, BundleError for what would be refused after minutes of measuring."""
     bundle = open_bundle(args.bundle)
     for name in names:
-        bundle.target(name)
+        record = bundle.target(name)
+        require_cache(bundle, name, record, args.cache or record.own_cache)
     wanted = Options(**options.depth_of(args), **options.drafts_of(args))
     depth = wanted.depth.resolve(bundle.manifest.model)
     check_draft(wanted.draft_depth, depth)
@@ -214,7 +218,8 @@ def _check_before(args: argparse.Namespace, names: list[str]) -> None:
     if args.depth is not None and args.depth > deepest:
         raise UsageError(f"--depth is {args.depth:g}, expected at most {deepest}, the largest number of loop steps")
     if args.batch is not None:
-        plan = plan_cache(bundle.manifest.model, deepest, needed, args.batch)
+        model = bundle.manifest.model
+        plan = plan_cache(model, deepest, needed, args.batch, row_bytes=model.row_bytes(args.cache or "fp32"))
         require_memory(plan, 0, free_memory_bytes())
 
 

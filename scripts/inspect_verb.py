@@ -59,6 +59,7 @@ def _bundle(bundle: Bundle) -> dict[str, Any]:
             "window_bytes": plan.window_bytes,
             "pending_bytes_per_token": plan.pending_bytes_per_token,
             "bytes_at_max_context": plan.cache_bytes,
+            "forms": {form: _bytes_of(_cache_plan(bundle, form)) for form in _caches(bundle)},
         },
         "rope_table": manifest.rope_table,
         "manifest": manifest_to_dict(manifest),
@@ -87,10 +88,23 @@ def _tokenizer_line(bundle: Bundle) -> str:
     return f"{name}; a prompt {' and '.join(around) or 'gets no tokens beside its text'}"
 
 
-def _cache_plan(bundle: Bundle) -> CachePlan:
-    """Of the whole context at the trained depth, in float32."""
+def _cache_plan(bundle: Bundle, form: str = "fp32") -> CachePlan:
+    """Of the whole context at the trained depth, with cached rows in ``form``."""
     model = bundle.manifest.model
-    return plan_cache(model, model.max_depth, bundle.manifest.max_context)
+    return plan_cache(model, model.max_depth, bundle.manifest.max_context, row_bytes=model.row_bytes(form))
+
+
+def _caches(bundle: Bundle) -> tuple[str, ...]:
+    """The forms in which the default target can keep cached rows."""
+    return bundle.manifest.targets[bundle.manifest.default_target].caches
+
+
+def _bytes_of(plan: CachePlan) -> dict[str, int]:
+    return {
+        "bytes_per_token": plan.bytes_per_token,
+        "window_bytes": plan.window_bytes,
+        "bytes_at_max_context": plan.cache_bytes,
+    }
 
 
 def _show_bundle(console: Console, bundle: Bundle) -> None:
@@ -99,6 +113,9 @@ def _show_bundle(console: Console, bundle: Bundle) -> None:
     step = "" if source.step is None else f", step {source.step}"
     window = f" and {plan.window_bytes / 1e6:.1f} MB of layers with a window" if plan.window_bytes else ""
     cache = f"{plan.bytes_per_token / 1e3:.1f} kB a token{window}, {plan.cache_bytes / 1e6:.1f} MB when full"
+    forms = _caches(bundle)
+    when_full = [f"{_cache_plan(bundle, form).cache_bytes / 1e6:.1f} MB in {form}" for form in forms[1:]]
+    cache += f" ({', '.join(when_full)})" if when_full else ""
     for name, text in {
         "bundle": f"{bundle.path}, {size / 1e6:.1f} MB, from {source.name} ({source.kind}{step}), {manifest.created}",
         "family": manifest.family,

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.errors import unavailable
 from mythos_edge.model.linked_weights import weights_apart
+from mythos_edge.model.manifest import graph_key
 from mythos_edge.model.stages import OWN
 from mythos_edge.model.target_options import OrtOptions, options_of
 from mythos_edge.runtime.backends.memory import Rows, host_array
@@ -38,14 +39,16 @@ class StepRun:
 
 @dataclass(frozen=True)
 class RouterProbe:
-    """The router of a bundle, and the graph of a target that tells what it sees."""
+    """The router of a bundle, and the graph of a target that tells what it sees; it takes cached rows as they are kept,
+    or else in float32."""
 
     router: "Router"
     probe: "Probe"
+    takes_kept_rows: bool
 
 
-def router_probe(bundle: Bundle, target: str, purpose: str) -> RouterProbe | None:
-    """The router as a target of the bundle runs it; None of a model without experts.
+def router_probe(bundle: Bundle, target: str, purpose: str, cache: str) -> RouterProbe | None:
+    """The router as a target of the bundle runs it with cached rows in ``cache``; None of a model without experts.
 
     Raises BackendUnavailable, which names the ``purpose``, and BundleError.
     """
@@ -58,6 +61,7 @@ def router_probe(bundle: Bundle, target: str, purpose: str) -> RouterProbe | Non
     bundle.require_whole("look at its router")
 
     spec = bundle.target(target)
+    kept_form = None if spec.is_native else cache
     if spec.is_native:
         # An engine shows its states alone; what the router makes of them is asked in float32.
         spec = bundle.target(bundle.manifest.default_target)
@@ -65,8 +69,9 @@ def router_probe(bundle: Bundle, target: str, purpose: str) -> RouterProbe | Non
         apart = weights_apart(bundle, None, target)
         router = router_of(bundle)
         assert router is not None
-        step, prepack = bundle.file(spec.graphs["step"]), options_of(spec, OrtOptions).prepacked
-        return RouterProbe(router, Probe(step, [router.name], prepack=prepack, apart=apart))
+        step, prepack = bundle.file(spec.graphs[graph_key("step", kept_form)]), options_of(spec, OrtOptions).prepacked
+        probe = Probe(step, [router.name], prepack=prepack, apart=apart)
+        return RouterProbe(router, probe, takes_kept_rows=kept_form is not None)
 
 
 class Watched:
@@ -88,15 +93,17 @@ class Watched:
         self._look(StepRun(index, positions, outputs, router_input))
 
     def _seen_by_router(self, router: RouterProbe, feeds: Arrays, positions: Array) -> Array:
-        given = {name: self._on_host(name, rows) for name, rows in feeds.items()}
+        given = {name: self._on_host(name, rows, router.takes_kept_rows) for name, rows in feeds.items()}
         # Portable graphs know positions by length and first, lowered ones by themselves.
         return router.probe.run({**given, "positions": positions[None]})[router.router.name]
 
-    def _on_host(self, name: str, rows: Rows) -> Array:
-        """The values of an input of the loop step, states as float32."""
+    def _on_host(self, name: str, rows: Rows, kept_rows: bool) -> Array:
+        """The values of an input of the loop step, states as float32, and so cached rows unless ``kept_rows``."""
         tensor = declared("step", name)
         if tensor.on_host:
             return host_array(rows)
+        if tensor.slot and kept_rows:
+            return self.memory.to_host(rows)
         return self.memory.to_floats(rows) if tensor.dtype == OWN else self.memory.to_host(rows)
 
     def run_together(self, stage: str, calls: Sequence[Call]) -> None:

@@ -43,7 +43,8 @@ class ModelStats:
     """
 
     def __init__(self, session: Session) -> None:
-        self._router = router_probe(session.bundle, session.target, "--stats on a model with experts")
+        cache, purpose = session.cache, "--stats on a model with experts"
+        self._router = router_probe(session.bundle, session.target, purpose, cache)
         self._memory, self._tokenizer = session.backend.memory, session.tokenizer
         session.backend = Watched(session.backend, self._look, self._router)
         self._halts, self._each = session.model.halts, session.model.experts_per_token

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 from mythos_edge.model.errors import UsageError
+from mythos_edge.model.looped import NARROW_CACHES
 from mythos_edge.runtime.halting import Policy
 from mythos_edge.runtime.session import Session
 from mythos_edge.runtime.speculation import AUTO
@@ -50,6 +51,7 @@ def add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", metavar="NAME", help="what mythos-edge build made (default: the bundle's first)")
     parser.add_argument("--preset", metavar="NAME", help="target and depth that mythos-edge tune found")
     add_trust(parser)
+    add_cache(parser)
 
 
 def add_trust(parser: argparse._ActionsContainer) -> None:
@@ -61,21 +63,24 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: all cores)")
 
 
+def add_cache(parser: argparse._ActionsContainer) -> None:
+    text = "keep cached rows in this: a half or about a quarter of the memory of fp32 (default: the target's own form)"
+    parser.add_argument("--cache", choices=("fp32", *NARROW_CACHES), help=text)
+
+
 def add_selftest(parser: argparse.ArgumentParser) -> None:
     text = "first make sure that this machine computes what the exporter saw, and else end with an error"
     parser.add_argument("--selftest", action="store_true", help=text)
 
 
 def session_of(args: argparse.Namespace) -> Session:
-    """The bundle on the target and preset asked for."""
-    return Session.open(
-        args.bundle,
-        target=args.target,
-        preset=args.preset,
-        threads=args.threads,
-        trust=args.trust,
-        selftest=args.selftest,
-    )
+    """The bundle on the target and preset asked for, with its caches in the form asked for."""
+    return Session.open(args.bundle, selftest=args.selftest, **target_of(args))
+
+
+def target_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of a Session that ``add_target`` and ``add_threads`` ask for."""
+    return {name: getattr(args, name) for name in ("target", "preset", "threads", "trust", "cache")}
 
 
 def depth_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -35,13 +35,14 @@ GATES = {
 _STREAMS = 256
 _DIGITS = 12
 _DEMO_DEPTH = 16
-_OPTIONS = ("target", "demo_streams", "max_kl", "min_top1")
+_OPTIONS = ("target", "cache", "demo_streams", "max_kl", "min_top1")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("quality, with --against fp32")
     options.add_trust(group)
-    group.add_argument("--target", metavar="T", help="the target to compare with the fp32 one")
+    group.add_argument("--target", metavar="T", help="the target to compare with the fp32 one (default: that one)")
+    options.add_cache(group)
     group.add_argument(
         "--demo-streams",
         type=int,
@@ -67,8 +68,12 @@ def check_arguments(args: argparse.Namespace, bundle: Bundle) -> None:
             raise UsageError(f"--{stray.replace('_', '-')} is for quality: add --against {FP32}")
         return
     default = bundle.manifest.default_target
-    if args.target in (None, default):
-        raise UsageError(f"--against {FP32} compares another target with {default}: name it with --target")
+    args.target = args.target or default
+    if args.target == default and args.cache in (None, bundle.target(default).own_cache):
+        raise UsageError(
+            f"--against {FP32} compares another target, or caches, with {default}: name it with --target, or give "
+            "--cache fp16 or int8"
+        )
     given = next((name for name in ("ids", "text") if getattr(args, name) is not None), None)
     if args.demo_streams is not None and given is not None:
         raise UsageError(f"--{given} and --demo-streams both say which tokens to compare on: give one of them")
@@ -94,11 +99,15 @@ def demo_ids(args: argparse.Namespace, bundle: Bundle) -> NDArray[np.int64]:
 def compare(
     args: argparse.Namespace, bundle: Bundle, rounded: Backend, ids: NDArray[np.int64], console: Console
 ) -> dict[str, Any]:
-    """The report of ``args.target``, opened as ``rounded``, against fp32 on ``ids (B, S)``, told on ``console`` too."""
+    """The report of ``args.target``, opened as ``rounded``, against fp32 on ``ids (B, S)``, told on ``console`` too.
+
+    What is rounded are weights, or cached rows, or both.
+    """
     spec = bundle.target(args.target)
-    default = bundle.manifest.default_target
-    weights = _coarsest(spec)
-    gate = _gate(args, weights)
+    default, cache = bundle.manifest.default_target, rounded.memory.cache
+    kept = "" if cache == spec.own_cache else f", caches in {cache}"
+    coarsest = _coarsest(spec, cache)
+    gate = _gate(args, coarsest)
     with closing(open_backend(bundle, default)) as fp32:
         traced = (_Traced(bundle, default, fp32), _Traced(bundle, args.target, rounded))
         differences = []
@@ -109,9 +118,9 @@ def compare(
         sums = None
         if args.demo_streams is not None:
             console.progress("adding", 0.0)
-            both = {default: fp32, args.target: rounded}
+            both = {default: fp32, f"{args.target}{kept}": rounded}
             sums = {name: _exact_sums(Session(bundle, backend), ids) for name, backend in both.items()}
-    lost = 0.0 if sums is None else sums[default] - sums[args.target]
+    lost = 0.0 if sums is None else sums[default] - sums[f"{args.target}{kept}"]
     failures = gate.failures(report, lost)
     tied = sum(int(one.after_tie.sum()) for one in differences)
     if failures and tied and np.isfinite(report.kl_mean):
@@ -119,30 +128,32 @@ def compare(
         untouched = [one.before_tie() for one in differences if not one.after_tie.all()]
         report = quality_report(untouched) if untouched else report
         failures = gate.failures(report) if untouched else []
-    console.say(f"target    {args.target} ({spec.summary}) on {ids.shape[0]} x {ids.shape[1]} positions")
+    console.say(f"target    {args.target} ({spec.summary}{kept}) on {ids.shape[0]} x {ids.shape[1]} positions")
     if tied:
         console.say(f"exact ties of the router: {tied} positions at or after one, where a kernel may choose others")
     _tell(report, gate, sums, console)
     if failures:
-        console.say(f"beyond what {weights} weights may cost: {', '.join(failures)}")
+        of = "weights" if coarsest == _coarsest(spec, spec.own_cache) else "caches"
+        console.say(f"beyond what {coarsest} {of} may cost: {', '.join(failures)}")
     return {
         "passed": not failures,
         "failures": failures,
         "after_router_ties": tied,
         "target": args.target,
         "weights": spec.weights,
+        "cache": cache,
         "gate": asdict(gate),
         "quality": report.to_dict(),
         "exact_sums": sums,
     }
 
 
-def _coarsest(spec: TargetRecord) -> str:
-    """The form of a target's weights that loses most, as ``GATES`` names it."""
-    forms = {form for forms in spec.weights.values() for form in forms.split("+")} | {spec.compute_dtype}
+def _coarsest(spec: TargetRecord, cache: str) -> str:
+    """The form of a target's weights, or of cached rows, that loses most, as ``GATES`` names it."""
+    forms = {form for forms in spec.weights.values() for form in forms.split("+")} | {spec.compute_dtype, cache}
     if forms & {"int4", "fp8"}:
         return "int4"
-    # 16-bit floats are held to what 8-bit weights may cost, which is more than they should.
+    # 16-bit floats, and caches, are held to what 8-bit weights may cost, which is more than they should.
     return "fp32" if forms == {"fp32"} else "int8"
 
 
@@ -187,7 +198,7 @@ class _Traced:
 
     def __init__(self, bundle: Bundle, target: str, backend: Backend) -> None:
         self._memory = backend.memory
-        self._router = router_probe(bundle, target, "comparing targets")
+        self._router = router_probe(bundle, target, "comparing targets", backend.memory.cache)
         self._session = Session(bundle, Watched(backend, self._look, self._router))
 
     def trace(self, ids: NDArray[np.int64], prefill: int | None = None) -> Trace:

@@ -198,10 +198,12 @@ def _scorer(args: argparse.Namespace, bundle: Bundle) -> Iterator[tuple[Scorer, 
             raise UsageError(
                 "--stats and --report look at every loop step, which this target has inside: choose another"
             )
+        if args.cache is not None:
+            raise UsageError("--cache is the form of a cache, and this target has none: leave it out")
         with LoopEngine(bundle, args.target, trust=args.trust) as engine:
             yield lambda ids, _: engine.score(ids, **depth), None
         return
-    with Session.of(bundle, target=args.target, preset=args.preset, threads=args.threads, trust=args.trust) as session:
+    with Session.of(bundle, **options.target_of(args)) as session:
         stats = ModelStats(session) if _watched(args) else None
         yield lambda ids, tell: session.score(ids, prefill=args.prefill, progress=tell, **depth), stats
 

@@ -21,7 +21,7 @@ from mythos_edge.model.bundle_writer import update_manifest
 from mythos_edge.model.errors import UsageError, unavailable
 from mythos_edge.model.manifest import MANIFEST_FILE, Manifest
 from mythos_edge.model.output_files import check_output, check_output_folder
-from mythos_edge.runtime.backends.opening import open_backend
+from mythos_edge.runtime.backends.opening import open_backend, require_cache
 from mythos_edge.runtime.halting import Depth
 from mythos_edge.runtime.quality import kl_divergence
 from mythos_edge.runtime.session import Session
@@ -36,6 +36,8 @@ EXAMPLE = "mythos-edge tune model.bundle --data ids.npy --targets ort-cpu,ort-cp
 _THRESHOLD_SHARES = (0.3, 0.5, 0.7, 0.9, 0.95, 1.0)
 _DEPTH_SHARES = (0.5, 0.75, 1.0)
 _LEAST_POSITIONS = 8
+# The session that others are compared with; no target has this name.
+_REFERENCE = ""
 _REPETITIONS, _LEAST_REPETITIONS = 5, 3
 # Of every repetition, spread over some rows: each does the same work, so that only the machine tells them apart.
 _MOST_TIMED_TOKENS, _MOST_TIMED_ROWS = 64, 4
@@ -64,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-kl", type=float, default=0.01, metavar="NATS", help="budget of the knee (default: 0.01)")
     parser.add_argument("--save", default="knee", metavar="NAME", help="the preset's name (default: knee)")
     parser.add_argument("-r", "--repetitions", type=int, default=_REPETITIONS, metavar="N", help="default: 5")
+    options.add_cache(parser)
     options.add_threads(parser)
 
 
@@ -81,6 +84,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
         raise UsageError(f"{tokens.file}: has {ids.shape[1]} positions a row, expected at least {_LEAST_POSITIONS}")
     _check_reference(bundle)
     settings = settings_of(args, bundle)
+    if args.cache is not None:
+        for name in {setting.target for setting in settings}:
+            require_cache(bundle, name, bundle.target(name), args.cache)
     folder = args.output
     if folder is None and args.html is None:
         folder = args.bundle.with_name(f"{args.bundle.name}-tune")
@@ -145,10 +151,16 @@ def _measure(
 ) -> tuple[list[Point], measuring.Spread]:
     """The points of all settings, and the milliseconds per token of the fp32 target at full depth."""
     with ExitStack() as stack:
-        names = dict.fromkeys([bundle.manifest.default_target, *(setting.target for setting in settings)])
-        sessions = {
-            name: stack.enter_context(Session(bundle, open_backend(bundle, name, args.threads))) for name in names
-        }
+        default = bundle.manifest.default_target
+
+        def opened(name: str, cache: str | None = None) -> Session:
+            return stack.enter_context(Session(bundle, open_backend(bundle, name, args.threads, cache=cache)))
+
+        # Others are compared with the first, whatever their caches.
+        sessions = {_REFERENCE: opened(default)}
+        for name in dict.fromkeys(setting.target for setting in settings):
+            as_is = args.cache in (None, bundle.target(name).own_cache)
+            sessions[name] = sessions[_REFERENCE] if name == default and as_is else opened(name, args.cache)
         quality = _quality(sessions, settings, ids, console)
         ms = _times(sessions, settings, ids, args.repetitions, console)
     full = ms[None]
@@ -168,7 +180,7 @@ def _check_reference(bundle: Bundle) -> None:
 
 def _reference(sessions: dict[str, Session]) -> Session:
     """The session of the target that others are compared with, which is the first."""
-    return next(iter(sessions.values()))
+    return sessions[_REFERENCE]
 
 
 def _quality(
@@ -276,6 +288,8 @@ def _tell_knee(
         f"  (the model's own depth on {one.target}: {as_trained:.2f}x), saved as preset {args.save!r}:\n"
         f"  --target {one.target} --threshold {one.threshold:.4g} --max-depth {one.max_depth}"
     )
+    if args.cache is not None:
+        console.note(f"note: a preset says nothing of caches: give --cache {args.cache} with it, as was measured")
 
 
 def _numbers(text: str | None, option: str, kind: Callable[[str], Any]) -> list[Any]:

@@ -107,7 +107,7 @@ def _comparison(
         return None
     bundle.require_whole("compare")
     if args.against == quality_gate.FP32:
-        rounded = open_backend(bundle, args.target, trust=args.trust)
+        rounded = open_backend(bundle, args.target, trust=args.trust, cache=args.cache)
         opened.callback(rounded.close)
         return lambda session: quality_gate.compare(args, bundle, rounded, ids, console)
     try:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from mythos_edge.exporter.targets.spec import EXPORT, RUN, Machine, Option, Work, Written, check_choices
 from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.errors import BuildError
-from mythos_edge.model.looped import LoopedModel
+from mythos_edge.model.looped import NARROW_CACHES, LoopedModel
 from mythos_edge.plugins.processor import has_integer_dot_products
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class OrtCpuTarget:
         from mythos_edge.exporter.targets.ort_files import write_ort
 
         forms = self.forms(work.bundle.manifest.model)
-        return write_ort(work, forms, lower_for_ort, lambda: self._importance(work))
+        return write_ort(work, forms, lower_for_ort, lambda: self._importance(work), NARROW_CACHES)
 
     def forms(self, model: LoopedModel) -> "Forms":
         """The forms of the matrices of a model. Raises BuildError."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from mythos_edge.exporter.graph_checks import check_graph
+from mythos_edge.exporter.lowering.narrow_caches import narrow_caches
 from mythos_edge.exporter.lowering.ort_cpu import Packs, lower_for_ort
 from mythos_edge.exporter.lowering.sequences import for_many_sequences, for_one_sequence
 from mythos_edge.exporter.rounding import (
@@ -21,6 +22,7 @@ from mythos_edge.exporter.rounding import (
     plan_rounded,
     write_rounded,
 )
+from mythos_edge.exporter.stored_graphs import check_stored_graphs
 from mythos_edge.exporter.targets.spec import Work, Written, form_of_parts
 from mythos_edge.exporter.weights import bytes_read, weights_of
 from mythos_edge.model.bundle_writer import require_free_space
@@ -28,6 +30,7 @@ from mythos_edge.model.errors import BuildError
 from mythos_edge.model.families.family import Config
 from mythos_edge.model.families.table import config_of
 from mythos_edge.model.layout import recipes
+from mythos_edge.model.manifest import graph_key
 from mythos_edge.model.recipes import Recipe
 from mythos_edge.model.stages import MAX_TOGETHER, STAGES
 from mythos_edge.model.target_options import OrtOptions
@@ -64,22 +67,26 @@ def write_graphs(
     forms: Forms,
     matrices: Sequence[Matrix] = (),
     lower: Callable[[ir.Model], ir.Model] = lower_for_ort,
+    caches: Sequence[str] = (),
 ) -> Written:
     """Lowers the traced stages, of which ``matrices`` are rounded, and writes them to ``folder``.
 
-    Each is ``<stage>.<name>.onnx``, and for several sequences ``<stage>.<name>.many.onnx``.
+    Each is ``<stage>.<name>.onnx``, and for several sequences ``<stage>.<name>.many.onnx``; with ``caches`` also
+    ``<stage>.<name>.int8.onnx`` and so on, which keep cached rows in int8.
     """
     graphs, sizes = {}, {}
     for stage in STAGES:
         one = for_one_sequence(stages[stage])
-        models = {stage: one, f"{stage}.many": for_many_sequences(one, MAX_TOGETHER)}
-        for key, model in models.items():
+        for many, model in ((False, one), (True, for_many_sequences(one, MAX_TOGETHER))):
             lowered = lower(model)
             add_functions(lowered)
-            graphs[key] = f"{stage}.{name}{key.removeprefix(stage)}.onnx"
-            ir.save(lowered, folder / graphs[key])
-            check_graph(lowered)
-            sizes[key] = bytes_read(lowered.graph, config)
+            sizes[stage] = bytes_read(lowered.graph, config)
+            for cache in (None, *caches):
+                kept = lowered if cache is None else narrow_caches(lowered, cache, config.looped)
+                key = graph_key(stage, cache, many=many)
+                graphs[key] = f"{stage}.{name}{key.removeprefix(stage)}.onnx"
+                ir.save(kept, folder / graphs[key])
+                check_graph(kept)
     weights = forms_of(config, matrices, forms.dtype)
     return Written(
         graphs=graphs,
@@ -127,7 +134,8 @@ def _summary(weights: Mapping[str, str], roundings: Mapping[str, Rounding]) -> s
 
 
 def stages_of(work: Work) -> dict[str, ir.Model]:
-    """The portable stage graphs of the bundle."""
+    """The portable stage graphs of the bundle. Raises BundleError for graphs that no export can have written."""
+    check_stored_graphs(work.bundle)
     return {stage: ir.load(work.bundle.file(f"{stage}.onnx")) for stage in STAGES}
 
 
@@ -136,17 +144,19 @@ def write_ort(
     forms: Forms,
     lower: Callable[..., ir.Model],
     importance: Callable[[], Importance | None] = lambda: None,
+    caches: Sequence[str] = (),
 ) -> Written:
     """Rounds the matrices of a target, lowers the stages with them, and writes both.
 
-    ``lower`` takes a stage and ``packs``; ``importance`` is asked for when something is rounded. Raises BuildError.
+    ``lower`` takes a stage and ``packs``; ``importance`` is asked for when something is rounded; ``caches``: see
+    ``write_graphs``. Raises BuildError.
     """
     config = config_of(work.bundle.manifest)
     matrices = matrices_of(config, forms)
     packs = _packs(work, plan_rounded(matrices), importance()) if matrices else {}
     work.progress("graphs", 0.0)
     stages, lower_with = stages_of(work), partial(lower, packs=packs)
-    return write_graphs(stages, work.folder, work.name, config, forms, matrices, lower_with)
+    return write_graphs(stages, work.folder, work.name, config, forms, matrices, lower_with, caches)
 
 
 def _packs(work: Work, plan: RoundedFile, importance: Importance | None) -> Packs:

@@ -109,7 +109,7 @@ class DeviceMemory:
     """
 
     def __init__(self, gpu: Gpu, dtype: str, room: Room | None = None, *, updates_in_place: bool = False) -> None:
-        self.dtype, self._dtype_name = STATE_DTYPES[dtype], dtype
+        self.dtype, self._dtype_name, self.cache = STATE_DTYPES[dtype], dtype, dtype
         self.updates_in_place, self.keeps_all_columns = updates_in_place, room is not None
         self.device = gpu.device
         self.driver, self.stream = gpu.driver, gpu.driver.stream()
@@ -129,12 +129,12 @@ class DeviceMemory:
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> DeviceArray:
         return self._array(shape, np.dtype(dtype))
 
-    def columns(self, count: int, width: int) -> DeviceArray:
+    def columns(self, count: int, width: int, dtype: DTypeLike) -> DeviceArray:
         if self._room is None or not count:
-            return self._array((1, count, width), self.dtype)
+            return self._array((1, count, width), np.dtype(dtype))
         usable = self._room.columns - self._room.padding
         assert count <= usable
-        array = self._array((1, self._room.columns, width), self.dtype)
+        array = self._array((1, self._room.columns, width), np.dtype(dtype))
         # What an engine reads beyond the filled columns is multiplied with zero, and must not be infinite.
         array[...] = 0
         array.shape = (1, usable, width)

@@ -44,6 +44,15 @@ def host_array(rows: Rows) -> NDArray[Any]:
     return rows
 
 
+# What numpy holds a cached row in, by its form; bfloat16 as uint16.
+ROW_DTYPES: dict[str, np.dtype[Any]] = {
+    "fp32": np.dtype(np.float32),
+    "fp16": np.dtype(np.float16),
+    "bf16": np.dtype(np.uint16),
+    "int8": np.dtype(np.int8),
+}
+
+
 class Watch(Protocol):
     """Sees which columns of a chunk still run."""
 
@@ -57,7 +66,8 @@ class Watch(Protocol):
 
 
 class Memory(Protocol):
-    """One place for arrays; ``dtype`` is what states and cached rows are kept in there (bfloat16 as uint16).
+    """One place for arrays; ``dtype`` is what states are kept in there (bfloat16 as uint16), ``cache`` the form of
+    cached rows, one of ``ROW_DTYPES``.
 
     ``updates_in_place``: backends of this memory have read all feeds before they write, so that a state may be fed
     and be overwritten by what comes after it. ``keeps_all_columns``: they find a cached row by its place in the buffer,
@@ -65,12 +75,13 @@ class Memory(Protocol):
     """
 
     dtype: np.dtype[Any]
+    cache: str
     updates_in_place: bool
     keeps_all_columns: bool
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Rows: ...
 
-    def columns(self, count: int, width: int) -> Rows:
+    def columns(self, count: int, width: int, dtype: DTypeLike) -> Rows:
         """Room for ``count`` columns of states or cached rows, or more: (1, count, width)."""
         ...
 
@@ -85,7 +96,7 @@ class Memory(Protocol):
         ...
 
     def to_floats(self, rows: Rows) -> NDArray[np.float32]:
-        """States or cached rows as float32 on the host."""
+        """States, or cached rows in the same dtype, as float32 on the host."""
         ...
 
     def join(self, parts: Sequence[Rows]) -> Rows:
@@ -104,17 +115,20 @@ class Memory(Protocol):
 
 
 class HostMemory:
-    """Numpy arrays."""
+    """Numpy arrays; ``cache`` is the form of cached rows."""
 
     dtype: np.dtype[Any] = np.dtype(np.float32)
     updates_in_place = False
     keeps_all_columns = False
 
+    def __init__(self, cache: str = "fp32") -> None:
+        self.cache = cache
+
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Rows:
         return np.empty(shape, dtype)
 
-    def columns(self, count: int, width: int) -> Rows:
-        return np.empty((1, count, width), self.dtype)
+    def columns(self, count: int, width: int, dtype: DTypeLike) -> Rows:
+        return np.empty((1, count, width), dtype)
 
     def room_of(self, count: int) -> int:
         return count

@@ -18,12 +18,13 @@ from mythos_edge.runtime.backends.packing import Arrays, Call
 class OrtCpuBackend:
     """One of the bundle's ONNX Runtime CPU targets, with ``threads`` threads, by default one per core.
 
+    ``cache`` is the form of cached rows, one of the target's ``caches``.
     Raises BackendUnavailable without onnxruntime, BundleError when a graph cannot be loaded.
     """
 
     max_context: int | None = None
 
-    def __init__(self, bundle: Bundle, target: str, threads: int = 0) -> None:
+    def __init__(self, bundle: Bundle, target: str, threads: int = 0, cache: str = "fp32") -> None:
         options = options_of(bundle.target(target), OrtOptions)
         if options.integer_rows and not has_integer_dot_products():
             raise BackendUnavailable(
@@ -37,7 +38,7 @@ class OrtCpuBackend:
             # Several sequences are several rows, for which mapped weights would be packed anew in every run.
             return BoundGraph(path, ort_session(path, threads, options.prepacked or of_several, apart))
 
-        self.memory = HostMemory()
+        self.memory = HostMemory(cache)
         self._stages = OrtStages(bundle, target, self.memory, open_graph)
 
     def run(self, stage: str, feeds: Arrays, outputs: Arrays) -> None:

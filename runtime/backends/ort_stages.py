@@ -8,6 +8,7 @@ import numpy as np
 
 from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.errors import BundleError
+from mythos_edge.model.manifest import graph_key
 from mythos_edge.model.stages import MAX_TOGETHER, STAGES
 from mythos_edge.runtime.backends.memory import Memory, host_array
 from mythos_edge.runtime.backends.packing import ROWS, WINDOW, Arrays, Call, packed, unpack
@@ -35,7 +36,10 @@ OpenGraph: TypeAlias = Callable[[Path, bool], Graph]
 
 
 class OrtStages:
-    """The stages of a target on graphs that ``open_graph`` loads. Raises BundleError when one cannot be loaded."""
+    """The stages of a target on graphs that ``open_graph`` loads, those for the form of cached rows in ``memory``.
+
+    Raises BundleError when one cannot be loaded.
+    """
 
     def __init__(self, bundle: Bundle, target: str, memory: Memory, open_graph: OpenGraph) -> None:
         self._bundle, self._target, self._spec = bundle, target, bundle.target(target)
@@ -49,10 +53,13 @@ class OrtStages:
         try:
             with bundle.unchanged(target):
                 for stage in STAGES:
-                    self._stages[stage] = open_graph(bundle.file(self._spec.graphs[stage]), False)
+                    self._stages[stage] = open_graph(self._file(stage, many=False), False)
         except BaseException:
             self.close()
             raise
+
+    def _file(self, stage: str, *, many: bool) -> Path:
+        return self._bundle.file(self._spec.graphs[graph_key(stage, self._memory.cache, many=many)])
 
     def run(self, stage: str, feeds: Arrays, outputs: Arrays) -> None:
         """Runs a stage for one sequence; see ``Backend.run``."""
@@ -67,7 +74,7 @@ class OrtStages:
         """Runs a stage for several sequences at once; see ``Backend.run_together``."""
         if stage not in self._many:
             with self._bundle.unchanged(self._target):
-                self._many[stage] = self._open(self._bundle.file(self._spec.graphs[f"{stage}.many"]), True)
+                self._many[stage] = self._open(self._file(stage, many=True), True)
         whole = packed(stage, calls, MAX_TOGETHER, self._memory)
         self._many[stage].run(*whole)
         # Not one of these arrays comes again, and bound they would stay in memory.

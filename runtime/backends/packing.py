@@ -53,7 +53,7 @@ def packed(stage: str, calls: Sequence[Call], jobs: int, memory: Memory) -> Call
     for name in first.keys() - set(WINDOW):
         given, tensor = [call.feeds[name] for call in calls], declared(stage, name)
         if tensor.slot:
-            nothing = memory.columns(0, given[0].shape[2])
+            nothing = memory.columns(0, given[0].shape[2], given[0].dtype)
             feeds |= {f"{name}@{job}": given[job] if job < len(given) else nothing for job in range(jobs)}
         elif LOGITS in tensor.axes:
             numbers = [host_array(rows) + offset for rows, offset in zip(given, offsets, strict=False)]

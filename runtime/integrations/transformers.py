@@ -97,6 +97,7 @@ class MythosForCausalLM:
         threads: int = 0,
         hashes: bool = False,
         trust: bool = False,
+        cache: str | None = None,
         **arguments: Any,
     ) -> Self:
         """The model in a bundle's folder; parameters and errors as in ``Session.open``.
@@ -106,7 +107,10 @@ class MythosForCausalLM:
         """
         _libraries()
         _refuse_unknown(arguments)
-        return cls(Session.open(bundle, target=target, preset=preset, threads=threads, hashes=hashes, trust=trust))
+        session = Session.open(
+            bundle, target=target, preset=preset, threads=threads, hashes=hashes, trust=trust, cache=cache
+        )
+        return cls(session)
 
     def __call__(self, input_ids: Any = None, **arguments: Any) -> Any:
         return self.forward(input_ids, **arguments)

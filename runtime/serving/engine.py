@@ -107,9 +107,16 @@ class Engine:
         model, memory, most = self._session.model, self._backend.memory, self._session.max_context
         if self._room is None:
             return most
-        plan = partial(plan_cache, value_bytes=memory.dtype.itemsize, all_columns=memory.keeps_all_columns)
+        plan = partial(
+            plan_cache,
+            model,
+            model.deepest,
+            value_bytes=memory.dtype.itemsize,
+            row_bytes=model.row_bytes(memory.cache),
+            all_columns=memory.keeps_all_columns,
+        )
         share, contexts = self._room // self.slots, range(1, most + 1)
-        return max(1, bisect_right(contexts, share, key=lambda n: plan(model, model.deepest, n).worst_bytes))
+        return max(1, bisect_right(contexts, share, key=lambda n: plan(n).worst_bytes))
 
     @property
     def runs(self) -> Mapping[str, int]:

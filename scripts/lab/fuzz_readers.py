@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from mythos_edge.exporter.graph_difference import graph_difference, read_graph
+from mythos_edge.exporter.stored_graphs import check_stored_graphs
 from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.checkpoint import open_checkpoint
 from mythos_edge.model.manifest import MANIFEST_FILE
@@ -244,6 +246,23 @@ def _onnx(folder: Path, bundle: Path) -> tuple[Read, list[bytes]]:
     return read, [model.SerializeToString()]
 
 
+def _graphs(folder: Path, bundle: Path) -> tuple[Read, list[bytes]]:
+    """The coda of a bundle as `build` and `diff` read it."""
+    for file in bundle.iterdir():
+        shutil.copy(file, folder)
+    opened = open_bundle(folder)
+    path = folder / opened.manifest.graphs["coda"].file
+    first = read_graph(path)
+    seed = path.read_bytes()
+
+    def read(data: bytes) -> None:
+        path.write_bytes(data)
+        graph_difference(first, read_graph(path))
+        check_stored_graphs(opened)
+
+    return read, [seed]
+
+
 _LOCATIONS = ("../outside.txt", "outside", "fifo", "loop", "device", "folder", "/etc/passwd", "/dev/zero", "",
               "weights.safetensors", "./weights.safetensors", "folder/../weights.safetensors", "*/_ORT_MEM_ADDR_/*",
               "other.bin", "a\0b", "x" * 5000, "..", "\\\\host\\share", "file:///etc/passwd", "step.onnx")  # fmt: skip
@@ -295,7 +314,8 @@ READERS = {
         Reader("tokenizer-config", change.lines_changed(change.json_changed), fuzz_inputs.tokenizer_config, 0.04),
         Reader("template", change.template_changed, fuzz_inputs.template, 0.06, ends=True),
         Reader("onnx", _graph_changed, _onnx, 0.03),
-        Reader("ids", fuzz_inputs.array_changed, fuzz_inputs.ids, 0.1),
+        Reader("graphs", _graph_changed, _graphs, 0.01),
+        Reader("ids", fuzz_inputs.array_changed, fuzz_inputs.ids, 0.09),
         Reader("text", change.bytes_changed, fuzz_inputs.text, 0.05),
         Reader("prompts", change.json_changed, fuzz_inputs.prompts, 0.08),
         Reader("session", fuzz_inputs.saved_changed, fuzz_inputs.session, 0.04),

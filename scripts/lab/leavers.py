@@ -4,6 +4,7 @@ Every request is greedy and one of a few, so that its answer is known from the f
 of the server's process.
 """
 
+import http
 import http.client
 import json
 import random
@@ -20,6 +21,7 @@ from typing import Any
 
 _CLIENTS, _LEAVERS, _KINDS = 8, 2, 40
 _WARM_SHARE = 0.3
+_TRIES = 60
 _RSS_FACTOR, _RSS_BYTES = 1.2, 20_000_000
 
 
@@ -63,8 +65,7 @@ def run_server(bundle: Path, requests: int, seed: int) -> ServerRun:
 
         def ask(number: int) -> float:
             kind, started = number % _KINDS, time.perf_counter()
-            with closing(_asked(port, bodies[kind])) as connection:
-                choice = _choice_of(connection.getresponse())
+            choice = _choice_of(port, bodies[kind])
             got = choice["token_ids"], choice["depths"]
             if answers[kind] is None:
                 answers[kind] = got
@@ -129,11 +130,18 @@ def _asked(port: int, body: dict[str, object]) -> http.client.HTTPConnection:
     return connection
 
 
-def _choice_of(answer: http.client.HTTPResponse) -> dict[str, Any]:
-    content = answer.read()
-    if answer.status != 200:
-        raise SystemExit(f"a request was answered with {answer.status}: {content[:300]!r}")
-    return json.loads(content)["choices"][0]  # type: ignore[no-any-return]
+def _choice_of(port: int, body: dict[str, object]) -> dict[str, Any]:
+    """The answer to a completion, asked for again while those that leavers have not yet been seen to leave fill it."""
+    for _ in range(_TRIES):
+        with closing(_asked(port, body)) as connection:
+            answer = connection.getresponse()
+            content = answer.read()
+        if answer.status == 200:
+            return json.loads(content)["choices"][0]  # type: ignore[no-any-return]
+        if answer.status != http.HTTPStatus.SERVICE_UNAVAILABLE:
+            break
+        time.sleep(1)
+    raise SystemExit(f"a request was answered with {answer.status}: {content[:300]!r}")
 
 
 def _resident_bytes(pid: int) -> int:

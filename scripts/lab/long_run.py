@@ -31,7 +31,7 @@ from mythos_edge.model.families.family import Config
 from mythos_edge.model.machine import cores
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts.doctor import processor
-from mythos_edge.scripts.lab.leavers import ServerRun, run_server
+from mythos_edge.scripts.lab.leavers import run_server
 from mythos_edge.scripts.lab.schedules import ALLOWED, ANSWER, Found, Schedule
 from mythos_edge.scripts.measuring import resident_bytes
 
@@ -104,8 +104,10 @@ def main(argv: list[str] | None = None) -> int:
         runs = [
             run_family(one, bundles[one], args.tokens // len(families), args.seed) for one in families if args.tokens
         ]
+        print(table(runs), flush=True)
         served = run_server(bundles[families[0]], args.server, args.seed) if args.server else None
-    print(table(runs, served))
+    if served is not None:
+        print(served.line())
     figures = {"machine": f"{processor()}, {cores()} cores", "runs": [asdict(one) for one in runs]}
     print(json.dumps(figures | {"server": None if served is None else asdict(served)}))
     held = all(one.is_flat and not one.found.wrong for one in runs)
@@ -158,7 +160,7 @@ def run_family(
     )
 
 
-def table(runs: list[Run], served: ServerRun | None) -> str:
+def table(runs: list[Run]) -> str:
     """The figures as a table to paste, and a line on each thing that is wrong."""
     lines = ["| model | tokens | checks | logits off | rows off | RSS MB | traced | pace, last to first quarter |"]
     lines.append("|---|---:|---:|---:|---:|---:|---:|---:|")
@@ -172,7 +174,7 @@ def table(runs: list[Run], served: ServerRun | None) -> str:
     lines += [f"wrong: {one.family}: {what}" for one in runs for what in one.found.wrong[:20]]
     lines += [f"memory grew: {one.family}: {'; '.join(one.top_growth)}" for one in runs if not one.is_flat]
     lines.append(f"(a share of {ALLOWED:g} of the largest is allowed)")
-    return "\n".join([*lines, *([] if served is None else [served.line()])])
+    return "\n".join(lines)
 
 
 def _growth(one: tracemalloc.StatisticDiff) -> str:

@@ -244,6 +244,16 @@ def test_end_tokens_that_are_asked_for_overrule_the_rest(folder: Callable[..., P
             Taken(path, name)
 
 
+def test_half_of_a_pair_of_characters_is_no_token_and_no_template(folder: Callable[..., Path]) -> None:
+    """JSON can hold one as an escape, and nothing else can."""
+    path = folder("gptoss", tokenizer=b'{"eos_token": "\\ud800"}')
+    assert Taken(path).told("eos_token is '\\ud800', which tokenizer.json has not: not used")
+    for template in (b'"a\\ud800"', b'[{"name": "default", "template": "a\\ud800"}]'):
+        path = folder("gptoss", tokenizer=b'{"chat_template": ' + template + b"}")
+        with pytest.raises(ConfigError, match="the chat template is no text: surrogates not allowed, character 1"):
+            Taken(path)
+
+
 def test_without_a_tokenizer_end_tokens_are_ids() -> None:
     taken = Taken(None, "2", "0", "2", vocab_size=3)
     assert taken.ends == (EndToken(2, ""), EndToken(0, ""))

@@ -94,6 +94,7 @@ class DoryConfig:
             exit_rule="none",
             trained_depth=_TRAINED_DEPTH,
             slot_windows=self._windows if any(self._windows) else (),
+            cache_parts=(self.head_dim,) * (2 * self.num_key_value_heads),
         )
 
     @property

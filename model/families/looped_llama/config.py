@@ -92,6 +92,7 @@ class StackConfig:
             head_dim=self.head_dim,
             experts_per_token=0,
             exit_rule="gate" if self.gated else "none",
+            cache_parts=(self.head_dim,) * (2 * self.num_key_value_heads),
         )
 
     def to_dict(self) -> dict[str, Any]:

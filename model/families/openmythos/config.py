@@ -84,9 +84,14 @@ class MythosConfig:
     @property
     def cache_width(self) -> int:
         """Values one position keeps in one slot: latent | rope key (MLA) or keys | values (GQA)."""
+        return sum(self.cache_parts)
+
+    @property
+    def cache_parts(self) -> tuple[int, ...]:
+        """The widths of the latent and of the rope key (MLA), or of each head's key, then each head's value (GQA)."""
         if self.is_mla:
-            return self.kv_lora_rank + self.qk_rope_head_dim
-        return 2 * self.n_kv_heads * self.head_dim
+            return self.kv_lora_rank, self.qk_rope_head_dim
+        return (self.head_dim,) * (2 * self.n_kv_heads)
 
     @property
     def dense_dim(self) -> int:
@@ -123,6 +128,7 @@ class MythosConfig:
             attention="latent" if self.is_mla else "grouped",
             head_dim=self.head_dim,
             experts_per_token=self.n_experts_per_tok,
+            cache_parts=self.cache_parts,
         )
 
     def to_dict(self) -> dict[str, Any]:

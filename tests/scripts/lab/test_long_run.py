@@ -21,7 +21,7 @@ def test_a_short_schedule_leaves_caches_as_they_would_be_anew(exported: Callable
     assert run.found.tokens >= 100
     assert run.found.checks >= 1
     assert sum(run.found.actions.values()) >= 10
-    assert f"| {name} | {run.found.tokens} | {run.found.checks} |" in table([run], None)
+    assert f"| {name} | {run.found.tokens} | {run.found.checks} |" in table([run])
 
 
 def test_a_wrong_cache_row_and_a_wrong_depth_are_found(mla_bundle: Path, tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_memory_that_grows_and_answers_that_differ_are_told() -> None:
     grown = replace(run, rss_bytes=(100_000_000, 150_000_000))
     assert not grown.is_flat
     assert not replace(run, traced_growth=5_000_000).is_flat
-    assert "memory grew: mla: a.py:1 +1000" in table([grown], None)
+    assert "memory grew: mla: a.py:1 +1000" in table([grown])
     served = ServerRun(100, 10, 0, (100_000_000, 101_000_000), (0.1, 0.1))
     assert served.held
     assert not replace(served, differing=1).held

@@ -74,9 +74,10 @@ class TargetWeights:
         """The matrices that are rounded."""
         return {name for stored in self._stored.values() for name, one in stored.items() if one.bits}
 
-    def read(self, stage: str, name: str, start: int, stop: int) -> tuple[Array, Array | float]:
+    def read(self, stage: str, name: str, start: int, stop: int | None = None) -> tuple[Array, Array | float]:
         """The values ``start .. stop`` of a matrix, flat, and by how much rounding may have moved each."""
         stored, shape = self._stored[stage][name], self._shapes[name]
+        stop = int(np.prod(shape)) if stop is None else stop
         if not stored.bits and len(stored.pieces) == 1:
             return _flat(stored.pieces[0])[start:stop].astype(np.float32), 0.0
         size = int(np.prod(shape[1:])) if len(shape) == 3 else int(np.prod(shape))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,12 @@ class Deep:
     seed: int = 0
     progress: Progress = lambda what, share: None
 
+    @cached_property
+    def weights(self) -> TargetWeights | None:
+        """The weights that the target's graphs read; None of an engine, which does not show them."""
+        native = self.bundle.target(self.target).is_native
+        return None if native else TargetWeights(self.bundle, self.target)
+
     def report(self, ids: NDArray[np.int64], threshold: float | None = None) -> DeepReport:
         """The comparison on the tokens ``ids (S,)``."""
         self.progress("running the target", 0.0)
@@ -73,7 +80,7 @@ class Deep:
         growth = self._growth(networks, target)
         self.progress("comparing weights", 0.0)
         others = self._weights()
-        contraction = contraction_of(dict(networks.exact.named_parameters()))
+        contraction = contraction_of(self.weights or TargetWeights(self.bundle, None))
         first = _first(found, growth, others)
         return _report(target, found, growth, first, contraction, others)
 
@@ -81,8 +88,14 @@ class Deep:
         stored = _STORED[self.bundle.manifest.dtype]
         # The draft that is rolled back reaches a little further than the tokens.
         positions = min(positions + DRAFT, self.bundle.manifest.max_context)
-        exact = load_network(self.reader, positions, stored=stored, dtype=torch.float64)
-        return Networks(exact, load_network(self.reader, positions, stored=stored), self.seed)
+        both = [
+            load_network(self.reader, positions, stored=stored, dtype=dtype) for dtype in (torch.float64, torch.float32)
+        ]
+        if self.weights is not None:
+            for network in both:
+                for name in sorted(self.weights.rounded):
+                    _fill(dict(network.named_parameters())[name].data, self.weights, name)
+        return Networks(both[0], both[1], self.seed, () if self.weights is None else self.weights.rounded)
 
     def _growth(self, networks: Networks, target: TargetRun) -> Growth:
         exact = free_run(networks.exact, target.ids, target.threshold)
@@ -90,9 +103,17 @@ class Deep:
         return growth_of(target, exact, noisy, networks.top_k, 0.0, NOISE_FLOOR)
 
     def _weights(self) -> list[OtherWeights]:
-        native = self.bundle.target(self.target).is_native
-        read = TargetWeights(self.bundle, None if native else self.target)
+        read = self.weights or TargetWeights(self.bundle, None)
         return other_weights(self.reader, read, self.bundle.manifest.max_context, _STORED[self.bundle.manifest.dtype])
+
+
+def _fill(values: torch.Tensor, weights: TargetWeights, name: str) -> None:
+    """Gives a parameter the values that a target's codes stand for."""
+    flat, stage = values.view(-1), weights.stages_of(name)[0]
+    size = flat.numel() // (len(values) if values.ndim == 3 else 1)
+    for start in range(0, flat.numel(), size):
+        made, _ = weights.read(stage, name, start, start + size)
+        flat[start : start + size] = torch.from_numpy(made)
 
 
 def _first(found: LocalFindings, growth: Growth, others: list[OtherWeights]) -> Divergence | None:

@@ -4,7 +4,7 @@ A call's rows are compared with what the network makes of the same state and the
 part that errs is the one that is wrong, and nothing that merely follows from it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from mythos_edge.model.eager_ops import chosen_experts
 from mythos_edge.model.network import Halting, LoopedNetwork, LoopState, Window
@@ -146,14 +147,37 @@ def chosen_of(scores: Array, top_k: int) -> tuple[NDArray[np.int64], Array]:
     return experts.sort(dim=-1).values.numpy(), margin.numpy()
 
 
+class _RoundedRows(TorchFunctionMode):
+    """Rounds to 8 bits every row that is multiplied with a matrix in one of ``storages``, as integer products do."""
+
+    def __init__(self, storages: Collection[int]) -> None:
+        super().__init__()
+        self._storages = storages
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.nn.functional.linear and args[1].untyped_storage().data_ptr() in self._storages:
+            x, *others = args
+            scale = x.abs().amax(-1, keepdim=True) / 127
+            rows = (x / torch.where(scale == 0, 1, scale)).round() * scale
+            return func(rows, *others, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
 class Networks:
     """The reference in float64, and how far float32 is from it; ``exact`` stays as it is.
 
-    Memory: the model in float64 and once more in float32.
+    What is multiplied with the matrices ``rounded`` is rounded, too, so that the error of that is a reference's own.
+    Memory: the model in float64 and twice in float32.
     """
 
-    def __init__(self, exact: LoopedNetwork, float32: LoopedNetwork, seed: int = 0) -> None:
+    def __init__(
+        self, exact: LoopedNetwork, float32: LoopedNetwork, seed: int = 0, rounded: Collection[str] = ()
+    ) -> None:
         self.exact, self._float32, self._seed = exact, float32, seed
+        parameters = dict(exact.named_parameters())
+        self._rounded = {parameters[name].untyped_storage().data_ptr() for name in rounded}
         self.top_k = exact.looped.experts_per_token
         self._weights = {name: value.data.clone() for name, value in float32.named_parameters()}
 
@@ -165,6 +189,9 @@ class Networks:
             if index:
                 jitter(self._float32, self._seed + index)
             yield self._float32
+        if self._rounded:
+            with _RoundedRows(self._rounded):
+                yield self.exact
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 A flipped bit, or an expert that no token reached, shows here and nowhere else.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,11 +102,11 @@ def _wanted(recipe: Recipe, reader: TensorReader, stored: Any) -> Iterator[tuple
         start += len(flat)
 
 
-def contraction_of(weights: Mapping[str, Any]) -> Contraction | None:
-    """The spectral check of the injection, by the parameters of a network; None of a family without one."""
-    decay = weights.get(_DECAY)
-    if decay is None:
+def contraction_of(weights: TargetWeights) -> Contraction | None:
+    """The spectral check of the injection, as a target reads it; None of a family without one."""
+    stages = weights.stages_of(_DECAY)
+    if not stages:
         return None
-    values = decay.double()
+    values, _ = weights.read(stages[0], _DECAY, 0)
     least, largest = float(values.min()), float(values.max())
     return Contraction(least, largest, least > 0 and largest < 1)

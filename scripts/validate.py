@@ -18,7 +18,7 @@ from mythos_edge.runtime.backends.opening import open_backend
 from mythos_edge.runtime.backends.ort_session import graph_runner
 from mythos_edge.runtime.selftest import self_test
 from mythos_edge.runtime.session import Session
-from mythos_edge.scripts import arguments, given_tokens, options, quality_gate
+from mythos_edge.scripts import arguments, deep_verb, given_tokens, options, quality_gate
 from mythos_edge.scripts.console import Console
 from mythos_edge.scripts.weight_noise import FLOAT32_RUNS, jitter
 
@@ -27,6 +27,11 @@ if TYPE_CHECKING:
     from mythos_edge.model.stored_checkpoint import Checkpoint
 
 HELP = "check a bundle's files and self-test, and compare it with its checkpoint or a target with the fp32 one"
+LEVELS = ("smoke", "standard", "deep")
+LEVELS_HELP = (
+    "smoke: files and self-test; standard (default): also logits and depth by every route; deep: inside every loop "
+    "step, to find the first part that differs"
+)
 EXAMPLE = "mythos-edge validate model.bundle --against step_0001000.pt"
 
 _SECOND_CHUNK = 7
@@ -48,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CHECKPOINT",
         help=f"the checkpoint to compare with, in torch; or the word {quality_gate.FP32}: compare --target with fp32",
     )
+    parser.add_argument("--level", choices=LEVELS, default="standard", help=LEVELS_HELP)
+    text = "write what --level deep finds as one HTML page, with plots and what the model does"
+    parser.add_argument("--report", type=arguments.path, metavar="HTML", help=text)
     arguments.add_checkpoint(parser, "the rotary table the bundle was exported with, where its checkpoint has another")
     parser.add_argument(
         "--ids", type=arguments.file_name, metavar="NPY", help="tokens to compare on (default: random ones)"
@@ -62,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> int:
     options.check_seed(args.seed)
     bundle = open_bundle(args.bundle, trust_engines=args.trust)
-    quality_gate.check_arguments(args, bundle)
+    deep_verb.check_arguments(args, bundle, console)
     ids = _tokens(args, bundle)
     with ExitStack() as opened:
         compare = _comparison(args, bundle, ids, console, opened)  # before minutes of hashing
@@ -126,6 +134,8 @@ def _comparison(
             f"comparing in float64 needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: "
             "use a larger machine, or validate without --against"
         )
+    if args.level == "deep":
+        return deep_verb.of_checkpoint(args, bundle, checkpoint, ids, console, opened)
     return lambda session: _compare(args, checkpoint, session, ids, console)
 
 

@@ -1,3 +1,4 @@
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 from conftest import FIXTURES
 from deep_runs import MODELS, deep
+from planted_faults import Planted
 
 from mythos_edge.runtime.slots import Slot
 
@@ -51,3 +53,54 @@ def test_a_stale_cache_row_is_the_caches_and_not_the_attentions(
 
     assert first is not None
     assert (first.position, first.step_index, first.part, first.kind) == (8, 0, "cache", "cache")
+
+
+def test_the_deep_level_is_told_and_is_the_exit_code(run: Callable[..., Any], mla_bundle: Path) -> None:
+    ran = run(
+        "validate", mla_bundle, "--against", FIXTURES / "mla-small", "--level", "deep", "--positions", 6, "--json"
+    )
+
+    assert ran.code == 0
+    report = json.loads(ran.out.splitlines()[-1])
+    assert report["passed"] is True
+    assert report["first_divergence"] is None
+    assert report["router_agreement"] == 1.0
+    assert report["parts"].keys() >= {"attention", "experts", "router", "lora", "injection", "halting"}
+
+
+def test_the_first_divergence_is_told(run: Callable[..., Any], mla_bundle: Path, tmp_path: Path) -> None:
+    planted = Planted(mla_bundle, tmp_path / "spoilt.bundle")
+    planted.graph("step", lambda graph: graph.bypass("observed/attention.0"))
+    arguments = ("validate", planted.path, "--against", FIXTURES / "mla-small", "--level", "deep", "--positions", 6)
+
+    ran = run(*arguments, "--json")
+
+    assert ran.code == 1
+    first = json.loads(ran.out.splitlines()[-1])["first_divergence"]
+    found = {name: first[name] for name in ("position", "step_index", "part", "class")}
+    assert found == {"position": 0, "step_index": 0, "part": "attention", "class": "graph"}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--level", "deep"), "--level deep compares with something: add --against CHECKPOINT"),
+        (("--level", "smoke", "--against", "fp32"), "--level smoke compares nothing"),
+        (("--level", "deep", "--against", "fp32"), "--level deep compares with a checkpoint"),
+        (("--level", "deep", "--against", "x", "--max-kl", "1"), "--max-kl is for quality"),
+    ],
+)
+def test_levels_and_options_that_do_not_go_together(
+    run: Callable[..., Any], mla_bundle: Path, options: tuple[str, ...], said: str
+) -> None:
+    ran = run("validate", mla_bundle, *options)
+
+    assert ran.code == 1
+    assert said in ran.err
+
+
+def test_smoke_is_files_and_self_test(run: Callable[..., Any], mla_bundle: Path) -> None:
+    ran = run("validate", mla_bundle, "--level", "smoke")
+
+    assert ran.code == 0
+    assert "self-test" in ran.out

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.errors import UsageError
+from mythos_edge.model.output_files import check_output
 from mythos_edge.runtime.backends.opening import open_backend
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import quality_gate
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
 Comparison = Callable[[Session], dict[str, Any]]
 
 
-def check_arguments(args: argparse.Namespace, bundle: Bundle) -> None:
+def check_arguments(args: argparse.Namespace, bundle: Bundle, console: Console) -> None:
     """Raises UsageError for options that do not go together, or not with the bundle."""
+    if args.report is not None and args.level != "deep":
+        raise UsageError("--report shows the deep comparison: add --level deep, or leave it out")
     if args.level == "smoke" and args.against is not None:
         raise UsageError("--level smoke compares nothing: leave --against out, or choose standard or deep")
     if args.level != "deep":
@@ -38,6 +41,9 @@ def check_arguments(args: argparse.Namespace, bundle: Bundle) -> None:
         raise UsageError(f"--{stray.replace('_', '-')} is for quality: leave it out at --level deep")
     if args.target is not None:
         bundle.target(args.target)
+    if args.report is not None:
+        check_output(args.report, "the page")
+        console.leave_stdout_to(args.report)
 
 
 def of_checkpoint(
@@ -55,7 +61,22 @@ def of_checkpoint(
     backend = open_backend(bundle, target, trust=args.trust)
     opened.callback(backend.close)
     deep = Deep(bundle, target, backend, checkpoint, args.seed, console.progress)
-    return lambda session: _told(target, _reports(deep.report, ids), console)
+
+    def compare(session: Session) -> dict[str, Any]:
+        report = _reports(deep.report, ids)
+        told = _told(target, report, console)
+        if args.report is not None:
+            from mythos_edge.scripts import deep_page
+
+            about = (
+                f"Target {target} against {args.against}, on {len(report.ids)} tokens. What is allowed is measured: it "
+                "follows how far float32 takes the reference itself from float64 on the same inputs."
+            )
+            deep_page.write(args.report, bundle, target, report, about, args.trust)
+            console.say(f"written   {args.report}")
+        return {**told, "report": None if args.report is None else str(args.report)}
+
+    return compare
 
 
 def _reports(report_of: Callable[[NDArray[np.int64]], "DeepReport"], ids: NDArray[np.int64]) -> "DeepReport":

@@ -54,6 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"the checkpoint to compare with, in torch; or the word {quality_gate.FP32}: compare --target with fp32",
     )
     parser.add_argument("--level", choices=LEVELS, default="standard", help=LEVELS_HELP)
+    text = "write what --level deep finds as one HTML page, with plots and what the model does"
+    parser.add_argument("--report", type=arguments.path, metavar="HTML", help=text)
     arguments.add_checkpoint(parser, "the rotary table the bundle was exported with, where its checkpoint has another")
     parser.add_argument(
         "--ids", type=arguments.file_name, metavar="NPY", help="tokens to compare on (default: random ones)"
@@ -68,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> int:
     options.check_seed(args.seed)
     bundle = open_bundle(args.bundle, trust_engines=args.trust)
-    deep_verb.check_arguments(args, bundle)
+    deep_verb.check_arguments(args, bundle, console)
     ids = _tokens(args, bundle)
     with ExitStack() as opened:
         compare = _comparison(args, bundle, ids, console, opened)  # before minutes of hashing

@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import random
@@ -117,16 +118,14 @@ def main(argv: list[str] | None = None) -> int:
             importlib.import_module(f"mythos_edge.{module}")
         importlib.import_module("onnxruntime")
         workshop = Workshop(fast, jobs, random.Random(args.seed))
-        rows = [
-            workshop.break_job(job, fault, args.points or (_KILLS if fault in ("kill", "time") else _OTHERS))
-            for job in jobs
-            for fault in faults
-        ]
-    print(
-        "| job | fault | points | left the old | left the new | said why | broken |\n|---|---|---:|---:|---:|---:|---:|"
-    )
-    for row in rows:
-        print(f"| {row.job} | {row.fault} | {row.points} | {row.old} | {row.new} | {row.said} | {len(row.broken)} |")
+        print("| job | fault | points | left the old | left the new | said why | broken |")
+        print("|---|---|---:|---:|---:|---:|---:|", flush=True)
+        rows = []
+        for job, fault in itertools.product(jobs, faults):
+            row = workshop.break_job(job, fault, args.points or (_KILLS if fault in ("kill", "time") else _OTHERS))
+            rows.append(row)
+            figures = (row.points, row.old, row.new, row.said, len(row.broken))
+            print(f"| {job} | {fault} | {' | '.join(map(str, figures))} |", flush=True)
     broken = [line for row in rows for line in row.broken]
     print(*broken, sep="\n", end="\n" if broken else "")
     print(json.dumps({"machine": measuring.machine(), "seed": args.seed, "rows": [vars(row) for row in rows]}))

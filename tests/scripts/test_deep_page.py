@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import Ran, refused
 from conftest import FIXTURES
 from deep_runs import deep
 from html_pages import Page
@@ -159,3 +161,16 @@ def test_the_page_of_a_bundle(mla_bundle: Path, tmp_path: Path) -> None:
         assert row[:2] == [str(index), str(int((report.depth > index).sum()))]
     with pytest.raises(UsageError, match="cannot write the page"):
         deep_page.write(tmp_path / "nowhere" / "page.html", bundle, "ort-cpu", report, "")
+
+
+def test_the_verb_writes_it(mla_bundle: Path, tmp_path: Path, run: Callable[..., Ran]) -> None:
+    argv = ("validate", mla_bundle, "--against", FIXTURES / "mla-small", "--positions", 8)
+    ran = run(*argv, "--level", "deep", "--report", tmp_path / "page.html", "--json")
+    assert ran.code == 0, ran.err
+    assert (ran.json["passed"], ran.json["report"]) == (True, str(tmp_path / "page.html"))
+    page = Page((tmp_path / "page.html").read_text())
+    assert "Passed" in page.text
+    assert f"against {FIXTURES / 'mla-small'}, on 8 tokens" in page.text
+    refused(run(*argv, "--report", tmp_path / "other.html"), "--report shows the deep comparison: add --level deep")
+    argv = (*argv, "--level", "deep", "--report", tmp_path / "nowhere" / "page.html")
+    refused(run(*argv), "cannot write the page")

@@ -1,10 +1,12 @@
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from built import build_cpu
 from conftest import FIXTURES
 from deep_runs import MODELS, deep
 from planted_faults import Planted
@@ -104,3 +106,12 @@ def test_smoke_is_files_and_self_test(run: Callable[..., Any], mla_bundle: Path)
 
     assert ran.code == 0
     assert "self-test" in ran.out
+
+
+def test_nothing_diverges_in_a_rounded_target_by_its_own_yardstick(mla_bundle: Path, tmp_path: Path) -> None:
+    bundle = build_cpu(Path(shutil.copytree(mla_bundle, tmp_path / "rounded.bundle")), "int4")
+
+    report = deep(bundle, FIXTURES / "mla-small", target="ort-cpu-int4")
+
+    assert report.first_divergence is None
+    assert not report.other_weights

@@ -28,6 +28,8 @@ _MEMORY = 0.995
 _DEPTH_RATE = 0.05
 # Larger chunks are prompts and catching up, which say nothing about drafts.
 _MOST_ROWS = 32
+# Kinds of requests whose evidence a session keeps.
+_MOST_KINDS = 32
 # Weighing all candidates takes as long as a call of a tiny model.
 _ROUNDS_PER_CHOICE = 8
 
@@ -149,6 +151,22 @@ class DraftTuner:
         easy_steps = float(self._deeper[: draft.depth].sum()) - draft.depth * opens
         easy = (1 - opens) * self._fixed_seconds() + easy_steps * self._seconds["step"].at(1)
         return (1 - opens + opens * tokens) / (easy + opens * self._round_seconds(draft))
+
+
+class DraftTuners:
+    """The tuners of a session, one for each kind of request; of many kinds the ones used last."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[object, ...], DraftTuner] = {}
+
+    def of(self, bounds: ResolvedDepth, depth: int | None, tokens: int | None) -> DraftTuner:
+        """The tuner of requests with these bounds, and what they leave to it; see ``DraftTuner``."""
+        kind = (bounds, depth, tokens)
+        tuner = self._kept.pop(kind, None) or DraftTuner(bounds, depth, tokens)
+        self._kept[kind] = tuner
+        if len(self._kept) > _MOST_KINDS:
+            del self._kept[next(iter(self._kept))]
+        return tuner
 
 
 def _median(values: deque[float]) -> float:

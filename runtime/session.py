@@ -24,7 +24,7 @@ from mythos_edge.runtime.backends.opening import open_backend
 from mythos_edge.runtime.backends.protocol import Backend
 from mythos_edge.runtime.caches import CachePlan, plan_in, require_memory
 from mythos_edge.runtime.decoding import Decoding, Generation, TextSoFar, TokenSequence
-from mythos_edge.runtime.draft_tuner import DraftTuner
+from mythos_edge.runtime.draft_tuner import DraftTuner, DraftTuners
 from mythos_edge.runtime.halting import LOOP_STEPS, ResolvedDepth, target_and_depth
 from mythos_edge.runtime.options import Options, RequestOptions, ScoreOptions, options_of_each
 from mythos_edge.runtime.prompts import Prompt, Prompts, check_length, check_range, checked_ids, ids_of, separate
@@ -62,7 +62,7 @@ class Session:
                 self.tokenizer = Tokenizer(bundle.file(name))
         self._sequences: list[TokenSequence] = []
         # What is known of drafts serves the next request, too.
-        self._tuners: dict[tuple[object, ...], DraftTuner] = {}
+        self._tuners = DraftTuners()
         self.last_generation = Generation()
         self._defaults: dict[str, Any] = {}
         self.target = bundle.manifest.default_target
@@ -372,7 +372,7 @@ class Session:
         if prompts > 1:
             raise UsageError(f"a draft that is auto measures one sequence alone, got {prompts} prompts: give numbers")
         free = [None if number == AUTO else number for number in wanted]
-        return self._tuners.setdefault((depth, *free), DraftTuner(depth, *free))
+        return self._tuners.of(depth, *free)
 
     def _take_prompts(
         self, encoded: list[list[int]], resume: bool, each: list[Options], depths: Sequence[ResolvedDepth]

@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 
-from mythos_edge.runtime.draft_tuner import DraftTuner
+from mythos_edge.runtime.draft_tuner import DraftTuner, DraftTuners
 from mythos_edge.runtime.halting import Policy, ResolvedDepth
 from mythos_edge.runtime.speculation import Draft
 
@@ -150,3 +150,11 @@ def test_a_prompt_says_nothing_about_drafts() -> None:
     for stage in ("prelude", "step", "coda"):
         chooser.note_call(stage, 400, 1e3)
     assert World(ALIKE).decode(chooser, 300).gain > 1.5
+
+
+def test_a_session_keeps_the_tuners_of_the_kinds_of_request_that_it_saw_last() -> None:
+    tuners, kinds = DraftTuners(), [ResolvedDepth(Policy.EXACT, LOOPS, 1, 0.5 + n / 1000) for n in range(100)]
+    made = [tuners.of(kind, None, None) for kind in kinds]
+    assert tuners.of(kinds[-1], None, None) is made[-1]
+    assert tuners.of(kinds[-1], 2, None) is not made[-1]
+    assert tuners.of(kinds[0], None, None) is not made[0], "a session that sees ever new kinds would grow for ever"

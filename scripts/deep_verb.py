@@ -34,7 +34,7 @@ def check_arguments(args: argparse.Namespace, bundle: Bundle, console: Console) 
         return
     if args.against is None:
         raise UsageError("--level deep compares with something: add --against CHECKPOINT")
-    if args.against == quality_gate.FP32:
+    if quality_gate.target_against(args, bundle) is not None:
         raise UsageError(f"--level deep compares with a checkpoint: give one in --against in place of {args.against}")
     stray = next((name for name in ("demo_streams", "max_kl", "min_top1") if getattr(args, name) is not None), None)
     if stray is not None:

@@ -1,4 +1,4 @@
-"""``mythos-edge validate --against fp32``: how far rounding its weights has moved a target from the fp32 one.
+"""``mythos-edge validate --against TARGET``: how far rounding has moved a target from another, such as fp32.
 
 Both targets of the bundle see the same tokens, at full depth so that every loop step can be compared: an error that
 the loop carries along grows from one loop step to the next, which logits alone do not show.
@@ -39,9 +39,9 @@ _OPTIONS = ("target", "cache", "demo_streams", "max_kl", "min_top1")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("quality, with --against fp32")
+    group = parser.add_argument_group("quality, with --against TARGET")
     options.add_trust(group)
-    group.add_argument("--target", metavar="T", help="the target to compare with the fp32 one (default: that one)")
+    group.add_argument("--target", metavar="T", help="the target to compare (default: the bundle's first)")
     options.add_cache(group)
     group.add_argument(
         "--demo-streams",
@@ -60,19 +60,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def target_against(args: argparse.Namespace, bundle: Bundle) -> str | None:
+    """The target of the bundle that --against means; None for a checkpoint."""
+    if args.against == FP32:
+        return bundle.manifest.default_target
+    return args.against if args.against in bundle.manifest.targets else None
+
+
 def check_arguments(args: argparse.Namespace, bundle: Bundle) -> None:
     """Raises UsageError for options that do not go together, or not with the bundle."""
-    if args.against != FP32:
+    reference = target_against(args, bundle)
+    if reference is None:
         stray = next((name for name in _OPTIONS if getattr(args, name) is not None), None)
         if stray is not None:
-            raise UsageError(f"--{stray.replace('_', '-')} is for quality: add --against {FP32}")
+            raise UsageError(f"--{stray.replace('_', '-')} is for quality: add --against {FP32}, or another target")
         return
-    default = bundle.manifest.default_target
-    args.target = args.target or default
-    if args.target == default and args.cache in (None, bundle.target(default).own_cache):
+    args.target = args.target or bundle.manifest.default_target
+    if args.target == reference and args.cache in (None, bundle.target(reference).own_cache):
         raise UsageError(
-            f"--against {FP32} compares another target, or caches, with {default}: name it with --target, or give "
-            "--cache fp16 or int8"
+            f"--against {args.against} compares another target, or caches, with {reference}: name it with --target, or "
+            "give --cache fp16 or int8"
         )
     given = next((name for name in ("ids", "text") if getattr(args, name) is not None), None)
     if args.demo_streams is not None and given is not None:
@@ -99,28 +106,31 @@ def demo_ids(args: argparse.Namespace, bundle: Bundle) -> NDArray[np.int64]:
 def compare(
     args: argparse.Namespace, bundle: Bundle, rounded: Backend, ids: NDArray[np.int64], console: Console
 ) -> dict[str, Any]:
-    """The report of ``args.target``, opened as ``rounded``, against fp32 on ``ids (B, S)``, told on ``console`` too.
+    """The report of ``args.target``, opened as ``rounded``, against another on ``ids (B, S)``, told on ``console`` too.
 
     What is rounded are weights, or cached rows, or both.
     """
     spec = bundle.target(args.target)
-    default, cache = bundle.manifest.default_target, rounded.memory.cache
+    cache, reference = rounded.memory.cache, target_against(args, bundle)
+    assert reference is not None
     kept = "" if cache == spec.own_cache else f", caches in {cache}"
-    coarsest = _coarsest(spec, cache)
+    beside = bundle.target(reference)
+    by_weights = max((_coarsest(one, one.own_cache) for one in (spec, beside)), key=list(GATES).index)
+    coarsest = max(by_weights, _coarsest(spec, cache), key=list(GATES).index)
     gate = _gate(args, coarsest)
-    with closing(open_backend(bundle, default)) as fp32:
-        traced = (_Traced(bundle, default, fp32), _Traced(bundle, args.target, rounded))
+    with closing(open_backend(bundle, reference, trust=args.trust)) as other:
+        traced = (_Traced(bundle, reference, other), _Traced(bundle, args.target, rounded))
         differences = []
         for row in range(len(ids)):
-            console.progress("comparing with fp32", row / len(ids))
+            console.progress(f"comparing with {args.against}", row / len(ids))
             differences.append(difference(*(one.trace(ids[row : row + 1]) for one in traced)))
         report = quality_report(differences)
         sums = None
         if args.demo_streams is not None:
             console.progress("adding", 0.0)
-            both = {default: fp32, f"{args.target}{kept}": rounded}
-            sums = {name: _exact_sums(Session(bundle, backend), ids) for name, backend in both.items()}
-    lost = 0.0 if sums is None else sums[default] - sums[f"{args.target}{kept}"]
+            named = {reference: other, f"{args.target}{kept}": rounded}
+            sums = {name: _exact_sums(Session(bundle, backend), ids) for name, backend in named.items()}
+    lost = 0.0 if sums is None else sums[reference] - sums[f"{args.target}{kept}"]
     failures = gate.failures(report, lost)
     tied = sum(int(one.after_tie.sum()) for one in differences)
     if failures and tied and np.isfinite(report.kl_mean):
@@ -133,13 +143,14 @@ def compare(
         console.say(f"exact ties of the router: {tied} positions at or after one, where a kernel may choose others")
     _tell(report, gate, sums, console)
     if failures:
-        of = "weights" if coarsest == _coarsest(spec, spec.own_cache) else "caches"
+        of = "weights" if coarsest == by_weights else "caches"
         console.say(f"beyond what {coarsest} {of} may cost: {', '.join(failures)}")
     return {
         "passed": not failures,
         "failures": failures,
         "after_router_ties": tied,
         "target": args.target,
+        "against": reference,
         "weights": spec.weights,
         "cache": cache,
         "gate": asdict(gate),

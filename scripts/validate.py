@@ -50,8 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--against",
         type=arguments.file_name,
-        metavar="CHECKPOINT",
-        help=f"the checkpoint to compare with, in torch; or the word {quality_gate.FP32}: compare --target with fp32",
+        metavar="CHECKPOINT|TARGET",
+        help="the checkpoint to compare with, in torch; or a target of the bundle, or the word "
+        f"{quality_gate.FP32} for its first: compare --target with that",
     )
     parser.add_argument("--level", choices=LEVELS, default="standard", help=LEVELS_HELP)
     text = "write what --level deep finds as one HTML page, with plots and what the model does"
@@ -106,7 +107,7 @@ def _comparison(
             raise UsageError(f"--{ignored[0].replace('_', '-')} is about a checkpoint: add --against CHECKPOINT")
         return None
     bundle.require_whole("compare")
-    if args.against == quality_gate.FP32:
+    if quality_gate.target_against(args, bundle) is not None:
         rounded = open_backend(bundle, args.target, trust=args.trust, cache=args.cache)
         opened.callback(rounded.close)
         return lambda session: quality_gate.compare(args, bundle, rounded, ids, console)

@@ -37,6 +37,18 @@ def test_a_rounded_target_passes_the_gate_of_its_weights(rounded_bundle: Path, r
     assert report["exact_sums"]["ort-cpu-int4"] > 0.8
 
 
+def test_any_two_targets_are_compared(rounded_bundle: Path, run: Callable[..., Ran]) -> None:
+    options = ("--demo-streams", 4, "--json")
+    forth = run("validate", rounded_bundle, "--against", "ort-cpu", "--target", "ort-cpu-int4", *options).json
+    named = run("validate", rounded_bundle, "--against", "fp32", "--target", "ort-cpu-int4", *options).json
+    assert forth["quality"] == named["quality"]
+    back = run("validate", rounded_bundle, "--against", "ort-cpu-int4", *options).json
+    assert (back["target"], back["against"], back["gate"]) == ("ort-cpu", "ort-cpu-int4", vars(GATES["int4"]))
+    assert back["quality"]["kl_mean"] != forth["quality"]["kl_mean"]
+    steps = zip(back["quality"]["loop_steps"], forth["quality"]["loop_steps"], strict=True)
+    assert all(one["common_experts"] == other["common_experts"] for one, other in steps)
+
+
 def test_a_gate_that_is_too_strict_is_exit_code_1(
     rounded_bundle: Path, tmp_path: Path, run: Callable[..., Ran]
 ) -> None:
@@ -106,6 +118,7 @@ def test_what_is_written_down_does_not_depend_on_chunks(demo_bundle: Path) -> No
         (("--against", "fp32"), "name it with --target"),
         (("--against", "fp32", "--target", "ort-cpu"), "name it with --target"),
         (("--against", "fp32", "--target", "ort-tpu"), "no target 'ort-tpu', only ort-cpu"),
+        (("--against", "ort-cpu"), "name it with --target"),
         (("--target", "ort-cpu-int4"), "--target is for quality: add --against fp32"),
         (("--max-kl", "0.1"), "--max-kl is for quality"),
         (("--against", "fp32", "--target", "x", "--ids", "a.npy", "--demo-streams"), "give one of them"),

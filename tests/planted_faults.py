@@ -83,7 +83,8 @@ class Graph:
         self.graph.register_initializer(constant)
         made = ir.node(op_type, [value, constant])
         made.outputs[0].name = f"planted_value_{self._made}"
-        self.graph.insert_before(node, made)
+        assert node.graph is not None
+        node.graph.insert_before(node, made)
         return made.outputs[0]
 
     def bypass(self, name: str, index: int = 0) -> None:
@@ -197,8 +198,13 @@ def _gate_for_up(graph: Graph) -> None:
 
 
 def _narrow_window(graph: Graph) -> None:
-    for node in [node for node in graph.graph if node.op_type == "Slice" and str(node.inputs[0].name) == "past_1"]:
-        node.replace_input_with(1, graph.before(node, "Add", node.inputs[1], np.array([3, 0])))
+    # The masks over cached rows, for one row and for chunks, of the first inner layer that has a window.
+    maker = graph.maker(str(graph.reader("past_1").outputs[0].name)).name.split("/")[0]
+    places = [f"{maker}/decoded/greater", f"{maker}/chunk/cached/greater"]
+    masks = [node for node in graph.graph.all_nodes() if str(node.name).startswith(tuple(places))]
+    assert len(masks) == len(places), [node.name for node in masks]
+    for node in masks:
+        node.replace_input_with(0, graph.before(node, "Sub", node.inputs[0], np.int64(3)))
 
 
 def _no_norm(graph: Graph) -> None:

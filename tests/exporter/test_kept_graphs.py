@@ -279,7 +279,8 @@ def test_a_bundle_with_kept_graphs_is_the_same_bit_by_bit(
     monkeypatch.setenv(VARIABLE, str(cache))
     first = _export(FIXTURES / "gqa-small", tmp_path / "first", **options)
     for entry in cache.iterdir():
-        assert entry.stat().st_size < 200_000, "weights are kept"
+        # Random weights cannot be compressed.
+        assert entry.stat().st_size < (first / "weights.safetensors").stat().st_size, "weights are kept"
     monkeypatch.setattr("mythos_edge.exporter.bundle_graphs.traced_stages", lambda *_: pytest.fail("traced again"))
     again = _export(FIXTURES / "gqa-small", tmp_path / "again", **options)
     _assert_same_bundle(plain, first)

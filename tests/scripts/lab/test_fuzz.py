@@ -1,8 +1,10 @@
 """The fuzzer: a fast part of its run over every reader, and that it sees what breaks its rules."""
 
 import json
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from random import Random
 
@@ -33,13 +35,15 @@ BROKEN = {
     "import os; os.makedirs('../made', exist_ok=True)": "touched what is not its own",
     "import socket; socket.getaddrinfo('localhost', 1)": "touched what is not its own",
     "import os; os.system('true')": "touched what is not its own",
-    "bytearray(600 << 20)[::4096] = b'1' * (600 << 8)": "took 600 MB",
+    # What is measured is a megabyte off now and then.
+    "bytearray(600 << 20)[::4096] = b'1' * (600 << 8)": "took about 600 MB",
     "import os; os.abort()": "died of SIGABRT",
     "while True: pass": "took longer than 1.5 s",
     "from mythos_edge.model.errors import UsageError; raise UsageError": "told badly (0 characters)",
 }
 PROGRAM = """
 import json, sys
+from collections import Counter
 from pathlib import Path
 from mythos_edge.scripts.lab import fuzz, fuzz_readers
 fuzz.MOST_SECONDS = 1.5
@@ -54,8 +58,13 @@ for program in json.loads(sys.argv[1]):
 def test_what_breaks_a_rule_is_found_and_kept(tmp_path: Path) -> None:
     command = [sys.executable, "-c", PROGRAM, json.dumps([*BROKEN, "1"])]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, cwd=tmp_path)
-    found = [json.loads(line) for line in ran.stdout.splitlines()]
-    assert found == [*([2, {what: 2}] for what in BROKEN.values()), [2, {}]]
+    found = []
+    for inputs, failures in map(json.loads, ran.stdout.splitlines()):
+        told: Counter[str] = Counter()
+        for what, count in failures.items():
+            told[re.sub(r"^took (59\d|60\d) MB$", "took about 600 MB", what)] += count
+        found.append((inputs, told))
+    assert found == [*((2, {what: 2}) for what in BROKEN.values()), (2, {})]
     kept = {file.read_text() for file in (tmp_path / "failures").glob("own-*")}
     assert kept == set(BROKEN)
 

@@ -58,7 +58,7 @@ def read_graph(path: Path) -> onnx.ModelProto:
         return onnx.load(str(path), load_external_data=False)
     except OSError as error:
         raise BundleError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # protobuf's DecodeError is not public
+    except Exception as error:  # onnx documents none; protobuf's own depend on its version
         with open_regular(path) as file:
             known = foreign_kind(file.read(512))
         if known is not None:

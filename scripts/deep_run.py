@@ -78,7 +78,7 @@ class Recorder:
         self._ids += ids
 
     def rollback(self, columns: int) -> None:
-        """Everything from position ``columns`` on is to be forgotten."""
+        """Forgets everything from position ``columns`` on."""
         del self._ids[columns:]
         for rows in [*self._rows.values(), *self._h]:
             del rows[columns:]

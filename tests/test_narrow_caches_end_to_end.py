@@ -62,7 +62,7 @@ def ids(name: str) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def cost(bundle: Path, session: Session, ids: np.ndarray) -> float:
-    """What the caches move the logits by, against those in fp32."""
+    """Returns how far narrow caches move the logits from those of fp32 caches."""
     with Session.open(bundle) as wide:
         return _mean(session.score(ids, policy="full").logits - wide.score(ids, policy="full").logits)
 

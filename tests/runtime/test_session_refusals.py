@@ -1,4 +1,4 @@
-"""What a session refuses, in one line, and that it is then as it was."""
+"""A session refuses what it cannot do in one line, and is then as it was before."""
 
 import shutil
 from collections.abc import Iterator

@@ -90,6 +90,10 @@ class _Int8:
 
     def widen(self, writer: GraphWriter, kept: ir.Value, pieces: int) -> Sequence[ir.Value]:
         count = len(self._parts) // pieces
+        if sum(self._parts[:count]) * pieces != sum(self._parts):
+            # A piece ends inside a part.
+            (whole,) = self.widen(writer, kept, 1)
+            return writer.add_many("Split", [whole], pieces, axis=2, num_outputs=pieces)
         by_piece = [_runs(self._parts[start : start + count]) for start in range(0, len(self._parts), count)]
         runs = [run for of_piece in by_piece for run in of_piece]
         widths = [run.values for run in runs]

@@ -21,20 +21,32 @@ from mythos_edge.model.observed import PREFIX
 
 # What the router chooses by, and what it chose, where a graph has an own node for that.
 ROUTER, CHOSEN = "router.0", "chosen.0"
+# Outputs of the loop step that are one number a position.
+ONE_A_ROW = ("halt_mass_next", "depth_next")
 
 
 class Taps:
     """One graph of a target that tells what its parts make; ``names`` are those that it shows.
 
     ``router`` is the name of the router's matrix. ``prepack`` as the target says, ``apart`` see ``linked_weights``.
-    Raises BundleError, and BackendUnavailable without onnxruntime.
+    With ``outputs`` the graph's own outputs count as taps. Raises BundleError, and BackendUnavailable without
+    onnxruntime.
     """
 
-    def __init__(self, path: Path, router: str | None = None, prepack: bool = False, apart: Apart = NONE_APART) -> None:
+    def __init__(
+        self,
+        path: Path,
+        router: str | None = None,
+        prepack: bool = False,
+        apart: Apart = NONE_APART,
+        outputs: bool = False,
+    ) -> None:
         model = ir.load(path)
         graph = model.graph
         shown = {name.removeprefix(PREFIX): value for name, value in _values(graph).items() if _is_tap(name)}
         shown |= _router_values(graph, router) if router is not None else {}
+        if outputs:
+            shown |= {str(value.name): value for value in graph.outputs}
         for name, value in shown.items():
             if value.type is None:
                 value.type = ir.TensorType(ir.DataType.INT64 if name == CHOSEN else ir.DataType.FLOAT)
@@ -56,9 +68,13 @@ class Taps:
             found = self._session.run(self._outputs, {name: feeds[name] for name in self._inputs})
         except Exception as error:  # onnxruntime's exceptions have no common base but this
             raise MythosEdgeError(f"{self._path.name}: ONNX Runtime failed: {one_line(error)}") from error
-        return {
-            name: np.asarray(value).reshape(-1, value.shape[-1]) for name, value in zip(self.names, found, strict=True)
-        }
+        return {name: _rows(np.asarray(value), name) for name, value in zip(self.names, found, strict=True)}
+
+
+def _rows(value: NDArray[Any], name: str) -> NDArray[Any]:
+    # One number a position, as the halting mass, has no axis of channels; inside a graph rows have no batch.
+    alone = value.ndim == 2 and name in ONE_A_ROW
+    return value.reshape(-1, 1 if alone else value.shape[-1])
 
 
 def _values(graph: ir.Graph) -> dict[str, ir.Value]:

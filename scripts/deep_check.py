@@ -30,8 +30,9 @@ _STORED = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 Progress = Callable[[str, float], None]
 
 
-def taps_of(bundle: Bundle, target: str) -> dict[str, Taps]:
-    """The taps of the graphs of a target; none of an engine, which shows nothing of its inside. Raises BundleError."""
+def taps_of(bundle: Bundle, target: str, outputs: bool = False) -> dict[str, Taps]:
+    """The taps of the graphs of a target, with ``outputs`` its outputs, too; none of an engine, which shows nothing of
+    its inside. Raises BundleError."""
     spec = bundle.target(target)
     if spec.is_native:
         return {}
@@ -44,6 +45,7 @@ def taps_of(bundle: Bundle, target: str) -> dict[str, Taps]:
                 experts.router if experts is not None and stage == "step" else None,
                 prepack,
                 weights_apart(bundle, None, target),
+                outputs,
             )
             for stage in STAGES
         }
@@ -81,8 +83,8 @@ class Deep:
         self.progress("comparing weights", 0.0)
         others = self._weights()
         contraction = contraction_of(self.weights or TargetWeights(self.bundle, None))
-        first = _first(found, growth, others)
-        return _report(target, found, growth, first, contraction, others)
+        first = first_of(found, growth, others)
+        return report_of(target, found, growth, first, contraction, others)
 
     def _networks(self, positions: int) -> Networks:
         stored = _STORED[self.bundle.manifest.dtype]
@@ -94,21 +96,21 @@ class Deep:
         if self.weights is not None:
             for network in both:
                 for name in sorted(self.weights.rounded):
-                    _fill(dict(network.named_parameters())[name].data, self.weights, name)
+                    fill(dict(network.named_parameters())[name].data, self.weights, name)
         return Networks(both[0], both[1], self.seed, () if self.weights is None else self.weights.rounded)
 
     def _growth(self, networks: Networks, target: TargetRun) -> Growth:
         exact = free_run(networks.exact, target.ids, target.threshold)
         noisy = [free_run(network, target.ids, target.threshold) for network in networks.noisy()]
-        return growth_of(target, exact, noisy, networks.top_k, 0.0, NOISE_FLOOR)
+        return growth_of(target, exact, noisy, networks.top_k, NOISE_FLOOR)
 
     def _weights(self) -> list[OtherWeights]:
         read = self.weights or TargetWeights(self.bundle, None)
         return other_weights(self.reader, read, self.bundle.manifest.max_context, _STORED[self.bundle.manifest.dtype])
 
 
-def _fill(values: torch.Tensor, weights: TargetWeights, name: str) -> None:
-    """Gives a parameter the values that a target's codes stand for."""
+def fill(values: torch.Tensor, weights: TargetWeights, name: str) -> None:
+    """Gives a parameter the values that a target reads, which its codes stand for."""
     flat, stage = values.view(-1), weights.stages_of(name)[0]
     size = flat.numel() // (len(values) if values.ndim == 3 else 1)
     for start in range(0, flat.numel(), size):
@@ -116,7 +118,7 @@ def _fill(values: torch.Tensor, weights: TargetWeights, name: str) -> None:
         flat[start : start + size] = torch.from_numpy(made)
 
 
-def _first(found: LocalFindings, growth: Growth, others: list[OtherWeights]) -> Divergence | None:
+def first_of(found: LocalFindings, growth: Growth, others: list[OtherWeights]) -> Divergence | None:
     """The first divergence of calls, whose cause may be weights; else weights that no token showed; else growth."""
     first = found.divergence
     if first is not None:
@@ -131,7 +133,7 @@ def _first(found: LocalFindings, growth: Growth, others: list[OtherWeights]) -> 
     return growth.divergence
 
 
-def _report(
+def report_of(
     target: TargetRun,
     found: LocalFindings,
     growth: Growth,

@@ -19,6 +19,8 @@ Array = NDArray[Any]
 # it is less than that of logits, but more than what one float32 sum in another order gives.
 LOCAL_FLOOR = 1e-6
 _ROUTED = ("experts.", "lora.", "h_next", "halt_mass_next", "depth_next", "out_next")
+# The choice of the router, where a graph or a reference has it apart from the scores.
+_CHOSEN = "chosen.0"
 _HALTING = ("halt_mass_next", "depth_next", "out_next")
 
 
@@ -35,10 +37,12 @@ def part_of(stage: str, name: str) -> str:
 
 @dataclass
 class LocalFindings:
-    """The findings of the comparison of calls: ``error (P, M, S)`` as in ``DeepReport``, and the first divergence."""
+    """The findings of the comparison of calls: ``error (P, M, S)`` as in ``DeepReport``, and the first divergence, with
+    the number of the call that showed it."""
 
     error: Array
     divergence: Divergence | None = None
+    call: int = -1
     ties: list[Tie] = field(default_factory=list)
     disagreements: list[Disagreement] = field(default_factory=list)
     choices: int = 0
@@ -71,7 +75,10 @@ class LocalComparison:
         for number, run in enumerate(self._target.runs):
             while misfed and misfed[0].run <= number:
                 self._take(_misfed(misfed.pop(0)))
-            self._compare(run, self._local.exact[number])
+            before = self.found.divergence
+            self._compare(run, self._local.exact[number], self._excused(number, len(run.positions)))
+            if before is None and self.found.divergence is not None:
+                self.found.call = number
         for one in misfed:
             self._take(_misfed(one))
         return self.found
@@ -82,13 +89,19 @@ class LocalComparison:
         own, largest = self._local.own_error.get(key, 0.0), self._local.largest.get(key, 0.0)
         return NOISE_FACTOR * max(own, LOCAL_FLOOR * largest) + self._allowance.get(key, 0.0)
 
+    def _excused(self, number: int, rows: int) -> NDArray[np.bool_]:
+        known = self._local.excused
+        return known[number].copy() if known else np.zeros(rows, np.bool_)
+
     def _take(self, divergence: Divergence) -> None:
         if self.found.divergence is None:
             self.found.divergence = divergence
 
-    def _compare(self, run: StageRun, wanted: Mapping[str, Array]) -> None:
-        count, excused = len(run.positions), np.zeros(len(run.positions), np.bool_)
+    def _compare(self, run: StageRun, wanted: Mapping[str, Array], excused: NDArray[np.bool_]) -> None:
+        count = len(run.positions)
         for name, exact in wanted.items():
+            if name == _CHOSEN:
+                continue
             part = part_of(run.stage, name)
             if name not in run.values:
                 self.found.missing.setdefault(f"{run.stage}: {name}")
@@ -108,7 +121,7 @@ class LocalComparison:
                 compared &= ~tied
             self._value(run, name, exact, given, compared)
             if name == "router.0":
-                excused |= self._choices(run, exact, given)
+                excused |= self._choices(run, wanted, given)
 
     def _value(self, run: StageRun, name: str, exact: Array, given: Array, compared: NDArray[np.bool_]) -> None:
         allowed, part = self.allowed(run.stage, name), part_of(run.stage, name)
@@ -133,16 +146,18 @@ class LocalComparison:
             known = self.found.error[place]
             self.found.error[place] = share if np.isnan(known) else max(known, share)
 
-    def _choices(self, run: StageRun, exact: Array, given: Array) -> NDArray[np.bool_]:
+    def _choices(self, run: StageRun, values: Mapping[str, Array], given: Array) -> NDArray[np.bool_]:
         """Takes down where other experts were chosen; True for rows that a tie excuses."""
-        wanted, margin = chosen_of(exact, self._top_k)
+        wanted, margin = chosen_of(values["router.0"], self._top_k)
+        if _CHOSEN in values:
+            wanted = np.sort(values[_CHOSEN], axis=-1)
         chosen = chosen_of(given, self._top_k)[0]
         # Two scores may each be off by as much.
         tie = margin <= max(2 * self.allowed(run.stage, "router.0"), NEAR_TIE_MARGIN)
-        if "chosen.0" in run.values:
-            real = run.values["chosen.0"]
+        if _CHOSEN in run.values:
+            real = run.values[_CHOSEN]
             if real.shape != wanted.shape:
-                self._take(Divergence(int(run.positions[0]), run.step_index, "router", "graph", "chosen.0"))
+                self._take(Divergence(int(run.positions[0]), run.step_index, "router", "graph", _CHOSEN))
                 return tie
             chosen = np.sort(real, axis=-1)
         other = (wanted != chosen).any(-1)
@@ -156,7 +171,7 @@ class LocalComparison:
                 if not near:
                     self._enter("router", run.step_index, position, np.inf)
                     what = f"chose others by a margin of {distance:.2g}"
-                    self._take(Divergence(position, run.step_index, "router", "graph", "chosen.0", distance, 0.0, what))
+                    self._take(Divergence(position, run.step_index, "router", "graph", _CHOSEN, distance, 0.0, what))
         excused: NDArray[np.bool_] = tie & other
         return excused
 
@@ -198,12 +213,20 @@ class Growth:
 
 
 def growth_of(
-    target: TargetRun, exact: FreeRun, noisy: Sequence[FreeRun], top_k: int, allowance: float, floor: float
+    target: TargetRun,
+    exact: FreeRun,
+    noisy: Sequence[FreeRun],
+    top_k: int,
+    floor: float,
+    beside: FreeRun | None = None,
 ) -> Growth:
-    """Compares the free run with the reference's, up to where a tie parts them.
+    """Compares the free run with the reference's, or with the one ``beside`` that errs, too, up to where a tie parts
+    them.
 
-    ``allowance`` is added to the error of logits, ``floor`` is the share of the largest logit that always is allowed.
+    ``floor`` is the share of the largest logit that always is allowed.
     """
+    factor = NOISE_FACTOR if beside is None else 2 * NOISE_FACTOR
+    beside = beside or exact
     parted = np.zeros(len(target.ids), np.bool_)
     own_h, own_logits = np.zeros(len(exact.h)), 0.0
     for run in noisy:
@@ -212,27 +235,27 @@ def growth_of(
         if same.any():
             own_h = np.maximum(own_h, [_relative(exact.h[i], run.h[i])[same].max() for i in range(len(own_h))])
             own_logits = max(own_logits, float(np.abs(exact.logits - run.logits)[same].max()))
-    differs = target.depth != exact.depth
+    differs = target.depth != beside.depth
     margin = np.abs(exact.mass - target.threshold)
-    at = np.clip(np.minimum(target.depth, exact.depth) - 1, 0, len(exact.h) - 1)
+    at = np.clip(np.minimum(target.depth, beside.depth) - 1, 0, len(exact.h) - 1)
     halting_tie = differs & (margin[at, np.arange(len(at))] < NEAR_TIE_MARGIN)
     after = np.logical_or.accumulate(halting_tie) | parted | np.logical_or.accumulate(_router_ties(exact, top_k))
-    shares = np.stack([_relative(wanted, given) for wanted, given in zip(exact.h, target.h, strict=True)])
+    shares = np.stack([_relative(wanted, given) for wanted, given in zip(beside.h, target.h, strict=True)])
     clear = np.where(after, np.nan, shares)
-    errors = np.abs(exact.logits - target.logits).max(-1)
-    allowed = NOISE_FACTOR * max(own_logits, floor * float(np.abs(exact.logits).max())) + allowance
+    errors = np.abs(beside.logits - target.logits).max(-1)
+    allowed = factor * max(own_logits, floor * float(np.abs(exact.logits).max()))
     wrong = ~after & ((errors > allowed) | np.isnan(errors) | differs)
     divergence = None
     if wrong.any():
         position = int(wrong.argmax())
-        beyond = clear[:, position] > NOISE_FACTOR * np.maximum(own_h, floor)
+        beyond = clear[:, position] > factor * np.maximum(own_h, floor)
         step = int(beyond.argmax()) if beyond.any() else len(own_h) - 1
         error = float(errors[position])
         divergence = Divergence(position, step, "injection", "precision growth", "logits", error, allowed)
     largest = np.array([np.nanmax(row, initial=0.0) for row in clear])
     counted = errors[~after]
     most = float(counted.max()) if counted.size else float("nan")
-    return Growth(largest, own_h, exact.depth, most, allowed, divergence)
+    return Growth(largest, own_h, beside.depth, most, allowed, divergence)
 
 
 def _relative(wanted: Array, given: Array) -> Array:

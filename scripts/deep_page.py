@@ -147,7 +147,7 @@ def _bars(report: DeepReport) -> list[str]:
 
 def _growth(report: DeepReport) -> list[str]:
     """The error of the state over loop steps, beside that of float32 and what the contraction leaves of the first."""
-    series = {"this target": report.growth.tolist(), "the reference in float32": report.reference_growth.tolist()}
+    series = {"this target": report.growth.tolist(), "the reference's own": report.reference_growth.tolist()}
     told = "The relative error of the state, the largest of all positions, over loop steps that follow each other."
     if report.bound is not None and report.contraction is not None:
         series["bound of the contraction"] = report.bound.tolist()
@@ -207,7 +207,7 @@ def _left_out(report: DeepReport) -> list[str]:
     parts = []
     if report.other_weights:
         rows = [(name,) for name in report.other_weights]
-        parts += [html_page.heading("Tensors that differ from the checkpoint's"), *_cut(("tensor",), rows)]
+        parts += [html_page.heading("Tensors that differ from the reference's"), *_cut(("tensor",), rows)]
     if report.missing:
         told = "The target's graphs do not show these values, so that nothing was compared with them."
         parts += [

@@ -95,11 +95,15 @@ _OUTPUTS = (
 
 @dataclass(frozen=True)
 class Local:
-    """The reference's values for every call in float64, and by stage and name the largest error of its float32 runs."""
+    """The reference's values for every call in float64, and by stage and name the largest error of its float32 runs.
+
+    ``excused`` are by call the rows (S,) whose experts and halting say nothing, as a tie decided them.
+    """
 
     exact: list[Values]
     own_error: dict[tuple[str, str], float]
     largest: dict[tuple[str, str], float]
+    excused: Sequence[NDArray[np.bool_]] = ()
 
 
 def local_reference(networks: "Networks", runs: Sequence[StageRun]) -> Local:

@@ -15,7 +15,7 @@ Array = NDArray[Any]
 PARTS = ("prelude", "injection", "attention", "router", "experts", "lora", "halting", "cache", "coda")
 # By class of a divergence the advice in one line.
 ADVICE = {
-    "weights": "the target computes with other weights than the checkpoint has: export or build it again",
+    "weights": "it computes with other weights than what it is compared with has: export or build it again",
     "rotary": "rows have their length but another angle: compare the rotary table, the pairing and the positions",
     "cache": "a stage was fed other rows than were made: look at the runtime's slots, rollback and catching up",
     "graph": "the weights agree but the graph computes this part otherwise: look at the lowering of the part",
@@ -88,7 +88,7 @@ class DeepReport:
     state in the free run and the largest of the float32 reference's own, ``bound`` what is left of the first error if
     the largest A alone carries it on. ``router_agreement`` is the share of choices that agree.
     ``depth`` and ``reference_depth`` are (S,). ``missing`` names values that the target's graphs do not show,
-    ``other_weights`` the tensors in which it differs from the checkpoint.
+    ``other_weights`` the tensors in which it differs from the reference.
     """
 
     ids: NDArray[np.int64]

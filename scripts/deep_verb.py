@@ -1,6 +1,7 @@
 """``mythos-edge validate --level deep``: its options, what is compared with what, and the report for people."""
 
 import argparse
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -9,18 +10,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mythos_edge.model.bundle import Bundle
-from mythos_edge.model.errors import UsageError
+from mythos_edge.model.errors import CapacityError, UsageError, unavailable
+from mythos_edge.model.machine import free_memory_bytes
 from mythos_edge.model.output_files import check_output
 from mythos_edge.runtime.backends.opening import open_backend
 from mythos_edge.runtime.session import Session
 from mythos_edge.scripts import quality_gate
 from mythos_edge.scripts.console import Console
+from mythos_edge.scripts.deep_run import target_run
 
 if TYPE_CHECKING:
     from mythos_edge.model.stored_checkpoint import Checkpoint
     from mythos_edge.scripts.deep_report import DeepReport
 
 Comparison = Callable[[Session], dict[str, Any]]
+# Options of the comparison by logits alone. Targets are looked into with caches in their own form.
+_QUALITY = ("cache", "demo_streams", "max_kl", "min_top1")
+# A reference in float64, and two copies in float32.
+_BYTES_A_PARAMETER = 16
 
 
 def check_arguments(args: argparse.Namespace, bundle: Bundle, console: Console) -> None:
@@ -33,10 +40,11 @@ def check_arguments(args: argparse.Namespace, bundle: Bundle, console: Console) 
         quality_gate.check_arguments(args, bundle)
         return
     if args.against is None:
-        raise UsageError("--level deep compares with something: add --against CHECKPOINT")
-    if quality_gate.target_against(args, bundle) is not None:
-        raise UsageError(f"--level deep compares with a checkpoint: give one in --against in place of {args.against}")
-    stray = next((name for name in ("demo_streams", "max_kl", "min_top1") if getattr(args, name) is not None), None)
+        raise UsageError("--level deep compares with something: add --against CHECKPOINT, or a target of the bundle")
+    beside = quality_gate.target_against(args, bundle)
+    if beside is not None:
+        _check_pair(args, bundle, beside)
+    stray = next((name for name in _QUALITY if getattr(args, name) is not None), None)
     if stray is not None:
         raise UsageError(f"--{stray.replace('_', '-')} is for quality: leave it out at --level deep")
     if args.target is not None:
@@ -61,9 +69,62 @@ def of_checkpoint(
     backend = open_backend(bundle, target, trust=args.trust)
     opened.callback(backend.close)
     deep = Deep(bundle, target, backend, checkpoint, args.seed, console.progress)
+    return _telling(args, bundle, target, ids, console, deep.report)
+
+
+def of_target(
+    args: argparse.Namespace, bundle: Bundle, ids: NDArray[np.int64], console: Console, opened: ExitStack
+) -> Comparison:
+    """The deep comparison of a target with another of the same bundle."""
+    beside = quality_gate.target_against(args, bundle)
+    assert beside is not None
+    backends = [open_backend(bundle, target, trust=args.trust) for target in (beside, args.target)]
+    for backend in backends:
+        opened.callback(backend.close)
+    try:
+        from mythos_edge.exporter.target_weights import TargetWeights
+        from mythos_edge.model.families.table import config_of
+        from mythos_edge.model.layout import recipes
+        from mythos_edge.scripts.deep_check import taps_of
+        from mythos_edge.scripts.deep_pair import Pair
+    except ImportError as error:
+        raise unavailable(error, "looking inside targets", "pip install 'mythos-edge[export]'") from error
+    check_memory(sum(math.prod(recipe.shape) for recipe in recipes(config_of(bundle.manifest), 1)))
+    pair = Pair(bundle, beside, backends[0], args.target, args.seed, console.progress)
+    native = bundle.target(args.target).is_native
+    weights = None if native else TargetWeights(bundle, args.target)
+
+    def report(row: NDArray[np.int64]) -> "DeepReport":
+        console.progress("running the target", 0.0)
+        threshold = bundle.manifest.model.threshold
+        given = target_run(bundle, backends[1], taps_of(bundle, args.target), row, threshold)
+        return pair.report(given, weights)
+
+    return _telling(args, bundle, args.target, ids, console, report)
+
+
+def check_memory(parameters: int) -> None:
+    """Raises CapacityError where a reference of so many parameters does not fit beside its runs in float32."""
+    needed, free = _BYTES_A_PARAMETER * parameters, free_memory_bytes()
+    if free is not None and free < needed:
+        raise CapacityError(
+            f"the deep comparison needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: use a larger "
+            "machine, or --level standard"
+        )
+
+
+def _telling(
+    args: argparse.Namespace,
+    bundle: Bundle,
+    target: str,
+    ids: NDArray[np.int64],
+    console: Console,
+    report_of: Callable[[NDArray[np.int64]], "DeepReport"],
+) -> Comparison:
+    """The comparison that ``report_of`` makes of a row of tokens, told on the console and, if asked for, as a page."""
 
     def compare(session: Session) -> dict[str, Any]:
-        report = _reports(deep.report, ids)
+        report = _reports(report_of, ids)
         told = _told(target, report, console)
         if args.report is not None:
             from mythos_edge.scripts import deep_page
@@ -77,6 +138,20 @@ def of_checkpoint(
         return {**told, "report": None if args.report is None else str(args.report)}
 
     return compare
+
+
+def _check_pair(args: argparse.Namespace, bundle: Bundle, beside: str) -> None:
+    args.target = args.target or bundle.manifest.default_target
+    if args.target == beside:
+        raise UsageError(
+            f"--against {args.against} is the target {beside} itself: name another one of {bundle.path.name} with "
+            f"--target, of {', '.join(bundle.manifest.targets)}"
+        )
+    if bundle.target(beside).is_native:
+        raise UsageError(
+            f"--against {beside}: its engines show nothing of their inside: compare --target {beside} with one for "
+            "ONNX Runtime, or use --level standard"
+        )
 
 
 def _reports(report_of: Callable[[NDArray[np.int64]], "DeepReport"], ids: NDArray[np.int64]) -> "DeepReport":
@@ -95,11 +170,11 @@ def _told(target: str, report: "DeepReport", console: Console) -> dict[str, Any]
     console.say("|-----------|-------------------------------------------:|")
     for part, worst in values["parts"].items():
         console.say(f"| {part:9} | {worst:42.3g} |")
-    console.say("| loop step | state's error | float32's own | carried on by A |")
-    console.say("|----------:|--------------:|--------------:|----------------:|")
+    console.say("| loop step | state's error | reference's own | carried on by A |")
+    console.say("|----------:|--------------:|----------------:|----------------:|")
     bound = ["-"] * len(report.growth) if report.bound is None else [f"{one:.2g}" for one in report.bound]
     for index, (found, own) in enumerate(zip(report.growth, report.reference_growth, strict=True)):
-        console.say(f"| {index:9} | {found:13.2g} | {own:13.2g} | {bound[index]:>15} |")
+        console.say(f"| {index:9} | {found:13.2g} | {own:15.2g} | {bound[index]:>15} |")
     if report.contraction is not None:
         one = report.contraction
         console.say(

@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=arguments.file_name,
         metavar="CHECKPOINT|TARGET",
         help="the checkpoint to compare with, in torch; or a target of the bundle, or the word "
-        f"{quality_gate.FP32} for its first: compare --target with that",
+        f"{quality_gate.FP32} for its first: compare --target with that, at --level deep inside every loop step",
     )
     parser.add_argument("--level", choices=LEVELS, default="standard", help=LEVELS_HELP)
     text = "write what --level deep finds as one HTML page, with plots and what the model does"
@@ -107,6 +107,8 @@ def _comparison(
             raise UsageError(f"--{ignored[0].replace('_', '-')} is about a checkpoint: add --against CHECKPOINT")
         return None
     bundle.require_whole("compare")
+    if args.level == "deep" and quality_gate.target_against(args, bundle) is not None:
+        return deep_verb.of_target(args, bundle, ids, console, opened)
     if quality_gate.target_against(args, bundle) is not None:
         rounded = open_backend(bundle, args.target, trust=args.trust, cache=args.cache)
         opened.callback(rounded.close)

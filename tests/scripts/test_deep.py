@@ -88,8 +88,9 @@ def test_the_first_divergence_is_told(run: Callable[..., Any], mla_bundle: Path,
     [
         (("--level", "deep"), "--level deep compares with something: add --against CHECKPOINT"),
         (("--level", "smoke", "--against", "fp32"), "--level smoke compares nothing"),
-        (("--level", "deep", "--against", "fp32"), "--level deep compares with a checkpoint"),
-        (("--level", "deep", "--against", "ort-cpu"), "--level deep compares with a checkpoint"),
+        (("--level", "deep", "--against", "fp32"), "--against fp32 is the target ort-cpu itself: name another"),
+        (("--level", "deep", "--against", "ort-cpu"), "--against ort-cpu is the target ort-cpu itself: name another"),
+        (("--level", "deep", "--against", "x", "--cache", "fp16"), "--cache is for quality"),
         (("--level", "deep", "--against", "x", "--max-kl", "1"), "--max-kl is for quality"),
     ],
 )

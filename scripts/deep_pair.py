@@ -78,7 +78,7 @@ class Pair:
             for run, exact, shown in zip(given.runs, first.local.exact, beside, strict=True)
             for name in exact.keys() - shown.keys()
         }
-        found.divergence = self._explained(given, beside, found, first, second)
+        found.divergence = self._earliest(given, beside, found, first, second)
         if free.misfed:
             one = free.misfed[0]
             what = f"target {self.target} {one.what}"
@@ -99,6 +99,23 @@ class Pair:
         exact = free_run(networks.exact, given.ids, given.threshold)
         noisy = [free_run(network, given.ids, given.threshold) for network in networks.noisy()]
         return _Computed(local, exact, noisy)
+
+    def _earliest(
+        self, given: TargetRun, beside: Sequence[Values], found: LocalFindings, first: _Computed, second: _Computed
+    ) -> Divergence | None:
+        """The first divergence, also of each side alone from the network in torch: where one of them rounds, and the
+        other does not, that is the sharper look at the latter."""
+        shown = [replace(run, values=values) for run, values in zip(given.runs, beside, strict=True)]
+        earliest, call = self._explained(given, beside, found, first, second), found.call
+        for name, run, local in (
+            (self.called, given, second.local),
+            (self.target, replace(given, runs=shown, misfed=[]), first.local),
+        ):
+            alone = LocalComparison(run, local, self.bundle.manifest.model).findings()
+            if alone.divergence is not None and (earliest is None or alone.call < call):
+                told = f"{name} differs from the network in torch, which has its weights"
+                earliest, call = replace(alone.divergence, detail=told), alone.call
+        return earliest
 
     def _explained(
         self, given: TargetRun, beside: Sequence[Values], found: LocalFindings, first: _Computed, second: _Computed

@@ -13,6 +13,8 @@ from planted_faults import Planted
 
 from mythos_edge.runtime.slots import Slot
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.mark.parametrize("name", MODELS)
 def test_nothing_diverges_in_a_healthy_bundle(exported: Callable[..., Path], name: str) -> None:

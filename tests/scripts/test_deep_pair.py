@@ -10,6 +10,8 @@ from conftest import FIXTURES
 from deep_runs import pair
 from planted_faults import FAULTS, Fault, Planted
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # One of every place that a fault can be in: (what, model).
 CHOSEN = (
     ("selection bias missing", "mla-small"),

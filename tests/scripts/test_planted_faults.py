@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from conftest import FIXTURES
 from deep_runs import deep
 from planted_faults import FAULTS, Fault, Planted
@@ -14,14 +13,7 @@ from mythos_edge.runtime.backends.protocol import Backend
 from mythos_edge.runtime.caches import ColumnBuffer
 from mythos_edge.runtime.slots import Slot
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    """Matrices as small as these are computed fastest without handing them to other threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=str)

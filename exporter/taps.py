@@ -43,8 +43,8 @@ class Taps:
     ) -> None:
         model = ir.load(path)
         graph = model.graph
-        shown = {name.removeprefix(PREFIX): value for name, value in _values(graph).items() if _is_tap(name)}
-        shown |= _router_values(graph, router) if router is not None else {}
+        shown = {name.removeprefix(PREFIX): value for name, value in _values(graph).items() if is_tap(name)}
+        shown |= router_values(graph, router) if router is not None else {}
         if outputs:
             shown |= {str(value.name): value for value in graph.outputs}
         for name, value in shown.items():
@@ -81,12 +81,13 @@ def _values(graph: ir.Graph) -> dict[str, ir.Value]:
     return {str(value.name): value for node in graph for value in node.outputs}
 
 
-def _is_tap(name: str) -> bool:
+def is_tap(name: str) -> bool:
+    """Whether a graph gives an observed value this name."""
     # What a lowering writes in a tap's place begins with its name, too.
     return name.startswith(PREFIX) and "/" not in name.removeprefix(PREFIX)
 
 
-def _router_values(graph: ir.Graph, matrix: str) -> dict[str, ir.Value]:
+def router_values(graph: ir.Graph, matrix: str) -> dict[str, ir.Value]:
     """The scores that experts are chosen by, and the choice, as far as nodes of their own have them."""
     users = [node for node in graph if any(value is not None and value.name == matrix for value in node.inputs[1:])]
     value = users[0].outputs[0] if len(users) == 1 and users[0].op_type in ("Gemm", "MatMul") else None

@@ -64,20 +64,27 @@ def _placed(file: BinaryIO, listed: list[zipfile.ZipInfo], path: Path) -> list[R
     end, names, records = 0, set(), []
     size = os.fstat(file.fileno()).st_size
     for info in listed:
+        shown = info.filename[:80]
+        if not 0 <= info.header_offset <= size:
+            # Before anything is read there, which no file may have.
+            raise CheckpointError(_beyond(path, shown, "begins", info.header_offset, size))
         record = Record(info.filename, _data_offset(file, info), info.file_size)
         if record.name in names or info.header_offset < end:
             raise CheckpointError(
-                f"{path}: the record {record.name[:80]!r} is there twice or shares bytes with another: {_SAVE_AGAIN}"
+                f"{path}: the record {shown!r} is there twice or shares bytes with another: {_SAVE_AGAIN}"
             )
         end = record.offset + record.n_bytes
         if end > size:
-            raise CheckpointError(
-                f"{path}: truncated or damaged: the record {record.name[:80]!r} ends at byte {end}, the file at "
-                f"{size}: copy it again"
-            )
+            raise CheckpointError(_beyond(path, shown, "ends", end, size))
         names.add(record.name)
         records.append(record)
     return records
+
+
+def _beyond(path: Path, name: str, reaches: str, byte: int, size: int) -> str:
+    return (
+        f"{path}: truncated or damaged: the record {name!r} {reaches} at byte {byte}, the file at {size}: copy it again"
+    )
 
 
 def _check_byte_order(file: BinaryIO, records: list[Record], path: Path) -> None:

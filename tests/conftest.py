@@ -1,6 +1,7 @@
 """Shared fixtures: bundles exported once a session from the golden checkpoints and the demo model."""
 
 import dataclasses
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,8 +38,11 @@ SMALL = dataclasses.replace(
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Tests keep graphs in a folder of this run, children of theirs too: each shape is traced once, and none before."""
+    base = tmp_path_factory.getbasetemp()
+    # The workers of a run, which have folders of their own in its folder, share the graphs.
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "kept-graphs"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(kept_graphs.VARIABLE, str(tmp_path_factory.mktemp("kept-graphs")))
+        patch.setenv(kept_graphs.VARIABLE, str(folder))
         yield
 
 

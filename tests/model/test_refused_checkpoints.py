@@ -122,6 +122,15 @@ def test_truncated_torch_file(tmp_path: Path, kept: float) -> None:
     assert_refused(CheckpointError, "model.pt: truncated" if kept > 3 or kept < 1 else "neither", path)
 
 
+@pytest.mark.parametrize("offset", [1 << 40, (1 << 63) - 20, 1 << 63, (1 << 64) - 1])
+def test_records_that_are_said_to_lie_beyond_the_file(tmp_path: Path, offset: int) -> None:
+    path = saved(tmp_path, stored_weights())
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.comment = b"so that the directory is written anew"
+        archive.infolist()[-1].header_offset = offset
+    assert_refused(CheckpointError, "model.pt: truncated or damaged", path)
+
+
 def _repacked(path: Path, compression: int, **replaced: bytes) -> Path:
     """The same zip written by another tool, with records replaced by the end of their name."""
     out = io.BytesIO()
@@ -131,6 +140,16 @@ def _repacked(path: Path, compression: int, **replaced: bytes) -> Path:
             new.writestr(info.filename, replaced.get(record.partition(".")[0], old.read(info)))
     path.write_bytes(out.getvalue())
     return path
+
+
+def test_records_that_are_said_to_lie_before_the_file(tmp_path: Path) -> None:
+    path = _repacked(_changed(tmp_path), zipfile.ZIP_STORED)
+    data = bytearray(path.read_bytes())
+    # Where the directory is said to begin: zipfile moves all records by what that is off.
+    at = data.rindex(b"PK\x05\x06") + 16
+    data[at : at + 4] = (int.from_bytes(data[at : at + 4], "little") + 100).to_bytes(4, "little")
+    path.write_bytes(data)
+    assert_refused(CheckpointError, "model.pt: truncated or damaged", path)
 
 
 def test_repacked_torch_file(tmp_path: Path) -> None:

@@ -141,10 +141,10 @@ class _Exporting:
         return Ran(self.process.returncode, out, self.told())
 
     def told(self, word: str = "") -> str:
-        """Reads the terminal until it shows ``word``, or until every writer has closed it."""
+        """Reads the terminal to the end of a line after ``word``, or until every writer has closed it."""
         told = b""
         with suppress(OSError):
-            while word.encode() not in told or not word:
+            while not word or not (word.encode() in told and told.endswith(b"\n")):
                 told += os.read(self.terminal, 1 << 16)
         return told.decode()
 

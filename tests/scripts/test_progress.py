@@ -18,6 +18,7 @@ from mythos_edge.exporter.kept_graphs import VARIABLE
 def _at_terminal(*argv: object) -> Any:
     """A command line that runs at a terminal of 70 columns."""
     environment = {**os.environ, "TERM": "xterm", "NO_COLOR": "1", VARIABLE: "off"}
+    environment.pop("COLUMNS", None)  # of whoever runs the tests
     words = [*PROGRAM[1:], *map(str, argv)]
     return pexpect.spawn(sys.executable, words, env=environment, encoding="utf-8", timeout=60, dimensions=(30, 70))
 

@@ -1,5 +1,5 @@
-"""Which value of one graph is which of another, where names say nothing: by all that it is computed from, or by all
-that is computed from it.
+"""Matches values of two graphs where names say nothing: by all that each is computed from, or all that is computed from
+it.
 
 Integers count for nothing, as tools fold shapes; nor do ops that change shapes alone. Weights are known by type and
 shape. An edit in one place leaves what is before it known by the first, and what is behind it by the second.
@@ -18,7 +18,7 @@ Digests = dict[ir.Value, bytes]
 
 
 class Structure:
-    """What is known of the values of a graph, and of the bodies of its loops, from its structure.
+    """Values of a graph, and of the bodies of its loops, known by their place in its structure.
 
     ``roles`` name the values that two graphs are known to share, as inputs and outputs.
     """

@@ -23,6 +23,7 @@ from mythos_edge.model.layout import experts_of
 from mythos_edge.model.linked_weights import NONE_APART, Apart, lent_weights
 from mythos_edge.model.machine import cores
 from mythos_edge.model.manifest import EXACT_TIE_MARGIN
+from mythos_edge.model.stages import HALVES, half_name, half_of
 
 Array = NDArray[Any]
 
@@ -62,7 +63,7 @@ class Probe:
 
         ``feeds`` may hold more than the graph takes: portable and lowered graphs know positions by different inputs.
         """
-        given = {name: feeds[name] for name in self._inputs}
+        given = {name: fed(feeds, name) for name in self._inputs}
         wanted = list(dict.fromkeys([*self._kept, *self._probed.values()]))
         try:
             found = dict(zip(wanted, self._session.run(wanted, given), strict=True))
@@ -70,6 +71,24 @@ class Probe:
             raise MythosEdgeError(f"{self._path.name}: ONNX Runtime failed: {one_line(error)}") from error
         rows = {matrix: found[value].reshape(-1, found[value].shape[-1]) for matrix, value in self._probed.items()}
         return {name: found[name] for name in self._kept} | rows
+
+
+def fed(feeds: Mapping[str, Array], name: str) -> Array:
+    """The array among ``feeds`` for an input of a graph, which may take halves of rows that are fed whole."""
+    rows, half = half_of(name)
+    return np.split(feeds[rows], len(HALVES), axis=-1)[HALVES.index(half)] if half else feeds[name]
+
+
+def with_whole_rows(values: Mapping[str, Array]) -> dict[str, Array]:
+    """The outputs of a graph by name, with whole rows in the place of halves of them."""
+    whole: dict[str, Array] = {}
+    for name, value in values.items():
+        rows, half = half_of(name)
+        if not half:
+            whole[name] = value
+        elif rows not in whole:
+            whole[rows] = np.concatenate([values[half_name(rows, each)] for each in HALVES], axis=-1)
+    return whole
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,17 @@ A graph must be sound ONNX with the inputs and outputs that the manifest says, a
 bundle, within these.
 """
 
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 
 import onnx
+import onnx_ir as ir
 
 from mythos_edge.exporter.graph_checks import all_graphs
 from mythos_edge.exporter.graph_difference import read_graph
+from mythos_edge.model.bounded_files import open_regular
 from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.errors import BundleError, one_line
 from mythos_edge.model.manifest import FileRecord, GraphSpec, TensorSpec
@@ -31,6 +34,48 @@ def read_stored_graph(bundle: Bundle, file: str) -> onnx.ModelProto:
         if (fault := _misplaced(tensor, bundle.manifest.files)) is not None:
             raise BundleError(f"{path}: the weight {tensor.name[:80]!r} {fault}: do not trust this bundle")
     return model
+
+
+def load_stored_graph(bundle: Bundle, file: str) -> ir.Model:
+    """The graph in a listed file, to be changed in memory; its weights are not read yet. Raises BundleError."""
+    return loaded(read_stored_graph(bundle, file), bundle.file(file))
+
+
+def read_single_graph(path: Path) -> onnx.ModelProto:
+    """A graph that comes without a bundle, whose weights lie in its own folder. Raises BundleError."""
+    model = read_graph(path)
+    tensors = list(_tensors(model))
+    files = _beside(path, (tensor for tensor in tensors if tensor.data_location == onnx.TensorProto.EXTERNAL))
+    for tensor in tensors:
+        if (fault := _misplaced(tensor, files, "file of its folder")) is not None:
+            raise BundleError(f"{path}: the weight {tensor.name[:80]!r} {fault}: do not trust this file")
+    try:
+        # By its name, as the checker looks for the files of weights beside it.
+        onnx.checker.check_model(str(path))
+    except (onnx.checker.ValidationError, ValueError) as error:
+        raise BundleError(f"{path}: is no sound ONNX graph: {one_line(error)}: export it again") from error
+    return model
+
+
+def _beside(path: Path, tensors: Iterable[onnx.TensorProto]) -> dict[str, FileRecord]:
+    """The files that weights name, as far as they are regular files that lie in the graph's folder."""
+    folder, found = path.resolve().parent, {}
+    told = {entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"}
+    for location in told:
+        try:
+            if (folder / location).resolve().is_relative_to(folder):
+                with open_regular(folder / location) as file:
+                    found[location] = FileRecord(os.fstat(file.fileno()).st_size, "")
+        except (OSError, ValueError):
+            continue  # a name that no file can have, or one that is not there: no file of the folder
+    return found
+
+
+def loaded(model: onnx.ModelProto, path: Path) -> ir.Model:
+    """A graph that was read from ``path``, and checked, to be changed in memory."""
+    made = ir.serde.deserialize_model(model)
+    ir.external_data.set_base_dir(made.graph, path.parent)
+    return made
 
 
 def check_stored_graphs(bundle: Bundle) -> None:
@@ -78,7 +123,9 @@ def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
         yield from (*attribute.tensors, *([attribute.t] if attribute.HasField("t") else []))
 
 
-def _misplaced(tensor: onnx.TensorProto, files: Mapping[str, FileRecord]) -> str | None:
+def _misplaced(
+    tensor: onnx.TensorProto, files: Mapping[str, FileRecord], place: str = "file of the bundle"
+) -> str | None:
     """Says where a weight lies that it may not; None for one in its place, or inside of the graph."""
     if tensor.data_location != onnx.TensorProto.EXTERNAL:
         return None
@@ -86,7 +133,7 @@ def _misplaced(tensor: onnx.TensorProto, files: Mapping[str, FileRecord]) -> str
     told = {entry.key: entry.value for entry in tensor.external_data}
     location, offset, length = (told.get(key, "") for key in ("location", "offset", "length"))
     if len(keys) != len(told) or location not in files:
-        return f"lies in {location[:80]!r}, which is no file of the bundle"
+        return f"lies in {location[:80]!r}, which is no {place}"
     if not all(number.isascii() and number.isdigit() and len(number) <= _MOST_DIGITS for number in (offset, length)):
         return f"lies at {offset[:80]!r} and has {length[:80]!r} bytes"
     if int(offset) + int(length) > files[location].bytes:

@@ -14,10 +14,11 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 from numpy.typing import NDArray
 
-from mythos_edge.exporter.probes import graph_session
+from mythos_edge.exporter.probes import fed, graph_session, with_whole_rows
 from mythos_edge.model.errors import MythosEdgeError, one_line
 from mythos_edge.model.linked_weights import NONE_APART, Apart
 from mythos_edge.model.observed import PREFIX
+from mythos_edge.model.stages import half_of
 
 # What the router chooses by, and what it chose, where a graph has an own node for that.
 ROUTER, CHOSEN = "router.0", "chosen.0"
@@ -43,8 +44,8 @@ class Taps:
     ) -> None:
         model = ir.load(path)
         graph = model.graph
-        shown = {name.removeprefix(PREFIX): value for name, value in _values(graph).items() if _is_tap(name)}
-        shown |= _router_values(graph, router) if router is not None else {}
+        shown = {name.removeprefix(PREFIX): value for name, value in _values(graph).items() if is_tap(name)}
+        shown |= router_values(graph, router) if router is not None else {}
         if outputs:
             shown |= {str(value.name): value for value in graph.outputs}
         for name, value in shown.items():
@@ -53,8 +54,8 @@ class Taps:
         graph.outputs.clear()
         graph.outputs.extend(dict.fromkeys(shown.values()))
         passes.RemoveUnusedNodesPass()(model)
-        self.names = tuple(shown)
-        self._outputs = [str(value.name) for value in shown.values()]
+        self.names = tuple(dict.fromkeys(half_of(name)[0] for name in shown))
+        self._outputs = {name: str(value.name) for name, value in shown.items()}
         self._path, self._inputs = path, []
         if shown:
             self._session = graph_session(model, path, prepack, apart)
@@ -65,10 +66,12 @@ class Taps:
         if not self.names:
             return {}
         try:
-            found = self._session.run(self._outputs, {name: feeds[name] for name in self._inputs})
+            given = {name: fed(feeds, name) for name in self._inputs}
+            found = self._session.run(list(self._outputs.values()), given)
         except Exception as error:  # onnxruntime's exceptions have no common base but this
             raise MythosEdgeError(f"{self._path.name}: ONNX Runtime failed: {one_line(error)}") from error
-        return {name: _rows(np.asarray(value), name) for name, value in zip(self.names, found, strict=True)}
+        shown = {name: _rows(np.asarray(value), name) for name, value in zip(self._outputs, found, strict=True)}
+        return with_whole_rows(shown)
 
 
 def _rows(value: NDArray[Any], name: str) -> NDArray[Any]:
@@ -81,12 +84,13 @@ def _values(graph: ir.Graph) -> dict[str, ir.Value]:
     return {str(value.name): value for node in graph for value in node.outputs}
 
 
-def _is_tap(name: str) -> bool:
+def is_tap(name: str) -> bool:
+    """Whether a graph gives an observed value this name."""
     # What a lowering writes in a tap's place begins with its name, too.
     return name.startswith(PREFIX) and "/" not in name.removeprefix(PREFIX)
 
 
-def _router_values(graph: ir.Graph, matrix: str) -> dict[str, ir.Value]:
+def router_values(graph: ir.Graph, matrix: str) -> dict[str, ir.Value]:
     """The scores that experts are chosen by, and the choice, as far as nodes of their own have them."""
     users = [node for node in graph if any(value is not None and value.name == matrix for value in node.inputs[1:])]
     value = users[0].outputs[0] if len(users) == 1 and users[0].op_type in ("Gemm", "MatMul") else None

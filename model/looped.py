@@ -30,7 +30,8 @@ class LoopedModel:
     ``slot_windows`` says of each slot (of the prelude, of one loop step, of the coda) how many positions a row of it
     sees, its own included, and 0 for all; it is empty where all see all.
     ``cache_parts`` are the widths of what has a scale of its own where a cached row is kept in int8, such as the key
-    and the value of each head; it is empty where a row is one part.
+    and the value of each head; it is empty where a row is one part, or one of keys and one of values. A row of grouped
+    attention is keys, then as many values: each has half of the parts.
     Raises BundleError for numbers that no model has.
     """
 
@@ -68,6 +69,13 @@ class LoopedModel:
             raise BundleError(
                 f"model.cache_parts is {given}, expected widths that add up to {self.cache_width}, or none"
             )
+        unlike = len(parts) % 2 or any(2 * sum(half) != self.cache_width for half in self.halves)
+        if parts and self.attention == "grouped" and unlike:
+            given = f"{len(parts)} numbers" if len(parts) > 8 else list(parts)
+            raise BundleError(
+                f"model.cache_parts is {given}, expected of grouped attention widths of keys, then of as many values, "
+                f"and each to add up to half of {self.cache_width}"
+            )
         if not self.threshold > 0:
             raise BundleError(f"model.threshold is {self.threshold}, expected a number above 0")
         if self.attention not in ("latent", "grouped"):
@@ -99,7 +107,15 @@ class LoopedModel:
     @property
     def parts(self) -> tuple[int, ...]:
         """The widths of the parts of a cached row."""
-        return self.cache_parts or (self.cache_width,)
+        if self.cache_parts:
+            return self.cache_parts
+        return (self.cache_width // 2,) * 2 if self.attention == "grouped" else (self.cache_width,)
+
+    @property
+    def halves(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The widths of the parts of keys and of values, in a row of grouped attention."""
+        count = len(self.parts) // 2
+        return self.parts[:count], self.parts[count:]
 
     def row_width(self, cache: str) -> int:
         """Values of a row that is kept in ``cache``, one of ``CACHE_BYTES``, with the scales of int8."""

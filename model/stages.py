@@ -19,8 +19,21 @@ BATCH, CHUNK, ACTIVE, CONTEXT, LOGITS = "batch", "chunk", "active", "context", "
 DIM, CACHE_WIDTH, VOCAB = "dim", "cache_width", "vocab_size"
 # The dtype of states and cached rows: the one that the network computes in.
 OWN = "own"
+# The halves of a cached row of grouped attention. A target's graphs may take and give them apart: see ``half_name``.
+HALVES = ("keys", "values")
 # Sequences that one run of a ``.many`` graph can serve.
 MAX_TOGETHER = 8
+
+
+def half_name(name: str, half: str) -> str:
+    """The name in a graph of one of the ``HALVES`` of the cached rows ``name``, as in ``past_0.keys``."""
+    return f"{name}.{half}"
+
+
+def half_of(name: str) -> tuple[str, str]:
+    """The cached rows that a name in a graph is of, and which half of them it is: "" for whole ones, and all else."""
+    rows, _, half = name.rpartition(".")
+    return (rows, half) if half in HALVES else (name, "")
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mythos_edge.model.looped import LoopedModel
+from mythos_edge.model.stages import HALVES
 from mythos_edge.runtime import caches
-from mythos_edge.runtime.backends.memory import ROW_DTYPES, Memory, Rows
+from mythos_edge.runtime.backends.memory import ROW_DTYPES, Halves, Memory, Rows, host_array
 from mythos_edge.runtime.caches import ColumnBuffer, kept_columns, spare_columns
 
 
@@ -52,10 +53,29 @@ class Slot(ColumnBuffer):
         if self.capacity > 2 * most >= 2 * (self.end - self.start):
             self.move_to(most)
 
+    def state(self) -> dict[str, Any]:
+        state = super().state()
+        rows = state["data"]
+        return state | {"data": rows.reshape(*rows.shape[:2], *self._saved_axes)}
+
     def restore(self, columns: NDArray[np.int64], data: NDArray[Any]) -> None:
-        super().restore(columns, data)
+        if data.shape[2:] != self._saved_axes:
+            raise ValueError(f"rows of shape {data.shape[2:]} do not fit, expected {self._saved_axes}")
+        super().restore(columns, data.reshape(*data.shape[:2], self._width))
         if self.start and (not self.window or self.end < self.floor):
             raise ValueError(f"columns {self.start} .. {self.end} lack what the next row sees")
+
+    @property
+    def _saved_axes(self) -> tuple[int, ...]:
+        """The axes of a row on disk. In int8 each half has its scales with it, so that it is no whole row."""
+        apart = self._memory.halved and self._dtype == ROW_DTYPES["int8"]
+        return (len(HALVES), self._width // len(HALVES)) if apart else (self._width,)
+
+    def _columns(self, count: int) -> Rows:
+        if not self._memory.halved:
+            return super()._columns(count)
+        width = self._width // len(HALVES)
+        return Halves([host_array(self._memory.columns(count, width, self._dtype)) for _ in HALVES])
 
 
 def slots_of(model: LoopedModel, stage: str, limit: int, memory: Memory) -> list[Slot]:

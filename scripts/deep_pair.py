@@ -68,7 +68,9 @@ class Pair:
         own = TargetWeights(self.bundle, self.target)
         self.progress("running the reference", 0.0)
         first = self._computed(own, given)
-        second = self._computed(weights, given) if _is_rounded(own, weights) else first
+        second = first
+        if isinstance(weights, TargetWeights) and (own.rounded or weights.rounded):
+            second = self._computed(weights, given)
         self.progress("comparing", 0.0)
         model = self.bundle.manifest.model
         local = _expected(beside, first, second, given.runs, model.experts_per_token)
@@ -89,11 +91,10 @@ class Pair:
         contraction = contraction_of(TargetWeights(self.bundle, None) if weights is None else weights)
         return report_of(given, found, growth, first_of(found, growth, others), contraction, others)
 
-    def _computed(self, weights: StoredWeights | None, given: TargetRun) -> _Computed:
-        assert isinstance(weights, TargetWeights)
+    def _computed(self, weights: TargetWeights, given: TargetRun) -> _Computed:
         # The draft that is rolled back reaches a little further than the tokens.
         positions = min(len(given.ids) + DRAFT, self.bundle.manifest.max_context)
-        made = [_network(self.bundle, weights, positions, dtype) for dtype in (torch.float64, torch.float32)]
+        made = [network_with(self.bundle, weights, positions, dtype) for dtype in (torch.float64, torch.float32)]
         networks = Networks(made[0], made[1], self.seed, weights.rounded)
         local = local_reference(networks, given.runs)
         exact = free_run(networks.exact, given.ids, given.threshold)
@@ -141,7 +142,7 @@ class Pair:
         return replace(one, detail=f"{one.detail}; {told}" if one.detail else told)
 
 
-def _network(bundle: Bundle, weights: TargetWeights, positions: int, dtype: torch.dtype) -> LoopedNetwork:
+def network_with(bundle: Bundle, weights: TargetWeights, positions: int, dtype: torch.dtype) -> LoopedNetwork:
     """The network of a bundle with the weights that a target reads, its tables of angles as long as ``positions``."""
     config, stored = config_of(bundle.manifest), TargetWeights(bundle, None)
     network = in_dtype(network_of(config, positions), dtype).requires_grad_(False).eval()
@@ -150,10 +151,6 @@ def _network(bundle: Bundle, weights: TargetWeights, positions: int, dtype: torc
         # A lowering keeps one of two tensors that are alike.
         fill(parameters[recipe.name].data, weights if weights.stages_of(recipe.name) else stored, recipe.name)
     return network
-
-
-def _is_rounded(own: TargetWeights, weights: StoredWeights | None) -> bool:
-    return isinstance(weights, TargetWeights) and bool(own.rounded or weights.rounded)
 
 
 def _expected(

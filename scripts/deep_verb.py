@@ -34,8 +34,10 @@ def check_arguments(args: argparse.Namespace, bundle: Bundle, console: Console) 
     """Raises UsageError for options that do not go together, or not with the bundle."""
     if args.report is not None and args.level != "deep":
         raise UsageError("--report shows the deep comparison: add --level deep, or leave it out")
-    if args.level == "smoke" and args.against is not None:
-        raise UsageError("--level smoke compares nothing: leave --against out, or choose standard or deep")
+    if args.level == "smoke" and args.against is not None and not quality_gate.is_model_file(args, bundle):
+        raise UsageError(
+            "--level smoke compares with nothing but an OTHER.onnx: leave --against out, or choose standard or deep"
+        )
     if args.level != "deep":
         quality_gate.check_arguments(args, bundle)
         return
@@ -69,7 +71,7 @@ def of_checkpoint(
     backend = open_backend(bundle, target, trust=args.trust)
     opened.callback(backend.close)
     deep = Deep(bundle, target, backend, checkpoint, args.seed, console.progress)
-    return _telling(args, bundle, target, ids, console, deep.report)
+    return telling(args, bundle, target, ids, console, deep.report)
 
 
 def of_target(
@@ -100,7 +102,7 @@ def of_target(
         given = target_run(bundle, backends[1], taps_of(bundle, args.target), row, threshold)
         return pair.report(given, weights)
 
-    return _telling(args, bundle, args.target, ids, console, report)
+    return telling(args, bundle, args.target, ids, console, report)
 
 
 def check_memory(parameters: int) -> None:
@@ -113,13 +115,14 @@ def check_memory(parameters: int) -> None:
         )
 
 
-def _telling(
+def telling(
     args: argparse.Namespace,
     bundle: Bundle,
     target: str,
     ids: NDArray[np.int64],
     console: Console,
     report_of: Callable[[NDArray[np.int64]], "DeepReport"],
+    about: str | None = None,
 ) -> Comparison:
     """The comparison that ``report_of`` makes of a row of tokens, told on the console and, if asked for, as a page."""
 
@@ -129,11 +132,11 @@ def _telling(
         if args.report is not None:
             from mythos_edge.scripts import deep_page
 
-            about = (
+            told_of = about or (
                 f"Target {target} against {args.against}, on {len(report.ids)} tokens. What is allowed is measured: it "
                 "follows how far float32 takes the reference itself from float64 on the same inputs."
             )
-            deep_page.write(args.report, bundle, target, report, about, args.trust)
+            deep_page.write(args.report, bundle, target, report, told_of, args.trust)
             console.say(f"written   {args.report}")
         return {**told, "report": None if args.report is None else str(args.report)}
 

@@ -67,6 +67,11 @@ def target_against(args: argparse.Namespace, bundle: Bundle) -> str | None:
     return args.against if args.against in bundle.manifest.targets else None
 
 
+def is_model_file(args: argparse.Namespace, bundle: Bundle) -> bool:
+    """Whether --against names a file with a whole model in it, as a bundle's ``model.onnx``."""
+    return args.against is not None and args.against.endswith(".onnx") and target_against(args, bundle) is None
+
+
 def check_arguments(args: argparse.Namespace, bundle: Bundle) -> None:
     """Raises UsageError for options that do not go together, or not with the bundle."""
     reference = target_against(args, bundle)

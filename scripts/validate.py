@@ -18,9 +18,9 @@ from mythos_edge.runtime.backends.opening import open_backend
 from mythos_edge.runtime.backends.ort_session import graph_runner
 from mythos_edge.runtime.selftest import self_test
 from mythos_edge.runtime.session import Session
-from mythos_edge.scripts import arguments, deep_verb, given_tokens, options, quality_gate
+from mythos_edge.scripts import arguments, deep_verb, given_tokens, options, other_verb, quality_gate
 from mythos_edge.scripts.console import Console
-from mythos_edge.scripts.weight_noise import FLOAT32_RUNS, jitter
+from mythos_edge.scripts.weight_noise import references_of
 
 if TYPE_CHECKING:
     from mythos_edge.model.network import Scored
@@ -50,8 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--against",
         type=arguments.file_name,
-        metavar="CHECKPOINT|TARGET",
-        help="the checkpoint to compare with, in torch; or a target of the bundle, or the word "
+        metavar="CHECKPOINT|TARGET|OTHER.onnx",
+        help="the checkpoint to compare with, in torch; or a whole model in one file, as a bundle's model.onnx is, "
+        "which somebody edited or converted; or a target of the bundle, or the word "
         f"{quality_gate.FP32} for its first: compare --target with that, at --level deep inside every loop step",
     )
     parser.add_argument("--level", choices=LEVELS, default="standard", help=LEVELS_HELP)
@@ -107,6 +108,8 @@ def _comparison(
             raise UsageError(f"--{ignored[0].replace('_', '-')} is about a checkpoint: add --against CHECKPOINT")
         return None
     bundle.require_whole("compare")
+    if quality_gate.is_model_file(args, bundle):
+        return other_verb.of_file(args, bundle, ids, console, opened)
     if args.level == "deep" and quality_gate.target_against(args, bundle) is not None:
         return deep_verb.of_target(args, bundle, ids, console, opened)
     if quality_gate.target_against(args, bundle) is not None:
@@ -279,22 +282,4 @@ def _references(
         console.progress("loading the checkpoint", 0.0)
         # The tables of angles only as long as the tokens: a bundle's may be longer than memory.
         network = load_network(checkpoint, ids.shape[1], stored=stored, dtype=torch.float64)
-        console.progress("reference in float64", 0.0)
-        given, thresholds = torch.from_numpy(ids), _thresholds(bundle.manifest.model)
-        references = {threshold: network(given, threshold=threshold) for threshold in thresholds}
-        exact = references[thresholds[0]]
-        network.float()
-        errors = []
-        for index in range(FLOAT32_RUNS):
-            console.progress("reference in float32", index / FLOAT32_RUNS)
-            errors.append(_own_error(exact, network(given)))
-            jitter(network, args.seed + index)
-    return references, max(errors)
-
-
-def _own_error(exact: "Scored", run: "Scored") -> float:
-    """The largest difference of a run's logits, up to where its router first chose other experts."""
-    other = (exact.experts.sort().values != run.experts.sort().values).flatten(2).any(-1)
-    same = other.cumsum(1) == 0
-    errors = (run.logits - exact.logits).abs().amax(-1)[same]
-    return float(errors.max()) if len(errors) else 0.0
+        return references_of(network, ids, _thresholds(bundle.manifest.model), args.seed, console.progress)

@@ -16,6 +16,7 @@ from mythos_edge.scripts.deep_check import Deep, taps_of
 from mythos_edge.scripts.deep_pair import Pair
 from mythos_edge.scripts.deep_report import DeepReport
 from mythos_edge.scripts.deep_run import target_run
+from mythos_edge.scripts.other_model import OtherModel, opened_model
 
 MODELS = ("mla-small", "gqa-small", "ouro-small", "nanbeige-small", "dory-small")
 
@@ -47,3 +48,12 @@ def pair(path: Path, against: str, target: str, positions: int = 10) -> DeepRepo
     with closing(open_backend(bundle, against)) as beside, closing(open_backend(bundle, target)) as backend:
         given = target_run(bundle, backend, taps_of(bundle, target), ids, bundle.manifest.model.threshold)
         return Pair(bundle, against, beside, target).report(given, TargetWeights(bundle, target))
+
+
+def beside_file(path: Path, file: Path, target: str | None = None, positions: int = 8) -> DeepReport:
+    """The report of a whole model in a file beside a bundle's target."""
+    bundle = open_bundle(path)
+    target = target or bundle.manifest.default_target
+    ids = np.random.default_rng(1).integers(0, bundle.manifest.model.vocab_size, positions)
+    with closing(open_backend(bundle, target)) as backend:
+        return OtherModel(opened_model(file, bundle), bundle, target, backend).report(ids)

@@ -198,13 +198,10 @@ def _gate_for_up(graph: Graph) -> None:
 
 
 def _narrow_window(graph: Graph) -> None:
-    # The masks over cached rows, for one row and for chunks, of the first inner layer that has a window.
-    maker = graph.maker(str(graph.reader("past_1").outputs[0].name)).name.split("/")[0]
-    places = [f"{maker}/decoded/greater", f"{maker}/chunk/cached/greater"]
-    masks = [node for node in graph.graph.all_nodes() if str(node.name).startswith(tuple(places))]
-    assert len(masks) == len(places), [node.name for node in masks]
-    for node in masks:
-        node.replace_input_with(0, graph.before(node, "Sub", node.inputs[0], np.int64(3)))
+    # The mask over cached rows of the first inner layer that has a window.
+    maker = graph.maker(str(graph.reader("past_1.keys").outputs[0].name)).name.split("/")[0]
+    (mask,) = (node for node in graph.graph.all_nodes() if str(node.name).startswith(f"{maker}/cached/greater"))
+    mask.replace_input_with(0, graph.before(mask, "Sub", mask.inputs[0], np.int64(3)))
 
 
 def _no_norm(graph: Graph) -> None:

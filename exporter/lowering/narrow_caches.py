@@ -1,6 +1,7 @@
 """A lowered stage whose cached rows are float16, or int8 with a scale for each of their parts.
 
-``narrow_caches``  requires a lowered stage in float32; ensures that past and new rows come and go narrow
+``narrow_caches``  requires a lowered stage in float32; ensures that past and new rows, or the halves of both that
+                   ``halved_caches`` makes, come and go narrow
 
 A new row is narrowed where it leaves the graph, and what the narrowed row says is what attention sees in the same call.
 So a row means the same in its own chunk as in every later one, however a prompt is cut.
@@ -22,6 +23,7 @@ import onnx_ir as ir
 from mythos_edge.exporter.graph_checks import graph_pass, one_sequence
 from mythos_edge.exporter.graph_writer import GraphWriter
 from mythos_edge.model.looped import LoopedModel
+from mythos_edge.model.stages import HALVES, half_of
 
 _MOST_FLOAT16 = 65504.0
 _MOST_CODE = 127
@@ -48,33 +50,34 @@ class _Form(Protocol):
     """A way to keep rows of values narrow."""
 
     dtype: ir.DataType
+    scales: int  # values that a kept row has beside its own
 
     def narrow(self, writer: GraphWriter, rows: ir.Value) -> ir.Value:
         """Rows (1, S, width) as they are kept, of float32 (1, S, C)."""
         ...
 
-    def widen(self, writer: GraphWriter, kept: ir.Value, pieces: int) -> Sequence[ir.Value]:
-        """The float32 values of rows that are kept, in ``pieces`` of equal width."""
+    def widen(self, writer: GraphWriter, kept: ir.Value) -> ir.Value:
+        """The float32 values of rows that are kept."""
         ...
 
 
 class _Float16:
     dtype = ir.DataType.FLOAT16
+    scales = 0
 
     def narrow(self, writer: GraphWriter, rows: ir.Value) -> ir.Value:
         bounded = writer.add("Clip", [rows, writer.number(-_MOST_FLOAT16), writer.number(_MOST_FLOAT16)])
         return writer.add("Cast", [bounded], to=ir.DataType.FLOAT16)
 
-    def widen(self, writer: GraphWriter, kept: ir.Value, pieces: int) -> Sequence[ir.Value]:
-        parts = [kept] if pieces == 1 else writer.add_many("Split", [kept], pieces, axis=2, num_outputs=pieces)
-        return [writer.add("Cast", [part], to=ir.DataType.FLOAT) for part in parts]
+    def widen(self, writer: GraphWriter, kept: ir.Value) -> ir.Value:
+        return writer.add("Cast", [kept], to=ir.DataType.FLOAT)
 
 
 class _Int8:
     dtype = ir.DataType.INT8
 
     def __init__(self, parts: Sequence[int]) -> None:
-        self._parts = parts
+        self._parts, self.scales = parts, 2 * len(parts)
 
     def narrow(self, writer: GraphWriter, rows: ir.Value) -> ir.Value:
         runs = _runs(self._parts)
@@ -88,22 +91,14 @@ class _Int8:
         ends = [writer.add("Cast", [value], to=ir.DataType.INT8) for value in (mantissa, exponent)]
         return writer.add("Concat", [*codes, *ends], axis=2)
 
-    def widen(self, writer: GraphWriter, kept: ir.Value, pieces: int) -> Sequence[ir.Value]:
-        count = len(self._parts) // pieces
-        if sum(self._parts[:count]) * pieces != sum(self._parts):
-            # A piece ends inside a part.
-            (whole,) = self.widen(writer, kept, 1)
-            return writer.add_many("Split", [whole], pieces, axis=2, num_outputs=pieces)
-        by_piece = [_runs(self._parts[start : start + count]) for start in range(0, len(self._parts), count)]
-        runs = [run for of_piece in by_piece for run in of_piece]
-        widths = [run.values for run in runs]
-        *codes, mantissa, exponent = _cut(writer, kept, [*widths, len(self._parts), len(self._parts)])
+    def widen(self, writer: GraphWriter, kept: ir.Value) -> ir.Value:
+        runs, count = _runs(self._parts), len(self._parts)
+        *codes, mantissa, exponent = _cut(writer, kept, [*(run.values for run in runs), count, count])
         scales = writer.add(
             "Mul", [writer.add("Cast", [mantissa], to=ir.DataType.FLOAT), _power(writer, _as_index(writer, exponent))]
         )
         by_run = _cut(writer, scales, [run.parts for run in runs])
-        wide = iter(_widened(writer, *one) for one in zip(codes, by_run, runs, strict=True))
-        return [_joined(writer, [next(wide) for _ in of_piece]) for of_piece in by_piece]
+        return _joined(writer, [_widened(writer, *one) for one in zip(codes, by_run, runs, strict=True)])
 
 
 @graph_pass(requires=[one_sequence])
@@ -111,21 +106,35 @@ def narrow_caches(model: ir.Model, cache: str, looped: LoopedModel) -> ir.Model:
     """A copy of a lowered stage, of one sequence or of several, that keeps cached rows in ``cache``: fp16 or int8."""
     made = model.clone()
     graph = made.graph
-    form: _Form = _Float16() if cache == "fp16" else _Int8(looped.parts)
-    width = looped.row_width(cache)
     for value in [value for value in graph.inputs if str(value.name).startswith("past_")]:
-        _keep_narrow(graph, value, form, width)
+        _keep_narrow(graph, value, _form_of(value, cache, looped))
     for index, value in enumerate(graph.outputs):
         if str(value.name).startswith("rows_"):
-            _leave_narrow(graph, index, form, width)
+            _leave_narrow(graph, index, _form_of(value, cache, looped))
     graph.name = f"{model.graph.name}, caches in {cache}"
     return made
 
 
-def _keep_narrow(graph: ir.Graph, past: ir.Value, form: _Form, width: int) -> None:
+def _form_of(rows: ir.Value, cache: str, looped: LoopedModel) -> _Form:
+    """The form of cached rows, or of the half of them that ``rows`` is."""
+    if cache == "fp16":
+        return _Float16()
+    half = half_of(str(rows.name))[1]
+    return _Int8(looped.halves[HALVES.index(half)] if half else looped.parts)
+
+
+def _kept_like(rows: ir.Value, form: _Form) -> tuple[ir.TensorType, ir.Shape]:
+    """Type and shape of ``rows`` as they are kept."""
+    assert rows.shape is not None
+    *sizes, width = rows.shape
+    assert isinstance(width, int)
+    return ir.TensorType(form.dtype), ir.Shape([*sizes, width + form.scales])
+
+
+def _keep_narrow(graph: ir.Graph, past: ir.Value, form: _Form) -> None:
     """Makes an input narrow, and widens it in each branch that reads its values, so that only one taken does it."""
-    assert past.shape is not None
-    kept = ir.Value(name=past.name, type=ir.TensorType(form.dtype), shape=ir.Shape([*past.shape[:2], width]))
+    kind, shape = _kept_like(past, form)
+    kept = ir.Value(name=past.name, type=kind, shape=shape)
     graph.inputs[graph.inputs.index(past)] = kept
     past.name = f"{kept.name}/wide"
     readers: dict[ir.Graph, list[tuple[ir.Node, int]]] = defaultdict(list)
@@ -139,32 +148,14 @@ def _keep_narrow(graph: ir.Graph, past: ir.Value, form: _Form, width: int) -> No
     for number, (branch, nodes) in enumerate(readers.items()):
         places = {node: place for place, node in enumerate(branch)}
         first = min((node for node, _ in nodes), key=places.__getitem__)
-        _widen(GraphWriter(branch, f"{past.name}_{number}", graph, first), kept, form, nodes)
+        wide = form.widen(GraphWriter(branch, f"{past.name}_{number}", graph, first), kept)
+        for node, index in nodes:
+            node.replace_input_with(index, wide)
 
 
-def _widen(writer: GraphWriter, kept: ir.Value, form: _Form, readers: Sequence[tuple[ir.Node, int]]) -> None:
-    """Gives the nodes of one branch wide rows."""
-    (node, _), *others = readers
-    if not others and _halves(node):
-        for half, wide in zip(node.outputs, form.widen(writer, kept, 2), strict=True):
-            ir.convenience.replace_all_uses_with(half, wide)
-        writer.graph.remove(node, safe=True)
-        return
-    (wide,) = form.widen(writer, kept, 1)
-    for node, index in readers:
-        node.replace_input_with(index, wide)
-
-
-def _halves(node: ir.Node) -> bool:
-    """Whether a node cuts rows into their keys and their values, which spares copying what is widened."""
-    halves = node.op_type == "Split" and len(node.inputs) == 1 and len(node.outputs) == 2
-    return halves and node.attributes["axis"].as_int() == 2
-
-
-def _leave_narrow(graph: ir.Graph, index: int, form: _Form, width: int) -> None:
+def _leave_narrow(graph: ir.Graph, index: int, form: _Form) -> None:
     """Makes an output narrow, and what it says the rows that all other nodes read."""
     rows = graph.outputs[index]
-    assert rows.shape is not None
     producer = rows.producer()
     assert producer is not None
     nodes = list(graph)
@@ -173,10 +164,10 @@ def _leave_narrow(graph: ir.Graph, index: int, form: _Form, width: int) -> None:
     name, rows.name = rows.name, f"{rows.name}/wide"
     writer = GraphWriter(graph, f"{name}/kept", graph, nodes[following] if following < len(nodes) else None)
     kept = form.narrow(writer, rows)
-    kept.name, kept.type, kept.shape = name, ir.TensorType(form.dtype), ir.Shape([*rows.shape[:2], width])
+    kept.name, (kept.type, kept.shape) = name, _kept_like(rows, form)
     graph.outputs[index] = kept
     if readers:
-        (wide,) = form.widen(writer, kept, 1)
+        wide = form.widen(writer, kept)
         wide.type, wide.shape = rows.type, rows.shape
         for node, place in readers:
             node.replace_input_with(place, wide)

@@ -4,7 +4,7 @@ Works on a stage for one sequence (``sequences.for_one_sequence``) or for many. 
 touched, so every lowered graph shares the bundle's weights file; rounded matrices come from ``packs``.
 
     mythos::LatentAttention            products over the cached rows as they lie, scores joined instead of caches
-    mythos::GroupedQueryAttention      products over keys and values as they lie
+    mythos::GroupedQueryAttention      products over keys and values as they lie, each in a cache of its own
     mythos::SparseMoE                  one If an expert around plain products: com.microsoft::MoE leaves cores idle
     mythos::SparseMoE in blocks        com.microsoft::QMoE
     a product with a rounded matrix    com.microsoft::MatMulNBits; one scale a row: com.microsoft::QGemm of integers
@@ -21,6 +21,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from mythos_edge.exporter.graph_checks import graph_pass, has_no, one_sequence
 from mythos_edge.exporter.graph_writer import GraphWriter, shape_of
+from mythos_edge.exporter.lowering.halved_caches import halve_caches
 from mythos_edge.exporter.lowering.ort_attention import grouped_query_attention
 from mythos_edge.exporter.lowering.ort_kernels import (
     FUSED_EXPERTS,
@@ -51,7 +52,7 @@ def lower_for_ort(model: ir.Model, packs: Packs | None = None) -> ir.Model:
 
     The selection bias must have its values: a bias of zeros needs no nodes.
     """
-    return lowered_by(lambda graph: Lowering(graph, packs or {}), model)
+    return halve_caches(lowered_by(lambda graph: Lowering(graph, packs or {}), model))
 
 
 def lowered_by(rules: Callable[[ir.Graph], "Lowering"], model: ir.Model) -> ir.Model:

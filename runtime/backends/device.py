@@ -110,7 +110,7 @@ class DeviceMemory:
 
     def __init__(self, gpu: Gpu, dtype: str, room: Room | None = None, *, updates_in_place: bool = False) -> None:
         self.dtype, self._dtype_name, self.cache = STATE_DTYPES[dtype], dtype, dtype
-        self.updates_in_place, self.keeps_all_columns = updates_in_place, room is not None
+        self.updates_in_place, self.keeps_all_columns, self.halved = updates_in_place, room is not None, False
         self.device = gpu.device
         self.driver, self.stream = gpu.driver, gpu.driver.stream()
         self._room = room

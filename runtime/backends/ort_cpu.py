@@ -7,6 +7,7 @@ from typing import Self
 from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.errors import BackendUnavailable
 from mythos_edge.model.linked_weights import weights_apart
+from mythos_edge.model.stages import half_of
 from mythos_edge.model.target_options import OrtOptions, options_of
 from mythos_edge.plugins.processor import has_integer_dot_products
 from mythos_edge.runtime.backends.memory import HostMemory
@@ -36,7 +37,10 @@ class OrtCpuBackend:
         def open_graph(path: Path, of_several: bool) -> BoundGraph:
             apart = weights_apart(bundle, path, target)
             # Several sequences are several rows, for which mapped weights would be packed anew in every run.
-            return BoundGraph(path, ort_session(path, threads, options.prepacked or of_several, apart))
+            session = ort_session(path, threads, options.prepacked or of_several, apart)
+            # Graphs of earlier versions take whole rows; one of a stage without layers takes none.
+            self.memory.halved |= any(half_of(given.name)[1] for given in session.get_inputs())
+            return BoundGraph(path, session)
 
         self.memory = HostMemory(cache)
         self._stages = OrtStages(bundle, target, self.memory, open_graph)

@@ -10,7 +10,7 @@ from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.errors import BundleError, MythosEdgeError, one_line, unavailable
 from mythos_edge.model.linked_weights import NONE_APART, Apart, lent_weights, weights_apart
 from mythos_edge.model.machine import cores
-from mythos_edge.runtime.backends.memory import Rows, host_array
+from mythos_edge.runtime.backends.memory import Rows, as_graphs_know, host_array
 from mythos_edge.runtime.backends.packing import Array, Arrays
 from mythos_edge.runtime.request_values import Within, whole
 
@@ -60,7 +60,8 @@ class BoundGraph:
         self._session = self._binding = None
 
     def _bind(self, bind: Callable[..., None], arrays: Arrays) -> None:
-        for name, array in arrays.items():
+        known = (one for name, rows in arrays.items() for one in as_graphs_know(name, rows))
+        for name, array in known:
             if self._bound.get(name) is not array:
                 # Interrupted while it is bound, it is not known which one is.
                 self._bound.pop(name, None)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mythos_edge.model.stages import LOGITS, STAGES, StageTensor
-from mythos_edge.runtime.backends.memory import Memory, Rows, host_array
+from mythos_edge.runtime.backends.memory import Memory, Rows, empty_like, host_array
 
 Array = NDArray[Any]
 Arrays = Mapping[str, Rows]
@@ -53,7 +53,7 @@ def packed(stage: str, calls: Sequence[Call], jobs: int, memory: Memory) -> Call
     for name in first.keys() - set(WINDOW):
         given, tensor = [call.feeds[name] for call in calls], declared(stage, name)
         if tensor.slot:
-            nothing = memory.columns(0, given[0].shape[2], given[0].dtype)
+            nothing = empty_like(memory, given[0], 0)
             feeds |= {f"{name}@{job}": given[job] if job < len(given) else nothing for job in range(jobs)}
         elif LOGITS in tensor.axes:
             numbers = [host_array(rows) + offset for rows, offset in zip(given, offsets, strict=False)]
@@ -73,7 +73,7 @@ def packed(stage: str, calls: Sequence[Call], jobs: int, memory: Memory) -> Call
     outputs = {}
     for name, array in calls[0].outputs.items():
         rows = feeds["logit_rows"].shape[0] if LOGITS in declared(stage, name).axes else int(offsets[-1])
-        outputs[name] = memory.empty((1, rows, *array.shape[2:]), array.dtype)
+        outputs[name] = empty_like(memory, array, rows)
     return Call(feeds, outputs)
 
 

@@ -2,9 +2,9 @@
 
     python -m mythos_edge.scripts.lab.bench_attention --heads 16 --kv-heads 16 --head-dim 128
 
-A cached row is keys | values of all key/value heads, and what an op wants in another layout is made of it at every
-call, as a bundle would have to. Variants take turns on caches that are not warm; every result is held against the
-oracle. Prints a table of milliseconds (least / median), then one line of JSON.
+A cached row is keys | values of all key/value heads, or both are cached apart as in a bundle; what an op wants in
+another layout is made of it at every call, as a bundle would have to. Variants take turns on caches that are not warm;
+every result is held against the oracle. Prints a table of milliseconds (least / median), then one line of JSON.
 """
 
 import argparse
@@ -24,8 +24,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mythos_edge.exporter.graph_writer import GraphWriter
-from mythos_edge.exporter.lowering.ort_attention import attention_of_parts, grouped_query_attention
+from mythos_edge.exporter.lowering.halved_caches import halve_caches
+from mythos_edge.exporter.lowering.ort_attention import grouped_query_attention
 from mythos_edge.exporter.lowering.ort_kernels import HIDDEN_SCORE, MICROSOFT
+from mythos_edge.model.stages import HALVES, half_name
 from mythos_edge.plugins import ops, reference
 from mythos_edge.runtime.backends.ort_session import ort_session
 from mythos_edge.scripts import measuring
@@ -120,7 +122,7 @@ def _measured(case: Shape, names: list[str], folder: Path, repetitions: int) -> 
         scale=case.scale,
         kv_heads=case.groups,
     )
-    caches = {apart: [_caches(past, case, apart) for past in pasts] for apart in (False, True)}
+    caches = {apart: [_caches(past, apart) for past in pasts] for apart in (False, True)}
     sessions = {}
     for name in names:
         if VARIANTS[name].can(case):
@@ -150,19 +152,18 @@ def _run(session: Any, feeds: dict[str, Float32]) -> tuple[Float32, float]:
     return made, (time.perf_counter() - started) * 1e3
 
 
-def _caches(past: Float32, case: Shape, apart: bool) -> dict[str, Float32]:
+def _caches(past: Float32, apart: bool) -> dict[str, Float32]:
     """The cached rows as inputs; ``apart`` for keys and values in arrays of their own."""
     if not apart:
-        return {"past": past}
-    keys, values = past.reshape(1, case.context, 2, case.half).transpose(2, 0, 1, 3)
-    return {"past_keys": np.ascontiguousarray(keys), "past_values": np.ascontiguousarray(values)}
+        return {"past_0": past}
+    halves = zip(HALVES, np.split(past, len(HALVES), axis=-1), strict=True)
+    return {half_name("past_0", half): np.ascontiguousarray(rows) for half, rows in halves}
 
 
 def _model(case: Shape, variant: "Variant") -> ir.Model:
     row = 2 * case.half
     sizes: dict[str, list[int | str]] = {"q": [1, "rows", case.heads, case.width], "rows": [1, "rows", row]}
-    halves = ("past_keys", "past_values")
-    sizes |= {name: [1, "context", case.half] for name in halves} if variant.apart else {"past": [1, "context", row]}
+    sizes["past_0"] = [1, "context", row]
     values = {
         name: ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(size))
         for name, size in sizes.items()
@@ -170,12 +171,12 @@ def _model(case: Shape, variant: "Variant") -> ir.Model:
     imports = {"": ops.OPSET, MICROSOFT: 1}
     graph = ir.Graph(list(values.values()), [], nodes=[], opset_imports=imports, name="attention")
     writer = GraphWriter(graph, "attention")
-    pasts = [values[name] for name in halves] if variant.apart else [values["past"]]
-    output = variant.write(writer, Inputs(values["q"], values["rows"], *pasts[:1]), case, *pasts[1:])
+    output = variant.write(writer, Inputs(*values.values()), case)
     output.type = ir.TensorType(ir.DataType.FLOAT)
     output.shape = ir.Shape([1, "rows", case.heads, case.width])
     graph.outputs.append(output)
-    return ir.Model(graph, ir_version=10)
+    model = ir.Model(graph, ir_version=10)
+    return halve_caches(model) if variant.apart else model
 
 
 # --- the variants -------------------------------------------------------------------------------------------------
@@ -188,15 +189,8 @@ def _products(writer: GraphWriter, given: Inputs, case: Shape) -> ir.Value:
     return grouped_query_attention(writer, node, as_they_lie=True)
 
 
-def _products_of_parts(writer: GraphWriter, given: Inputs, case: Shape) -> ir.Value:
-    """Attention as the lowering writes it for chunks."""
-    attributes = {"scale": case.scale, "kv_heads": case.groups}
-    node = ir.node("GroupedQueryAttention", [given.q, given.rows, given.past], attributes, domain=ops.DOMAIN)
-    return attention_of_parts(writer, node, as_they_lie=True)
-
-
 def _turned_products(writer: GraphWriter, given: Inputs, case: Shape) -> ir.Value:
-    """The same with keys and values turned before."""
+    """Attention as the lowering for CUDA writes it: keys and values are turned before."""
     attributes = {"scale": case.scale, "kv_heads": case.groups}
     node = ir.node("GroupedQueryAttention", [given.q, given.rows, given.past], attributes, domain=ops.DOMAIN)
     return grouped_query_attention(writer, node)
@@ -223,27 +217,6 @@ def _whole_rows(writer: GraphWriter, given: Inputs, case: Shape) -> ir.Value:
         whole = writer.add("FusedMatMul", [doubled, value], MICROSOFT, transBatchB=1)
         bounds = [writer.integers([number]) for number in (case.groups, 2 * case.groups, 1)]
         mixed.append(writer.add("Slice", [whole, *bounds]))
-    return _by_row(writer, writer.add("Add", mixed), case)
-
-
-def _products_apart(writer: GraphWriter, given: Inputs, case: Shape, past_values: ir.Value) -> ir.Value:
-    """Products over keys and values that lie in caches of their own."""
-    share = case.heads // case.groups
-    shape = writer.integers([-1, 1, case.groups, case.width])
-    halves = writer.add_many("Split", [given.rows], 2, axis=2, num_outputs=2)
-    keys, values, past_keys, old_values = (
-        writer.add("Reshape", [value, shape]) for value in (*halves, given.past, past_values)
-    )
-    queries = _by_group(writer, given.q, case)
-    scores = [
-        writer.add("FusedMatMul", [queries, value], MICROSOFT, transB=1, transBatchB=1, alpha=case.scale)
-        for value in (past_keys, keys)
-    ]
-    weights = _weights(writer, scores[0], scores[1], share)
-    mixed = [
-        writer.add("FusedMatMul", [one, value], MICROSOFT, transBatchB=1)
-        for one, value in zip(weights, (old_values, values), strict=True)
-    ]
     return _by_row(writer, writer.add("Add", mixed), case)
 
 
@@ -375,11 +348,10 @@ class Variant:
 
 
 VARIANTS = {
-    "products": Variant(_products),
-    "products of parts": Variant(_products_of_parts),
+    "products on caches apart": Variant(_products, apart=True),
+    "products of parts": Variant(_products),
     "turned products of parts": Variant(_turned_products),
     "products of whole rows": Variant(_whole_rows),
-    "products on caches apart": Variant(_products_apart, apart=True),
     "GroupQueryAttention": Variant(_group_query_op),
     "Attention with its past": Variant(_attention_op),
     "Attention over all": Variant(_attention_over_all),

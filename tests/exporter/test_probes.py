@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import FIXTURES
 
-from mythos_edge.exporter.probes import Probe, Router, router_of, stored_weights
+from mythos_edge.exporter.probes import Probe, Router, fed, router_of, stored_weights, with_whole_rows
 from mythos_edge.model.bundle import Bundle, open_bundle
 from mythos_edge.model.errors import BundleError, MythosEdgeError
 from mythos_edge.model.families.table import config_of
@@ -106,3 +106,17 @@ def test_the_router_of_a_bundle_is_the_graphs(mla_bundle: Path, random: np.rando
     x: Any = random.normal(size=(20, config.dim)).astype(np.float32)
     wanted = np.argsort(-(x @ router.weight.T + router.bias), axis=-1)[:, : config.n_experts_per_tok]
     np.testing.assert_array_equal(np.sort(router.chosen(x)), np.sort(wanted))
+
+
+def test_graphs_are_fed_halves_of_whole_rows_and_tell_whole_ones(random: np.random.Generator) -> None:
+    rows, h = random.standard_normal((1, 3, 8)).astype(np.float32), np.zeros(2, np.float32)
+    feeds = {"past_1": rows, "h": h}
+    np.testing.assert_array_equal(fed(feeds, "past_1.keys"), rows[..., :4])
+    np.testing.assert_array_equal(fed(feeds, "past_1.values"), rows[..., 4:])
+    assert fed(feeds, "past_1") is rows
+    assert fed(feeds, "h") is h
+    parted = {"rows_0.keys": rows[..., :4], "h_next": h, "rows_0.values": rows[..., 4:]}
+    found = with_whole_rows(parted)
+    assert list(found) == ["rows_0", "h_next"]
+    np.testing.assert_array_equal(found["rows_0"], rows)
+    assert found["h_next"] is h

@@ -71,6 +71,19 @@ def test_windows_are_part_of_the_model_where_there_are_any() -> None:
             _read(_changed("model", "slot_windows", value=wrong))
 
 
+def test_parts_of_grouped_attention_are_keys_and_as_many_values() -> None:
+    model = replace(sample_manifest().model, attention="grouped", cache_width=24, cache_parts=())
+    assert (model.parts, model.halves) == ((12, 12), ((12,), (12,)))
+    parted = replace(model, cache_parts=(4, 8, 6, 6))
+    assert (parted.parts, parted.halves) == ((4, 8, 6, 6), ((4, 8), (6, 6)))
+    for wrong in ((24,), (16, 8), (12, 6, 6)):
+        with pytest.raises(BundleError, match=r"model\.cache_parts is .*, expected of grouped attention .* half of 24"):
+            replace(model, cache_parts=wrong)
+    latent = replace(model, attention="latent")
+    assert latent.parts == (24,)
+    assert replace(latent, cache_parts=(16, 8)).parts == (16, 8)
+
+
 @pytest.mark.parametrize(
     ("path", "where"),
     [
@@ -287,7 +300,10 @@ def test_a_graph_of_a_stage_has_what_the_stage_declares(path: tuple[Any, ...], v
 )
 def test_another_model_is_another_bundle(field: str, value: Any) -> None:
     """The runtime goes by ``model``, so targets and saved sessions of another are not this bundle's."""
-    other = _read(_changed("model", field, value=value) | ({"sample": _of(value)} if field == "threshold" else {}))
+    values = _changed("model", field, value=value) | ({"sample": _of(value)} if field == "threshold" else {})
+    # Those of latent attention are none of grouped.
+    del values["model"]["cache_parts"]
+    other = _read(values)
     assert other.identity != sample_manifest().identity
 
 

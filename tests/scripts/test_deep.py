@@ -89,7 +89,7 @@ def test_the_first_divergence_is_told(run: Callable[..., Any], mla_bundle: Path,
     ("options", "said"),
     [
         (("--level", "deep"), "--level deep compares with something: add --against CHECKPOINT"),
-        (("--level", "smoke", "--against", "fp32"), "--level smoke compares nothing"),
+        (("--level", "smoke", "--against", "fp32"), "--level smoke compares with nothing but an OTHER.onnx"),
         (("--level", "deep", "--against", "fp32"), "--against fp32 is the target ort-cpu itself: name another"),
         (("--level", "deep", "--against", "ort-cpu"), "--against ort-cpu is the target ort-cpu itself: name another"),
         (("--level", "deep", "--against", "x", "--cache", "fp16"), "--cache is for quality"),

@@ -13,19 +13,20 @@ from hypothesis.extra.numpy import arrays
 
 from mythos_edge.exporter.graph_writer import GraphWriter
 from mythos_edge.exporter.lowering import narrow_caches as module
+from mythos_edge.exporter.lowering.halved_caches import halve_caches
 from mythos_edge.exporter.lowering.narrow_caches import narrow_caches
 from mythos_edge.model.looped import LoopedModel
 from mythos_edge.plugins import ops
 from mythos_edge.runtime.backends.ort_session import import_onnxruntime
 
-PARTS = ((5, 5, 5, 5), (6, 2), (3,), (8,), (2, 4, 2))
-# Of an even width: keys and values, which a part may hold both of.
-HALVED = tuple(parts for parts in PARTS if sum(parts) % 2 == 0)
+PARTS = ((5, 5, 5, 5), (6, 2), (3,), (8,), (2, 4, 2), (2, 4, 3, 3))
+# Keys and values that are cached apart.
+HALVED = ((5, 5, 5, 5), (2, 4, 3, 3))
 Run = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
-def looped(parts: Sequence[int]) -> LoopedModel:
-    return LoopedModel(10, 4, sum(parts), 0, 1, 0, 2, 0.9, "grouped", 4, 0, cache_parts=tuple(parts))
+def looped(parts: Sequence[int], attention: str) -> LoopedModel:
+    return LoopedModel(10, 4, sum(parts), 0, 1, 0, 2, 0.9, attention, 4, 0, cache_parts=tuple(parts))
 
 
 def stage(width: int, halves: bool) -> ir.Model:
@@ -38,11 +39,10 @@ def stage(width: int, halves: bool) -> ir.Model:
     writer = GraphWriter(graph, "made")
     rows = writer.add("Mul", [values[1], writer.number(1.0)])
     rows.name, rows.type, rows.shape = "rows_0", values[1].type, values[1].shape
-    past = values[0]
-    if halves:
-        past = writer.add("Concat", writer.add_many("Split", [past], 2, axis=2, num_outputs=2), axis=2)
+    parts = writer.add_many("Split", [values[0]], 2, axis=2, num_outputs=2) if halves else [values[0]]
+    past = writer.add("Concat", parts, axis=2) if halves else values[0]
     seen = writer.add("Concat", [past, rows], axis=1)
-    count = writer.sizes(values[0], 1)
+    count = writer.sizes(parts[0], 1)
     for value, kind, shape in ((seen, ir.DataType.FLOAT, [1, "all", width]), (count, ir.DataType.INT64, [1])):
         value.type, value.shape = ir.TensorType(kind), ir.Shape(shape)
     graph.outputs.extend([rows, seen, count])
@@ -50,16 +50,32 @@ def stage(width: int, halves: bool) -> ir.Model:
 
 
 def runner(cache: str, parts: Sequence[int], halves: bool = False) -> Run:
-    """Runs such a stage with its caches in ``cache`` on kept rows and new ones: what it keeps, and what it sees."""
-    model = narrow_caches(stage(sum(parts), halves), cache, looped(parts))
+    """Runs such a stage with its caches in ``cache`` on kept rows and new ones: what it keeps, and what it sees.
+
+    What the halves of a row keep is told as a whole row would keep it.
+    """
+    made = stage(sum(parts), halves)
+    model = narrow_caches(halve_caches(made), cache, looped(parts, "grouped" if halves else "latent"))
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto)
     ort = import_onnxruntime()
+    names = [value.name for value in model.graph.outputs]
     session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
 
+    values, count = sum(parts), 0 if cache == "fp16" else len(parts)
+    cuts = list(np.cumsum([values // 2, values // 2, *[count // 2] * 3]))
+
     def run(past: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        kept, seen, count = session.run(None, {"past_0": past, "x": x})
-        assert count == [past.shape[1]]
+        if not halves:
+            kept, seen, columns = session.run(None, {"past_0": past, "x": x})
+        else:
+            pieces = np.split(past, cuts, axis=-1)
+            of_half = [np.concatenate(pieces[place::2], axis=-1) for place in (0, 1)]
+            feeds = {"past_0.keys": of_half[0], "past_0.values": of_half[1], "x": x}
+            *both, seen, columns = session.run(["rows_0.keys", "rows_0.values", *names[2:]], feeds)
+            apart = [np.split(rows, [values // 2, (values + count) // 2], axis=-1) for rows in both]
+            kept = np.concatenate([rows for pair in zip(*apart, strict=True) for rows in pair], axis=-1)
+        assert columns == [past.shape[1]]
         return kept, seen
 
     return run

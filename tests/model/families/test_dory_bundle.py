@@ -131,8 +131,12 @@ def test_caches_have_lengths_of_their_own(bundle: Path, key: str) -> None:
     """A slot with a window has fewer columns; what ONNX Runtime takes for equally long it puts in the same memory."""
     opened = open_bundle(bundle)
     graph = ir.load(opened.file(opened.target("ort-cpu").graphs[key])).graph
-    lengths = [str(value.shape[1]) for value in graph.inputs if value.shape and str(value.name).startswith("past")]
-    assert len(set(lengths)) == len(lengths) == (4 if key == "step" else 4 * MAX_TOGETHER)
+    pasts = [value for value in graph.inputs if str(value.name).startswith("past")]
+    lengths = {str(value.name): str(value.shape[1]) for value in pasts if value.shape is not None}
+    slots = {name.partition(".")[0]: length for name, length in lengths.items()}
+    assert len(set(slots.values())) == len(slots) == (4 if key == "step" else 4 * MAX_TOGETHER)
+    # Keys and values of a slot are equally long.
+    assert all(length == slots[name.partition(".")[0]] for name, length in lengths.items())
 
 
 def test_rounded_weights(bundle: Path) -> None:

@@ -94,10 +94,9 @@ class _Network:
         apart = weights_apart(bundle, None, target)
         self._probed, self._probes = {}, {}
         for stage in STAGES:
-            path = bundle.file(graphs[stage])
-            self._probed[stage] = multiplied_in(path, matrices)
+            self._probed[stage] = multiplied_in(bundle, graphs[stage], matrices)
             if self._probed[stage] or kept[stage]:
-                self._probes[stage] = Probe(path, self._probed[stage], kept[stage], apart=apart)
+                self._probes[stage] = Probe(bundle, graphs[stage], self._probed[stage], kept[stage], apart=apart)
 
     def run(self, ids: NDArray[np.int64], see: See) -> None:
         """Runs one sequence ``ids (1, S)`` through all stages; ``see`` is told each loop step's activations."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from mythos_edge.model.bounded_files import open_regular, require_file
 from mythos_edge.model.errors import BundleError, one_line
@@ -55,10 +56,11 @@ def read_graph(path: Path) -> onnx.ModelProto:
     """The graph at ``path``, whoever made it, without the weights in other files. Raises BundleError."""
     try:
         require_file(path, _MOST_GRAPH_BYTES, "a graph")
-        return onnx.load(str(path), load_external_data=False)
+        # Whatever its name ends in, which onnx goes by where it is not told.
+        return onnx.load(str(path), format="protobuf", load_external_data=False)
     except OSError as error:
         raise BundleError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # onnx documents none; protobuf's own depend on its version
+    except DecodeError as error:
         with open_regular(path) as file:
             known = foreign_kind(file.read(512))
         if known is not None:

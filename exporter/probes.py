@@ -15,7 +15,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 from numpy.typing import NDArray
 
-from mythos_edge.exporter.stored_graphs import read_stored_graph
+from mythos_edge.exporter.stored_graphs import load_stored_graph
 from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.errors import BundleError, MythosEdgeError, one_line, unavailable
 from mythos_edge.model.families.table import config_of
@@ -37,13 +37,14 @@ class Probe:
 
     def __init__(
         self,
-        path: Path,
+        bundle: Bundle,
+        file: str,
         matrices: Sequence[str],
         kept: Sequence[str] = (),
         prepack: bool = False,
         apart: Apart = NONE_APART,
     ) -> None:
-        model = ir.load(path)
+        model, path = load_stored_graph(bundle, file), bundle.file(file)
         graph = model.graph
         probed = {matrix: _multiplied(graph, matrix, path) for matrix in matrices}
         for value in probed.values():
@@ -143,17 +144,16 @@ def router_of(bundle: Bundle) -> Router | None:
     return Router(experts.router, weight, bias, bundle.manifest.model.experts_per_token)
 
 
-def multiplied_in(path: Path, matrices: Sequence[str]) -> list[str]:
-    """Those of ``matrices`` that the graph at ``path`` multiplies something with."""
-    graph = ir.load(path).graph
+def multiplied_in(bundle: Bundle, file: str, matrices: Sequence[str]) -> list[str]:
+    """Those of ``matrices`` that a graph of the bundle multiplies something with. Raises BundleError."""
+    graph = load_stored_graph(bundle, file).graph
     return [matrix for matrix in matrices if _users(graph, matrix)]
 
 
 def stored_weights(bundle: Bundle, stage: str) -> dict[str, ir.TensorProtocol]:
     """The weights of the portable graph of ``stage`` by name, mapped from the file and not read yet."""
     file = bundle.manifest.graphs[stage].file
-    read_stored_graph(bundle, file)
-    graph = ir.load(bundle.file(file)).graph
+    graph = load_stored_graph(bundle, file).graph
     tensors = {name: value.const_value for name, value in graph.initializers.items()}
     return {name: in_bundle(bundle, tensor) for name, tensor in tensors.items() if tensor is not None}
 

@@ -6,7 +6,6 @@ Not here: running sequences, comparing.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,8 @@ import onnx_ir.passes.common as passes
 from numpy.typing import NDArray
 
 from mythos_edge.exporter.probes import fed, graph_session, with_whole_rows
+from mythos_edge.exporter.stored_graphs import load_stored_graph
+from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.errors import MythosEdgeError, one_line
 from mythos_edge.model.linked_weights import NONE_APART, Apart
 from mythos_edge.model.observed import PREFIX
@@ -36,13 +37,14 @@ class Taps:
 
     def __init__(
         self,
-        path: Path,
+        bundle: Bundle,
+        file: str,
         router: str | None = None,
         prepack: bool = False,
         apart: Apart = NONE_APART,
         outputs: bool = False,
     ) -> None:
-        model = ir.load(path)
+        model, path = load_stored_graph(bundle, file), bundle.file(file)
         graph = model.graph
         shown = {name.removeprefix(PREFIX): value for name, value in _values(graph).items() if is_tap(name)}
         shown |= router_values(graph, router) if router is not None else {}

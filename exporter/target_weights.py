@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from mythos_edge.exporter.probes import in_bundle
 from mythos_edge.exporter.rounding import unpacked
+from mythos_edge.exporter.stored_graphs import load_stored_graph
 from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.families.table import config_of
 from mythos_edge.model.layout import experts_of, recipes
@@ -55,7 +56,7 @@ class TargetWeights:
                 if self.target is None
                 else self.bundle.target(self.target).graphs[stage]
             )
-            graph = ir.load(self.bundle.file(file)).graph
+            graph = load_stored_graph(self.bundle, file).graph
             self._stored[stage] = {name: one for name in self._shapes if (one := self._found(graph, name)) is not None}
 
     def stages_of(self, name: str) -> list[str]:

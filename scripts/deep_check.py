@@ -41,7 +41,8 @@ def taps_of(bundle: Bundle, target: str, outputs: bool = False) -> dict[str, Tap
     with bundle.unchanged(target):
         return {
             stage: Taps(
-                bundle.file(spec.graphs[stage]),
+                bundle,
+                spec.graphs[stage],
                 experts.router if experts is not None and stage == "step" else None,
                 prepack,
                 weights_apart(bundle, None, target),

@@ -69,8 +69,8 @@ def router_probe(bundle: Bundle, target: str, purpose: str, cache: str) -> Route
         apart = weights_apart(bundle, None, target)
         router = router_of(bundle)
         assert router is not None
-        step, prepack = bundle.file(spec.graphs[graph_key("step", kept_form)]), options_of(spec, OrtOptions).prepacked
-        probe = Probe(step, [router.name], prepack=prepack, apart=apart)
+        step, prepack = spec.graphs[graph_key("step", kept_form)], options_of(spec, OrtOptions).prepacked
+        probe = Probe(bundle, step, [router.name], prepack=prepack, apart=apart)
         return RouterProbe(router, probe, takes_kept_rows=kept_form is not None)
 
 

@@ -1,14 +1,19 @@
 """Probes: what they tell equals what numpy makes of the weights, on portable, lowered and narrow graphs."""
 
+import hashlib
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from conftest import FIXTURES
 
-from mythos_edge.exporter.probes import Probe, Router, fed, router_of, stored_weights, with_whole_rows
+from mythos_edge.exporter.probes import Probe, Router, fed, multiplied_in, router_of, stored_weights, with_whole_rows
+from mythos_edge.exporter.taps import Taps
 from mythos_edge.model.bundle import Bundle, open_bundle
 from mythos_edge.model.errors import BundleError, MythosEdgeError
 from mythos_edge.model.families.table import config_of
@@ -49,7 +54,7 @@ def bundle(exported: Callable[..., Path], request: pytest.FixtureRequest) -> Bun
 def test_what_matrices_are_multiplied_with(bundle: Bundle, file: str, random: np.random.Generator) -> None:
     feeds = _feeds(bundle, random)
     stored = {name: np.asarray(tensor.numpy()) for name, tensor in stored_weights(bundle, "step").items()}
-    found = Probe(bundle.path / file, [ROUTER, "step.block.attn.qkv_down"], kept=["h_next"]).run(feeds)
+    found = Probe(bundle, file, [ROUTER, "step.block.attn.qkv_down"], kept=["h_next"]).run(feeds)
     assert set(found) == {ROUTER, "step.block.attn.qkv_down", "h_next"}
     assert found[ROUTER].shape == (5, config_of(bundle.manifest).dim)
     table = np.zeros(config_of(bundle.manifest).dim)
@@ -63,9 +68,9 @@ def test_what_matrices_are_multiplied_with(bundle: Bundle, file: str, random: np
 def test_a_probe_changes_nothing_and_writes_nothing(bundle: Bundle, random: np.random.Generator) -> None:
     before = sorted(path.name for path in bundle.path.iterdir())
     feeds = _feeds(bundle, random)
-    path = bundle.path / "step.ort-cpu.onnx"
-    alone = Probe(path, [], kept=["h_next", "rows_0"]).run(feeds)
-    probed = Probe(path, [ROUTER, "step.block.attn.wo"], kept=["h_next", "rows_0"]).run(feeds)
+    file = "step.ort-cpu.onnx"
+    alone = Probe(bundle, file, [], kept=["h_next", "rows_0"]).run(feeds)
+    probed = Probe(bundle, file, [ROUTER, "step.block.attn.wo"], kept=["h_next", "rows_0"]).run(feeds)
     for name in ("h_next", "rows_0"):
         np.testing.assert_array_equal(alone[name], probed[name])
     assert sorted(path.name for path in bundle.path.iterdir()) == before
@@ -73,11 +78,11 @@ def test_a_probe_changes_nothing_and_writes_nothing(bundle: Bundle, random: np.r
 
 def test_an_unknown_matrix_is_one_line(bundle: Bundle) -> None:
     with pytest.raises(BundleError, match=r"step\.onnx: 0 nodes use 'step\.block\.ffn\.gate', expected one"):
-        Probe(bundle.path / "step.onnx", ["step.block.ffn.gate"])
+        Probe(bundle, "step.onnx", ["step.block.ffn.gate"])
 
 
 def test_what_onnxruntime_refuses_is_one_line(bundle: Bundle, random: np.random.Generator) -> None:
-    probe = Probe(bundle.path / "step.onnx", [ROUTER])
+    probe = Probe(bundle, "step.onnx", [ROUTER])
     with pytest.raises(MythosEdgeError, match=r"step\.onnx: ONNX Runtime failed") as caught:
         probe.run(_feeds(bundle, random) | {"h": np.zeros((1, 2, 3), np.float32)})
     assert "\n" not in str(caught.value)
@@ -120,3 +125,28 @@ def test_graphs_are_fed_halves_of_whole_rows_and_tell_whole_ones(random: np.rand
     assert list(found) == ["rows_0", "h_next"]
     np.testing.assert_array_equal(found["rows_0"], rows)
     assert found["h_next"] is h
+
+
+@pytest.mark.parametrize("look", [Probe, Taps, multiplied_in], ids=["probe", "taps", "multiplied_in"])
+def test_a_graph_whose_weights_lie_elsewhere_is_not_looked_into(
+    exported: Callable[..., Path], tmp_path: Path, look: Callable[..., Any]
+) -> None:
+    path = Path(shutil.copytree(exported(FIXTURES / "mla-small"), tmp_path / "hostile.bundle"))
+    model = onnx.load(path / "step.ort-cpu.onnx", load_external_data=False)
+    entries = (entry for tensor in model.graph.initializer for entry in tensor.external_data)
+    next(entry for entry in entries if entry.key == "location").value = "/etc/passwd"
+    onnx.save(model, path / "step.ort-cpu.onnx")
+    matrices = () if look is Taps else ([ROUTER],)
+
+    with pytest.raises(BundleError, match=r"lies in '/etc/passwd', which is no file of the bundle"):
+        look(_listed_anew(path), "step.ort-cpu.onnx", *matrices)
+
+
+def _listed_anew(path: Path) -> Bundle:
+    """The bundle, whose manifest lists the graph as it is now."""
+    listed = json.loads((path / "manifest.json").read_text())
+    file = path / "step.ort-cpu.onnx"
+    found = {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    listed["files"][file.name] = found
+    (path / "manifest.json").write_text(json.dumps(listed))
+    return open_bundle(path)

@@ -111,3 +111,11 @@ def test_a_graph_with_an_unknown_type_can_be_compared(demo_bundle: Path) -> None
     second.graph.input[0].type.tensor_type.elem_type = 99
     found = graph_difference(first, second)
     assert found.inputs["h"][1] == "type 99 [batch, chunk, 64]"
+
+
+@pytest.mark.parametrize("name", ["graph.onnx", "graph.json", "graph.textproto"])
+def test_what_is_no_graph_is_told_whatever_its_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"\xff\xfe no graph")
+
+    with pytest.raises(BundleError, match="not an ONNX file, or damaged"):
+        read_graph(tmp_path / name)

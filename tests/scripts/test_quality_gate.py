@@ -81,8 +81,8 @@ def test_a_trace_is_what_the_bundle_computes(demo_bundle: Path) -> None:
     config = config_of(bundle.manifest)
     router = router_of(bundle)
     assert router is not None
-    probe = Probe(bundle.path / "step.onnx", [router.name], kept=["h_next"])
-    prelude = Probe(bundle.path / "prelude.onnx", [], kept=["e"])
+    probe = Probe(bundle, "step.onnx", [router.name], kept=["h_next"])
+    prelude = Probe(bundle, "prelude.onnx", [], kept=["e"])
     window = {"length": np.array(0), "first": np.zeros(1, np.int64)}
     empty = np.zeros((1, 0, config.cache_width), np.float32)
     e = prelude.run({"input_ids": ids, "past_0": empty, **window})["e"]

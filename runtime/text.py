@@ -48,7 +48,7 @@ class Tokenizer:
             return decoding(self._library, ids, special_tokens=special_tokens) if ids else ""
         except ValueError as error:
             raise BundleError(
-                f"the tokenizer cannot decode the ids {list(ids[:8])}: {error}: export with a tokenizer whose decoder fits"
+                f"the tokenizer cannot decode the ids {list(ids[:8])}: {error}: export with one whose decoder fits"
             ) from error
 
     def token(self, token_id: int) -> str | None:

@@ -3,8 +3,12 @@
 A schedule begins, goes on with, rolls back, flushes, saves, restores and leaves sequences, alone and several together,
 with every policy, depth, lag, chunk, draft and way of drawing tokens. A check takes the tokens that a session has,
 gives them to a session that was just opened, and compares every cached row, the next logits and every depth.
+
+Sums in another order may fall on the other side of a step of a narrow cache. So with one, more may be off, and a
+position whose halting that tips is counted and not held against the rest; few may be.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +17,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from mythos_edge.model.looped import LoopedModel
 from mythos_edge.runtime.decoding import Generation
 from mythos_edge.runtime.options import DepthOptions, RequestOptions
 from mythos_edge.runtime.parity import SELF_TEST_SHARE
@@ -22,8 +27,11 @@ from mythos_edge.runtime.session import Session
 ANSWER = 40
 _PROMPT, _LONG_PROMPT, _LONG_SHARE = 48, 360, 0.08
 _MOST_TOGETHER = 5
-# What the row of a cache, or a logit, may differ by: a share of the largest.
-ALLOWED = SELF_TEST_SHARE
+# What the row of a cache, or a logit, may differ by: a share of the largest. For narrow caches some steps of theirs,
+# of which a difference of one in an early row makes more later.
+ALLOWED = {"fp32": SELF_TEST_SHARE, "fp16": 8 / 2048, "int8": 8 / 127}
+# Of the positions whose depth is compared, those that a step of a narrow cache may make halt elsewhere.
+ALLOWED_TIPPED = 0.01
 
 
 @dataclass
@@ -34,6 +42,8 @@ class Found:
     checks: int = 0
     actions: dict[str, int] = field(default_factory=dict)
     depths: dict[int, int] = field(default_factory=dict)
+    compared_depths: int = 0
+    tipped: int = 0
     worst_logit: float = 0.0
     worst_row: float = 0.0
     wrong: list[str] = field(default_factory=list)
@@ -84,10 +94,12 @@ class Schedule:
             return
         self.found.checks += 1
         with self._opened() as anew:
+            tipped = self.found.tipped
             self._compare_scores(anew, self.session.ids, dict(self._depths))
             if self._random.random() < 0.5:
                 self.session.flush()
-            self._compare_next(anew)
+            if self.found.tipped == tipped:
+                self._compare_next(anew)
 
     # --- actions ------------------------------------------------------------------------------------------------------
 
@@ -220,8 +232,14 @@ class Schedule:
         assert options is not None
         score = anew.score([ids], prefill=0 if options["policy"] == "last" else None, **options)
         for at, told in depths.items():
-            if score.depth[0, at] != told:
-                self._wrong(f"position {at} took {told} loop steps, anew {score.depth[0, at]}, with {options}")
+            self._compare_depth(at, told, int(score.depth[0, at]), options)
+
+    def _compare_depth(self, at: int, told: int, anew: int, options: dict[str, Any]) -> None:
+        self.found.compared_depths += 1
+        if told != anew and self.session.cache != "fp32":
+            self.found.tipped += 1
+        elif told != anew:
+            self._wrong(f"position {at} took {told} loop steps, anew {anew}, with {options}")
 
     def _compare_next(self, anew: Session) -> None:
         """One more token, whose logits hang on every cached row, and then the rows themselves."""
@@ -234,17 +252,21 @@ class Schedule:
         mine = self.session.generate([], resume=True, **self._depth, **more)
         theirs = anew.generate(ids, **self._depth, **more)
         self._note(mine)
-        far = _apart(_logits(mine), _logits(theirs))
+        tipped = self.found.tipped
+        self._compare_depth(len(ids) - 1, mine.depths[0], theirs.depths[0], self._depth)
+        if self.found.tipped > tipped:
+            return
+        far, allowed = _apart(_logits(mine), _logits(theirs)), ALLOWED[self.session.cache]
         self.found.worst_logit = max(self.found.worst_logit, far)
-        if far > ALLOWED or mine.depths != theirs.depths:
+        if far > allowed:
             self._wrong(f"the next token's logits are {far:.2g} off, with {self._depth}")
         for session, file in ((self.session, self._file), (anew, self._other_file)):
             if self._depth["policy"] != "last":
                 session.flush()
             session.save(file)
-        far, where = _farthest_rows(self._file, self._other_file)
+        far, where = _farthest_rows(self._file, self._other_file, self.session.model)
         self.found.worst_row = max(self.found.worst_row, far)
-        if far > ALLOWED:
+        if far > allowed:
             self._wrong(f"the cache {where} is {far:.2g} off, with {self._depth}")
 
     def _wrong(self, what: str) -> None:
@@ -265,7 +287,19 @@ def _apart(mine: NDArray[Any], theirs: NDArray[Any]) -> float:
     return float(np.abs(mine.astype(np.float64) - theirs).max() / max(float(np.abs(theirs).max()), 1e-30))
 
 
-def _farthest_rows(mine: Path, theirs: Path) -> tuple[float, str]:
+def _values(rows: NDArray[Any], model: LoopedModel) -> NDArray[Any]:
+    """The values of saved rows (1, columns, ...): those in int8 are codes, then a mantissa and an exponent a part."""
+    if rows.dtype != np.int8:
+        return rows.reshape(*rows.shape[:2], math.prod(rows.shape[2:]))
+    # Keys and values have their scales with them, where they are apart.
+    halves = math.prod(rows.shape[2:-1])
+    parts = model.parts[: len(model.parts) // halves]
+    codes, mantissas, exponents = np.split(rows.astype(np.int64), np.cumsum([sum(parts), len(parts)]), axis=-1)
+    scales = np.ldexp(mantissas.astype(np.float64), exponents)
+    return (codes * np.repeat(scales, parts, axis=-1)).reshape(*rows.shape[:2], sum(parts) * halves)
+
+
+def _farthest_rows(mine: Path, theirs: Path, model: LoopedModel) -> tuple[float, str]:
     """The largest difference of the rows that two saved sessions have both, and the buffer it is in."""
     worst = 0.0, ""
     with np.load(mine) as left, np.load(theirs) as right:
@@ -275,5 +309,6 @@ def _farthest_rows(mine: Path, theirs: Path) -> tuple[float, str]:
             if end != last:
                 return float("inf"), f"{name} of {end} columns in place of {last}"
             begin = max(start, first)
-            worst = max(worst, (_apart(left[name][:, begin - start :], right[name][:, begin - first :]), name))
+            rows = left[name][:, begin - start :], right[name][:, begin - first :]
+            worst = max(worst, (_apart(*(_values(each, model) for each in rows)), name))
     return worst

@@ -21,7 +21,30 @@ def test_a_short_schedule_leaves_caches_as_they_would_be_anew(exported: Callable
     assert run.found.tokens >= 100
     assert run.found.checks >= 1
     assert sum(run.found.actions.values()) >= 10
-    assert f"| {name} | {run.found.tokens} | {run.found.checks} |" in table([run])
+    assert f"| {name} | fp32 | {run.found.tokens} | {run.found.checks} |" in table([run])
+
+
+@pytest.mark.parametrize("cache", ["fp16", "int8"])
+def test_a_short_schedule_of_a_narrow_cache(exported: Callable[..., Path], cache: str) -> None:
+    bundle = exported(FIXTURES / "dory-small")
+    run = run_family("dory", bundle, tokens=100, seed=0, check_share=0.8, answer=5, cache=cache)
+    assert run.found.wrong == []
+    assert run.found.tipped <= 1
+    assert run.found.checks >= 1
+
+
+@pytest.mark.parametrize("cache", ["fp16", "int8"])
+def test_a_wrong_row_of_a_narrow_cache_is_found(exported: Callable[..., Path], cache: str, tmp_path: Path) -> None:
+    bundle = exported(FIXTURES / "ouro-small")
+    schedule = Schedule(lambda: Session.open(bundle, cache=cache), tmp_path, np.random.default_rng(0))
+    schedule._begin()
+    schedule.check()
+    assert schedule.found.wrong == []
+    slot = schedule.session._sequences[0].staircase.loop_slots[0][0]
+    slot.view(slot.start, slot.end)[0, 0] = 100
+    schedule.check()
+    assert "the cache " in " ".join(schedule.found.wrong)
+    schedule.close()
 
 
 def test_a_wrong_cache_row_and_a_wrong_depth_are_found(mla_bundle: Path, tmp_path: Path) -> None:
@@ -40,12 +63,12 @@ def test_a_wrong_cache_row_and_a_wrong_depth_are_found(mla_bundle: Path, tmp_pat
 
 
 def test_memory_that_grows_and_answers_that_differ_are_told() -> None:
-    run = Run("mla", Found(), (100_000_000, 101_000_000), 1000, ["a.py:1 +1000"], (0.01, 0.02), 1.0)
+    run = Run("mla", "fp32", Found(), (100_000_000, 101_000_000), 1000, ["a.py:1 +1000"], (0.01, 0.02), 1.0)
     assert run.is_flat
     grown = replace(run, rss_bytes=(100_000_000, 150_000_000))
     assert not grown.is_flat
     assert not replace(run, traced_growth=5_000_000).is_flat
-    assert "memory grew: mla: a.py:1 +1000" in table([grown])
+    assert "memory grew: mla, fp32: a.py:1 +1000" in table([grown])
     served = ServerRun(100, 10, 0, (100_000_000, 101_000_000), (0.1, 0.1))
     assert served.held
     assert not replace(served, differing=1).held

@@ -15,7 +15,7 @@ from mythos_edge.model.errors import ConfigError, ExportError
 from mythos_edge.model.families.family import SpecialTokens
 from mythos_edge.model.json_files import read_json_object
 from mythos_edge.model.manifest import ChatTemplate, EndToken
-from mythos_edge.model.tokenizer_file import encoding, read_tokenizer, tokens_around_prompt
+from mythos_edge.model.tokenizer_file import decoding, encoding, read_tokenizer, tokens_around_prompt
 
 TOKENIZER_FILE = "tokenizer.json"
 GENERATION_CONFIG, TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
@@ -82,7 +82,9 @@ class _Vocabulary:
         if number is None and text:
             with suppress(ValueError):
                 ids = encoding(self._library, text, around=False).ids
-                number = ids[0] if len(ids) == 1 and self._library.decode(ids) == text else None
+                number = (
+                    ids[0] if len(ids) == 1 and decoding(self._library, ids, special_tokens=False) == text else None
+                )
         return None if number is None else int(number)
 
     def end_token(self, number: int) -> EndToken:

@@ -1,6 +1,7 @@
 """Reading a Hugging Face ``tokenizer.json``, which export and runtime both do. The library loads at first use."""
 
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,24 @@ def read_tokenizer(path: Path) -> tuple[Any, bytes, list[str]]:
     data = read_bounded(path, _MOST_BYTES, "a tokenizer")
     if known := foreign_kind(data[:512]):
         raise ValueError(f"it is {known}")
+    text = data.decode("utf-8-sig")  # a byte order mark is no error
+    with _library_errors():
+        library = Tokenizer.from_str(text)
+        return library, data, _switched_off(library)
+
+
+@contextmanager
+def _library_errors() -> Iterator[None]:
+    """Raises whatever the library raises as a ValueError: plain Exception, or a panic of its Rust code.
+
+    Source: pyo3's PanicException derives from BaseException and lies in no module, so that only its name tells it.
+    """
     try:
-        library = Tokenizer.from_str(data.decode("utf-8-sig"))  # a byte order mark is no error
-    except UnicodeDecodeError:
-        raise
-    except Exception as error:  # the library raises plain Exception
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ValueError(one_line(error)) from error
-    return library, data, _switched_off(library)
 
 
 def _switched_off(library: Any) -> list[str]:
@@ -58,13 +70,20 @@ def encoding(library: Any, text: str, *, around: bool) -> Any:
     Raises ValueError that says why the tokenizer cannot encode it.
     """
     try:
-        if len(text) > _LONG:
-            return library.encode_batch([text], add_special_tokens=around)[0]
-        return library.encode(text, add_special_tokens=around)
-    except TypeError as error:  # lone surrogates, which stand for bytes of a command line
-        raise ValueError("it holds bytes that are no UTF-8") from error
-    except Exception as error:  # the library raises plain Exception
-        raise ValueError(one_line(error)) from error
+        with _library_errors():
+            if len(text) > _LONG:
+                return library.encode_batch([text], add_special_tokens=around)[0]
+            return library.encode(text, add_special_tokens=around)
+    except ValueError as error:
+        if isinstance(error.__cause__, TypeError):  # lone surrogates, which stand for bytes of a command line
+            raise ValueError("it holds bytes that are no UTF-8") from error
+        raise
+
+
+def decoding(library: Any, ids: Sequence[int], *, special_tokens: bool) -> str:
+    """The text of ``ids``, with special tokens or without. Raises ValueError that says why they cannot be decoded."""
+    with _library_errors():
+        return str(library.decode(list(ids), skip_special_tokens=not special_tokens))
 
 
 def tokens_around_prompt(library: Any) -> tuple[list[str], list[str]]:

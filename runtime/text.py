@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mythos_edge.model.errors import BundleError, UsageError
-from mythos_edge.model.tokenizer_file import encoding, read_tokenizer, tokens_around_prompt
+from mythos_edge.model.tokenizer_file import decoding, encoding, read_tokenizer, tokens_around_prompt
 from mythos_edge.runtime.text_cuts import Cuts, Nowhere, cuts_of
 
 # What the decoder's text is tried with at the beginning of a prompt, before the whole is.
@@ -39,9 +39,17 @@ class Tokenizer:
             raise UsageError(f"the tokenizer cannot encode the prompt {text[:40]!r}: {error}") from error
 
     def decode(self, ids: Sequence[int], *, special_tokens: bool = False) -> str:
-        """The text of ``ids``; ids without a token have none, and special tokens only when asked for."""
-        # The library's decoder Strip panics on no tokens.
-        return str(self._library.decode(list(ids), skip_special_tokens=not special_tokens)) if ids else ""
+        """The text of ``ids``; ids without a token have none, and special tokens only when asked for.
+
+        Raises BundleError where the tokenizer's decoder cannot decode what its vocabulary has.
+        """
+        try:
+            # The library's decoder Strip panics on no tokens.
+            return decoding(self._library, ids, special_tokens=special_tokens) if ids else ""
+        except ValueError as error:
+            raise BundleError(
+                f"the tokenizer cannot decode the ids {list(ids[:8])}: {error}: export with one whose decoder fits"
+            ) from error
 
     def token(self, token_id: int) -> str | None:
         """The tokenizer's name of a token; None where it has none of that id."""

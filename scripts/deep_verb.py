@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 Comparison = Callable[[Session], dict[str, Any]]
 # Options of the comparison by logits alone. Targets are looked into with caches in their own form.
 _QUALITY = ("cache", "demo_streams", "max_kl", "min_top1")
-# A reference in float64, and two copies in float32.
-_BYTES_A_PARAMETER = 16
+# A reference in float64 and two copies in float32 make 16; measured 17.7 with all else, on a model of 83 million.
+_BYTES_A_PARAMETER = 18
 
 
 def check_arguments(args: argparse.Namespace, bundle: Bundle, console: Console) -> None:

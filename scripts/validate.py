@@ -134,14 +134,15 @@ def _comparison(
         raise UsageError(
             f"{args.against}: has another config than the bundle: validate against the checkpoint it was made from"
         )
+    if args.level == "deep":
+        deep_verb.check_memory(checkpoint.n_parameters)
+        return deep_verb.of_checkpoint(args, bundle, checkpoint, ids, console, opened)
     needed, free = 8 * checkpoint.n_parameters, free_memory_bytes()
     if free is not None and free < needed:
         raise CapacityError(
             f"comparing in float64 needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: "
             "use a larger machine, or validate without --against"
         )
-    if args.level == "deep":
-        return deep_verb.of_checkpoint(args, bundle, checkpoint, ids, console, opened)
     return lambda session: _compare(args, checkpoint, session, ids, console)
 
 

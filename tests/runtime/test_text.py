@@ -3,7 +3,7 @@
 import json
 import sys
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -145,6 +145,45 @@ def test_text_that_cannot_be_encoded_is_one_line(tmp_path: Path, byte_level: Tok
     Library(models.WordLevel({"a": 0}, unk_token="?")).save(str(path))
     with pytest.raises(UsageError, match=r"cannot encode the prompt 'b': .*Missing \[UNK\]"):
         Tokenizer(path).encode("b")
+
+
+@pytest.mark.parametrize(
+    ("part", "does", "refusal", "words"),
+    [
+        # The library's Rust code panics: Python sees an exception that is no Exception.
+        (
+            {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "MAAAAAAA"}},
+            lambda path: Tokenizer(path),
+            BundleError,
+            "not a tokenizer: .*charsmap",
+        ),
+        (
+            {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AQAAAA=="}},
+            lambda path: Tokenizer(path).encode("a"),
+            UsageError,
+            "cannot encode the prompt 'a': index out of bounds",
+        ),
+        (
+            {"decoder": {"type": "Strip", "content": "a", "start": 5, "stop": 5}},
+            lambda path: Tokenizer(path).decode([0, 1]),
+            BundleError,
+            r"cannot decode the ids \[0, 1\]: index out of bounds.*decoder fits",
+        ),
+    ],
+    ids=["load", "encode", "decode"],
+)
+def test_a_panic_of_the_library_is_one_line(
+    part: dict[str, object], does: Callable[[Path], object], refusal: type[Exception], words: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(
+        json.dumps(
+            {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"}} | part
+        )
+    )
+    with pytest.raises(refusal, match=words) as caught:
+        does(path)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", json.dumps({"model": {"type": "no such"}})])

@@ -19,7 +19,7 @@ def test_a_step_is_profiled(rows: int, exported: Callable[..., Path], capsys: py
     report = json.loads(last)
     assert (report["target"], report["context"], report["rows"]) == ("ort-cpu", 9, rows)
     assert report["us"].keys() == report["nodes"].keys() >= {"FusedMatMul", "RotaryEmbedding"}
-    assert ("Where" in report["us"]) == (rows > 1)
+    assert ("Range" in report["us"]) == (rows > 1)
     assert "If" not in report["us"]
     assert report["nodes"]["FusedMatMul"] == 4 * 2
     assert len(table) == 2 + len(report["us"])

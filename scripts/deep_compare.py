@@ -252,6 +252,11 @@ def growth_of(
         step = int(beyond.argmax()) if beyond.any() else len(own_h) - 1
         error = float(errors[position])
         divergence = Divergence(position, step, "injection", "precision growth", "logits", error, allowed)
+        if differs[position] and not beyond.any():
+            # The states agree, so that nothing but the halting mass near its threshold tells the two apart.
+            took = f"takes {target.depth[position]} loop steps, not {beside.depth[position]}"
+            near, last = float(margin[at[position], position]), int(at[position])
+            divergence = Divergence(position, last, "halting", "halting tie", "depth", near, NEAR_TIE_MARGIN, took)
     largest = np.array([np.nanmax(row, initial=0.0) for row in clear])
     counted = errors[~after]
     most = float(counted.max()) if counted.size else float("nan")

@@ -295,8 +295,9 @@ def _values(rows: NDArray[Any], model: LoopedModel) -> NDArray[Any]:
     halves = math.prod(rows.shape[2:-1])
     parts = model.parts[: len(model.parts) // halves]
     codes, mantissas, exponents = np.split(rows.astype(np.int64), np.cumsum([sum(parts), len(parts)]), axis=-1)
-    scales = np.ldexp(mantissas.astype(np.float64), exponents)
-    return (codes * np.repeat(scales, parts, axis=-1)).reshape(*rows.shape[:2], sum(parts) * halves)
+    scales = np.repeat(np.ldexp(mantissas.astype(np.float64), exponents), parts, axis=-1)
+    values: NDArray[np.float64] = codes * scales
+    return values.reshape(*rows.shape[:2], sum(parts) * halves)
 
 
 def _farthest_rows(mine: Path, theirs: Path, model: LoopedModel) -> tuple[float, str]:

@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT
 
 from mythos_edge.model.families.openmythos.config import MythosConfig
+from mythos_edge.model.stages import HALVES
 
 Arrays = dict[str, np.ndarray]
 # Runs the graph in a file of the bundle; feeds that the graph does not ask for are left out.
@@ -93,8 +94,11 @@ def stages_in(
 
     ``form`` is what stands between the stage and ``.onnx`` in the names of the files.
     """
+    # Of grouped attention, graphs of ort-cpu take and give keys and values apart.
+    parts = tuple(f".{half}" for half in HALVES) if form == ".ort-cpu" and config.attn_type == "gqa" else ("",)
     caches = {
-        slot: np.zeros((1, 0, config.cache_width), np.float32)
+        (*slot, part): np.zeros((1, 0, config.cache_width // len(parts)), np.float32)
+        for part in parts
         for slot in (
             *(("prelude", index) for index in range(config.prelude_layers)),
             *(("step", index) for index in range(config.max_loop_iters)),
@@ -104,7 +108,8 @@ def stages_in(
 
     def run(stage: str, columns: np.ndarray, feeds: Arrays, step_index: int | None = None) -> Arrays:
         slots = [slot for slot in caches if slot[0] == stage and step_index in (None, slot[1])]
-        names = [f"past_{number}" for number in range(len(slots))]
+        first = slots[0][1] if slots else 0
+        names = [f"past_{number - first}{part}" for _, number, part in slots]
         places = {"length": np.array(columns[0]), "first": np.zeros(1, np.int64), "positions": columns[None]}
         pasts = {name: caches[slot] for name, slot in zip(names, slots, strict=True)}
         made = engine(f"{stage}{form}.onnx", {**feeds, **places, **pasts})

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
 
 from mythos_edge.model.bounded_files import open_regular, require_file
 from mythos_edge.model.errors import BundleError, one_line
@@ -57,7 +57,7 @@ def read_graph(path: Path) -> onnx.ModelProto:
     try:
         require_file(path, _MOST_GRAPH_BYTES, "a graph")
         # Whatever its name ends in, which onnx goes by where it is not told.
-        return onnx.load(str(path), format="protobuf", load_external_data=False)
+        model = onnx.load(str(path), format="protobuf", load_external_data=False)
     except OSError as error:
         raise BundleError(f"{path}: cannot be read: {error.strerror or error}") from error
     except DecodeError as error:
@@ -66,6 +66,20 @@ def read_graph(path: Path) -> onnx.ModelProto:
         if known is not None:
             raise BundleError(f"{path}: is {known}") from error
         raise BundleError(f"{path}: not an ONNX file, or damaged: {one_line(error)}") from error
+    if not _is_text(model):
+        raise BundleError(f"{path}: not an ONNX file, or damaged: it has names that are no UTF-8: export it again")
+    return model
+
+
+def _is_text(message: Any) -> bool:
+    """Whether all names in a message are text: protobuf gives bytes for those that are no UTF-8."""
+    for field, value in message.ListFields():
+        if field.type not in (field.TYPE_STRING, field.TYPE_MESSAGE):
+            continue
+        values = [value] if isinstance(value, str | bytes | Message) else value  # one, or several
+        if not all(_is_text(one) if isinstance(one, Message) else isinstance(one, str) for one in values):
+            return False
+    return True
 
 
 def graph_difference(a: onnx.ModelProto, b: onnx.ModelProto) -> GraphDifference:

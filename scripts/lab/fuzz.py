@@ -383,7 +383,8 @@ class _Child:
             self._ran.refused += 1
             message = printable_line(str(error))
             controls = any(unicodedata.category(one) == "Cc" for one in message)
-            if not message or len(message) > _MOST_MESSAGE or controls:
+            # Characters that would harm a terminal are shown by several, which are not counted.
+            if not message or len(str(error)) > _MOST_MESSAGE or controls:
                 return f"told badly ({len(message)} characters): {_place_of(error)} {message[:60]}"
         except _TooSlow:
             raise

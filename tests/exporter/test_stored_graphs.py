@@ -106,6 +106,15 @@ def test_bytes_that_are_no_graph(bundle: Path, run: Callable[..., Ran]) -> None:
     refused(run("build", bundle, "--weights", "int8"), "step.onnx: not an ONNX file, or damaged")
 
 
+@pytest.mark.parametrize("old", ["halt_mass_next", "MatMul"], ids=["output", "op"])
+def test_names_that_are_no_text_are_told(old: str, demo_bundle: Path, tmp_path: Path) -> None:
+    data = (demo_bundle / "step.onnx").read_bytes()
+    assert old.encode() in data
+    (tmp_path / "step.onnx").write_bytes(data.replace(old.encode(), b"\xff" + old[1:].encode()))
+    with pytest.raises(BundleError, match=r"step.onnx: .* names that are no UTF-8"):
+        read_graph(tmp_path / "step.onnx")
+
+
 def test_a_graph_with_an_unknown_type_can_be_compared(demo_bundle: Path) -> None:
     first, second = (read_graph(demo_bundle / "step.onnx") for _ in range(2))
     second.graph.input[0].type.tensor_type.elem_type = 99

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,6 +120,12 @@ def _comparison(
         from mythos_edge.model.checkpoint import open_checkpoint
     except ImportError as error:
         raise unavailable(error, "comparing with a checkpoint", "pip install 'mythos-edge[export]'") from error
+    with suppress(OSError):  # a name that no file can have is told below
+        if not Path(args.against).exists():
+            targets = ", ".join(bundle.manifest.targets)
+            raise UsageError(
+                f"--against {args.against}: no such file, and no target of the bundle, which has {targets}"
+            )
     record = bundle.manifest.rope_table
     if args.rope_table not in (None, record):
         raise UsageError(f"--rope-table is {args.rope_table}, but the bundle was made with the table {record}")

@@ -148,6 +148,7 @@ def test_what_cannot_be_compared_is_refused_before_the_hashing(
     loop = run("validate", damaged, "--target", "rtx-sm89-fp16-loop", "--against", "fp32")
     refused(loop, "is one engine with the loop inside, which keeps no cache: score with it")
     refused(run("validate", damaged, "--against", tmp_path / "nope.pt"), "nope.pt: no such file")
+    refused(run("validate", damaged, "--against", "ort-cuda"), "ort-cuda: no such file, and no target", "has ort-cpu")
     refused(run("validate", damaged, "--against", FIXTURES / "gqa-small"), "has another config than the bundle")
 
 

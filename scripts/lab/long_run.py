@@ -12,6 +12,7 @@ exit code says whether all held.
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import multiprocessing
@@ -45,7 +46,8 @@ _WARM_SHARE, _TRACED_SHARE = 0.1, 0.1
 _CHECK_SHARE = 0.15
 # The request whose pace is measured.
 _PACE_PROMPT, _PACE_TOKENS = 16, 24
-# What memory may grow by after the first tenth: allocators keep some, and tables of the interpreter double at times.
+# Allowed growth of memory after the first tenth: tables of the interpreter double at times, and pages are kept for one
+# small object.
 _RSS_FACTOR, _RSS_BYTES, _TRACED_BYTES = 1.1, 16 << 20, 2 << 20
 _MEGA = 1e6
 
@@ -165,9 +167,9 @@ def run_family(
                     paces.append(_pace_s(steady))
 
         run_until(tokens * _WARM_SHARE)
-        before = _resident(schedule)
+        before = _kept(schedule)
         run_until(tokens * (1 - _TRACED_SHARE))
-        after = _resident(schedule)
+        after = _kept(schedule)
         growth = _traced(schedule, lambda: run_until(tokens, measured=False))
         schedule.close()
     quarter = max(1, len(paces) // 4)
@@ -216,10 +218,12 @@ def _pace_s(session: Session) -> float:
     return (time.perf_counter() - started) / len(made.ids)
 
 
-def _resident(schedule: Schedule) -> int:
-    """Resident bytes of this process, with one short sequence in the session."""
+def _kept(schedule: Schedule) -> int:
+    """Resident bytes of this process with one short sequence, but for the free pages that malloc keeps."""
     schedule.rest()
     gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
     return resident_bytes()
 
 
@@ -228,10 +232,10 @@ def _traced(schedule: Schedule, run: Callable[[], None]) -> list[tracemalloc.Sta
     mine = (tracemalloc.Filter(False, tracemalloc.__file__), tracemalloc.Filter(False, __file__))
     tracemalloc.start()
     try:
-        _resident(schedule)
+        _kept(schedule)
         before = tracemalloc.take_snapshot().filter_traces(mine)
         run()
-        _resident(schedule)
+        _kept(schedule)
         return tracemalloc.take_snapshot().filter_traces(mine).compare_to(before, "lineno")
     finally:
         tracemalloc.stop()

@@ -72,7 +72,11 @@ class Schedule:
         self.session.close()
 
     def rest(self) -> None:
-        """Goes on from one short sequence, so that memory is comparable."""
+        """Goes on from one short sequence in another session, so that memory is comparable.
+
+        ONNX Runtime's arena keeps the most that its session ever needed at once.
+        """
+        self._reopen()
         self._together()
         self.session.generate([1], max_new_tokens=1)
         self._depth = None
@@ -144,11 +148,14 @@ class Schedule:
         """Saves the sequence and takes it up again, in this session or in one that is opened for it."""
         self.session.save(self._file)
         if self._random.random() < 0.5:
-            self.session.close()
-            self.session = self._opened()
+            self._reopen()
         elif self._random.random() < 0.5:
             self.session.generate(self._ids(4, least=1), max_new_tokens=2)
         self.session.restore(self._file)
+
+    def _reopen(self) -> None:
+        self.session.close()
+        self.session = self._opened()
 
     def _together(self) -> None:
         each: list[RequestOptions] = []

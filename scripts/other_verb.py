@@ -31,11 +31,6 @@ def of_file(
 
     Raises UsageError and BundleError.
     """
-    stray = next((name for name in ("rope_table", "key", "config") if getattr(args, name) is not None), None)
-    if stray is not None:
-        raise UsageError(
-            f"--{stray.replace('_', '-')} is about a checkpoint, but {args.against} is a graph: leave it out"
-        )
     try:
         from mythos_edge.model.families.table import config_of
         from mythos_edge.model.layout import recipes

@@ -35,6 +35,7 @@ LEVELS_HELP = (
 EXAMPLE = "mythos-edge validate model.bundle --against step_0001000.pt"
 
 _SECOND_CHUNK = 7
+_POSITIONS = 48
 _TIES = {
     "router": "a tie of the router: two experts are equally good, and another kernel may choose the other",
     "halting": "a tie of halting: its mass meets the threshold, and another kernel may halt a loop step later",
@@ -64,7 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     given_tokens.add_text(parser)
     given_tokens.add_row_tokens(parser)
-    parser.add_argument("--positions", type=int, default=48, metavar="N", help="length of the random sequence")
+    text = f"length of the random sequence (default: {_POSITIONS})"
+    parser.add_argument("--positions", type=int, metavar="N", help=text)
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     quality_gate.add_arguments(parser)
 
@@ -72,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> int:
     options.check_seed(args.seed)
     bundle = open_bundle(args.bundle, trust_engines=args.trust)
+    _check_checkpoint_options(args, bundle)
     deep_verb.check_arguments(args, bundle, console)
     ids = _tokens(args, bundle)
     with ExitStack() as opened:
@@ -103,9 +106,6 @@ def _comparison(
 ) -> Callable[[Session], dict[str, Any]] | None:
     """Opens what --against names and returns the comparison to run; None without it."""
     if args.against is None:
-        ignored = [name for name in ("rope_table", "key", "config") if getattr(args, name) is not None]
-        if ignored:
-            raise UsageError(f"--{ignored[0].replace('_', '-')} is about a checkpoint: add --against CHECKPOINT")
         return None
     bundle.require_whole("compare")
     if quality_gate.is_model_file(args, bundle):
@@ -150,6 +150,20 @@ def _comparison(
             "use a larger machine, or validate without --against"
         )
     return lambda session: _compare(args, checkpoint, session, ids, console)
+
+
+def _check_checkpoint_options(args: argparse.Namespace, bundle: Bundle) -> None:
+    """Raises UsageError for an option about a checkpoint where --against names none."""
+    stray = next((name for name in ("rope_table", "key", "config") if getattr(args, name) is not None), None)
+    if stray is None:
+        return
+    about = f"--{stray.replace('_', '-')} is about a checkpoint"
+    if args.against is None:
+        raise UsageError(f"{about}: add --against CHECKPOINT")
+    if quality_gate.is_model_file(args, bundle):
+        raise UsageError(f"{about}, but {args.against} is a graph: leave it out")
+    if quality_gate.target_against(args, bundle) is not None:
+        raise UsageError(f"{about}, but {args.against} is a target of the bundle: leave it out")
 
 
 def _compare(
@@ -262,16 +276,20 @@ def _routes(session: Session, ids: NDArray[np.int64], threshold: float) -> dict[
 
 
 def _tokens(args: argparse.Namespace, bundle: Bundle) -> NDArray[np.int64]:
+    arguments.require_positive(args, "positions")
+    named = next((name for name in ("ids", "text", "demo_streams") if getattr(args, name) is not None), None)
+    if args.positions is not None and named is not None:
+        name = f"--{named.replace('_', '-')}"
+        raise UsageError(f"--positions is the length of random tokens, and {name} says which to take: leave one out")
     if given_tokens.are_given(args, "--ids", args.ids):
         return given_tokens.tokens_of(args, args.ids, bundle).ids
     if args.demo_streams is not None:
         return quality_gate.demo_ids(args, bundle)
-    arguments.require_positive(args, "positions")
     return _random_ids(args, bundle, args.seed)
 
 
 def _random_ids(args: argparse.Namespace, bundle: Bundle, seed: int) -> NDArray[np.int64]:
-    positions = min(args.positions, bundle.manifest.max_context)
+    positions = min(args.positions or _POSITIONS, bundle.manifest.max_context)
     random = np.random.default_rng(seed)
     return random.integers(0, bundle.manifest.model.vocab_size, (1, positions))
 

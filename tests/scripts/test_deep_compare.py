@@ -4,7 +4,7 @@ import numpy as np
 
 from mythos_edge.scripts.deep_compare import growth_of
 from mythos_edge.scripts.deep_reference import FreeRun
-from mythos_edge.scripts.deep_run import TargetRun
+from mythos_edge.scripts.deep_run import StageRun, TargetRun
 
 _STEPS, _POSITIONS = 3, 4
 
@@ -45,3 +45,30 @@ def test_a_state_that_drifts_is_precision_growth(random: np.random.Generator) ->
 
     assert first is not None
     assert (first.position, first.step_index, first.kind) == (1, 1, "precision growth")
+
+
+def test_a_state_that_drifts_over_to_other_experts_is_a_router_tie(random: np.random.Generator) -> None:
+    target, exact = _runs(random)
+    scores = np.tile([0.5, 0.4, 0.3, 0.2], (_STEPS, _POSITIONS, 1))
+    exact = dataclasses.replace(exact, scores=scores)
+    h, logits, given = target.h.copy(), target.logits.copy(), scores[1].copy()
+    h[1:, 1] *= 1.1
+    logits[1] += 1
+    given[1] = [0.5, 0.3, 0.4, 0.2]
+    positions = np.arange(_POSITIONS)
+    runs = [
+        StageRun("step", 1, positions, {}, {"router.0": scores[1]}),  # rolled back
+        StageRun("step", 1, positions, {}, {"router.0": given}),
+        StageRun("step", 2, positions, {}, {"router.0": given}),
+    ]
+    drifted = dataclasses.replace(target, h=h, logits=logits, runs=runs)
+
+    first = growth_of(drifted, exact, [exact], 2, 1e-6).divergence
+
+    assert first is not None
+    assert (first.position, first.step_index, first.part, first.kind) == (1, 1, "router", "router tie")
+    assert abs(first.error - 0.1) < 1e-12
+    same = dataclasses.replace(drifted, runs=runs[:1])
+    again = growth_of(same, exact, [exact], 2, 1e-6).divergence
+    assert again is not None
+    assert again.kind == "precision growth"

@@ -6,6 +6,7 @@ Not here: comparing.
 """
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,12 +27,15 @@ from mythos_edge.model.linked_weights import NONE_APART, Apart
 from mythos_edge.model.network import LoopState
 from mythos_edge.model.observed import PREFIX
 from mythos_edge.model.stages import STAGES
+from mythos_edge.plugins import ops
 
 Array = NDArray[Any]
 INPUTS, OUTPUTS = ("input_ids", "max_depth", "threshold"), ("logits", "depth")
 CARRIED = LoopState._fields
 # More nodes than any model has, which functions that call functions could become.
 _MOST_NODES = 1_000_000
+# Longer than a few hundred tokens of any model that fits a machine; a Loop of somebody's file may never end.
+_MOST_SECONDS = 1800.0
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class WholeModel:
 
     def graph(self) -> ir.Model:
         """The model with its functions in place of their calls, to be changed in memory."""
-        _check_size(self._proto, self.path)
+        _check_functions(self._proto, self.path)
         try:
             whole = onnx.shape_inference.infer_shapes(inline_local_functions(self._proto))
         except (onnx.shape_inference.InferenceError, RuntimeError) as error:
@@ -129,10 +133,14 @@ class WholeModel:
     def _ran(self, session: Any, names: Sequence[str], ids: Array, max_depth: int, threshold: float) -> list[Array]:
         given = {"input_ids": ids, "max_depth": np.array(max_depth), "threshold": np.array(threshold, np.float32)}
         try:
-            found: list[Array] = session.run(list(names), {name: given[name] for name in self.inputs})
+            return _run(session, list(names), {name: given[name] for name in self.inputs})
+        except TimeoutError as error:
+            raise MythosEdgeError(
+                f"{self.path.name}: still ran after {_MOST_SECONDS:g} s on {ids.shape[1]} tokens: it may never end: "
+                "look at what its Loop takes for the number of loop steps, or give --positions a smaller number"
+            ) from error
         except Exception as error:  # onnxruntime's exceptions have no common base but this
             raise MythosEdgeError(f"{self.path.name}: ONNX Runtime failed: {one_line(error)}") from error
-        return found
 
     def _loop_of(self, model: ir.Model) -> "Loop":
         loops = [node for node in model.graph if node.op_type == "Loop" and node.domain in ("", "ai.onnx")]
@@ -161,6 +169,21 @@ class Loop:
         return {self.body.inputs[0]: "step_index", **inside, **ends, **outer}
 
 
+def _run(session: Any, names: list[str], feeds: dict[str, Array]) -> list[Array]:
+    """One run, which Ctrl-C ends, too. Raises TimeoutError."""
+    import onnxruntime as ort
+
+    options = ort.RunOptions()
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(session.run, names, feeds, options)
+        try:
+            found: list[Array] = running.result(_MOST_SECONDS)
+        except BaseException:
+            options.terminate = True  # else the thread would be waited for
+            raise
+    return found
+
+
 def _known(found: Sequence[str], known: Sequence[str], needed: Sequence[str], what: str, path: Path) -> tuple[str, ...]:
     if set(found) - set(known) or set(needed) - set(found):
         told = ", ".join(name[:40] for name in found[:6]) or "none"
@@ -170,8 +193,8 @@ def _known(found: Sequence[str], known: Sequence[str], needed: Sequence[str], wh
     return tuple(found)
 
 
-def _check_size(model: onnx.ModelProto, path: Path) -> None:
-    """Raises BundleError for functions that call each other in a circle, or become more nodes than a model has."""
+def _check_functions(model: onnx.ModelProto, path: Path) -> None:
+    """Raises BundleError for functions that are gone, that call each other in a circle, or become too many nodes."""
     functions = {(one.domain, one.name): one.node for one in model.functions}
     sizes: dict[tuple[str, str], int] = {}
 
@@ -179,6 +202,11 @@ def _check_size(model: onnx.ModelProto, path: Path) -> None:
         total = 0
         for node in nodes:
             key = node.domain, node.op_type
+            if node.domain == ops.DOMAIN and key not in functions:
+                raise BundleError(
+                    f"{path}: calls {node.domain}.{node.op_type}, which it does not define: a tool dropped the "
+                    "functions, so let it convert the graph of standard ops that mythos-edge inline writes"
+                )
             if key in within or len(within) > 50 or total > _MOST_NODES:
                 raise BundleError(f"{path}: has functions that become too many nodes: do not trust this file")
             if key in functions and key not in sizes:

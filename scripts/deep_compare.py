@@ -267,18 +267,20 @@ def growth_of(
 
 def _other_choice(target: TargetRun, exact: FreeRun, position: int, step: int, top_k: int) -> Divergence | None:
     """The choice of other experts at which the state of a position leaves the reference's, by loop step ``step``."""
-    for index in range(step + 1 if exact.scores is not None else 0):
+    for index, scores in enumerate([] if exact.scores is None else exact.scores[: step + 1]):
         runs = [run for run in target.runs if (run.stage, run.step_index) == ("step", index)]
         # The last that computed it: a draft's were rolled back.
         run = next((run for run in reversed(runs) if position in run.positions), None)
         if run is None or "router.0" not in run.values:
             continue
         given = run.values[_CHOSEN] if _CHOSEN in run.values else chosen_of(run.values["router.0"], top_k)[0]
-        wanted, margin = chosen_of(exact.scores[index], top_k)
+        wanted, margin = chosen_of(scores, top_k)
         # Counted from the last, as the first rows may be left out.
         if {*given[position - int(run.positions[-1]) - 1].tolist()} != {*wanted[position].tolist()}:
             near = float(margin[position])
-            what = f"each part is right by itself, but the state drifted enough to choose others by a margin of {near:.2g}"
+            what = (
+                f"each part is right by itself, but the state drifted enough to choose others by a margin of {near:.2g}"
+            )
             return Divergence(position, index, "router", "router tie", _CHOSEN, near, NEAR_TIE_MARGIN, what)
     return None
 

@@ -61,3 +61,14 @@ def inlined(file: Path) -> Path:
     made = file.parent / "inlined.onnx"
     onnx.save(inline_local_functions(onnx.load(file, load_external_data=False)), made)
     return made
+
+
+def newer(file: Path) -> Path:
+    """The file without functions, in a later version of the standard operators."""
+    from onnx.version_converter import convert_version
+
+    made = file.parent / "newer.onnx"
+    model = onnx.load(inlined(file), load_external_data=False)
+    (before,) = (one.version for one in model.opset_import if not one.domain)
+    onnx.save(convert_version(model, before + 1), made)
+    return made

@@ -12,8 +12,10 @@ import onnx_ir as ir
 import pytest
 from conftest import FIXTURES
 from deep_runs import beside_file
-from other_models import edited, in_loop, inlined, loop_of, optimised, rename_all
+from other_models import edited, in_loop, inlined, loop_of, newer, optimised, rename_all
 from planted_faults import Graph
+
+from mythos_edge.exporter import whole_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -82,7 +84,7 @@ def test_a_healthy_file_passes_whatever_its_values_are_called(
     assert (report.error[np.isfinite(report.error)] < 1).all()
 
 
-@pytest.mark.parametrize("convert", [optimised, inlined])
+@pytest.mark.parametrize("convert", [optimised, inlined, newer])
 def test_a_healthy_file_passes_as_a_tool_has_written_it(
     exported: Callable[..., Path], tmp_path: Path, convert: Callable[[Path], Path]
 ) -> None:
@@ -201,6 +203,13 @@ def _in_a_circle(file: Path) -> None:
     onnx.save(model, file)
 
 
+def _without_functions(file: Path) -> None:
+    """As the version converter of onnx leaves a file."""
+    model = onnx.load(file, load_external_data=False)
+    del model.functions[:]
+    onnx.save(model, file)
+
+
 def _doubling(file: Path) -> None:
     """Forty functions, each of which calls the one before it twice."""
     model = onnx.load(file, load_external_data=False)
@@ -231,13 +240,14 @@ def _without_loop(file: Path) -> None:
     [
         (_elsewhere, "lies in '../weights.safetensors', which is no file of its folder: do not trust this file"),
         (_in_a_circle, "is no sound ONNX graph"),
+        (_without_functions, "calls mythos.LatentAttention, which it does not define: "),
         (_doubling, "has functions that become too many nodes: do not trust this file"),
         (_without_loop, "has 1 Loops, of which 0 carry h, out, halt_mass, depth, expected one: give a model.onnx"),
         (lambda file: file.write_bytes(b"no graph"), "not an ONNX file, or damaged"),
         (lambda file: file.unlink(), "cannot be read: No such file"),
         (lambda file: shutil.copy(file.parent / "step.onnx", file), "expected input_ids, max_depth, threshold"),
     ],
-    ids=["elsewhere", "circle", "doubling", "no loop", "no graph", "missing", "a stage"],
+    ids=["elsewhere", "circle", "no functions", "doubling", "no loop", "no graph", "missing", "a stage"],
 )
 def test_a_file_that_is_no_such_model_is_refused(
     run: Callable[..., Any], exported: Callable[..., Path], tmp_path: Path, spoil: Callable[[Path], Any], said: str
@@ -252,6 +262,32 @@ def test_a_file_that_is_no_such_model_is_refused(
     assert ran.code == 1
     assert said in ran.err
     assert len(ran.err.strip().splitlines()) == 1
+
+
+def _endless(model: ir.Model) -> None:
+    """The Loop goes on whatever its condition says, for longer than anybody waits."""
+    loop = loop_of(model)
+    body = loop.attributes["body"].as_graph()
+    endless, always = (ir.tensor(value) for value in (np.int64(1 << 62), np.True_))
+    trips, cond = (ir.node("Constant", [], {"value": value}) for value in (endless, always))
+    model.graph.insert_before(loop, trips)
+    body.append(cond)
+    loop.replace_input_with(0, trips.outputs[0])
+    body.outputs[0] = cond.outputs[0]
+    trips.outputs[0].name, cond.outputs[0].name = "trips", "go_on"
+    cond.outputs[0].type, cond.outputs[0].shape = ir.TensorType(ir.DataType.BOOL), ir.Shape([])
+
+
+def test_a_file_that_never_ends_is_stopped(
+    run: Callable[..., Any], exported: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = exported(FIXTURES / "ouro-small")
+    monkeypatch.setattr(whole_model, "_MOST_SECONDS", 1.0)
+
+    ran = run("validate", bundle, "--against", edited(bundle, tmp_path, _endless), "--level", "smoke")
+
+    assert ran.code == 1
+    assert "other.onnx: still ran after 1 s on 8 tokens: it may never end" in ran.err
 
 
 def test_a_model_of_another_shape_is_refused(run: Callable[..., Any], exported: Callable[..., Path]) -> None:

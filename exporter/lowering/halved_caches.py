@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from mythos_edge.exporter.graph_checks import graph_pass, no_node
-from mythos_edge.exporter.graph_writer import GraphWriter
+from mythos_edge.exporter.graph_writer import GraphWriter, shape_of
 from mythos_edge.model.stages import HALVES, half_name
 
 
@@ -72,9 +72,12 @@ def _halve_output(graph: ir.Graph, rows: ir.Value) -> None:
     nodes = list(graph)
     following = nodes.index(producer) + 1
     writer = GraphWriter(graph, f"{rows.name}/halves", graph, nodes[following] if following < len(nodes) else None)
-    halves = writer.add_many("Split", [rows], len(HALVES), axis=2, num_outputs=len(HALVES))
-    for half, named in zip(halves, _halves_of(rows), strict=True):
-        half.name, half.type, half.shape = named.name, named.type, named.shape
+    named = _halves_of(rows)
+    halves = _joined(rows, named)
+    if not halves:
+        halves = writer.add_many("Split", [rows], len(HALVES), axis=2, num_outputs=len(HALVES))
+    for half, like in zip(halves, named, strict=True):
+        half.name, half.type, half.shape = like.name, like.type, like.shape
     at = graph.outputs.index(rows)
     graph.outputs[at : at + 1] = halves
     others = [(node, index) for node, index in readers if not _parts(node)]
@@ -87,6 +90,22 @@ def _halve_output(graph: ir.Graph, rows: ir.Value) -> None:
         for node, index in others:
             node.replace_input_with(index, whole)
     rows.name = f"{rows.name}/whole"
+    if not rows.uses():
+        graph.remove(producer, safe=True)
+
+
+def _joined(rows: ir.Value, halves: Sequence[ir.Value]) -> Sequence[ir.Value]:
+    """The two values that ``rows`` were put together from, if they are the ``halves``; else none."""
+    producer = rows.producer()
+    if producer is None or producer.op_type != "Concat" or producer.attributes["axis"].as_int() not in (-1, 2):
+        return ()
+    found = [value for value in producer.inputs if value is not None and _is_of_a_node(value)]
+    widths = [shape_of(value)[-1] for value in found]
+    return found if widths == [shape_of(half)[-1] for half in halves] else ()
+
+
+def _is_of_a_node(value: ir.Value) -> bool:
+    return value.producer() is not None and not value.is_graph_output()
 
 
 def _replace(node: ir.Node, halves: Sequence[ir.Value]) -> None:

@@ -65,8 +65,8 @@ def _keys_and_values(
     writer: GraphWriter, halves: Sequence[ir.Value], groups: int, width: int, as_they_lie: bool
 ) -> _Rows:
     if as_they_lie:
-        shape = writer.add("Concat", [writer.sizes(halves[0], 1), writer.integers([1, groups, width])], axis=0)
-        keys, values = (writer.add("Reshape", [half, shape], allowzero=1) for half in halves)
+        shape = writer.integers([-1, 1, groups, width])
+        keys, values = (writer.add("Reshape", [half, shape]) for half in halves)
         return _Rows(keys, values, True)
     # 0 keeps the number of columns, which may be 0 itself.
     shape = writer.integers([1, 0, groups, width])

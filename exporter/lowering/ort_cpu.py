@@ -22,6 +22,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from mythos_edge.exporter.graph_checks import graph_pass, has_no, one_sequence
 from mythos_edge.exporter.graph_writer import GraphWriter, shape_of
 from mythos_edge.exporter.lowering.halved_caches import halve_caches
+from mythos_edge.exporter.lowering.joined_reshapes import join_reshapes
 from mythos_edge.exporter.lowering.ort_attention import grouped_query_attention
 from mythos_edge.exporter.lowering.ort_kernels import (
     FUSED_EXPERTS,
@@ -61,6 +62,7 @@ def lowered_by(rules: Callable[[ir.Graph], "Lowering"], model: ir.Model) -> ir.M
     lowering = rules(lowered.graph)
     for node in list(lowered.graph.all_nodes()):
         lowering.lower(node)
+    join_reshapes(lowered)
     lowered.graph.opset_imports[MICROSOFT] = 1
     lowered.graph.name = f"{model.graph.name} for ONNX Runtime"
     RemoveUnusedNodesPass()(lowered)
@@ -299,7 +301,7 @@ class Lowering:
         def integers(inside: GraphWriter) -> ir.Value:
             gate_up, down = (self._piece(writer, stored_name(stack), index) for stack in experts.stacks)
             whole = self._rounded_rows(writer, x)
-            taken = Rounded(inside.add("Gather", [whole.codes, rows]), inside.add("Gather", [whole.scales, rows]))
+            taken = Rounded(inside.add("Gather", [whole.codes, rows]), inside.add("Gather", [whole.largest, rows]))
             hidden = swiglu(inside, integer_product(inside, taken, *gate_up))
             return integer_product(inside, rounded(inside, hidden), *down)
 

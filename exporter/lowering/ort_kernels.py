@@ -11,8 +11,8 @@ from mythos_edge.exporter.graph_writer import GraphWriter, shape_of
 MICROSOFT = "com.microsoft"
 # Int8 products of int8-rounded activations with the rounded weights; the other levels were 40 times slower.
 _ACCURACY_LEVEL = 4
-# The middle of uint8 stands for 0.
-_ZERO = 128
+# What a code of an activation stands for, as a share of the row's largest.
+_CODE = 1 / 127
 # Of a row that must not be looked at: its weight is 0.
 HIDDEN_SCORE = -3.4028234e38
 # Of both kernels of fused experts.
@@ -43,14 +43,14 @@ class Pack:
 
 
 class Rounded(NamedTuple):
-    """Rows of activations rounded to 8 bits, each row with a scale: a value is (code - 128) * scale.
+    """Rows of activations rounded to 8 bits: a value is (code - 128) / 127 * ``largest`` of its row.
 
-    ``codes`` uint8 (N, K), ``scales`` float32 (N, 1). A row's codes depend on that row alone, so what is computed of
+    ``codes`` uint8 (N, K), ``largest`` float32 (N, 1). A row's codes depend on that row alone, so what is computed of
     it does not depend on the rows beside it.
     """
 
     codes: ir.Value
-    scales: ir.Value
+    largest: ir.Value
 
 
 def piece_of(whole: ir.TensorProtocol, index: int) -> ir.TensorProtocol:
@@ -92,15 +92,15 @@ def blocked_product(writer: GraphWriter, x: ir.Value, name: str, pack: Pack) -> 
 
 
 def rounded(writer: GraphWriter, x: ir.Value) -> Rounded:
-    """The rows of ``x (N, K)`` rounded to 8 bits."""
-    last = writer.integers([1])
-    largest = writer.add("ReduceMax", [writer.add("Abs", [x]), last], keepdims=1)
-    # A row of zeros has no scale of its own.
-    scales = writer.add("Max", [writer.add("Mul", [largest, writer.number(1 / 127)]), writer.number(1e-30)])
-    by_row = writer.add("Squeeze", [scales, last])
-    zero = writer.constant(np.array([_ZERO], np.uint8))
-    zeros = writer.add("Expand", [zero, writer.add("Shape", [by_row])])
-    return Rounded(writer.add("QuantizeLinear", [x, by_row, zeros], axis=0), scales)
+    """The rows of ``x (N, K)`` rounded to 8 bits.
+
+    Divided by the row's largest, all rows have one scale: QuantizeLinear with a scale for each wants three nodes more.
+    """
+    found = writer.add("ReduceMax", [writer.add("Abs", [x]), writer.integers([1])], keepdims=1)
+    # A row of zeros has no largest to divide by.
+    largest = writer.add("Max", [found, writer.number(1e-28)])
+    shares = writer.add("Div", [x, largest])
+    return Rounded(writer.add("QuantizeLinear", [shares, writer.number(_CODE), _middle(writer)]), largest)
 
 
 def integer_product(writer: GraphWriter, x: Rounded, values: ir.Value, scales: ir.Value) -> ir.Value:
@@ -109,10 +109,14 @@ def integer_product(writer: GraphWriter, x: Rounded, values: ir.Value, scales: i
     MatMulNBits computes several rows one after the other; this one uses the integer units of the processor
     (VNNI, AMX), so that up to 16 rows cost no more than one.
     """
-    middle, one = writer.constant(np.uint8(_ZERO)), writer.number(1.0)
     none = writer.constant(np.zeros(shape_of(scales)[0], np.int8))
-    product = writer.add("QGemm", [x.codes, one, middle, values, scales, none], MICROSOFT, transB=1)
-    return writer.add("Mul", [product, x.scales])
+    inputs = [x.codes, writer.number(_CODE), _middle(writer), values, scales, none]
+    return writer.add("Mul", [writer.add("QGemm", inputs, MICROSOFT, transB=1), x.largest])
+
+
+def _middle(writer: GraphWriter) -> ir.Value:
+    """The code of 0; codes without a sign are what the integer units take."""
+    return writer.constant(np.uint8(128))
 
 
 def swiglu(writer: GraphWriter, both: ir.Value) -> ir.Value:

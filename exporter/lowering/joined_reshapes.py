@@ -27,7 +27,7 @@ def _shape_of(node: ir.Node) -> Sequence[int] | None:
 
 
 def _before(value: ir.Value | None) -> ir.Value | None:
-    """What was reshaped to ``value``; None of a value that was not, or must stay to be looked at."""
+    """The value that was reshaped to ``value``; None where none was, or ``value`` must stay to be looked at."""
     maker = None if value is None else value.producer()
     if maker is None or maker.domain != "" or maker.op_type not in _RESHAPING:
         return None

@@ -52,7 +52,7 @@ def _zip(*names: str) -> bytes:
         (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "XML|`hf download REPO FILE`"),
         (b"GGUF\x03\x00\x00\x00" + bytes(40), "GGUF file of llama.cpp"),
         (b"\x93NUMPY\x01\x00" + bytes(40), "NumPy array|torch.save"),
-        (gzip.compress(b"x" * 100), "compressed with gzip|`tar -xzf`"),
+        (gzip.compress(b"x" * 100, mtime=0), "compressed with gzip|`tar -xzf`"),
         (_tar("xz"), "compressed with xz|`tar -xJf`"),
         (_tar("bz2"), "compressed with bzip2|`tar -xjf`"),
         (_tar(""), "a tar archive|`tar -xf`"),

@@ -36,6 +36,15 @@ SMALL = dataclasses.replace(
 
 
 @pytest.fixture(scope="session", autouse=True)
+def own_core() -> None:
+    """A worker keeps to one core, its children too: with threads for all cores each, workers wait for each other."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is not None and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
+
+@pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Tests keep graphs in a folder of this run, children of theirs too: each shape is traced once, and none before."""
     base = tmp_path_factory.getbasetemp()

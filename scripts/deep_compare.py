@@ -276,7 +276,8 @@ def _other_choice(target: TargetRun, exact: FreeRun, position: int, step: int, t
         given = run.values[_CHOSEN] if _CHOSEN in run.values else chosen_of(run.values["router.0"], top_k)[0]
         wanted, margin = chosen_of(scores, top_k)
         # Counted from the last, as the first rows may be left out.
-        if {*given[position - int(run.positions[-1]) - 1].tolist()} != {*wanted[position].tolist()}:
+        back = int(run.positions[-1]) - position + 1
+        if back <= len(given) and {*given[-back].tolist()} != {*wanted[position].tolist()}:
             near = float(margin[position])
             what = (
                 f"each part is right by itself, but the state drifted enough to choose others by a margin of {near:.2g}"

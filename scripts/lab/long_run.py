@@ -222,7 +222,7 @@ def _kept(schedule: Schedule) -> int:
     """Resident bytes of this process with one short sequence, but for the free pages that malloc keeps."""
     schedule.rest()
     gc.collect()
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)
     return resident_bytes()
 

@@ -18,7 +18,7 @@ from mythos_edge.exporter.stored_graphs import load_stored_graph
 from mythos_edge.model.bundle import Bundle
 from mythos_edge.model.errors import MythosEdgeError, one_line
 from mythos_edge.model.linked_weights import NONE_APART, Apart
-from mythos_edge.model.observed import PREFIX
+from mythos_edge.model.observed import PREFIX, is_tap
 from mythos_edge.model.stages import half_of
 
 # What the router chooses by, and what it chose, where a graph has an own node for that.
@@ -84,12 +84,6 @@ def _rows(value: NDArray[Any], name: str) -> NDArray[Any]:
 
 def _values(graph: ir.Graph) -> dict[str, ir.Value]:
     return {str(value.name): value for node in graph for value in node.outputs}
-
-
-def is_tap(name: str) -> bool:
-    """Whether a graph gives an observed value this name."""
-    # What a lowering writes in a tap's place begins with its name, too.
-    return name.startswith(PREFIX) and "/" not in name.removeprefix(PREFIX)
 
 
 def router_values(graph: ir.Graph, matrix: str) -> dict[str, ir.Value]:

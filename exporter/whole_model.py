@@ -21,11 +21,11 @@ from onnx.inliner import inline_local_functions
 from mythos_edge.exporter.matched_values import Structure
 from mythos_edge.exporter.probes import graph_session
 from mythos_edge.exporter.stored_graphs import loaded, read_single_graph
-from mythos_edge.exporter.taps import is_tap, router_values
+from mythos_edge.exporter.taps import router_values
 from mythos_edge.model.errors import BundleError, MythosEdgeError, one_line
 from mythos_edge.model.linked_weights import NONE_APART, Apart
 from mythos_edge.model.network import LoopState
-from mythos_edge.model.observed import PREFIX
+from mythos_edge.model.observed import PREFIX, is_tap
 from mythos_edge.model.stages import STAGES
 from mythos_edge.plugins import ops
 
@@ -137,7 +137,7 @@ class WholeModel:
         except TimeoutError as error:
             raise MythosEdgeError(
                 f"{self.path.name}: still ran after {_MOST_SECONDS:g} s on {ids.shape[1]} tokens: it may never end: "
-                "look at what its Loop takes for the number of loop steps, or give --positions a smaller number"
+                "look at what its Loop takes for the number of loop steps, or compare on fewer tokens"
             ) from error
         except Exception as error:  # onnxruntime's exceptions have no common base but this
             raise MythosEdgeError(f"{self.path.name}: ONNX Runtime failed: {one_line(error)}") from error

@@ -46,3 +46,9 @@ def collecting() -> Iterator[dict[str, Tensor]]:
 
     with watching(look):
         yield found
+
+
+def is_tap(name: str) -> bool:
+    """Whether a graph gives an observed value this name."""
+    # What a lowering writes in a tap's place begins with its name, too.
+    return name.startswith(PREFIX) and "/" not in name.removeprefix(PREFIX)

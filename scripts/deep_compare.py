@@ -226,7 +226,7 @@ def growth_of(
     ``floor`` is the share of the largest logit that always is allowed.
     """
     factor = NOISE_FACTOR if beside is None else 2 * NOISE_FACTOR
-    beside = beside or exact
+    alone, beside = beside is None, beside or exact
     parted = np.zeros(len(target.ids), np.bool_)
     own_h, own_logits = np.zeros(len(exact.h)), 0.0
     for run in noisy:
@@ -257,7 +257,7 @@ def growth_of(
             took = f"takes {target.depth[position]} loop steps, not {beside.depth[position]}"
             near, last = float(margin[at[position], position]), int(at[position])
             divergence = Divergence(position, last, "halting", "halting tie", "depth", near, NEAR_TIE_MARGIN, took)
-        elif beyond.any():
+        elif alone and beyond.any():  # what another target chose is not known
             divergence = _other_choice(target, exact, position, step, top_k) or divergence
     largest = np.array([np.nanmax(row, initial=0.0) for row in clear])
     counted = errors[~after]
@@ -275,9 +275,7 @@ def _other_choice(target: TargetRun, exact: FreeRun, position: int, step: int, t
             continue
         given = run.values[_CHOSEN] if _CHOSEN in run.values else chosen_of(run.values["router.0"], top_k)[0]
         wanted, margin = chosen_of(scores, top_k)
-        # Counted from the last, as the first rows may be left out.
-        back = int(run.positions[-1]) - position + 1
-        if back <= len(given) and {*given[-back].tolist()} != {*wanted[position].tolist()}:
+        if {*given[position - int(run.positions[0])].tolist()} != {*wanted[position].tolist()}:
             near = float(margin[position])
             what = (
                 f"each part is right by itself, but the state drifted enough to choose others by a margin of {near:.2g}"

@@ -20,7 +20,7 @@ ADVICE = {
     "cache": "a stage was fed other rows than were made: look at the runtime's slots, rollback and catching up",
     "graph": "the weights agree but the graph computes this part otherwise: look at the lowering of the part",
     "precision growth": "every part is right by itself, but the loop makes rounding grow: try wider weights",
-    "router tie": "two experts are nearly as good here, and each run chose its own: compare on other tokens",
+    "router tie": "the scores of two experts are close here, and each run chose its own: compare on other tokens",
     "halting tie": "the halting mass meets the threshold here: compare on other tokens",
 }
 

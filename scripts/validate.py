@@ -277,10 +277,16 @@ def _routes(session: Session, ids: NDArray[np.int64], threshold: float) -> dict[
 
 def _tokens(args: argparse.Namespace, bundle: Bundle) -> NDArray[np.int64]:
     arguments.require_positive(args, "positions")
-    named = next((name for name in ("ids", "text", "demo_streams") if getattr(args, name) is not None), None)
-    if args.positions is not None and named is not None:
-        name = f"--{named.replace('_', '-')}"
-        raise UsageError(f"--positions is the length of random tokens, and {name} says which to take: leave one out")
+    given = [name for name in ("positions", "ids", "text", "demo_streams") if getattr(args, name) is not None]
+    names = [f"--{name.replace('_', '-')}" for name in given]
+    if names and args.level == "smoke":
+        raise UsageError(f"{names[0]} says what to compare on, and --level smoke compares nothing: leave one out")
+    if names and args.against is None:
+        raise UsageError(f"{names[0]} says what to compare on: add --against CHECKPOINT, or leave it out")
+    if names[1:] and names[0] == "--positions":
+        raise UsageError(
+            f"--positions is the length of random tokens, and {names[1]} says which to take: leave one out"
+        )
     if given_tokens.are_given(args, "--ids", args.ids):
         return given_tokens.tokens_of(args, args.ids, bundle).ids
     if args.demo_streams is not None:

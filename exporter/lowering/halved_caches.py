@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from mythos_edge.exporter.graph_checks import graph_pass, no_node
 from mythos_edge.exporter.graph_writer import GraphWriter, shape_of
+from mythos_edge.model.observed import is_tap
 from mythos_edge.model.stages import HALVES, half_name
 
 
@@ -99,13 +100,15 @@ def _joined(rows: ir.Value, halves: Sequence[ir.Value]) -> Sequence[ir.Value]:
     producer = rows.producer()
     if producer is None or producer.op_type != "Concat" or producer.attributes["axis"].as_int() not in (-1, 2):
         return ()
-    found = [value for value in producer.inputs if value is not None and _is_of_a_node(value)]
+    found = [value for value in producer.inputs if value is not None and _can_be_named(value)]
     widths = [shape_of(value)[-1] for value in found]
-    return found if widths == [shape_of(half)[-1] for half in halves] else ()
+    return found if widths == [shape_of(half)[-1] for half in halves] and len(set(found)) == len(found) else ()
 
 
-def _is_of_a_node(value: ir.Value) -> bool:
-    return value.producer() is not None and not value.is_graph_output()
+def _can_be_named(value: ir.Value) -> bool:
+    """Whether a value is a node's, of a known shape, and nobody looks for it under the name that it has."""
+    is_known = value.producer() is not None and value.shape is not None
+    return is_known and not value.is_graph_output() and not is_tap(str(value.name))
 
 
 def _replace(node: ir.Node, halves: Sequence[ir.Value]) -> None:

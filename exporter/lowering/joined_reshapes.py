@@ -1,6 +1,7 @@
 """One Reshape in the place of several in a row, and none where the shape stays.
 
-``join_reshapes``  changes a lowered graph; ensures that no Reshape to a known shape follows another
+``join_reshapes``  changes a lowered graph; ensures that no Reshape to a known shape follows another,
+                   but of a value that is looked at or an output
 
 A family's network and the lowering of an op each bring rows into the shape that they want. ONNX Runtime runs every
 Reshape as a node of its own, which costs microseconds at each loop step.
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from mythos_edge.exporter.graph_checks import graph_pass, no_node
-from mythos_edge.model.observed import PREFIX
+from mythos_edge.model.observed import is_tap
 
 # They leave all numbers in their order.
 _RESHAPING = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
@@ -32,7 +33,7 @@ def _before(value: ir.Value | None) -> ir.Value | None:
     if maker is None or maker.domain != "" or maker.op_type not in _RESHAPING:
         return None
     assert value is not None
-    return None if value.is_graph_output() or str(value.name).startswith(PREFIX) else maker.inputs[0]
+    return None if value.is_graph_output() or is_tap(str(value.name)) else maker.inputs[0]
 
 
 def _follows_another(node: ir.Node) -> bool:

@@ -57,7 +57,10 @@ def lower_for_ort(model: ir.Model, packs: Packs | None = None) -> ir.Model:
 
 
 def lowered_by(rules: Callable[[ir.Graph], "Lowering"], model: ir.Model) -> ir.Model:
-    """A copy of ``model`` after the ``rules`` made for its graph. Raises BuildError where they replace no matrix."""
+    """A copy of ``model`` after the ``rules`` made for its graph, its Reshapes joined.
+
+    Raises BuildError where the rules leave a matrix that they are to replace.
+    """
     lowered = model.clone()
     lowering = rules(lowered.graph)
     for node in list(lowered.graph.all_nodes()):

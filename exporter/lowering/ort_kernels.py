@@ -92,7 +92,7 @@ def blocked_product(writer: GraphWriter, x: ir.Value, name: str, pack: Pack) -> 
 
 
 def rounded(writer: GraphWriter, x: ir.Value) -> Rounded:
-    """The rows of ``x (N, K)`` rounded to 8 bits.
+    """The rows of ``x (N, K)``, which must be finite, rounded to 8 bits.
 
     Divided by the row's largest, all rows have one scale: QuantizeLinear with a scale for each wants three nodes more.
     """

@@ -46,8 +46,8 @@ _WARM_SHARE, _TRACED_SHARE = 0.1, 0.1
 _CHECK_SHARE = 0.15
 # The request whose pace is measured.
 _PACE_PROMPT, _PACE_TOKENS = 16, 24
-# Allowed growth of memory after the first tenth: tables of the interpreter double at times, and pages are kept for one
-# small object.
+# Allowed growth of memory after the first tenth: tables of the interpreter double at times, and one small object keeps
+# a whole page.
 _RSS_FACTOR, _RSS_BYTES, _TRACED_BYTES = 1.1, 16 << 20, 2 << 20
 _MEGA = 1e6
 
@@ -167,9 +167,9 @@ def run_family(
                     paces.append(_pace_s(steady))
 
         run_until(tokens * _WARM_SHARE)
-        before = _kept(schedule)
+        before = _resident(schedule)
         run_until(tokens * (1 - _TRACED_SHARE))
-        after = _kept(schedule)
+        after = _resident(schedule)
         growth = _traced(schedule, lambda: run_until(tokens, measured=False))
         schedule.close()
     quarter = max(1, len(paces) // 4)
@@ -218,8 +218,12 @@ def _pace_s(session: Session) -> float:
     return (time.perf_counter() - started) / len(made.ids)
 
 
-def _kept(schedule: Schedule) -> int:
-    """Resident bytes of this process with one short sequence, but for the free pages that malloc keeps."""
+def _resident(schedule: Schedule) -> int:
+    """Resident bytes of this process with one short sequence in another session, but for free pages of malloc.
+
+    ONNX Runtime's arena keeps the most that its session ever needed at once. What piles up in a session is traced.
+    """
+    schedule.reopen()
     schedule.rest()
     gc.collect()
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
@@ -232,10 +236,12 @@ def _traced(schedule: Schedule, run: Callable[[], None]) -> list[tracemalloc.Sta
     mine = (tracemalloc.Filter(False, tracemalloc.__file__), tracemalloc.Filter(False, __file__))
     tracemalloc.start()
     try:
-        _kept(schedule)
+        schedule.rest()
+        gc.collect()
         before = tracemalloc.take_snapshot().filter_traces(mine)
         run()
-        _kept(schedule)
+        schedule.rest()
+        gc.collect()
         return tracemalloc.take_snapshot().filter_traces(mine).compare_to(before, "lineno")
     finally:
         tracemalloc.stop()

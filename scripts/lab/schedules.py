@@ -27,6 +27,8 @@ from mythos_edge.runtime.session import Session
 ANSWER = 40
 _PROMPT, _LONG_PROMPT, _LONG_SHARE = 48, 360, 0.08
 _MOST_TOGETHER = 5
+# Of restored sequences, those that go on in another session.
+_REOPENED_SHARE = 0.1
 # What the row of a cache, or a logit, may differ by: a share of the largest. For narrow caches some steps of theirs,
 # of which a difference of one in an early row makes more later.
 ALLOWED = {"fp32": SELF_TEST_SHARE, "fp16": 8 / 2048, "int8": 8 / 127}
@@ -50,7 +52,7 @@ class Found:
 
 
 class Schedule:
-    """One long-lived session of a bundle, and what is asked of it; ``opened`` makes another of the same kind.
+    """A session of a bundle that lives long, and what is asked of it; ``opened`` makes another of the same kind.
 
     Answers have ``answer`` tokens at most: with few there are more actions a token.
     """
@@ -71,12 +73,13 @@ class Schedule:
         """Closes the session."""
         self.session.close()
 
-    def rest(self) -> None:
-        """Goes on from one short sequence in another session, so that memory is comparable.
+    def reopen(self) -> None:
+        """Closes the session and opens another, whose ``rest`` or restored sequence must follow."""
+        self.session.close()
+        self.session = self._opened()
 
-        ONNX Runtime's arena keeps the most that its session ever needed at once.
-        """
-        self._reopen()
+    def rest(self) -> None:
+        """Goes on from one short sequence, so that memory is comparable."""
         self._together()
         self.session.generate([1], max_new_tokens=1)
         self._depth = None
@@ -147,15 +150,12 @@ class Schedule:
     def _restore(self) -> None:
         """Saves the sequence and takes it up again, in this session or in one that is opened for it."""
         self.session.save(self._file)
-        if self._random.random() < 0.5:
-            self._reopen()
+        # Seldom, so that what piles up in a session has the time to.
+        if self._random.random() < _REOPENED_SHARE:
+            self.reopen()
         elif self._random.random() < 0.5:
             self.session.generate(self._ids(4, least=1), max_new_tokens=2)
         self.session.restore(self._file)
-
-    def _reopen(self) -> None:
-        self.session.close()
-        self.session = self._opened()
 
     def _together(self) -> None:
         each: list[RequestOptions] = []

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +289,21 @@ def test_a_file_that_never_ends_is_stopped(
 
     assert ran.code == 1
     assert "other.onnx: still ran after 1 s on 8 tokens: it may never end" in ran.err
+
+
+def test_ctrl_c_ends_a_file_that_never_ends(
+    exported: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = exported(FIXTURES / "ouro-small")
+    model = whole_model.WholeModel(edited(bundle, tmp_path, _endless))
+
+    def interrupted(future: Future[Any], timeout: float | None = None) -> None:
+        assert not future.done()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Future, "result", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.run(np.zeros((1, 4), np.int64), 4, 1.0)
 
 
 def test_a_model_of_another_shape_is_refused(run: Callable[..., Any], exported: Callable[..., Path]) -> None:

@@ -11,11 +11,12 @@ from built import build_cpu
 from conftest import FIXTURES
 
 from mythos_edge.exporter.graph_writer import GraphWriter
-from mythos_edge.exporter.lowering import ort_cpu
+from mythos_edge.exporter.lowering import halved_caches, ort_cpu
 from mythos_edge.exporter.lowering.halved_caches import halve_caches
 from mythos_edge.model.bundle import open_bundle
 from mythos_edge.model.errors import UsageError
 from mythos_edge.model.manifest import graph_key
+from mythos_edge.model.observed import PREFIX
 from mythos_edge.model.stages import STAGES
 from mythos_edge.runtime.session import Session
 
@@ -133,3 +134,27 @@ def test_rows_of_int8_whose_scales_lie_elsewhere_are_refused(bundle: Path, tmp_p
             wanted = one.generate([], resume=True, max_new_tokens=4)
             one.restore(tmp_path / "saved.npz")
             assert one.generate([], resume=True, max_new_tokens=4).ids == wanted.ids
+
+
+def test_new_rows_are_not_put_together_to_be_parted(bundle: Path) -> None:
+    for stage in STAGES:
+        nodes = list(graph_of(bundle, stage))
+        parted = [node for node in nodes if node.op_type == "Split" and str(node.inputs[0].name).startswith("rows")]
+        assert parted == []
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_only_two_values_of_known_shape_are_the_halves(same: bool) -> None:
+    graph, writer, past = one_cache()
+    keys = writer.add("Neg", [past])
+    values = keys if same else writer.add("Abs", [past])
+    shaped = [keys] if same else [keys, values]
+    rows = writer.add("Concat", [keys, values], axis=2)
+    halves = [ir.Value(name=name, shape=ir.Shape([1, "context", 8])) for name in ("keys", "values")]
+    assert halved_caches._joined(rows, halves) == ()
+    for value in shaped:
+        value.shape = past.shape
+    assert halved_caches._joined(rows, halves) == (() if same else [keys, values])
+    keys.name = f"{PREFIX}attention.0"
+    assert halved_caches._joined(rows, halves) == ()
+    assert len(graph) == (2 if same else 3)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,6 +61,19 @@ def test_a_wrong_cache_row_and_a_wrong_depth_are_found(mla_bundle: Path, tmp_pat
     assert "took 99 loop steps" in words
     assert "the cache " in words
     schedule.close()
+
+
+def test_what_piles_up_in_a_session_is_found(mla_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate = Session.generate
+
+    def piling(session: Session, *args: Any, **kwargs: Any) -> Any:
+        session.__dict__.setdefault("pile", []).append(bytearray(1 << 20))
+        return generate(session, *args, **kwargs)
+
+    monkeypatch.setattr(Session, "generate", piling)
+    run = run_family("mla", mla_bundle, tokens=300, seed=0, check_share=0.0, answer=3)
+    assert run.traced_growth > 2 << 20
+    assert not run.is_flat
 
 
 def test_memory_that_grows_and_answers_that_differ_are_told() -> None:

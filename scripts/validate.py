@@ -277,6 +277,17 @@ def _routes(session: Session, ids: NDArray[np.int64], threshold: float) -> dict[
 
 def _tokens(args: argparse.Namespace, bundle: Bundle) -> NDArray[np.int64]:
     arguments.require_positive(args, "positions")
+    are_given = given_tokens.are_given(args, "--ids", args.ids)
+    _check_that_tokens_count(args)
+    if are_given:
+        return given_tokens.tokens_of(args, args.ids, bundle).ids
+    if args.demo_streams is not None:
+        return quality_gate.demo_ids(args, bundle)
+    return _random_ids(args, bundle, args.seed)
+
+
+def _check_that_tokens_count(args: argparse.Namespace) -> None:
+    """Raises UsageError for tokens that nothing would be compared on, or a length that they have not."""
     given = [name for name in ("positions", "ids", "text", "demo_streams") if getattr(args, name) is not None]
     names = [f"--{name.replace('_', '-')}" for name in given]
     if names and args.level == "smoke":
@@ -287,11 +298,6 @@ def _tokens(args: argparse.Namespace, bundle: Bundle) -> NDArray[np.int64]:
         raise UsageError(
             f"--positions is the length of random tokens, and {names[1]} says which to take: leave one out"
         )
-    if given_tokens.are_given(args, "--ids", args.ids):
-        return given_tokens.tokens_of(args, args.ids, bundle).ids
-    if args.demo_streams is not None:
-        return quality_gate.demo_ids(args, bundle)
-    return _random_ids(args, bundle, args.seed)
 
 
 def _random_ids(args: argparse.Namespace, bundle: Bundle, seed: int) -> NDArray[np.int64]:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+
+# Comes with onnx, which is made of its messages; it has no types.
 from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
 
 from mythos_edge.model.bounded_files import open_regular, require_file
